@@ -1,0 +1,9 @@
+"""DiffRate: compress the tokens of pretrained Vision Transformers (arXiv 2305.17997)."""
+
+from diffrate import patch
+from diffrate.block import UnsupportedModelError
+from diffrate.patch import CompressedModel
+from diffrate.schedule import Schedule, ScheduleError
+from diffrate.tokens import TokenState
+
+__all__ = ["CompressedModel", "Schedule", "ScheduleError", "TokenState", "UnsupportedModelError", "patch"]

@@ -1,0 +1,124 @@
+"""One pre-norm block at fixed rates: attention, then compression, then MLP (paper, figure 2).
+
+The submodules of timm's blocks are read by name, their `forward` is never called: its signature
+moves between timm versions, and compression sits in the middle of it. Blocks are typed `Any`, since
+their parts are attributes that only timm's classes, not `nn.Module`, declare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffrate.attention import (
+    attend,
+    attend_with_map,
+    class_importance,
+    join_heads,
+    mean_importance,
+    size_bias,
+    split_heads,
+)
+from diffrate.merge import merge_tokens
+from diffrate.prune import keep_tokens, most_important
+from diffrate.schedule import Kept
+from diffrate.tokens import TokenState
+
+
+class UnsupportedModelError(TypeError):
+    """A model with parts that compression does not handle; the message names them."""
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """What timm calls the parts of a block: the attention, and what lies on each path around.
+
+    The block computes `skip1(x) + branch1(attention(norm1(x)))`, then the same with `skip2`,
+    `branch2` and `mlp(norm2(x))`; each path is a chain of submodules.
+    """
+
+    attention: str
+    branch1: tuple[str, ...]
+    branch2: tuple[str, ...]
+    skip1: tuple[str, ...] = ()
+    skip2: tuple[str, ...] = ()
+
+    def all(self) -> set[str]:
+        paths = (*self.branch1, *self.branch2, *self.skip1, *self.skip2)
+        return {"norm1", "norm2", "mlp", self.attention, *paths}
+
+
+@dataclass(frozen=True)
+class ReductionRules:
+    """How a family reduces tokens.
+
+    class_token: importance is the class token's attention, and it is never removed; else the
+        attention that a token receives from all.
+    weigh_by_similarity: a merged token counts for its size times its cosine, else for its size.
+    """
+
+    class_token: bool
+    weigh_by_similarity: bool
+
+
+ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+
+
+def check_block(block: nn.Module, names: BlockNames, where: str) -> None:
+    """Refuse a block with parts that `fixed_block` would pass over.
+
+    Raises:
+        UnsupportedModelError: names the parts.
+    """
+    _check_parts(block, names.all(), where)
+    _check_parts(getattr(block, names.attention), ATTENTION_PARTS, f"{where}.{names.attention}")
+
+
+def fixed_block(block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, kept: Kept) -> TokenState:
+    """Run one block that leaves `kept.merged` of the `kept.entering` tokens in `state`."""
+    removes = kept.merged < kept.entering
+    x, importance = _attention(block, names, rules, state, removes)
+    state = state._replace(x=x)
+    if importance is not None:
+        state = keep_tokens(state, most_important(importance, kept.pruned, rules.class_token))
+        if kept.merged < kept.pruned:
+            state = merge_tokens(state, kept.merged, rules.weigh_by_similarity)
+    x = state.x
+    y = through(block, ("norm2", "mlp", *names.branch2), x)
+    return state._replace(x=through(block, names.skip2, x) + y)
+
+
+def through(block: Any, names: Iterable[str], x: Tensor) -> Tensor:
+    """`x` through a chain of submodules."""
+    for name in names:
+        x = getattr(block, name)(x)
+    return x
+
+
+def _attention(
+    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, removes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The residual stream after attention, and the tokens' importance if some are to go."""
+    attention = getattr(block, names.attention)
+    heads = split_heads(attention, block.norm1(state.x))
+    bias = size_bias(state.size)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    importance = None
+    if removes and not rules.class_token:
+        mixed, weights = attend_with_map(heads, bias, dropout)
+        importance = mean_importance(weights)
+    else:
+        mixed = attend(heads, bias, dropout)
+        if removes:
+            importance = class_importance(heads, bias)
+    y = through(block, names.branch1, join_heads(attention, mixed))
+    return through(block, names.skip1, state.x) + y, importance
+
+
+def _check_parts(module: nn.Module, known: set[str], where: str) -> None:
+    unknown = [name for name, _ in module.named_children() if name not in known]
+    if unknown:
+        raise UnsupportedModelError(f"{where}: found {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
