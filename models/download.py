@@ -1,0 +1,108 @@
+"""Fetch weights: official files on first use, and any URL a user gives."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from timm.models import get_pretrained_cfg
+
+from models.errors import CheckpointError
+from models.zoo import ModelEntry, OfficialWeights
+
+# torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
+HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
+CONNECT_SECONDS = 30
+
+
+def checkpoint_dir() -> Path:
+    """Where downloads are kept and files fetched by hand are looked for (`TORCH_HOME` moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def official_file(entry: ModelEntry) -> Path:
+    """The official weights of `entry` as a local file, downloaded on first use.
+
+    Raises:
+        CheckpointError: no source could be reached; the message names each source tried and the
+            place where the file may be put by hand.
+    """
+    if isinstance(entry.weights, Path):
+        return entry.weights
+    target = checkpoint_dir() / entry.weights.file
+    if target.is_file():
+        return target
+    failures = []
+    for source, download in _sources(entry.weights, target):
+        try:
+            return download()
+        except Exception as error:  # every source fails in its own way, and all mean: try the next
+            failures.append(f"{source} ({_first_line(error)})")
+    raise CheckpointError(
+        f"cannot download the weights of {entry.name}: tried {'; '.join(failures)}. "
+        f"Put the file by hand at {target}, or name one with --checkpoint"
+    )
+
+
+def fetch(url: str) -> Path:
+    """Download `url` into the checkpoint directory, once; the hash in its name is checked if there.
+
+    Raises:
+        CheckpointError: the URL cannot be reached or the hash differs.
+    """
+    target = checkpoint_dir() / Path(urlparse(url).path).name
+    try:
+        return target if target.is_file() else _download_url(url, target)
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot download {url} ({_first_line(error)}). Put the file by hand at {target}, "
+            "or give its path instead of the URL"
+        ) from error
+
+
+def _sources(weights: OfficialWeights, target: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
+    url, hub_id = weights.url, None
+    if weights.timm_config is not None:
+        config = get_pretrained_cfg(weights.timm_config)
+        assert config is not None, f"timm has no pretrained configuration {weights.timm_config}"
+        url, hub_id = str(config.url or ""), config.hf_hub_id
+    if url:
+        yield url, lambda: _download_url(url, target)
+    if hub_id:
+        yield f"huggingface.co/{hub_id}", lambda: _download_hub(hub_id)
+
+
+def _download_url(url: str, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    found = HASH_IN_NAME.search(target.name)
+    with _connection_timeout(CONNECT_SECONDS):
+        # Writes to a temporary file first, shows a progress bar, and renames when the hash agrees.
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=found and found.group(1), progress=True)
+    return target
+
+
+def _download_hub(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(hub_id, "model.safetensors", etag_timeout=CONNECT_SECONDS))
+
+
+@contextmanager
+def _connection_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub takes no timeout, and without one a silent server hangs the command for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,5 @@
+"""Errors that a user's input can cause in this package; their text is one line for the user."""
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be fetched, read or fitted to the model."""

@@ -1,0 +1,46 @@
+"""Register the zoo's names with timm and build models from them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from timm.models import is_model, register_model
+from torch import nn
+
+from models.checkpoint import load_weights
+from models.download import official_file
+from models.zoo import ModelEntry
+
+
+def create(entry: ModelEntry, **options: Any) -> nn.Module:
+    """The dense timm model of a zoo entry with fresh weights; `options` override the entry's."""
+    # The class count is given always: timm's default for ViT-H has no head.
+    options = {"num_classes": entry.num_classes, **entry.options, **options}
+    return timm.create_model(entry.architecture, pretrained=False, **options)
+
+
+def register(zoo: Mapping[str, ModelEntry]) -> None:
+    """Make each name of `zoo` known to `timm.create_model`; names that timm has itself stay timm's."""
+    for entry in zoo.values():
+        if not is_model(entry.name):
+            _register_one(entry)
+
+
+def _register_one(entry: ModelEntry) -> None:
+    def build(
+        pretrained: bool = False,
+        pretrained_cfg: object = None,  # timm passes both; the zoo says where weights come from
+        pretrained_cfg_overlay: object = None,
+        **options: Any,
+    ) -> nn.Module:
+        model = create(entry, **options)
+        if pretrained:
+            load_weights(model, official_file(entry))
+        return model
+
+    build.__name__ = build.__qualname__ = entry.name
+    setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
+    register_model(build)

@@ -1,0 +1,112 @@
+"""The zoo: what each command-line name of a model stands for. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+SAMPLE_DIR = Path(__file__).resolve().parent.parent / "sample"
+SAMPLE_MODEL = "vit_sample_patch4_28"
+
+Family = Literal["deit", "mae", "caformer"]
+
+
+class UnknownModelError(ValueError):
+    """A model name that the zoo does not have."""
+
+
+@dataclass(frozen=True)
+class OfficialWeights:
+    """Where the official weights of a model are published.
+
+    `file` is the name under which the download is kept, and under which a file fetched by hand
+    is looked for. `timm_config` names timm's own pretrained configuration, `url` a file outside it.
+    """
+
+    file: str
+    timm_config: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One row of the zoo."""
+
+    name: str
+    architecture: str
+    family: Family
+    schedule_key: str
+    weights: OfficialWeights | Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int = 1000
+    input_size: int = 224
+    crop_pct: float = 224 / 256
+
+
+def _deit(size: str, letter: str, digest: str) -> ModelEntry:
+    architecture = f"deit_{size}_patch16_224"
+    return ModelEntry(
+        name=f"vit_{architecture}",
+        architecture=architecture,
+        family="deit",
+        schedule_key=f"ViT-{letter}-DeiT",
+        weights=OfficialWeights(f"{architecture}-{digest}.pth", timm_config=f"{architecture}.fb_in1k"),
+    )
+
+
+def _mae(size: str, letter: str, patch: int) -> ModelEntry:
+    file = f"mae_finetuned_vit_{size}.pth"
+    return ModelEntry(
+        name=f"vit_{size}_patch{patch}_mae",
+        architecture=f"vit_{size}_patch{patch}_224",
+        family="mae",
+        schedule_key=f"ViT-{letter}-MAE",
+        # Listed under "Fine-tuning" in FINETUNE.md of the MAE project.
+        weights=OfficialWeights(file, url=f"https://dl.fbaipublicfiles.com/mae/finetune/{file}"),
+        options={"global_pool": "avg"},
+    )
+
+
+_ENTRIES = (
+    _deit("tiny", "T", "a1311bcf"),
+    _deit("small", "S", "cd65a155"),
+    _deit("base", "B", "b5f2ef4d"),
+    _mae("base", "B", 16),
+    _mae("large", "L", 16),
+    _mae("huge", "H", 14),
+    ModelEntry(
+        name="caformer_s36",
+        architecture="caformer_s36",
+        family="caformer",
+        schedule_key="CAFormer-S36",
+        weights=OfficialWeights("caformer_s36.pth", timm_config="caformer_s36.sail_in1k"),
+    ),
+    ModelEntry(
+        name=SAMPLE_MODEL,
+        architecture="vit_tiny_patch16_224",
+        family="deit",
+        schedule_key="ViT-Sample",
+        weights=SAMPLE_DIR / "vit_sample_patch4_28.pth",
+        options={"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3},
+        num_classes=10,
+        input_size=28,
+        crop_pct=1.0,
+    ),
+)
+
+ZOO: Mapping[str, ModelEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+
+
+def lookup(name: str) -> ModelEntry:
+    """The entry of a model; `caformer-s36` means `caformer_s36`.
+
+    Raises:
+        UnknownModelError: the zoo has no such name; the message lists those it has.
+    """
+    entry = ZOO.get(name.replace("-", "_"))
+    if entry is None:
+        raise UnknownModelError(f"unknown model {name!r}; accepted: {', '.join(ZOO)}")
+    return entry
