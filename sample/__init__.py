@@ -1,0 +1,1 @@
+"""The sample that ships: 5,000 digits and a small model trained on them. See README.md here."""

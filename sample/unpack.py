@@ -1,0 +1,36 @@
+"""Unpack the digits on first use into the ImageFolder layout."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+ARCHIVE = Path(__file__).with_name("digits.tar.xz")
+
+
+def unpack_sample(archive: Path = ARCHIVE) -> Path:
+    """The folder with the digits' `train/` and `val/`, beside the archive; unpacked when missing.
+
+    The folder appears whole or not at all, also when several processes start at once.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = archive.with_name("digits")
+    if folder.is_dir():
+        return folder
+    scratch = Path(tempfile.mkdtemp(prefix="digits-", dir=archive.parent))
+    try:
+        with tarfile.open(archive, mode="r:xz") as tar:
+            tar.extractall(scratch, filter="data")
+        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
