@@ -1,0 +1,131 @@
+"""From flags to the things a run works with: weights, the compressed model, and data loaders."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+
+import diffrate
+import models
+from datasets import DataError, LabelledDataset, build_dataset
+from diffrate.schedule import find_schedule
+from flags import FROM_SCRATCH, OFFICIAL, PROJECT
+from models.zoo import SAMPLE_MODEL
+from recipe import build_augmentation
+from samplers import eval_sampler, train_sampler
+from transforms import eval_transform, train_transform
+from utils import Runtime, local_main_first
+
+log = logging.getLogger(__name__)
+
+PATCHES = {"deit": diffrate.patch.deit, "mae": diffrate.patch.mae}
+TARGET_OF_SAMPLE = 0.024  # GFLOPs: half of the sample model's
+
+
+def input_size_of(args: Namespace, entry: models.ModelEntry) -> int:
+    """Side of the input in pixels."""
+    return args.input_size or entry.input_size
+
+
+def read_weights(args: Namespace, entry: models.ModelEntry, runtime: Runtime) -> tuple[models.StateDict | None, str]:
+    """The tensors that `--checkpoint` names, None for none, and what to call them in messages.
+
+    Raises:
+        CheckpointError: they cannot be fetched or read.
+    """
+    if args.checkpoint == FROM_SCRATCH:
+        return None, FROM_SCRATCH
+    with local_main_first(runtime.processes):  # one download for all processes of a machine
+        source = models.official_file(entry) if args.checkpoint == OFFICIAL else args.checkpoint
+        return models.read_state(source), str(source)
+
+
+def dense_model(entry: models.ModelEntry, input_size: int, **options: Any) -> nn.Module:
+    """The plain timm model of a zoo entry for square images of `input_size`, with fresh weights."""
+    if entry.family != "caformer":  # a convolution stem takes any size, position embeddings do not
+        options["img_size"] = input_size
+    return models.create(entry, **options)
+
+
+def compress(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> diffrate.CompressedModel:
+    """Patch `model` in place, at the schedule that the flags name, or keeping every token.
+
+    Raises:
+        ScheduleError: no such schedule, or one that does not fit.
+    """
+    if entry.family == "caformer":
+        compressed: diffrate.CompressedModel = diffrate.patch.caformer(model, input_size=input_size_of(args, entry))
+    else:
+        compressed = PATCHES[entry.family](model)
+    if args.load_compression_rate:
+        file = args.compression_rate_file or PROJECT / "compression_rate.json"
+        target = args.target_flops
+        if target is None and entry.name == SAMPLE_MODEL and args.compression_rate_file is None:
+            target = TARGET_OF_SAMPLE
+        schedule = find_schedule(file, entry.schedule_key, target)
+        compressed.check(schedule, where=f"{file}: {entry.schedule_key}: ")
+        compressed.set_kept_num(schedule.prune, schedule.merge)
+    return compressed
+
+
+def eval_dataset(args: Namespace, entry: models.ModelEntry, head: int | None) -> LabelledDataset:
+    """The validation split, labelled for a model with `head` classes."""
+    transform = eval_transform(input_size_of(args, entry), args.crop_pct or entry.crop_pct)
+    return build_dataset(args.data_set, args.data_path, "val", transform, head)
+
+
+def train_dataset(args: Namespace, entry: models.ModelEntry) -> LabelledDataset:
+    """The training split with the augmentation that the flags ask for."""
+    transform = train_transform(input_size_of(args, entry), build_augmentation(args))
+    return build_dataset(args.data_set, args.data_path, "train", transform)
+
+
+def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
+    """Refuse splits whose labels mean different things.
+
+    Raises:
+        DataError: names the first classes that only one split has.
+    """
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        raise DataError(
+            f"train and val differ in classes, first {', '.join(differing[:3])}; accepted: the same in both"
+        )
+
+
+def eval_loader(dataset: LabelledDataset, args: Namespace, runtime: Runtime) -> DataLoader[Any]:
+    """Every image once, over all processes."""
+    sampler = eval_sampler(len(dataset), runtime.processes.rank, runtime.processes.world)
+    return _loader(dataset, sampler, args, runtime, drop_last=False)
+
+
+def train_loader(dataset: LabelledDataset, args: Namespace, runtime: Runtime) -> DataLoader[Any]:
+    """Whole batches in an order that each epoch draws afresh.
+
+    Raises:
+        UsageError: fewer images than one batch over all processes.
+    """
+    processes = runtime.processes
+    sampler = train_sampler(dataset, processes.rank, processes.world, args.repeated_aug, args.seed)
+    loader = _loader(dataset, sampler, args, runtime, drop_last=True)
+    if len(loader) == 0:
+        raise DataError(f"--batch-size {args.batch_size}: accepted: up to {len(sampler)}, the images of a process")
+    return loader
+
+
+def _loader(dataset: Any, sampler: Sampler[int], args: Namespace, runtime: Runtime, drop_last: bool) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=args.batch_size,
+        drop_last=drop_last,
+        num_workers=args.num_workers,  # they start with the first batch and live on across epochs
+        persistent_workers=args.num_workers > 0,
+        pin_memory=args.pin_mem and runtime.device.type == "cuda",
+        generator=torch.Generator().manual_seed(args.seed + runtime.processes.rank),
+    )

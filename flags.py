@@ -1,0 +1,219 @@
+"""The command line: every flag, and the checks that need nothing but the flags."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from datasets import DATA_SETS
+from models.zoo import SAMPLE_MODEL, ZOO
+from utils import UsageError, usable_cores
+
+PROJECT = Path(__file__).resolve().parent
+OFFICIAL = "official"
+FROM_SCRATCH = "scratch"
+MODES = ("eval", "finetune", "benchmark")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `-` and `_` interchangeable in flags, and errors of one line."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None):  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([self._spelled(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def _spelled(self, word: str) -> str:
+        """The flag `word` as it was declared; abbreviations stay abbreviations of one flag."""
+        if not word.startswith("--"):
+            return word
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        if dashed in declared:
+            return declared[dashed] + equals + value
+        longer = [flag for plain, flag in declared.items() if plain.startswith(dashed)]
+        return longer[0] + equals + value if len(longer) == 1 else word
+
+
+def get_args_parser() -> Parser:
+    """The parser of `main.py`."""
+    parser = Parser(
+        prog="main.py",
+        description="DiffRate: compress the tokens of pretrained Vision Transformers.",
+        epilog="Without --data-path, the digits that ship are the data and their small ViT the model.",
+    )
+    _add_mode_flags(parser)
+    _add_model_flags(parser)
+    _add_data_flags(parser)
+    _add_run_flags(parser)
+    _add_training_flags(parser)
+    _add_augmentation_flags(parser)
+    return parser
+
+
+def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line; defaults that depend on other flags are filled in.
+
+    Raises:
+        UsageError: a flag, a value, or a combination that makes no sense.
+    """
+    args = get_args_parser().parse_args(words)
+    if sum(bool(getattr(args, mode)) for mode in MODES) != 1:
+        raise UsageError(f"accepted: exactly one of {', '.join('--' + mode for mode in MODES)}")
+    sample = args.data_path is None and args.data_set in (None, "SAMPLE")
+    args.data_set = args.data_set or ("SAMPLE" if sample else "IMNET")
+    if args.model is None:
+        if not sample:
+            raise UsageError(f"--model is needed with --data-path; accepted: {', '.join(ZOO)}")
+        args.model = SAMPLE_MODEL
+    if isinstance(args.finetune, str):
+        if args.checkpoint is not None:
+            raise UsageError("--finetune CHECKPOINT and --checkpoint name two files; accepted: one of them")
+        args.checkpoint = args.finetune
+    if args.checkpoint is None:
+        args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
+    _check_numbers(args)
+    return args
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
+    if (args.target_flops is not None or args.compression_rate_file) and not args.load_compression_rate:
+        raise UsageError("--target_flops and --compression_rate_file need --load_compression_rate")
+    if args.finetune and (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+        raise UsageError(f"--batch-size {args.batch_size}: accepted: an even number with --mixup or --cutmix")
+
+
+def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):
+    """An argparse type: a number from `low` (left out when `open_low`) to `high`."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            limits = f"{'above' if open_low else 'from'} {low:g}" + (f" to {high:g}" if high < float("inf") else "")
+            raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+COUNT, POSITIVE, FRACTION = _number(int, 1), _number(float, 0, open_low=True), _number(float, 0, 1)
+NOT_NEGATIVE, WORKERS = _number(float, 0), _number(int, 0)
+
+
+def _add_mode_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("what to do, exactly one")
+    group.add_argument("--eval", action="store_true", help="evaluate the model, compressed or dense")
+    group.add_argument(
+        "--finetune",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="train the weights at the given rates, from a checkpoint or from scratch",
+    )
+    group.add_argument("--benchmark", action="store_true", help="time dense against compressed, side by side")
+
+
+def _add_model_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("model and compression")
+    group.add_argument("--model", metavar="NAME", help=f"one of {', '.join(ZOO)}")
+    group.add_argument(
+        "--checkpoint",
+        metavar="PATH_OR_URL",
+        help=f"weights; '{OFFICIAL}' are the published ones, which --eval takes on its own",
+    )
+    group.add_argument("--input-size", type=COUNT, metavar="PIXELS", help="side of the input, default the model's own")
+    group.add_argument("--drop-path", type=FRACTION, default=0.1, metavar="RATE", help="stochastic depth in training")
+    group.add_argument(
+        "--load_compression_rate", action="store_true", help="compress at a schedule of the compression rate file"
+    )
+    group.add_argument("--target_flops", type=POSITIVE, metavar="GFLOPS", help="which schedule of the model to load")
+    group.add_argument(
+        "--compression_rate_file",
+        type=Path,
+        metavar="PATH",
+        help="schedules to load from, default compression_rate.json",
+    )
+
+
+def _add_data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", metavar="DIR", help="folder of the data set; none: the digits that ship")
+    group.add_argument("--data-set", choices=DATA_SETS, help="IMNET is any ImageFolder layout; CIFAR is CIFAR-100")
+    group.add_argument(
+        "--crop-pct", type=_number(float, 0, 1, open_low=True), help="part of the short side that is seen"
+    )
+    group.add_argument("--batch-size", type=COUNT, default=64, help="images a step, on each process")
+    group.add_argument(
+        "--num_workers", type=WORKERS, default=usable_cores(), help="loader processes, default one per core"
+    )
+    group.add_argument(
+        "--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory on CUDA"
+    )
+
+
+def _add_run_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", type=Path, metavar="DIR", help="where logs and checkpoints go")
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+    group.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), help="mixed precision; default fp16 on CUDA, off on CPU"
+    )
+    group.add_argument("--seed", type=WORKERS, default=0, help="of weights, order and augmentation")
+    group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
+
+
+def _add_training_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("training (--finetune)")
+    group.add_argument("--epochs", type=COUNT, default=30)
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
+    group.add_argument("--lr", type=POSITIVE, default=1e-5, help="learning rate for 512 images a step")
+    group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
+    group.add_argument("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="where the schedule ends")
+    group.add_argument("--warmup-lr", type=NOT_NEGATIVE, default=1e-6, help="where the warm-up starts")
+    group.add_argument("--warmup-epochs", type=WORKERS, help="default 5, or none in runs of up to 5 epochs")
+    group.add_argument("--sched", choices=("cosine", "tanh", "step", "poly", "constant", "none"), default="cosine")
+    group.add_argument("--weight-decay", type=NOT_NEGATIVE, default=0.05)
+    group.add_argument("--momentum", type=FRACTION, default=0.9, help="for optimizers that have one")
+    group.add_argument("--clip-grad", type=POSITIVE, metavar="NORM", help="clip the gradient's norm")
+    group.add_argument("--model-ema", action="store_true", help="average the weights over steps, and save the average")
+    group.add_argument("--model-ema-decay", type=FRACTION, default=0.99996)
+    group.add_argument("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
+
+
+def _add_augmentation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation (training)")
+    group.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy, or none"
+    )
+    group.add_argument("--color-jitter", type=NOT_NEGATIVE, default=0.3)
+    group.add_argument("--hflip", type=FRACTION, default=0.5, help="probability of a mirror image")
+    group.add_argument(
+        "--affine",
+        type=float,
+        nargs=3,
+        metavar=("DEGREES", "SHIFT", "RESCALE"),
+        help="random rotations, shifts and rescalings up to these, the last two as fractions",
+    )
+    group.add_argument("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
+    group.add_argument("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
+    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel")
+    group.add_argument("--recount", type=COUNT, default=1, help="erased areas")
+    group.add_argument("--mixup", type=NOT_NEGATIVE, default=0.8, metavar="ALPHA")
+    group.add_argument("--cutmix", type=NOT_NEGATIVE, default=1.0, metavar="ALPHA")
+    group.add_argument("--mixup-prob", type=FRACTION, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=FRACTION, default=0.5, help="probability of cutmix when both are on")
+    group.add_argument("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
+    group.add_argument(
+        "--repeated-aug", action=argparse.BooleanOptionalAction, default=True, help="three views an image"
+    )

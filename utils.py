@@ -1,0 +1,244 @@
+"""Logging, progress, devices, the process group, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+import torch.distributed as dist
+from termcolor import colored
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class UsageError(ValueError):
+    """A flag or an environment that cannot be used as given."""
+
+
+# --- processes -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def processes_from_environment() -> Processes:
+    """What torchrun or `torch.distributed.launch --use_env` says of this process.
+
+    Raises:
+        UsageError: one of their variables is not a number.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        rank, world, local_rank, local_world = (
+            int(os.environ.get(name, 1 if "WORLD" in name else 0)) for name in names
+        )
+    except ValueError as error:
+        found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise UsageError(f"environment: {found}; accepted: whole numbers") from error
+    return Processes(rank, world, local_rank, local_world)
+
+
+@contextmanager
+def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
+    """Join the other processes while the block runs; nothing to do for a single one."""
+    if processes.world == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=processes.rank, world_size=processes.world, timeout=timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def local_main_first(processes: Processes) -> Iterator[None]:
+    """Run the block in the first process of each machine, then in the others: they find its files."""
+    first = processes.local_rank == 0
+    if not first and dist.is_initialized():
+        dist.barrier()
+    yield
+    if first and dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """`values` summed over all processes; unchanged for a single one."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def resolve_device(name: str, processes: Processes) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; each local process has a GPU of its own.
+
+    Raises:
+        UsageError: CUDA asked for where there is none, or another device.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    if name.startswith("cuda") and not available:
+        raise UsageError(f"--device {name}: this machine or this build of torch has no CUDA; accepted: auto, cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: unknown; accepted: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda":
+        index = processes.local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: no GPU number {index}; accepted: 0 to {torch.cuda.device_count() - 1}")
+        return torch.device("cuda", index)
+    return device
+
+
+def amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """What to autocast to: by default float16 on CUDA, as published, and nothing elsewhere."""
+    if name is None:
+        name = "fp16" if device.type == "cuda" else "off"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run computes, and where it leaves its records."""
+
+    processes: Processes
+    device: torch.device
+    amp: torch.dtype | None
+    print_freq: int
+    output_dir: Path | None
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as chosen, or none."""
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def record(self, content: dict[str, Any]) -> None:
+        """Add a JSON line to `log.txt` in the output folder, if there is one; main process only."""
+        if self.output_dir is not None and self.processes.is_main:
+            with (self.output_dir / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+
+    def save(self, content: dict[str, Any], name: str) -> None:
+        """`torch.save` as a whole file in the output folder, if there is one; main process only."""
+        if self.output_dir is not None and self.processes.is_main:
+            with whole_file(self.output_dir / name) as file:
+                torch.save(content, file)
+
+
+# --- log -------------------------------------------------------------------------------------
+
+
+class _Formatter(logging.Formatter):
+    """`[date] message`, the date green and warnings yellow on a terminal."""
+
+    def __init__(self, color: bool) -> None:
+        super().__init__("%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+        self.color = color
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp, text = f"[{self.formatTime(record, self.datefmt)}]", super().format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        if not self.color:
+            return f"{stamp} {text}"
+        if record.levelno >= logging.WARNING:
+            text = colored(text, "yellow", force_color=True)
+        return f"{colored(stamp, 'green', force_color=True)} {text}"
+
+
+def setup_logging(output_dir: Path | None, is_main: bool) -> None:
+    """Log to the terminal and to `log_rank0.txt` in `output_dir`; other ranks keep to warnings."""
+    root = logging.getLogger()
+    root.handlers.clear()
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(_Formatter(color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    root.addHandler(terminal)
+    root.setLevel(logging.INFO if is_main else logging.WARNING)
+    if output_dir is not None and is_main:
+        file = logging.FileHandler(output_dir / "log_rank0.txt", encoding="utf-8")
+        file.setFormatter(_Formatter(color=False))
+        root.addHandler(file)
+    for chatty in ("timm", "torch", "PIL", "huggingface_hub", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def with_progress(
+    items: Iterable[Item], total: int, header: str, every: int, describe: Callable[[], str], log: logging.Logger
+) -> Iterator[Item]:
+    """Pass `items` on; log position, time to go, and what `describe` says, every so many."""
+    start = time.perf_counter()
+    for position, item in enumerate(items, start=1):
+        yield item
+        if position % every == 0 or position == total:
+            spent = time.perf_counter() - start
+            left = timedelta(seconds=round(spent / position * (total - position)))
+            log.info("%s [%*d/%d]  eta %s  %s", header, len(str(total)), position, total, left, describe())
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` whole when the block ends well, and not at all otherwise."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    scratch = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)  # mkstemp's files are for their owner alone
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def make_output_dir(path: Path | None) -> Path | None:
+    """`path` as a folder that exists.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    if path is None:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {path}: {error.strerror}; accepted: a folder that can be made") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"--output_dir {path}: cannot be written")
+    return path
