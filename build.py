@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, Sampler
 
 import diffrate
 import models
-from datasets import DataError, LabelledDataset, build_dataset
+from datasets import DataError, LabelledDataset, build_dataset, data_root
 from diffrate.schedule import find_schedule
 from flags import FROM_SCRATCH, OFFICIAL, PROJECT
 from models.zoo import SAMPLE_MODEL
 from recipe import build_augmentation
 from samplers import eval_sampler, train_sampler
 from transforms import eval_transform, train_transform
-from utils import Runtime, local_main_first
+from utils import Runtime, UsageError, local_main_first
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,16 @@ TARGET_OF_SAMPLE = 0.024  # GFLOPs: half of the sample model's
 def input_size_of(args: Namespace, entry: models.ModelEntry) -> int:
     """Side of the input in pixels."""
     return args.input_size or entry.input_size
+
+
+def check_inputs(args: Namespace, entry: models.ModelEntry) -> None:
+    """Refuse what can be refused before any weights are downloaded or read.
+
+    Raises:
+        DataError, ScheduleError: the data folder or the schedule is not there.
+    """
+    data_root(args.data_set, args.data_path)
+    chosen_schedule(args, entry)
 
 
 def read_weights(args: Namespace, entry: models.ModelEntry, runtime: Runtime) -> tuple[models.StateDict | None, str]:
@@ -46,10 +56,34 @@ def read_weights(args: Namespace, entry: models.ModelEntry, runtime: Runtime) ->
 
 
 def dense_model(entry: models.ModelEntry, input_size: int, **options: Any) -> nn.Module:
-    """The plain timm model of a zoo entry for square images of `input_size`, with fresh weights."""
-    if entry.family != "caformer":  # a convolution stem takes any size, position embeddings do not
-        options["img_size"] = input_size
-    return models.create(entry, **options)
+    """The plain timm model of a zoo entry for square images of `input_size`, with fresh weights.
+
+    Raises:
+        UsageError: the patches of a ViT do not tile the input.
+    """
+    if entry.family == "caformer":  # its convolutions take any size
+        return models.create(entry, **options)
+    model: Any = models.create(entry, img_size=input_size, **options)
+    patch = model.patch_embed.patch_size[0]
+    if input_size % patch:
+        raise UsageError(f"--input-size {input_size}: accepted: a multiple of {patch}, the side of a patch")
+    return model
+
+
+def chosen_schedule(args: Namespace, entry: models.ModelEntry) -> tuple[diffrate.Schedule | None, str]:
+    """The schedule that the flags name, None for none, and what to call it in messages.
+
+    Raises:
+        ScheduleError: no such schedule, or a malformed one.
+    """
+    if not args.load_compression_rate:
+        return None, ""
+    file, target = args.compression_rate_file, args.target_flops
+    if file is None:
+        file = PROJECT / "compression_rate.json"
+        if target is None and entry.name == SAMPLE_MODEL:
+            target = TARGET_OF_SAMPLE
+    return find_schedule(file, entry.schedule_key, target), f"{file}: {entry.schedule_key}: "
 
 
 def compress(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> diffrate.CompressedModel:
@@ -58,17 +92,13 @@ def compress(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> dif
     Raises:
         ScheduleError: no such schedule, or one that does not fit.
     """
+    schedule, where = chosen_schedule(args, entry)
     if entry.family == "caformer":
         compressed: diffrate.CompressedModel = diffrate.patch.caformer(model, input_size=input_size_of(args, entry))
     else:
         compressed = PATCHES[entry.family](model)
-    if args.load_compression_rate:
-        file = args.compression_rate_file or PROJECT / "compression_rate.json"
-        target = args.target_flops
-        if target is None and entry.name == SAMPLE_MODEL and args.compression_rate_file is None:
-            target = TARGET_OF_SAMPLE
-        schedule = find_schedule(file, entry.schedule_key, target)
-        compressed.check(schedule, where=f"{file}: {entry.schedule_key}: ")
+    if schedule is not None:
+        compressed.check(schedule, where)
         compressed.set_kept_num(schedule.prune, schedule.merge)
     return compressed
 
@@ -80,8 +110,16 @@ def eval_dataset(args: Namespace, entry: models.ModelEntry, head: int | None) ->
 
 
 def train_dataset(args: Namespace, entry: models.ModelEntry) -> LabelledDataset:
-    """The training split with the augmentation that the flags ask for."""
-    transform = train_transform(input_size_of(args, entry), build_augmentation(args))
+    """The training split with the augmentation that the flags ask for.
+
+    Raises:
+        UsageError: an augmentation policy that timm does not know.
+        DataError: as `build_dataset`.
+    """
+    try:
+        transform = train_transform(input_size_of(args, entry), build_augmentation(args))
+    except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
+        raise UsageError(f"--aa {args.aa}: {error}; accepted: a policy of timm, or none") from error
     return build_dataset(args.data_set, args.data_path, "train", transform)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from sample.unpack import ARCHIVE as SAMPLE_ARCHIVE
 from sample.unpack import unpack_sample
 
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
@@ -39,18 +42,23 @@ class LabelledDataset(Protocol):
 
 
 def build_dataset(
-    name: str, root: str | Path | None, split: str, transform: Transform, head: int | None = None
+    name: str,
+    root: str | Path | None,
+    split: str,
+    transform: Transform,
+    head: int | None = None,
+    sample: Path = SAMPLE_ARCHIVE,
 ) -> LabelledDataset:
     """The `train` or `val` split of the data set `name`; only that split is opened.
 
     `head` is the number of classes of a model that was trained before; labels are then its
-    outputs. Without it the data decide how many classes there are. `root` may be None for SAMPLE.
+    outputs. Without it the data decide how many classes there are. SAMPLE without a `root` is the
+    archive `sample`, unpacked on first use.
 
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
     """
-    if name != "SAMPLE" or root is not None:
-        root = _existing(root, name)
+    root = data_root(name, root)
     if name == "CIFAR10":
         dataset: LabelledDataset = _cifar(CIFAR10, root, split, transform)
     elif name == "CIFAR":
@@ -58,11 +66,27 @@ def build_dataset(
     elif name in ("INAT", "INAT19"):
         dataset = INaturalist(Path(str(root)), split, 2018 if name == "INAT" else 2019, transform)
     else:
-        folder = unpack_sample() if root is None else Path(root)
+        folder = _unpacked(sample) if root is None else Path(root)
         return ClassFolder(folder / split, transform, head)
     if head is not None and head != len(dataset.classes):
         raise DataError(f"--data-set {name} has {len(dataset.classes)} classes, the checkpoint's head {head}")
     return dataset
+
+
+def data_root(name: str, root: str | Path | None) -> Path | None:
+    """The folder of the data set `name`; None for SAMPLE from its archive.
+
+    Raises:
+        DataError: no folder where one is needed.
+    """
+    if root is None:
+        if name == "SAMPLE":
+            return None
+        raise DataError(f"--data-set {name} needs --data-path")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"--data-path {root}: no such folder")
+    return folder
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -75,8 +99,7 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except BAD_IMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"image {path}: cannot be read ({reason}); accepted: a whole image file") from error
+        raise DataError(f"image {path}: cannot be read ({_reason(error)}); accepted: a whole image file") from error
 
 
 class ClassFolder(ImageFolder):
@@ -157,13 +180,15 @@ class INaturalist(Dataset[tuple[Any, int]]):
         return self.transform(load_image(path)), label
 
 
-def _existing(root: str | Path | None, name: str) -> Path:
-    if root is None:
-        raise DataError(f"--data-set {name} needs --data-path")
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"--data-path {root}: no such folder")
-    return folder
+def _unpacked(archive: Path) -> Path:
+    try:
+        return unpack_sample(archive)
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _cifar(kind: type[CIFAR10], root: str | Path | None, split: str, transform: Transform) -> CIFAR10:

@@ -89,6 +89,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError("--target_flops and --compression_rate_file need --load_compression_rate")
     if args.finetune and (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
         raise UsageError(f"--batch-size {args.batch_size}: accepted: an even number with --mixup or --cutmix")
+    if args.affine is not None:
+        degrees, shift, rescale = args.affine
+        if not (0 <= degrees <= 180 and 0 <= shift <= 1 and 0 <= rescale < 1):
+            raise UsageError(f"--affine {degrees} {shift} {rescale}: accepted: 0 to 180, 0 to 1, 0 to below 1")
 
 
 def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):

@@ -14,6 +14,7 @@ import torch
 import diffrate
 import models
 from build import (
+    check_inputs,
     check_same_classes,
     compress,
     dense_model,
@@ -71,18 +72,19 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace, runtime: Runtime) -> None:
-    """The mode that the flags ask for."""
+    """The one mode that the flags ask for."""
     if args.eval:
         evaluate_mode(args, runtime)
-    elif args.finetune:
+    if args.finetune:
         finetune_mode(args, runtime)
-    else:
+    if args.benchmark:
         benchmark_mode(args, runtime)
 
 
 def evaluate_mode(args: Namespace, runtime: Runtime) -> None:
     """`--eval`: score the model on the validation split, compressed or dense."""
     entry = models.lookup(args.model)
+    check_inputs(args, entry)
     state, name = read_weights(args, entry, runtime)
     head = None if state is None else models.head_classes(state)
     dataset = eval_dataset(args, entry, head)
@@ -99,6 +101,7 @@ def evaluate_mode(args: Namespace, runtime: Runtime) -> None:
 def finetune_mode(args: Namespace, runtime: Runtime) -> None:
     """`--finetune`: train the weights at fixed rates, or dense, and score them after each epoch."""
     entry = models.lookup(args.model)
+    check_inputs(args, entry)
     state, name = read_weights(args, entry, runtime)
     train, val = train_dataset(args, entry), eval_dataset(args, entry, head=None)
     check_same_classes(train, val)

@@ -181,7 +181,9 @@ class _Formatter(logging.Formatter):
 def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     """Log to the terminal and to `log_rank0.txt` in `output_dir`; other ranks keep to warnings."""
     root = logging.getLogger()
-    root.handlers.clear()
+    for handler in [handler for handler in root.handlers if isinstance(handler.formatter, _Formatter)]:
+        root.removeHandler(handler)  # an earlier run's in this process
+        handler.close()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(_Formatter(color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     root.addHandler(terminal)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffrate.tokens import size_dtype
+
 
 class Heads(NamedTuple):
     """Queries, keys and values of one attention, each `[B, H, N, D]`; scores are times `scale`."""
@@ -45,8 +47,8 @@ def attend(heads: Heads, bias: Tensor | None, dropout: float) -> Tensor:
 def attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     """Proportional attention `[B, H, N, D]` and its map `[B, H, N, N]`, for who needs all its rows."""
     weights = _weights(heads.query, heads, bias)
-    mixed = F.dropout(weights, dropout, training=dropout > 0)
-    return mixed.to(heads.value.dtype) @ heads.value, weights
+    dropped = F.dropout(weights, dropout, training=dropout > 0)
+    return dropped.to(heads.value.dtype) @ heads.value, weights
 
 
 def class_importance(heads: Heads, bias: Tensor | None) -> Tensor:
@@ -67,7 +69,8 @@ def join_heads(attention: Any, mixed: Tensor) -> Tensor:
 
 
 def _weights(query: Tensor, heads: Heads, bias: Tensor | None) -> Tensor:
-    scores = (query * heads.scale) @ heads.key.transpose(-2, -1)
+    """Softmax over keys `[B, H, Q, N]`, in float32 at least: in half precision importances tie."""
+    scores = ((query * heads.scale) @ heads.key.transpose(-2, -1)).to(size_dtype(query))
     return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 

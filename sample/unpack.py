@@ -16,7 +16,8 @@ def unpack_sample(archive: Path = ARCHIVE) -> Path:
     The folder appears whole or not at all, also when several processes start at once.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError, EOFError, lzma.LZMAError, tarfile.TarError: the folder cannot be written, or the
+            archive is damaged.
     """
     folder = archive.with_name("digits")
     if folder.is_dir():

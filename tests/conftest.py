@@ -1,0 +1,65 @@
+"""Shared fixtures: image folders of real files, and the command line run in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_after() -> Iterator[None]:
+    """The command line logs through the root logger: give it back as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run `main.py` with these words in this process: exit code, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def write_image(path: Path, seed: int, size: int = 40, brightest: int = 255) -> None:
+    """Noise from `seed`; `brightest` makes classes that a model can tell apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, brightest, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """ImageFolder layout: classes `cat`, `dog`, `emu`, four JPEGs each in train/ and three in val/."""
+    root = tmp_path / "data"
+    for split, count in (("train", 4), ("val", 3)):
+        for label, name in enumerate(("cat", "dog", "emu")):
+            for index in range(count):
+                write_image(root / split / name / f"{index}.jpg", seed=100 * label + index, brightest=60 + 90 * label)
+    return root
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,129 @@
+"""Pruning and merging as pure functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from diffrate.merge import SIZE_FLOOR, match, merge_tokens
+from diffrate.prune import keep_tokens, most_important
+from diffrate.tokens import TokenState, follow
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 12), st.integers(1, 2**31))
+
+
+def random_state(batch: int, tokens: int, seed: int, traced: bool = True) -> TokenState:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, tokens, 5, generator=generator, dtype=torch.float64)
+    state = TokenState(x, torch.rand(batch, tokens, generator=generator, dtype=torch.float64) + 0.5)
+    return state.traced() if traced else state
+
+
+def merge_by_hand(x: torch.Tensor, size: torch.Tensor, kept: int, weigh: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image `[N, C]`, token by token, as the paper tells it."""
+    members = {position: [x[position]] for position in range(kept)}
+    new_size = size[:kept].clone()
+    for source in range(kept, len(x)):
+        cosines = F.cosine_similarity(x[source][None], x[1:kept])
+        destination = int(cosines.argmax()) + 1
+        members[destination].append(x[source])
+        new_size[destination] += size[source] * (cosines.max() if weigh else 1)
+    features = torch.stack([torch.stack(members[position]).mean(0) for position in range(kept)])
+    return features, new_size
+
+
+@given(SHAPES, st.data(), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data: st.DataObject, weigh: bool) -> None:
+    batch, tokens, seed = shape
+    tokens += 1
+    kept = data.draw(st.integers(2, tokens - 1))
+    state = random_state(batch, tokens, seed)
+    merged = merge_tokens(state, kept, weigh_by_similarity=weigh)
+    assert state.size is not None
+    assert merged.size is not None
+    for image in range(batch):
+        features, size = merge_by_hand(state.x[image], state.size[image], kept, weigh)
+        torch.testing.assert_close(merged.x[image], features)
+        torch.testing.assert_close(merged.size[image], size.clamp(min=SIZE_FLOOR))
+
+
+@given(SHAPES, st.data())
+@settings(max_examples=50, deadline=None)
+def test_plain_sizes_are_conserved_and_follow_the_origins(shape: tuple[int, int, int], data: st.DataObject) -> None:
+    batch, tokens, seed = shape
+    tokens += 1
+    kept = data.draw(st.integers(2, tokens - 1))
+    ones = random_state(batch, tokens, seed)._replace(size=None)
+    merged = merge_tokens(ones, kept, weigh_by_similarity=False)
+    assert merged.origin is not None
+    assert merged.size is not None
+    counts = F.one_hot(merged.origin, kept).sum(1)
+    torch.testing.assert_close(merged.size, counts.double())
+
+
+@given(SHAPES, st.data(), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_pruning_keeps_the_most_important(shape: tuple[int, int, int], data: st.DataObject, class_token: bool) -> None:
+    batch, tokens, seed = shape
+    kept = data.draw(st.integers(1, tokens))
+    state = random_state(batch, tokens, seed)
+    importance = torch.rand(batch, tokens - class_token, generator=torch.Generator().manual_seed(seed))
+    index = most_important(importance, kept, class_token)
+    pruned = keep_tokens(state, index)
+    for image in range(batch):
+        order = importance[image].argsort(descending=True).tolist()
+        expected = [0, *(position + 1 for position in order)][:kept] if class_token else order[:kept]
+        assert index[image].tolist() == expected
+        torch.testing.assert_close(pruned.x[image], state.x[image][expected])
+        assert pruned.origin is not None
+        origins = pruned.origin[image].tolist()
+        assert [origins[position] for position in expected] == list(range(kept))
+        assert sorted(origins)[: tokens - kept] == [-1] * (tokens - kept)
+
+
+def test_position_zero_is_never_a_destination() -> None:
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]])
+    destination, similarity = match(x, kept=2)
+    assert destination.tolist() == [[1]]
+    torch.testing.assert_close(similarity, F.cosine_similarity(x[:, 2], x[:, 1])[None])
+
+
+def test_merging_into_one_token_prunes() -> None:
+    state = random_state(2, 6, seed=3)
+    merged = merge_tokens(state, 1, weigh_by_similarity=True)
+    torch.testing.assert_close(merged.x, state.x[:, :1])
+    assert merged.origin is not None
+    assert merged.origin.tolist() == [[0, -1, -1, -1, -1, -1]] * 2
+
+
+def test_opposite_tokens_leave_a_positive_size() -> None:
+    """Similarity -1 takes the whole size away: its logarithm must stay finite."""
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, -2.0]]])
+    merged = merge_tokens(TokenState(x), 2, weigh_by_similarity=True)
+    assert merged.size is not None
+    assert merged.size.log().isfinite().all()
+    torch.testing.assert_close(merged.size[:, 0], torch.ones(1))
+
+
+def test_zero_tokens_match_without_nan() -> None:
+    merged = merge_tokens(TokenState(torch.zeros(1, 4, 3)), 2, weigh_by_similarity=True)
+    assert merged.x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_type_and_float32_sizes(dtype: torch.dtype) -> None:
+    state = TokenState(torch.randn(2, 9, 4, dtype=dtype))
+    merged = merge_tokens(state, 4, weigh_by_similarity=True)
+    assert merged.x.dtype == dtype
+    assert merged.size is not None
+    assert merged.size.dtype == torch.float32
+
+
+def test_following_keeps_pruned_tokens_pruned() -> None:
+    origin = torch.tensor([[0, 1, -1, 2]])
+    moved = torch.tensor([[1, -1, 0]])
+    assert follow(origin, moved).tolist() == [[1, -1, -1, 0]]
