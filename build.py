@@ -97,9 +97,10 @@ def compress(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> dif
         compressed: diffrate.CompressedModel = diffrate.patch.caformer(model, input_size=input_size_of(args, entry))
     else:
         compressed = PATCHES[entry.family](model)
-    if schedule is not None:
-        compressed.check(schedule, where)
-        compressed.set_kept_num(schedule.prune, schedule.merge)
+    if schedule is None:
+        schedule = compressed.dense_schedule()
+    compressed.check(schedule, where)
+    compressed.set_kept_num(schedule.prune, schedule.merge)
     return compressed
 
 

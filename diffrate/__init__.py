@@ -3,7 +3,8 @@
 from diffrate import patch
 from diffrate.block import UnsupportedModelError
 from diffrate.patch import CompressedModel
+from diffrate.rate import RateError
 from diffrate.schedule import Schedule, ScheduleError
 from diffrate.tokens import TokenState
 
-__all__ = ["CompressedModel", "Schedule", "ScheduleError", "TokenState", "UnsupportedModelError", "patch"]
+__all__ = ["CompressedModel", "RateError", "Schedule", "ScheduleError", "TokenState", "UnsupportedModelError", "patch"]

@@ -51,7 +51,7 @@ def merge_tokens(state: TokenState, kept: int, weigh_by_similarity: bool) -> Tok
         stay = torch.arange(kept, device=x.device).expand(x.shape[0], kept)
         origin = follow(origin, torch.cat([stay, destination], dim=1))
     assert merged.shape[1] == kept < tokens
-    return TokenState(merged.to(x.dtype), size.clamp(min=SIZE_FLOOR), origin)
+    return TokenState(merged.to(x.dtype), size.clamp(min=SIZE_FLOOR), origin=origin)
 
 
 def _keep_first(state: TokenState) -> TokenState:
@@ -59,4 +59,4 @@ def _keep_first(state: TokenState) -> TokenState:
     origin = state.origin
     if origin is not None:
         origin = torch.where(origin == 0, origin, -1)
-    return TokenState(state.x[:, :1], size, origin)
+    return TokenState(state.x[:, :1], size, origin=origin)

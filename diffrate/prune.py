@@ -28,4 +28,4 @@ def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
         positions = torch.arange(index.shape[1], device=index.device).expand_as(index)
         origin = follow(origin, moved.scatter(1, index, positions))
     size = None if state.size is None else take(state.size, index)
-    return TokenState(take(state.x, index), size, origin)
+    return TokenState(take(state.x, index), size, origin=origin)

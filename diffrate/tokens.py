@@ -13,12 +13,15 @@ class TokenState(NamedTuple):
 
     x: features, `[B, N, C]`.
     size: how many input tokens each token stands for, `[B, N]`; None while all stand for one.
+    mask: 1 for tokens that are there and 0 for those that search has removed, `[B, N]`, carrying the
+        gradient to the rates; None where tokens are really dropped.
     origin: the position in `x` of the token that stands for each input token, -1 where it was
         pruned, `[B, N0]`; None when nobody asked for it.
     """
 
     x: Tensor
     size: Tensor | None = None
+    mask: Tensor | None = None
     origin: Tensor | None = None
 
     def sizes(self) -> Tensor:

@@ -58,7 +58,14 @@ def golden_model(family: str, tmp_path: Path) -> diffrate.CompressedModel:
     file = tmp_path / f"{family}.pth"
     torch.save(official_state(family), file)
     models.load_weights(model, file)
-    return getattr(diffrate.patch, family)(model)
+    return dense(getattr(diffrate.patch, family)(model))
+
+
+def dense(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
+    """`model`, told to keep every token."""
+    schedule = model.dense_schedule()
+    model.set_kept_num(schedule.prune, schedule.merge)
+    return model
 
 
 def schedule_for(family: str, kept: list[int]) -> tuple[list[int] | None, list[int]]:

@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, SupportsIndex
 
+import torch
 from torch import Tensor, nn
 
-from diffrate.kept import KeptCounts
-from diffrate.schedule import Schedule, check_schedule, make_schedule
-from diffrate.tokens import TokenState
+from diffrate.block import BlockNames, ReductionRules, fixed_block
+from diffrate.flops import Count
+from diffrate.schedule import Schedule, check_schedule, make_schedule, running_counts
+from diffrate.search import plan_search, search_block
+from diffrate.state import CompressionState
+from diffrate.tokens import TokenState, size_dtype
 
 
 class CompressedModel(nn.Module):
     """A timm model whose blocks prune and merge tokens; a family fills in the abstract methods.
 
-    Nothing in a forward pass is kept on the model: threads may share it.
+    Before `set_kept_num`, a forward pass in training mode is a step of the search, and one in
+    evaluation mode runs at the counts that the rate logits stand for. After it, both run at the
+    fixed counts. Nothing in a forward pass is kept on the model: threads may share it.
     """
 
-    compression: KeptCounts
-
-    @property
-    @abstractmethod
-    def token_limits(self) -> tuple[int, ...]:
-        """The most tokens each block of a schedule can have, class token included."""
-
-    @property
-    @abstractmethod
-    def prunes(self) -> bool:
-        """Whether schedules have pruning counts; CAFormer only merges."""
+    names: ClassVar[BlockNames]
+    rules: ClassVar[ReductionRules]
+    compression: CompressionState
 
     @abstractmethod
-    def flops_at(self, schedule: Schedule) -> int:
-        """Multiply-accumulates of one image at `schedule`."""
+    def compressible_blocks(self) -> Sequence[nn.Module]:
+        """The blocks that may reduce tokens, which the first counts of a schedule belong to."""
 
     @abstractmethod
-    def compress(self, images: Tensor, schedule: Schedule, trace: bool) -> TokenState:
-        """The tokens that `images` `[B, 3, H, W]` leave after the last compressible block."""
+    def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
+        """Multiply-accumulates of one image with these tokens entering and leaving each such block."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens `[B, N0, C]` of images `[B, 3, H, W]` before the first compressible block."""
 
     @abstractmethod
     def classify(self, state: TokenState) -> Tensor:
-        """Logits `[B, K]` from what `compress` left."""
+        """Logits `[B, K]` from what the last compressible block left."""
+
+    def needs_origins(self, schedule: Schedule | None) -> bool:
+        """Whether `classify` reads origins, at a fixed schedule or in search."""
+        return False
 
     def set_kept_num(self, prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex]) -> None:
         """Fix the kept counts of every block, class token included; `prune` is None for CAFormer.
@@ -60,32 +66,72 @@ class CompressedModel(nn.Module):
         Raises:
             ScheduleError: as `set_kept_num`.
         """
-        check_schedule(schedule, self.token_limits, self.prunes, where)
+        space = self.compression.space
+        check_schedule(schedule, space.limits, space.prunes, where)
 
     def get_kept_num(self) -> tuple[list[int] | None, list[int]]:
-        """The kept counts of every block as they were set: prune (None for CAFormer) and merge."""
-        schedule = self.compression.schedule
+        """The kept counts of every block, prune (None for CAFormer) and merge: as they were set, or
+        before that as the rate logits have them."""
+        schedule = self.compression.current()
         return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)
 
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """The rate logits: block order, prune before merge."""
+        return self.compression.logits()
+
+    def dense_schedule(self) -> Schedule:
+        """The schedule that removes nothing."""
+        space = self.compression.space
+        return Schedule(space.limits if space.prunes else None, space.limits)
+
+    def flops_at(self, schedule: Schedule) -> int:
+        """Multiply-accumulates of one image at `schedule`, as the paper counts them."""
+        blocks = len(self.compressible_blocks())
+        counts = running_counts(schedule, self.compression.space.limits[0])[:blocks]
+        return self.cost((kept.entering, kept.merged) for kept in counts)
+
     def flops(self) -> int:
-        """Multiply-accumulates of one image at the kept counts, as the paper counts them."""
-        return self.flops_at(self.compression.schedule)
+        """`flops_at` the present kept counts."""
+        return self.flops_at(self.compression.current())
 
     def forward(self, images: Tensor, return_flop: bool = True) -> Any:
         """Logits `[B, K]` of images `[B, 3, H, W]`, and with `return_flop` the cost of one image.
 
-        The cost is in multiply-accumulates, as the paper counts them.
+        The cost is in multiply-accumulates: an integer at fixed counts, in search a scalar tensor
+        that carries the gradient to the rates.
         """
-        schedule = self.compression.schedule
-        logits = self.classify(self.compress(images, schedule, trace=False))
+        if self.training and self.compression.schedule is None:
+            logits, flops = self._search(images)
+            return (logits, flops) if return_flop else logits
+        schedule = self.compression.current()
+        logits = self.classify(self._compress(images, schedule, trace=self.needs_origins(schedule)))
         return (logits, self.flops_at(schedule)) if return_flop else logits
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of `images` `[B, 3, H, W]`: features, sizes, and the origins they come from."""
-        state = self.compress(images, self.compression.schedule, trace=True)
+        state = self._compress(images, self.compression.current(), trace=True)
         return state._replace(size=state.sizes())
 
-    def dense_schedule(self) -> Schedule:
-        """The schedule that removes nothing."""
-        limits = self.token_limits
-        return Schedule(limits if self.prunes else None, limits)
+    def _compress(self, images: Tensor, schedule: Schedule, trace: bool) -> TokenState:
+        """The tokens after the last compressible block at fixed counts."""
+        state = TokenState(self.embed(images))
+        if trace:
+            state = state.traced()
+        # Not strict: CAFormer's schedules have counts for the blocks after the compressible ones too.
+        for block, kept in zip(self.compressible_blocks(), running_counts(schedule, state.x.shape[1]), strict=False):
+            state = fixed_block(block, self.names, self.rules, state, kept)
+        return state
+
+    def _search(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the search: logits, and the expected cost with gradients."""
+        x = self.embed(images)
+        blocks = self.compressible_blocks()
+        plans = plan_search(self.compression.draw(), len(blocks), x.shape[1])
+        state = TokenState(x, mask=torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device))
+        if self.needs_origins(None):
+            state = state.traced()
+        for block, plan in zip(blocks, plans, strict=True):
+            state = search_block(block, self.names, self.rules, state, plan)
+        flops = self.cost(plan.cost for plan in plans)
+        assert isinstance(flops, Tensor)
+        return self.classify(state), flops

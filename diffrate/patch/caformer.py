@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,20 +10,12 @@ from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
 from diffrate.block import BlockNames, ReductionRules, UnsupportedModelError, check_block, fixed_block
-from diffrate.flops import StageShape, caformer_flops
-from diffrate.kept import KeptCounts
+from diffrate.flops import Count, StageShape, caformer_flops
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError, running_counts
+from diffrate.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
+from diffrate.state import CompressionState, SearchSpace
 from diffrate.tokens import TokenState
 
-NAMES = BlockNames(
-    attention="token_mixer",
-    branch1=("drop_path1", "layer_scale1"),
-    branch2=("drop_path2", "layer_scale2"),
-    skip1=("res_scale1",),
-    skip2=("res_scale2",),
-)
-RULES = ReductionRules(class_token=False, weigh_by_similarity=False)
 MIXERS = (SepConv, SepConv, Attention, Attention)
 # timm's port of the head normalises with 1e-6, the original with 1e-5: logits differ by 1e-6.
 ORIGINAL_HEAD_EPS = 1e-5
@@ -33,49 +26,44 @@ Grid = tuple[int, int]
 class CompressedCaformer(CompressedModel, MetaFormer):
     """A CAFormer whose third stage merges tokens. `grids` are the rows and columns of each stage."""
 
+    names = BlockNames(
+        attention="token_mixer",
+        branch1=("drop_path1", "layer_scale1"),
+        branch2=("drop_path2", "layer_scale2"),
+        skip1=("res_scale1",),
+        skip2=("res_scale2",),
+    )
+    rules = ReductionRules(class_token=False, weigh_by_similarity=False)
     grids: tuple[Grid, ...]
     stages: Any  # typed by timm as plain modules
     head: Any
 
-    @property
-    def token_limits(self) -> tuple[int, ...]:
-        return tuple(_area(self.grids[stage]) for stage in (2, 3) for _ in self.stages[stage].blocks)
+    def compressible_blocks(self) -> Sequence[nn.Module]:
+        return self.stages[2].blocks
 
-    @property
-    def prunes(self) -> bool:
-        return False
+    def needs_origins(self, schedule: Schedule | None) -> bool:
+        """To restore the grid before stage 4, unless nothing was removed."""
+        return schedule is None or min(schedule.merge[: len(self.stages[2].blocks)]) < _area(self.grids[2])
 
     def check(self, schedule: Schedule, where: str = "") -> None:
         super().check(schedule, where)
         third = len(self.stages[2].blocks)
-        for block, (count, limit) in enumerate(zip(schedule.merge, self.token_limits, strict=True)):
+        for block, (count, limit) in enumerate(zip(schedule.merge, self.compression.space.limits, strict=True)):
             if block >= third and count != limit:
                 raise ScheduleError(
                     f"{where}{MERGE_FIELD}[{block}]: found {count}; accepted: {limit}, stage 4 is never compressed"
                 )
 
-    def flops_at(self, schedule: Schedule) -> int:
-        counts = [(kept.entering, kept.merged) for kept in self._third_stage_counts(schedule)]
-        shapes = _stage_shapes(self)
-        return caformer_flops(
-            shapes, self.num_classes, self.stages[0].blocks[0].token_mixer.dwconv.kernel_size[0], counts
-        )
+    def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
+        kernel = self.stages[0].blocks[0].token_mixer.dwconv.kernel_size[0]
+        return caformer_flops(_stage_shapes(self), self.num_classes, kernel, counts)
 
-    def compress(self, images: Tensor, schedule: Schedule, trace: bool) -> TokenState:
-        x = self.stages[1](self.stages[0](self.stem(images)))
-        third = self.stages[2]
-        x = third.downsample(x)
+    def embed(self, images: Tensor) -> Tensor:
+        x = self.stages[2].downsample(self.stages[1](self.stages[0](self.stem(images))))
         if tuple(x.shape[-2:]) != self.grids[2]:
-            raise ValueError(
-                f"images {list(images.shape[-2:])} make {list(x.shape[-2:])} tokens; accepted: {list(self.grids[2])}"
-            )
-        state = TokenState(x.flatten(2).transpose(1, 2))
-        counts = self._third_stage_counts(schedule)
-        if trace or counts[-1].merged < counts[0].entering:
-            state = state.traced()
-        for block, kept in zip(third.blocks, counts, strict=True):
-            state = fixed_block(block, NAMES, RULES, state, kept)
-        return state
+            found, expected = list(x.shape[-2:]), list(self.grids[2])
+            raise ValueError(f"images of {list(images.shape[-2:])} make {found} tokens; accepted: {expected}")
+        return x.flatten(2).transpose(1, 2)
 
     def classify(self, state: TokenState) -> Tensor:
         fourth = self.stages[3]
@@ -83,38 +71,55 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         state = TokenState(x.flatten(2).transpose(1, 2))
         tokens = state.x.shape[1]
         for block in fourth.blocks:
-            state = fixed_block(block, NAMES, RULES, state, Kept(tokens, tokens, tokens))
+            state = fixed_block(block, self.names, self.rules, state, Kept(tokens, tokens, tokens))
         return self.forward_head(_as_grid(state.x, self.grids[3]))
-
-    def _third_stage_counts(self, schedule: Schedule) -> list[Kept]:
-        third = Schedule(None, schedule.merge[: len(self.stages[2].blocks)])
-        return running_counts(third, _area(self.grids[2]))
 
 
 def restore(state: TokenState) -> Tensor:
     """Features for every input position `[B, N0, C]`: those of the token that stands for it.
 
-    A position without one, which only a count of 1 leaves (`merge_tokens`), gets zeros.
+    A position without one, which only a count of 1 leaves (`merge_tokens`), gets zeros. In search
+    tokens are still in place: a masked one gives way to the one that stands for it by the share
+    that its mask says, and so passes on how much its own features were worth.
     """
     if state.origin is None:
         return state.x
     index = state.origin.clamp(min=0).unsqueeze(-1).expand(-1, -1, state.x.shape[-1])
-    return torch.where((state.origin >= 0).unsqueeze(-1), state.x.gather(1, index), 0)
+    standing = torch.where((state.origin >= 0).unsqueeze(-1), state.x.gather(1, index), 0)
+    if state.mask is None:
+        return standing
+    return torch.lerp(standing, state.x, state.mask.to(state.x.dtype).unsqueeze(-1))
 
 
-def caformer(model: nn.Module, input_size: int = 224) -> CompressedCaformer:
-    """Patch a timm CAFormer for square images of `input_size`, in place; it keeps every token
-    until `set_kept_num`. The head's norm gets the original's epsilon.
+def caformer(
+    model: nn.Module, prune_granularity: int = 4, merge_granularity: int = 4, input_size: int = 224
+) -> CompressedCaformer:
+    """Patch a timm CAFormer for square images of `input_size`, in place.
+
+    The search leaves the first and last block of stage 3 whole. CAFormer only merges: the pruning
+    granularity is there because the three families are called alike. The head's norm gets the
+    original's epsilon.
 
     Raises:
         UnsupportedModelError: `model` is not a MetaFormer of two convolution and two attention stages.
+        RateError: a granularity below 1.
     """
     _check_caformer(model)
+    grids = _grids(model, (input_size, input_size))
+    stages: Any = model.stages
+    depths = [len(stage.blocks) for stage in stages]
+    space = SearchSpace(
+        limits=(_area(grids[2]),) * depths[2] + (_area(grids[3]),) * depths[3],
+        searchable=tuple(range(1, depths[2] - 1)),
+        prunes=False,
+        class_token=False,
+    )
+    compression = CompressionState(space, prune_granularity, merge_granularity)
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
     model.head.fc.norm.eps = ORIGINAL_HEAD_EPS
-    model.grids = _grids(model, (input_size, input_size))
-    model.add_module("compression", KeptCounts(model.dense_schedule()))
+    model.grids = grids
+    model.add_module("compression", compression)
     return model
 
 
@@ -128,7 +133,7 @@ def _check_caformer(model: nn.Module) -> None:
         raise UnsupportedModelError(f"found stages of {found}; accepted: SepConv, SepConv, Attention, Attention")
     for index in (2, 3):
         for position, block in enumerate(stages[index].blocks):
-            check_block(block, NAMES, f"stages.{index}.blocks.{position}")
+            check_block(block, CompressedCaformer.names, f"stages.{index}.blocks.{position}")
 
 
 def _stage_shapes(model: CompressedCaformer) -> tuple[StageShape, StageShape, StageShape, StageShape]:

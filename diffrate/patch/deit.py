@@ -16,12 +16,15 @@ class CompressedDeit(CompressedVit, VisionTransformer):
         return self.forward_head(self.norm(state.x))
 
 
-def deit(model: nn.Module) -> CompressedDeit:
-    """Patch a timm ViT with a class token, in place; it keeps every token until `set_kept_num`.
+def deit(model: nn.Module, prune_granularity: int = 4, merge_granularity: int = 4) -> CompressedDeit:
+    """Patch a timm ViT with a class token, in place. The search leaves block 0 whole.
+
+    The granularities are the steps between the candidates of a count.
 
     Raises:
         UnsupportedModelError: `model` is no plain ViT that classifies from its class token.
+        RateError: a granularity below 1.
     """
-    patch_vit(model, CompressedDeit, pool="token")
+    patch_vit(model, CompressedDeit, "token", {0}, (prune_granularity, merge_granularity))
     assert isinstance(model, CompressedDeit)
     return model

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from diffrate.block import BlockNames, ReductionRules, UnsupportedModelError, check_block, fixed_block
-from diffrate.flops import VitShape, vit_flops
-from diffrate.kept import KeptCounts
+from diffrate.block import BlockNames, ReductionRules, UnsupportedModelError, check_block
+from diffrate.flops import Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Schedule, running_counts
-from diffrate.tokens import TokenState
-
-NAMES = BlockNames(attention="attn", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
-RULES = ReductionRules(class_token=True, weigh_by_similarity=True)
+from diffrate.state import CompressionState, SearchSpace
 
 # Typed as a ViT for the reader and the type checker; at run time the families mix it in themselves.
 _Vit = VisionTransformer if TYPE_CHECKING else nn.Module
@@ -25,45 +21,47 @@ _Vit = VisionTransformer if TYPE_CHECKING else nn.Module
 class CompressedVit(CompressedModel, _Vit):
     """Mixed in before timm's VisionTransformer by the families."""
 
+    names = BlockNames(attention="attn", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
+    rules = ReductionRules(class_token=True, weigh_by_similarity=True)
     blocks: Any  # typed by timm as plain modules
 
-    @property
-    def token_limits(self) -> tuple[int, ...]:
-        return (self.patch_embed.num_patches + 1,) * len(self.blocks)
+    def compressible_blocks(self) -> Sequence[nn.Module]:
+        return self.blocks
 
-    @property
-    def prunes(self) -> bool:
-        return True
-
-    def flops_at(self, schedule: Schedule) -> int:
-        tokens = self.token_limits[0]
-        counts = [(kept.entering, kept.merged) for kept in running_counts(schedule, tokens)]
+    def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
         return vit_flops(_shape(self), counts)
 
-    def compress(self, images: Tensor, schedule: Schedule, trace: bool) -> TokenState:
-        x = self.norm_pre(self._pos_embed(self.patch_embed(images)))
-        state = TokenState(x)
-        if trace:
-            state = state.traced()
-        for block, kept in zip(self.blocks, running_counts(schedule, x.shape[1]), strict=True):
-            state = fixed_block(block, NAMES, RULES, state, kept)
-        return state
+    def embed(self, images: Tensor) -> Tensor:
+        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
 
 
-def patch_vit(model: nn.Module, compressed: type[CompressedVit], pool: str) -> nn.Module:
-    """Turn `model`, in place, into a `compressed` that keeps every token until told otherwise.
+def patch_vit(
+    model: nn.Module, compressed: type[CompressedVit], pool: str, whole: set[int], granularity: tuple[int, int]
+) -> None:
+    """Turn `model`, in place, into a `compressed`.
+
+    `whole` are the blocks that the search leaves alone, counted from the end when negative;
+    `granularity` is that of pruning and of merging.
 
     Raises:
         UnsupportedModelError: `model` is not a plain ViT that pools by `pool`.
+        RateError: a granularity below 1.
     """
-    _check_vit(model, pool)
+    _check_vit(model, pool, compressed.names)
+    assert isinstance(model, VisionTransformer)
+    depth = len(model.blocks)
+    space = SearchSpace(
+        limits=(model.patch_embed.num_patches + 1,) * depth,
+        searchable=tuple(block for block in range(depth) if not {block, block - depth} & whole),
+        prunes=True,
+        class_token=True,
+    )
+    compression = CompressionState(space, *granularity)
     model.__class__ = compressed
-    assert isinstance(model, compressed)
-    model.add_module("compression", KeptCounts(model.dense_schedule()))
-    return model
+    model.add_module("compression", compression)
 
 
-def _check_vit(model: Any, pool: str) -> None:
+def _check_vit(model: Any, pool: str, names: BlockNames) -> None:
     if type(model) is not VisionTransformer:
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm VisionTransformer not yet patched")
     refused = {
@@ -81,13 +79,13 @@ def _check_vit(model: Any, pool: str) -> None:
         if type(block) is not Block or type(block.attn) is not Attention:
             kinds = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
             raise UnsupportedModelError(f"{where}: found {kinds}; accepted: timm's Block with Attention")
-        check_block(block, NAMES, where)
+        check_block(block, names, where)
 
 
 def _shape(model: CompressedVit) -> VitShape:
     patch = model.patch_embed.proj
     return VitShape(
-        tokens=model.token_limits[0],
+        tokens=model.compression.space.limits[0],
         width=model.embed_dim,
         hidden=model.blocks[0].mlp.fc1.out_features,
         patch_inputs=patch.in_channels * patch.kernel_size[0] * patch.kernel_size[1],

@@ -1,0 +1,123 @@
+"""What compression adds to a model's state: rate logits to search with, kept counts to run at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffrate.rate import Choice, candidate_count, draw
+from diffrate.schedule import Schedule, make_schedule
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a family lets the search choose.
+
+    limits: the most tokens of each block of a schedule, class token included.
+    searchable: the blocks with choices; the others stay whole.
+    prunes: whether each has a pruning choice beside its merging choice.
+    class_token: whether the first token is one.
+    """
+
+    limits: tuple[int, ...]
+    searchable: tuple[int, ...]
+    prunes: bool
+    class_token: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The choices of a block, in order."""
+        return ("prune", "merge") if self.prunes else ("merge",)
+
+
+class CompressionState(nn.Module):
+    """The rate logits as parameters, and the fixed schedule once there is one.
+
+    The schedule is held as Python integers (static shapes, no device sync, constants to
+    `torch.export`) and travels in the state dict as a tensor. Official checkpoints know nothing of
+    either, and load strictly all the same.
+    """
+
+    def __init__(self, space: SearchSpace, prune_granularity: int, merge_granularity: int) -> None:
+        super().__init__()
+        self.space = space
+        self.granularity = {"prune": prune_granularity, "merge": merge_granularity}
+        self.schedule: Schedule | None = None
+        for block in space.searchable:
+            for kind in space.kinds:
+                candidates = candidate_count(self.patches(block), self.granularity[kind])
+                self.register_parameter(f"{kind}{block}", nn.Parameter(torch.zeros(candidates)))
+
+    def patches(self, block: int) -> int:
+        """Tokens of `block` that can go."""
+        return self.space.limits[block] - self.space.class_token
+
+    def logits(self) -> list[nn.Parameter]:
+        """Rate logits in block order, prune before merge."""
+        return [self.get_parameter(f"{kind}{block}") for block in self.space.searchable for kind in self.space.kinds]
+
+    def draw(self) -> dict[int, dict[str, Choice]]:
+        """The choices of every searchable block at the present logits."""
+        drawn: dict[int, dict[str, Choice]] = {block: {} for block in self.space.searchable}
+        patches = self.patches(self.space.searchable[0])
+        for kind in self.space.kinds:
+            logits = torch.stack([self.get_parameter(f"{kind}{block}") for block in self.space.searchable])
+            choices = draw(logits, patches, self.granularity[kind], self.space.class_token)
+            for block, choice in zip(self.space.searchable, choices, strict=True):
+                drawn[block][kind] = choice
+        return drawn
+
+    @torch.no_grad()
+    def expected_schedule(self) -> Schedule:
+        """The kept counts that the rate logits stand for; blocks without a choice keep all."""
+        drawn = self.draw()
+
+        def counts(kind: str) -> list[int]:
+            limits: Sequence[int] = self.space.limits
+            return [drawn[block][kind].count if block in drawn else limit for block, limit in enumerate(limits)]
+
+        return make_schedule(counts("prune") if self.space.prunes else None, counts("merge"))
+
+    def current(self) -> Schedule:
+        """The fixed schedule, or before there is one that of the rate logits."""
+        return self.expected_schedule() if self.schedule is None else self.schedule
+
+    def get_extra_state(self) -> Tensor:
+        """The fixed counts `[2, blocks]`, prune and merge (`[1, blocks]` without prune); `[0]` for none."""
+        if self.schedule is None:
+            return torch.empty(0, dtype=torch.int64)
+        rows = [self.schedule.merge] if self.schedule.prune is None else [self.schedule.prune, self.schedule.merge]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the counts of another model of the same shape.
+
+        Raises:
+            ValueError: another number of blocks, or counts of another kind of model.
+        """
+        if state.numel() == 0:
+            self.schedule = None
+            return
+        expected = [len(self.space.kinds), len(self.space.limits)]
+        if list(state.shape) != expected:
+            raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {expected}")
+        *prune, merge = state.tolist()
+        self.schedule = make_schedule(prune[0] if prune else None, merge)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known = any(key.startswith(prefix) for key in state_dict)
+        missing = missing_keys if known else []  # an official file: its weights are all there is to load
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
