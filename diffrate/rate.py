@@ -53,10 +53,14 @@ def expected_counts(logits: Tensor, patches: int, granularity: int, class_token:
 
     In float32 at least, outside autocast: half precision would round another way.
     """
+    return ste_ceil(expectation(logits, patches, granularity)) + class_token
+
+
+def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
+    """Expected kept patch counts `[...]` of logits `[..., K]`, not rounded."""
     with torch.autocast(logits.device.type, enabled=False):
-        probability = _probabilities(logits)
-        candidates = patches - granularity * torch.arange(logits.shape[1], device=logits.device)
-        return ste_ceil((probability * candidates).sum(-1)) + class_token
+        candidates = patches - granularity * torch.arange(logits.shape[-1], device=logits.device)
+        return (_probabilities(logits) * candidates).sum(-1)
 
 
 def survival_probabilities(logits: Tensor, patches: int, granularity: int, class_token: bool) -> Tensor:

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffrate.rate import Choice, candidate_count, draw
+from diffrate.rate import Choice, candidate_count, draw, expectation
 from diffrate.schedule import Schedule, make_schedule
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """What a family lets the search choose.
-
-    limits: the most tokens of each block of a schedule, class token included.
-    searchable: the blocks with choices; the others stay whole.
-    prunes: whether each has a pruning choice beside its merging choice.
-    class_token: whether the first token is one.
-    """
-
-    limits: tuple[int, ...]
-    searchable: tuple[int, ...]
-    prunes: bool
-    class_token: bool
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The choices of a block, in order."""
-        return ("prune", "merge") if self.prunes else ("merge",)
+from diffrate.space import SearchSpace
 
 
 class CompressionState(nn.Module):
@@ -56,9 +34,13 @@ class CompressionState(nn.Module):
         """Tokens of `block` that can go."""
         return self.space.limits[block] - self.space.class_token
 
+    def choices(self) -> list[tuple[int, str]]:
+        """Block and kind of each choice: block order, prune before merge."""
+        return [(block, kind) for block in self.space.searchable for kind in self.space.kinds]
+
     def logits(self) -> list[nn.Parameter]:
-        """Rate logits in block order, prune before merge."""
-        return [self.get_parameter(f"{kind}{block}") for block in self.space.searchable for kind in self.space.kinds]
+        """The rate logits in the order of `choices`."""
+        return [self.get_parameter(f"{kind}{block}") for block, kind in self.choices()]
 
     def draw(self) -> dict[int, dict[str, Choice]]:
         """The choices of every searchable block at the present logits."""
@@ -75,12 +57,16 @@ class CompressionState(nn.Module):
     def expected_schedule(self) -> Schedule:
         """The kept counts that the rate logits stand for; blocks without a choice keep all."""
         drawn = self.draw()
+        return self.space.schedule([choice.count for block in drawn.values() for choice in block.values()])
 
-        def counts(kind: str) -> list[int]:
-            limits: Sequence[int] = self.space.limits
-            return [drawn[block][kind].count if block in drawn else limit for block, limit in enumerate(limits)]
-
-        return make_schedule(counts("prune") if self.space.prunes else None, counts("merge"))
+    @torch.no_grad()
+    def expected_counts(self) -> list[float]:
+        """The expected counts before rounding, one per choice in the order of `logits`."""
+        class_token = self.space.class_token
+        return [
+            float(expectation(rate, self.patches(block), self.granularity[kind])) + class_token
+            for (block, kind), rate in zip(self.choices(), self.logits(), strict=True)
+        ]
 
     def current(self) -> Schedule:
         """The fixed schedule, or before there is one that of the rate logits."""

@@ -81,8 +81,7 @@ class CompressedModel(nn.Module):
 
     def dense_schedule(self) -> Schedule:
         """The schedule that removes nothing."""
-        space = self.compression.space
-        return Schedule(space.limits if space.prunes else None, space.limits)
+        return self.compression.space.dense()
 
     def flops_at(self, schedule: Schedule) -> int:
         """Multiply-accumulates of one image at `schedule`, as the paper counts them."""

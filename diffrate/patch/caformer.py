@@ -13,7 +13,8 @@ from diffrate.block import BlockNames, ReductionRules, UnsupportedModelError, ch
 from diffrate.flops import Count, StageShape, caformer_flops
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
-from diffrate.state import CompressionState, SearchSpace
+from diffrate.space import SearchSpace
+from diffrate.state import CompressionState
 from diffrate.tokens import TokenState
 
 MIXERS = (SepConv, SepConv, Attention, Attention)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diffrate.block import BlockNames, ReductionRules, UnsupportedModelError, check_block
 from diffrate.flops import Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel
-from diffrate.state import CompressionState, SearchSpace
+from diffrate.space import SearchSpace
+from diffrate.state import CompressionState
 
 # Typed as a ViT for the reader and the type checker; at run time the families mix it in themselves.
 _Vit = VisionTransformer if TYPE_CHECKING else nn.Module
