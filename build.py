@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from torch.utils.data import DataLoader, Sampler
 
 import diffrate
 import models
-from datasets import DataError, LabelledDataset, build_dataset, data_root
+from datasets import DataError, LabelledDataset, SeededSamples, build_dataset, data_root
+from diffrate.budget import check_target
 from diffrate.schedule import find_schedule
 from flags import FROM_SCRATCH, OFFICIAL, PROJECT
 from models.zoo import SAMPLE_MODEL
@@ -24,6 +28,7 @@ from utils import Runtime, UsageError, local_main_first
 log = logging.getLogger(__name__)
 
 PATCHES = {"deit": diffrate.patch.deit, "mae": diffrate.patch.mae}
+PROJECT_RATES = PROJECT / "compression_rate.json"
 TARGET_OF_SAMPLE = 0.024  # GFLOPs: half of the sample model's
 
 
@@ -55,6 +60,35 @@ def read_weights(args: Namespace, entry: models.ModelEntry, runtime: Runtime) ->
         return models.read_state(source), str(source)
 
 
+def trained_model(
+    args: Namespace, entry: models.ModelEntry, runtime: Runtime, **options: Any
+) -> tuple[nn.Module, LabelledDataset]:
+    """The plain model with the weights that the flags name, and the validation split it fits.
+
+    Raises:
+        CheckpointError, DataError, ScheduleError, UsageError: one of them is not there or does not fit.
+    """
+    check_inputs(args, entry)
+    state, name = read_weights(args, entry, runtime)
+    head = None if state is None else models.head_classes(state)
+    dataset = eval_dataset(args, entry, head)
+    model = dense_model(entry, input_size_of(args, entry), num_classes=head or len(dataset.classes), **options)
+    if state is not None:
+        models.fit_state(model, state, name)
+    return model, dataset
+
+
+def check_targets(targets: Sequence[float], model: nn.Module, entry: models.ModelEntry, args: Namespace) -> None:
+    """Refuse GFLOPs that no schedule of `model` can meet, before anything is searched.
+
+    Raises:
+        BudgetError: gives the reachable range.
+    """
+    compressed = patch(copy.deepcopy(model), entry, args)
+    for target in targets:
+        check_target(target * 1e9, compressed.compression.space, compressed.flops_at)
+
+
 def dense_model(entry: models.ModelEntry, input_size: int, **options: Any) -> nn.Module:
     """The plain timm model of a zoo entry for square images of `input_size`, with fresh weights.
 
@@ -78,12 +112,21 @@ def chosen_schedule(args: Namespace, entry: models.ModelEntry) -> tuple[diffrate
     """
     if not args.load_compression_rate:
         return None, ""
-    file, target = args.compression_rate_file, args.target_flops
-    if file is None:
-        file = PROJECT / "compression_rate.json"
-        if target is None and entry.name == SAMPLE_MODEL:
-            target = TARGET_OF_SAMPLE
+    target = args.target_flops[0] if args.target_flops else None
+    if target is None and entry.name == SAMPLE_MODEL and args.compression_rate_file is None:
+        target = TARGET_OF_SAMPLE
+    file = rate_file(args)
     return find_schedule(file, entry.schedule_key, target), f"{file}: {entry.schedule_key}: "
+
+
+def rate_file(args: Namespace) -> Path:
+    """Where schedules are read from."""
+    return args.compression_rate_file or PROJECT_RATES
+
+
+def targets_of(args: Namespace) -> list[float]:
+    """The budgets to meet, in GFLOPs; the sample has one of its own."""
+    return args.target_flops or [TARGET_OF_SAMPLE]
 
 
 def compress(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> diffrate.CompressedModel:
@@ -93,15 +136,38 @@ def compress(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> dif
         ScheduleError: no such schedule, or one that does not fit.
     """
     schedule, where = chosen_schedule(args, entry)
-    if entry.family == "caformer":
-        compressed: diffrate.CompressedModel = diffrate.patch.caformer(model, input_size=input_size_of(args, entry))
-    else:
-        compressed = PATCHES[entry.family](model)
+    compressed = patch(model, entry, args)
     if schedule is None:
         schedule = compressed.dense_schedule()
     compressed.check(schedule, where)
     compressed.set_kept_num(schedule.prune, schedule.merge)
     return compressed
+
+
+def patch(model: nn.Module, entry: models.ModelEntry, args: Namespace) -> diffrate.CompressedModel:
+    """Patch `model` in place, ready to search.
+
+    Raises:
+        RateError: a granularity that leaves no choice.
+    """
+    steps = (args.granularity, args.granularity)
+    if entry.family == "caformer":
+        return diffrate.patch.caformer(model, *steps, input_size=input_size_of(args, entry))
+    return PATCHES[entry.family](model, *steps)
+
+
+def start_rates(compressed: diffrate.CompressedModel, entry: models.ModelEntry, args: Namespace) -> None:
+    """Start the rates at the schedule of `--init_compression_rate`, if there is one.
+
+    Raises:
+        ScheduleError: no such schedule, or one that does not fit.
+    """
+    if args.init_compression_rate is None:
+        return
+    file = rate_file(args)
+    schedule = find_schedule(file, entry.schedule_key, args.init_compression_rate)
+    compressed.check(schedule, f"{file}: {entry.schedule_key}: ")
+    compressed.compression.start_at(schedule)
 
 
 def eval_dataset(args: Namespace, entry: models.ModelEntry, head: int | None) -> LabelledDataset:
@@ -150,14 +216,15 @@ def train_loader(dataset: LabelledDataset, args: Namespace, runtime: Runtime) ->
         UsageError: fewer images than one batch over all processes.
     """
     processes = runtime.processes
-    sampler = train_sampler(dataset, processes.rank, processes.world, args.repeated_aug, args.seed)
-    loader = _loader(dataset, sampler, args, runtime, drop_last=True)
+    samples = SeededSamples(dataset)
+    sampler = train_sampler(samples, processes.rank, processes.world, args.repeated_aug, args.seed)
+    loader = _loader(samples, sampler, args, runtime, drop_last=True)
     if len(loader) == 0:
         raise DataError(f"--batch-size {args.batch_size}: accepted: up to {len(sampler)}, the images of a process")
     return loader
 
 
-def _loader(dataset: Any, sampler: Sampler[int], args: Namespace, runtime: Runtime, drop_last: bool) -> DataLoader[Any]:
+def _loader(dataset: Any, sampler: Sampler[Any], args: Namespace, runtime: Runtime, drop_last: bool) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         sampler=sampler,

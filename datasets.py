@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import lzma
+import random
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
@@ -18,6 +22,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from sample.unpack import ARCHIVE as SAMPLE_ARCHIVE
 from sample.unpack import unpack_sample
+from utils import seed_everything
 
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 IMAGENET_CLASSES = 1000
@@ -120,6 +125,34 @@ class ClassFolder(ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         classes, order = super().find_classes(directory)
         return classes, order if self.head is None else label_outputs(classes, self.head, directory)
+
+
+class SeededSamples(Dataset[tuple[Any, int]]):
+    """A data set whose augmentation is drawn from a seed that comes with each index."""
+
+    def __init__(self, dataset: LabelledDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        index, seed = key
+        with seeded(seed):
+            return self.dataset[index]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside the block, whichever generator, and go on as before after it."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            seed_everything(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def label_outputs(classes: Sequence[str], head: int, folder: str) -> dict[str, int]:

@@ -66,7 +66,7 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], runtime: Runtime) -> Sco
         return f"loss {loss / images:.4f}  acc@1 {100 * top1 / images:.3f}  acc@5 {100 * top5 / images:.3f}"
 
     for images, labels in with_progress(loader, len(loader), "Test:", runtime.print_freq, describe, log):
-        images, labels = _to_device(images, labels, runtime)
+        images, labels = to_device(images, labels, runtime)
         with runtime.autocast():
             logits = model(images, return_flop=False)
         sums += _batch_sums(logits.float(), labels)
@@ -132,7 +132,7 @@ def finetune_epoch(
         update = epoch * len(loader) + step
         if recipe.scheduler is not None:
             recipe.scheduler.step_update(update)
-        loss = _train_step(model, recipe, *_to_device(images, labels, runtime), runtime).item()
+        loss = _train_step(model, recipe, *to_device(images, labels, runtime), runtime).item()
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}; try a lower --lr or --amp off")
         if recipe.ema is not None:
@@ -167,7 +167,8 @@ def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
     return counts.double()
 
 
-def _to_device(images: Tensor, labels: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
+def to_device(images: Tensor, labels: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """A batch on the device that computes."""
     return images.to(runtime.device, non_blocking=True), labels.to(runtime.device, non_blocking=True)
 
 

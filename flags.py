@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from datasets import DATA_SETS
+from diffrate.baselines import BASELINES
 from models.zoo import SAMPLE_MODEL, ZOO
+from searching import FLOPS_LOSSES
 from utils import UsageError, usable_cores
 
 PROJECT = Path(__file__).resolve().parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
-MODES = ("eval", "finetune", "benchmark")
+MODES = ("eval", "finetune", "benchmark", "baseline")
+# What suits small digits, where DeiT's recipe is made for photographs.
+SAMPLE_RECIPE = {
+    **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
+    **{"drop_path": 0.0, "affine": (10.0, 0.0, 0.1), "repeated_aug": False, "flops_loss": "relative"},
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +59,7 @@ def get_args_parser() -> Parser:
     _add_model_flags(parser)
     _add_data_flags(parser)
     _add_run_flags(parser)
+    _add_search_flags(parser)
     _add_training_flags(parser)
     _add_augmentation_flags(parser)
     return parser
@@ -63,9 +71,14 @@ def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: a flag, a value, or a combination that makes no sense.
     """
-    args = get_args_parser().parse_args(words)
-    if sum(bool(getattr(args, mode)) for mode in MODES) != 1:
-        raise UsageError(f"accepted: exactly one of {', '.join('--' + mode for mode in MODES)}")
+    parser = get_args_parser()
+    args = parser.parse_args(words)
+    if args.model == SAMPLE_MODEL or (args.model is None and args.data_path is None):
+        parser.set_defaults(**SAMPLE_RECIPE)
+        args = parser.parse_args(words)
+    if sum(bool(getattr(args, mode)) for mode in MODES) > 1:
+        raise UsageError(f"accepted: one of {', '.join('--' + mode for mode in MODES)}, or none to search")
+    searching = not any(getattr(args, mode) for mode in MODES)
     sample = args.data_path is None and args.data_set in (None, "SAMPLE")
     args.data_set = args.data_set or ("SAMPLE" if sample else "IMNET")
     if args.model is None:
@@ -78,21 +91,45 @@ def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
         args.checkpoint = args.finetune
     if args.checkpoint is None:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
+    if args.epochs is None:
+        args.epochs = 3 if searching else 30
+    if searching and args.output_dir is None:
+        args.output_dir = Path("output")
     _check_numbers(args)
+    _check_targets(args, searching)
     return args
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
-    if (args.target_flops is not None or args.compression_rate_file) and not args.load_compression_rate:
-        raise UsageError("--target_flops and --compression_rate_file need --load_compression_rate")
-    if args.finetune and (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+    if not args.eval and not args.benchmark and (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
         raise UsageError(f"--batch-size {args.batch_size}: accepted: an even number with --mixup or --cutmix")
     if args.affine is not None:
         degrees, shift, rescale = args.affine
         if not (0 <= degrees <= 180 and 0 <= shift <= 1 and 0 <= rescale < 1):
             raise UsageError(f"--affine {degrees} {shift} {rescale}: accepted: 0 to 180, 0 to 1, 0 to below 1")
+
+
+def _check_targets(args: argparse.Namespace, searching: bool) -> None:
+    meeting = searching or args.baseline
+    if not meeting and args.target_flops is not None:
+        if not args.load_compression_rate:
+            raise UsageError("--target_flops needs --load_compression_rate, a search or a --baseline")
+        if len(args.target_flops) > 1:
+            raise UsageError(f"--target_flops: found {len(args.target_flops)} targets; accepted: one, or a search")
+    if meeting and args.load_compression_rate:
+        raise UsageError("--load_compression_rate goes with --eval, --finetune and --benchmark")
+    if meeting and args.target_flops is None and args.model != SAMPLE_MODEL:
+        raise UsageError("--target_flops is needed: the GFLOPs that the schedule is to meet")
+    if args.compression_rate_file and not args.load_compression_rate and args.init_compression_rate is None:
+        raise UsageError("--compression_rate_file needs --load_compression_rate or --init_compression_rate")
+    if args.resume and not (searching or args.eval):
+        raise UsageError("--resume goes with a search or --eval")
+    if args.resume and args.eval and args.load_compression_rate:
+        raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
+    if args.arch_min_lr > args.arch_lr:
+        raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
 
 
 def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):
@@ -114,7 +151,7 @@ NOT_NEGATIVE, WORKERS = _number(float, 0), _number(int, 0)
 
 
 def _add_mode_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("what to do, exactly one")
+    group = parser.add_argument_group("what to do; without any of these, search")
     group.add_argument("--eval", action="store_true", help="evaluate the model, compressed or dense")
     group.add_argument(
         "--finetune",
@@ -125,6 +162,7 @@ def _add_mode_flags(parser: Parser) -> None:
         help="train the weights at the given rates, from a checkpoint or from scratch",
     )
     group.add_argument("--benchmark", action="store_true", help="time dense against compressed, side by side")
+    group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
 
 
 def _add_model_flags(parser: Parser) -> None:
@@ -140,7 +178,9 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--load_compression_rate", action="store_true", help="compress at a schedule of the compression rate file"
     )
-    group.add_argument("--target_flops", type=POSITIVE, metavar="GFLOPS", help="which schedule of the model to load")
+    group.add_argument(
+        "--target_flops", type=POSITIVE, nargs="+", metavar="GFLOPS", help="schedule to load, or budgets to meet"
+    )
     group.add_argument(
         "--compression_rate_file",
         type=Path,
@@ -177,9 +217,28 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
 
 
+def _add_search_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument("--epochs", type=COUNT, help="default 3 for a search, 30 for --finetune")
+    group.add_argument("--arch-lr", type=POSITIVE, default=0.01, help="learning rate of the rates, at the start")
+    group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, default=0.001, help="and in the last step")
+    group.add_argument("--granularity", type=COUNT, default=4, help="tokens between the candidates of a count")
+    group.add_argument(
+        "--flops_loss", choices=FLOPS_LOSSES, default="absolute", help="in GFLOPs (paper), or as a share of the target"
+    )
+    group.add_argument("--flops_weight", type=NOT_NEGATIVE, default=5.0, help="weight of the cost in the loss")
+    group.add_argument("--warmup_compression_rate", action="store_true", help="no cost in the first epoch's loss")
+    group.add_argument(
+        "--init_compression_rate", type=POSITIVE, metavar="GFLOPS", help="start from this schedule of the rate file"
+    )
+    group.add_argument("--accum-steps", type=COUNT, default=1, help="batches an update")
+    group.add_argument("--save_compression_rate", action="store_true", help="add the result to compression_rate.json")
+    group.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; with --eval, score its schedule")
+    group.add_argument("--tensorboard", action="store_true", help="also log to TensorBoard in --output_dir")
+
+
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training (--finetune)")
-    group.add_argument("--epochs", type=COUNT, default=30)
     group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
     group.add_argument("--lr", type=POSITIVE, default=1e-5, help="learning rate for 512 images a step")
     group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")

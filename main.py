@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import random
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 import diffrate
 import models
 from build import (
     check_inputs,
     check_same_classes,
+    check_targets,
     compress,
     dense_model,
     eval_dataset,
     eval_loader,
     input_size_of,
+    patch,
     read_weights,
+    start_rates,
+    targets_of,
     train_dataset,
     train_loader,
+    trained_model,
 )
 from datasets import DataError
+from diffrate.baselines import BaselineError, baseline_schedule
 from diffrate.benchmark import compare_speed
+from diffrate.budget import BudgetError
 from engine import NonFiniteLossError, evaluate, finetune
 from flags import get_args_parser, parse_flags
+from results import log_found, report, save_result
+from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
+from searching import Search, settings_from
 from utils import (
     Processes,
     Runtime,
+    StopRequestedError,
     UsageError,
     amp_dtype,
     make_output_dir,
+    open_board,
     process_group,
     processes_from_environment,
     resolve_device,
+    seed_everything,
     setup_logging,
 )
 
@@ -50,8 +65,12 @@ INPUT_ERRORS = (
     models.UnknownModelError,
     diffrate.ScheduleError,
     diffrate.UnsupportedModelError,
+    diffrate.RateError,
+    BaselineError,
+    BudgetError,
     NonFiniteLossError,
 )
+STOPPED = 130  # the shell's code for a process that was interrupted
 log = logging.getLogger(__name__)
 
 
@@ -66,8 +85,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         print(f"main.py: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except StopRequestedError as stopped:
+        print(f"main.py: {stopped}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
-        return 130
+        return STOPPED
     return 0
 
 
@@ -75,27 +97,84 @@ def run(args: Namespace, runtime: Runtime) -> None:
     """The one mode that the flags ask for."""
     if args.eval:
         evaluate_mode(args, runtime)
-    if args.finetune:
+    elif args.finetune:
         finetune_mode(args, runtime)
-    if args.benchmark:
+    elif args.benchmark:
         benchmark_mode(args, runtime)
+    elif args.baseline:
+        baseline_mode(args, runtime)
+    else:
+        search_mode(args, runtime)
 
 
 def evaluate_mode(args: Namespace, runtime: Runtime) -> None:
     """`--eval`: score the model on the validation split, compressed or dense."""
     entry = models.lookup(args.model)
-    check_inputs(args, entry)
-    state, name = read_weights(args, entry, runtime)
-    head = None if state is None else models.head_classes(state)
-    dataset = eval_dataset(args, entry, head)
-    model = dense_model(entry, input_size_of(args, entry), num_classes=head or len(dataset.classes))
-    if state is not None:
-        models.fit_state(model, state, name)
-    compressed = compress(model, entry, args).to(runtime.device)
-    scores = evaluate(compressed, eval_loader(dataset, args, runtime), runtime)
-    flops = compressed.flops()
-    runtime.record({"mode": "eval", "model": entry.name, **scores.record(flops), "kept": compressed.get_kept_num()})
-    log.info(scores.line(flops))
+    model, dataset = trained_model(args, entry, runtime)
+    compressed = compress(model, entry, args)
+    if args.resume:
+        path = resume_path(args, runtime)
+        if path is None:
+            raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
+        schedule = searched_schedule(path, args.model)
+        compressed.set_kept_num(schedule.prune, schedule.merge)
+    scores = evaluate(compressed.to(runtime.device), eval_loader(dataset, args, runtime), runtime)
+    report("eval", entry, compressed, scores, runtime)
+
+
+def baseline_mode(args: Namespace, runtime: Runtime) -> None:
+    """`--baseline`: score uniform schedules that meet `--target_flops`."""
+    entry = models.lookup(args.model)
+    model, dataset = trained_model(args, entry, runtime)
+    compressed = patch(model, entry, args).to(runtime.device)
+    loader = eval_loader(dataset, args, runtime)
+    if args.baseline == "random":
+        compressed.rules = replace(compressed.rules, random=True)
+    for target in targets_of(args):
+        space, cost = compressed.compression.space, compressed.flops_at
+        schedule = baseline_schedule(args.baseline, space, cost, target * 1e9)
+        compressed.set_kept_num(schedule.prune, schedule.merge)
+        scores = evaluate(compressed, loader, runtime)
+        report(f"baseline {args.baseline}", entry, compressed, scores, runtime)
+        save_result(args, entry, target, schedule, runtime)
+
+
+def search_mode(args: Namespace, runtime: Runtime) -> None:
+    """No mode flag: search the kept counts for each of `--target_flops` in turn."""
+    entry = models.lookup(args.model)
+    targets = targets_of(args)
+    plain, dataset = trained_model(args, entry, runtime, drop_path_rate=args.drop_path)
+    check_targets(targets, plain, entry, args)
+    train = train_dataset(args, entry)
+    check_same_classes(train, dataset)
+    loaders = train_loader(train, args, runtime), eval_loader(dataset, args, runtime)
+    for target in targets:
+        compressed = patch(copy.deepcopy(plain), entry, args).to(runtime.device)
+        start_rates(compressed, entry, args)
+        search_one(target, args, entry, compressed, loaders, runtime)
+
+
+def search_one(
+    target: float,
+    args: Namespace,
+    entry: models.ModelEntry,
+    compressed: diffrate.CompressedModel,
+    loaders: tuple[DataLoader[Any], DataLoader[Any]],
+    runtime: Runtime,
+) -> None:
+    """The search for one target, from its checkpoint if there is one, and what it leaves behind."""
+    train, val = loaders
+    # Several targets have a folder each for their checkpoints, and one file for their schedules.
+    inner = runtime.inside(f"target_{target:g}") if len(targets_of(args)) > 1 else runtime
+    identity = search_identity(args, target)
+    search = Search(compressed, args, settings_from(args, target, len(train)), compressed.num_classes, inner)
+    path = resume_path(args, inner)
+    if path is not None:
+        restore(search, path, identity)
+    schedule, scores = search.run(train, val, saver(identity, inner))
+    file = save_result(args, entry, target, schedule, runtime)
+    dense = search.score(val, compressed.dense_schedule())
+    log_found(args, entry, target, compressed, schedule, (scores, dense), file)
 
 
 def finetune_mode(args: Namespace, runtime: Runtime) -> None:
@@ -130,10 +209,9 @@ def _runtime(args: Namespace, processes: Processes) -> Runtime:
     device = resolve_device(args.device, processes)
     output_dir = make_output_dir(args.output_dir)
     setup_logging(output_dir, processes.is_main)
-    random.seed(args.seed + processes.rank)
-    np.random.seed(args.seed + processes.rank)  # noqa: NPY002  (what timm's mixup draws from)
-    torch.manual_seed(args.seed + processes.rank)
-    return Runtime(processes, device, amp_dtype(args.amp, device), args.print_freq, output_dir)
+    seed_everything(args.seed + processes.rank)
+    board = open_board(output_dir, processes.is_main) if args.tensorboard else None
+    return Runtime(processes, device, amp_dtype(args.amp, device), args.print_freq, output_dir, board)
 
 
 def _one_line(error: Exception) -> str:

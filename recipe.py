@@ -60,25 +60,30 @@ def build_recipe(
     Raises:
         UsageError: an optimizer or schedule that timm does not know.
     """
-    mixing = args.mixup > 0 or args.cutmix > 0
-    if mixing:
-        criterion: nn.Module = SoftTargetCrossEntropy()
-    else:
-        criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
     optimizer = _optimizer(args, model, images_per_step)
     device = next(model.parameters()).device
     return Recipe(
         optimizer=optimizer,
         scheduler=_scheduler(args, optimizer, steps),
-        criterion=criterion,
-        mixup=_mixup(args, classes) if mixing else None,
+        criterion=build_criterion(args),
+        mixup=build_mixup(args, classes),
         ema=ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None,
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
         clip_grad=args.clip_grad,
     )
 
 
-def _mixup(args: Namespace, classes: int) -> Mixup:
+def build_criterion(args: Namespace) -> nn.Module:
+    """The training loss: against mixed labels with mixup or cutmix, else with label smoothing."""
+    if args.mixup > 0 or args.cutmix > 0:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+
+def build_mixup(args: Namespace, classes: int) -> Mixup | None:
+    """Mixup and cutmix, None when both are off."""
+    if args.mixup == 0 and args.cutmix == 0:
+        return None
     return Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,

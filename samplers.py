@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -35,17 +36,45 @@ def eval_sampler(length: int, rank: int, world: int) -> Sampler[int]:
     return ShardSampler(length, rank, world) if world > 1 else SequentialSampler(range(length))
 
 
-def train_sampler(
-    dataset: Dataset[Any], rank: int, world: int, repeated: bool, seed: int
-) -> ShuffleSampler | RepeatAugSampler:
+def train_sampler(dataset: Dataset[Any], rank: int, world: int, repeated: bool, seed: int) -> SeededOrder:
     """The order of a training epoch; call `set_epoch` before each.
 
     With `repeated`, three views of an image follow each other, on different processes where there
     are several (repeated augmentation, Hoffer et al. 2020, as in DeiT's recipe).
     """
     if repeated:
-        return SeededRepeatAugSampler(dataset, rank=rank, world=world, seed=seed)
-    return ShuffleSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+        return SeededOrder(SeededRepeatAugSampler(dataset, rank=rank, world=world, seed=seed), seed, rank)
+    return SeededOrder(ShuffleSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed), seed, rank)
+
+
+class SeededOrder(Sampler[tuple[int, int]]):
+    """The indices of a training order, each with a seed for its augmentation, from `start` on.
+
+    The seed depends on the run's seed, epoch, process and position alone: a run repeats whatever the
+    number of loader processes, and goes on in the middle of an epoch as if it had not stopped.
+    """
+
+    def __init__(self, order: ShuffleSampler | RepeatAugSampler, seed: int, rank: int) -> None:
+        self.order, self.seed, self.rank = order, seed, rank
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Draw the order of `epoch`, and leave out its first `start` images."""
+        self.order.set_epoch(epoch)
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position, index in enumerate(self.order):
+            if position >= self.start:
+                yield index, step_seed(self.seed, self.epoch, self.rank, position)
+
+    def __len__(self) -> int:
+        return len(self.order) - self.start
+
+
+def step_seed(*numbers: int) -> int:
+    """One seed of 32 bits from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class SeededRepeatAugSampler(RepeatAugSampler):

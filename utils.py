@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from termcolor import colored
 from torch import Tensor
+
+from diffrate.files import whole_file
 
 Item = TypeVar("Item")
 
 
 class UsageError(ValueError):
     """A flag or an environment that cannot be used as given."""
+
+
+class StopRequestedError(Exception):
+    """A signal asked a run to stop, and it saved its state."""
 
 
 # --- processes -------------------------------------------------------------------------------
@@ -125,6 +133,13 @@ def amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def seed_everything(seed: int) -> None:
+    """Seed every generator that augmentation, mixup and dropout draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (what timm's mixup draws from)
+    torch.manual_seed(seed)
+
+
 def usable_cores() -> int:
     """The cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -139,6 +154,11 @@ class Runtime:
     amp: torch.dtype | None
     print_freq: int
     output_dir: Path | None
+    board: Any = None
+
+    def inside(self, name: str) -> Runtime:
+        """The same with a folder `name` in the output folder for its own."""
+        return self if self.output_dir is None else replace(self, output_dir=make_output_dir(self.output_dir / name))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as chosen, or none."""
@@ -149,12 +169,35 @@ class Runtime:
         if self.output_dir is not None and self.processes.is_main:
             with (self.output_dir / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")
+        if self.board is not None and "epoch" in content:
+            for name, value in content.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, content["epoch"])
+            self.board.flush()
 
     def save(self, content: dict[str, Any], name: str) -> None:
         """`torch.save` as a whole file in the output folder, if there is one; main process only."""
         if self.output_dir is not None and self.processes.is_main:
             with whole_file(self.output_dir / name) as file:
                 torch.save(content, file)
+
+
+class StopSignals:
+    """Turns SIGTERM and Ctrl-C into a request that a loop can ask for between steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignals:
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
 
 
 # --- log -------------------------------------------------------------------------------------
@@ -212,21 +255,19 @@ def with_progress(
 # --- files -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` whole when the block ends well, and not at all otherwise."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    scratch = Path(name)
+def open_board(output_dir: Path | None, is_main: bool) -> Any:
+    """A TensorBoard writer into `output_dir`; None on other processes than the main one.
+
+    Raises:
+        UsageError: TensorBoard is not installed, or there is no folder.
+    """
+    if output_dir is None:
+        raise UsageError("--tensorboard needs --output_dir")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.chmod(0o644)  # mkstemp's files are for their owner alone
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard: not installed; accepted after pip install tensorboard") from error
+    return SummaryWriter(str(output_dir)) if is_main else None
 
 
 def make_output_dir(path: Path | None) -> Path | None:

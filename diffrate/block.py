@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffrate.attention import (
@@ -58,10 +59,12 @@ class ReductionRules:
     class_token: importance is the class token's attention, and it is never removed; else the
         attention that a token receives from all.
     weigh_by_similarity: a merged token counts for its size times its cosine, else for its size.
+    random: any tokens go, whatever their importance (a baseline, drawn from torch's generator).
     """
 
     class_token: bool
     weigh_by_similarity: bool
+    random: bool = False
 
 
 ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
@@ -83,6 +86,8 @@ def fixed_block(block: Any, names: BlockNames, rules: ReductionRules, state: Tok
     x, importance = _attention(block, names, rules, state, removes)
     state = state._replace(x=x)
     if importance is not None:
+        if rules.random:
+            importance = torch.rand_like(importance)
         state = keep_tokens(state, most_important(importance, kept.pruned, rules.class_token))
         if kept.merged < kept.pruned:
             state = merge_tokens(state, kept.merged, rules.weigh_by_similarity)

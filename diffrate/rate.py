@@ -7,12 +7,15 @@ the gradient of the probabilities backward.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from diffrate.ste import ste_ceil, with_gradient_of
+
+STEEPEST = 3.0  # a slope at which one candidate has all but a twentieth of the probability
 
 
 class RateError(ValueError):
@@ -82,6 +85,27 @@ def draw(logits: Tensor, patches: int, granularity: int, class_token: bool) -> l
     expected = expected_counts(logits, patches, granularity, class_token)
     survival = survival_probabilities(logits, patches, granularity, class_token)
     return [Choice(*item) for item in zip(expected, (int(c) for c in expected.tolist()), survival, strict=True)]
+
+
+def flattest_logits(mean: float, patches: int, granularity: int) -> Tensor:
+    """Logits `[K]` with the given expectation whose distribution has the greatest entropy.
+
+    These are linear in the candidates; the slope is found by bracketing. A mean at or beyond the
+    ends of the candidates gets the steepest slope allowed.
+    """
+    candidates = patches - granularity * torch.arange(candidate_count(patches, granularity), dtype=torch.float64)
+    centred = candidates - candidates.mean()
+
+    def excess(slope: float) -> float:
+        return float((candidates * (slope * centred).softmax(0)).sum()) - mean
+
+    if excess(-STEEPEST) >= 0:
+        slope = -STEEPEST
+    elif excess(STEEPEST) <= 0:
+        slope = STEEPEST
+    else:
+        slope = cast(float, brentq(excess, -STEEPEST, STEEPEST))
+    return (slope * centred).float()
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
+
+from diffrate.files import whole_file
 
 PRUNE_FIELD = "prune_kept_num"
 MERGE_FIELD = "merge_kept_num"
@@ -124,6 +127,32 @@ def find_schedule(path: Path, key: str, target_flops: float | None) -> Schedule:
     if not isinstance(fields, dict) or MERGE_FIELD not in fields:
         raise ScheduleError(f"{where}{MERGE_FIELD}: found none; accepted: an array of counts")
     return make_schedule(fields.get(PRUNE_FIELD), fields[MERGE_FIELD], where)
+
+
+def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule) -> None:
+    """Add the schedule of model `key` for a target in GFLOPs to the file at `path`, or replace it.
+
+    The other entries stay; a missing file is made.
+
+    Raises:
+        ScheduleError: the file is there but malformed, or cannot be written.
+    """
+    table = read_schedules(path) if path.exists() else {}
+    targets = table.setdefault(key, {})
+    name = next((name for name in targets if _number(name) == target_flops), f"{target_flops:g}")
+    fields = {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+    targets[name] = {field: list(counts) for field, counts in fields.items() if counts is not None}
+    try:
+        with whole_file(path) as file:
+            file.write(_pretty(table).encode())
+    except OSError as error:
+        raise ScheduleError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _pretty(table: Mapping[str, Any]) -> str:
+    """JSON with one line per array of counts."""
+    text = json.dumps(table, indent=2)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda array: re.sub(r"\s+", " ", array[0].replace("\n", " ")), text) + "\n"
 
 
 def _entry(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrate.rate import Choice, candidate_count, draw, expectation
+from diffrate.rate import Choice, candidate_count, draw, expectation, flattest_logits
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.space import SearchSpace
 
@@ -58,6 +58,20 @@ class CompressionState(nn.Module):
         """The kept counts that the rate logits stand for; blocks without a choice keep all."""
         drawn = self.draw()
         return self.space.schedule([choice.count for block in drawn.values() for choice in block.values()])
+
+    @torch.no_grad()
+    def start_at(self, schedule: Schedule) -> None:
+        """Set the logits so that the expected counts, rounded up, are those of `schedule`.
+
+        Of all distributions over the candidates with that mean, the flattest: it leaves the search
+        the most freedom. Counts beyond the candidates' range go to its ends.
+        """
+        rows = {"prune": schedule.prune, "merge": schedule.merge}
+        for (block, kind), rate in zip(self.choices(), self.logits(), strict=True):
+            counts = rows[kind]
+            assert counts is not None, "a schedule that the model's check has passed"
+            mean = counts[block] - self.space.class_token - 0.5  # rounded up, this is the count
+            rate.copy_(flattest_logits(mean, self.patches(block), self.granularity[kind]))
 
     @torch.no_grad()
     def expected_counts(self) -> list[float]:

@@ -26,7 +26,7 @@ class CompressedModel(nn.Module):
     """
 
     names: ClassVar[BlockNames]
-    rules: ClassVar[ReductionRules]
+    rules: ReductionRules  # the family's, unless a baseline replaces them on its model
     compression: CompressionState
 
     @abstractmethod

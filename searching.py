@@ -1,0 +1,239 @@
+"""The search for kept counts: rate logits learn on frozen weights (paper, sections 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import diffrate
+from diffrate.budget import meets_budget, round_to_budget
+from diffrate.schedule import Schedule
+from engine import NonFiniteLossError, Scores, evaluate, to_device
+from recipe import build_criterion, build_mixup
+from samplers import SeededOrder, step_seed
+from utils import Runtime, StopRequestedError, StopSignals, UsageError, seed_everything, with_progress
+
+log = logging.getLogger(__name__)
+FLOPS_LOSSES = ("absolute", "relative")
+
+
+@dataclass
+class SearchState:
+    """All that changes while a search runs; what a checkpoint holds."""
+
+    epoch: int = 0
+    step: int = 0  # done in this epoch
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # losses and GFLOPs of this epoch
+    best_acc1: float = -1.0
+    best_schedule: Schedule | None = None
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What does not change: the target in multiply-accumulates, the loss, and the learning rate's course."""
+
+    target: float
+    flops_loss: str
+    flops_weight: float
+    free_first_epoch: bool
+    epochs: int
+    steps: int
+    accumulate: int
+    rate: float
+    least_rate: float
+    seed: int
+
+    def learning_rate(self, epoch: int, step: int) -> float:
+        """Cosine over all steps, from `rate` in the first to `least_rate` in the last."""
+        total = self.epochs * self.steps
+        share = (epoch * self.steps + step) / max(1, total - 1)
+        return self.least_rate + (self.rate - self.least_rate) * (1 + math.cos(math.pi * share)) / 2
+
+    def weight(self, epoch: int) -> float:
+        """The cost's weight in the loss; 0 in the first epoch with `--warmup_compression_rate`."""
+        return 0.0 if self.free_first_epoch and epoch == 0 else self.flops_weight
+
+
+def settings_from(args: Namespace, target: float, batches: int) -> SearchSettings:
+    """The settings that the flags ask for, for a target in GFLOPs and `batches` batches an epoch.
+
+    Raises:
+        UsageError: an update takes more batches than there are.
+    """
+    if args.accum_steps > batches:
+        raise UsageError(f"--accum-steps {args.accum_steps}: accepted: up to {batches}, the batches of an epoch")
+    return SearchSettings(
+        target=target * 1e9,
+        flops_loss=args.flops_loss,
+        flops_weight=args.flops_weight,
+        free_first_epoch=args.warmup_compression_rate,
+        epochs=args.epochs,
+        steps=batches // args.accum_steps,
+        accumulate=args.accum_steps,
+        rate=args.arch_lr,
+        least_rate=args.arch_min_lr,
+        seed=args.seed,
+    )
+
+
+def flops_loss(flops: Tensor, settings: SearchSettings) -> Tensor:
+    """How far the expected cost is from the target (paper, equation 9): in GFLOPs, or as a share of it."""
+    unit = 1e9 if settings.flops_loss == "absolute" else settings.target
+    return ((flops - settings.target) / unit) ** 2
+
+
+class Search:
+    """One search: a patched model whose weights are frozen, and the optimizer of its rates."""
+
+    def __init__(
+        self, model: diffrate.CompressedModel, args: Namespace, settings: SearchSettings, classes: int, runtime: Runtime
+    ) -> None:
+        self.model, self.settings, self.runtime = model, settings, runtime
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        self.rates = model.arch_parameters()
+        for rate in self.rates:
+            rate.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.rates, lr=settings.rate, weight_decay=0)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp == torch.float16)
+        self.criterion: nn.Module = build_criterion(args)
+        self.mixup: Mixup | None = build_mixup(args, classes)
+        self.state = SearchState()
+
+    def run(
+        self, train: DataLoader[Any], val: DataLoader[Any], save: Callable[[Search, bool], None]
+    ) -> tuple[Schedule, Scores]:
+        """Search to the end; the best schedule that meets the budget, and its scores.
+
+        `save` is called after every epoch and every few steps; with True when the schedule is the
+        best so far.
+
+        Raises:
+            NonFiniteLossError: the loss is no number; names epoch and step.
+            StopRequestedError: a signal asked to stop; the state was saved before.
+        """
+        while self.state.epoch < self.settings.epochs:
+            with StopSignals() as signals:
+                self._epoch(train, save, signals)
+            scores = self.score(val)
+            better = scores.acc1 > self.state.best_acc1
+            if better:
+                self.state.best_acc1, self.state.best_schedule = scores.acc1, self.schedule()
+            self._record(scores)
+            self.state.epoch, self.state.step, self.state.sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
+            save(self, better)
+        assert self.state.best_schedule is not None, "there is an epoch, and its schedule meets the budget"
+        return self.state.best_schedule, self.score(val, self.state.best_schedule)
+
+    def schedule(self) -> Schedule:
+        """The schedule of the present rates, rounded to the budget."""
+        space = self.model.compression.space
+        expected = self.model.compression.expected_counts()
+        return round_to_budget(expected, space, self.model.flops_at, self.settings.target)
+
+    def _epoch(self, loader: DataLoader[Any], save: Callable[[Search, bool], None], signals: StopSignals) -> None:
+        """The steps of one epoch that are left."""
+        state, every = self.state, self.runtime.print_freq
+        order = loader.sampler
+        assert isinstance(order, SeededOrder)
+        order.set_epoch(state.epoch, start=state.step * (loader.batch_size or 1) * self.settings.accumulate)
+        self.model.train()
+        batches = iter(loader)
+        steps = range(state.step, self.settings.steps)
+        header = f"Search: [{state.epoch}]"
+        for step in with_progress(steps, len(steps), header, every, self._describe, log):
+            losses = self._step(batches, state.epoch, step)
+            state.step = step + 1
+            state.sums = [total + loss for total, loss in zip(state.sums, losses, strict=True)]
+            if state.step % every == 0 or signals.requested:
+                save(self, False)
+            if signals.requested:
+                raise StopRequestedError(f"stopped at epoch {state.epoch}, step {state.step}: go on with --resume")
+
+    def _step(self, batches: Any, epoch: int, step: int) -> list[float]:
+        """One update of the rates; classification loss, cost loss and GFLOPs before it."""
+        settings = self.settings
+        seed_everything(step_seed(settings.seed, epoch, self.runtime.processes.rank, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate(epoch, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(3, device=self.runtime.device)
+        for _ in range(settings.accumulate):
+            images, labels = to_device(*next(batches), self.runtime)
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+            with self.runtime.autocast():
+                logits, flops = self.model(images)
+            classification = self.criterion(logits.float(), labels)
+            cost = flops_loss(flops, settings)
+            loss = classification + settings.weight(epoch) * cost
+            self.scaler.scale(loss / settings.accumulate).backward()
+            totals += torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9]) / settings.accumulate
+        average_gradients(self.rates)
+        values = totals.tolist()
+        if not all(math.isfinite(value) for value in values):
+            where = f"epoch {epoch}, step {step}"
+            raise NonFiniteLossError(f"the loss is {values[0]} at {where}; the last checkpoint is good")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return values
+
+    def score(self, val: DataLoader[Any], schedule: Schedule | None = None) -> Scores:
+        """Scores at `schedule`, or at that of the present rates, with tokens really dropped."""
+        chosen = schedule or self.schedule()
+        self.model.set_kept_num(chosen.prune, chosen.merge)
+        try:
+            return evaluate(self.model, val, self.runtime)
+        finally:
+            self.model.compression.schedule = None  # back to searching
+
+    def _means(self) -> list[float]:
+        return [total / self.state.step for total in self.state.sums]
+
+    def _describe(self) -> str:
+        loss, cost, gflops = self._means()
+        rate = self.optimizer.param_groups[0]["lr"]
+        return f"loss {loss:.4f}  cost loss {cost:.5f}  GFLOPs {gflops:.4f}  lr {rate:.2e}"
+
+    def _record(self, scores: Scores) -> None:
+        """The epoch in the log, for people and as a JSON line."""
+        schedule, flops = self.schedule(), self.model.flops_at(self.schedule())
+        assert meets_budget(flops, self.settings.target)
+        loss, cost, gflops = self._means()
+        counts = {"prune_kept_num": schedule.prune, "merge_kept_num": schedule.merge}
+        figures = {
+            "train_loss": loss,
+            "train_flops_loss": cost,
+            "train_gflops": gflops,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "target_gflops": self.settings.target / 1e9,
+        }
+        epoch = self.state.epoch
+        self.runtime.record({"mode": "search", "epoch": epoch, **figures, **scores.record(flops), **counts})
+        for name, values in counts.items():
+            if values is not None:
+                log.info("%s %s", name, list(values))
+        log.info(scores.line(flops))
+
+
+def average_gradients(rates: list[nn.Parameter]) -> None:
+    """The mean of the rates' gradients over all processes: a few kilobytes, and nothing for weights."""
+    gradients = [rate.grad if rate.grad is not None else torch.zeros_like(rate) for rate in rates]
+    if dist.is_initialized():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([rate.numel() for rate in rates])
+        gradients = [part.view_as(rate) for part, rate in zip(parts, rates, strict=True)]
+    for rate, gradient in zip(rates, gradients, strict=True):
+        rate.grad = gradient
