@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 import diffrate
 from recipe import Recipe, build_recipe
-from utils import Runtime, all_sum, with_progress
+from samplers import step_seed
+from utils import Runtime, all_sum, seed_everything, with_progress
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,9 @@ def finetune(
     Raises:
         NonFiniteLossError: the loss is no number; names the step.
     """
+    seed_everything(step_seed(args.seed, runtime.processes.rank))  # mixup and drop path differ by process
+    for rate in model.arch_parameters():  # fixed counts: only weights learn
+        rate.requires_grad_(False)
     trained = _distributed(model, runtime)
     images_per_step = args.batch_size * runtime.processes.world
     recipe = build_recipe(args, model, classes, images_per_step, len(train), runtime.amp)

@@ -209,7 +209,7 @@ def _runtime(args: Namespace, processes: Processes) -> Runtime:
     device = resolve_device(args.device, processes)
     output_dir = make_output_dir(args.output_dir)
     setup_logging(output_dir, processes.is_main)
-    seed_everything(args.seed + processes.rank)
+    seed_everything(args.seed)  # fresh weights are the same in every process
     board = open_board(output_dir, processes.is_main) if args.tensorboard else None
     return Runtime(processes, device, amp_dtype(args.amp, device), args.print_freq, output_dir, board)
 

@@ -42,20 +42,23 @@ def train_sampler(dataset: Dataset[Any], rank: int, world: int, repeated: bool, 
     With `repeated`, three views of an image follow each other, on different processes where there
     are several (repeated augmentation, Hoffer et al. 2020, as in DeiT's recipe).
     """
+    order: ShuffleSampler | RepeatAugSampler
     if repeated:
-        return SeededOrder(SeededRepeatAugSampler(dataset, rank=rank, world=world, seed=seed), seed, rank)
-    return SeededOrder(ShuffleSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed), seed, rank)
+        order = SeededRepeatAugSampler(dataset, rank=rank, world=world, seed=seed)
+    else:
+        order = ShuffleSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+    return SeededOrder(order, seed, rank, world)
 
 
 class SeededOrder(Sampler[tuple[int, int]]):
     """The indices of a training order, each with a seed for its augmentation, from `start` on.
 
-    The seed depends on the run's seed, epoch, process and position alone: a run repeats whatever the
-    number of loader processes, and goes on in the middle of an epoch as if it had not stopped.
+    The seed depends on the run's seed, epoch and position among all processes alone: a run repeats
+    whatever the number of processes, and goes on in the middle of an epoch as if it had not stopped.
     """
 
-    def __init__(self, order: ShuffleSampler | RepeatAugSampler, seed: int, rank: int) -> None:
-        self.order, self.seed, self.rank = order, seed, rank
+    def __init__(self, order: ShuffleSampler | RepeatAugSampler, seed: int, rank: int, world: int) -> None:
+        self.order, self.seed, self.rank, self.world = order, seed, rank, world
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -66,7 +69,7 @@ class SeededOrder(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for position, index in enumerate(self.order):
             if position >= self.start:
-                yield index, step_seed(self.seed, self.epoch, self.rank, position)
+                yield index, step_seed(self.seed, self.epoch, position * self.world + self.rank)
 
     def __len__(self) -> int:
         return len(self.order) - self.start

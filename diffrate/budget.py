@@ -92,8 +92,11 @@ def fit_budget(
 def _polish(counts: list[int], most: int, assemble: Assemble, cost: Cost, target: float) -> list[int]:
     """Change one or two counts by one while that brings the cost nearer to a target outside the band."""
 
-    def distance(candidate: list[int]) -> float:
-        return abs(cost(assemble(candidate)) - target)
+    def distance(candidate: list[int]) -> tuple[float, float]:
+        """How far outside the band, and, the same there, how far from the target."""
+        flops = cost(assemble(candidate))
+        outside = max(0.0, target * (1 - BELOW) - flops, flops - target * (1 + ABOVE))
+        return outside, abs(flops - target)
 
     best = counts
     while not meets_budget(cost(assemble(best)), target):

@@ -152,7 +152,7 @@ def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule)
 def _pretty(table: Mapping[str, Any]) -> str:
     """JSON with one line per array of counts."""
     text = json.dumps(table, indent=2)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda array: re.sub(r"\s+", " ", array[0].replace("\n", " ")), text) + "\n"
+    return re.sub(r"\[[^\[\]{}]*\]", lambda array: json.dumps(json.loads(array[0])), text) + "\n"
 
 
 def _entry(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:

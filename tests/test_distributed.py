@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 PROJECT = Path(__file__).parent.parent
 LAUNCHERS = {
@@ -57,3 +58,21 @@ def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path:
     done = launch("torchrun", *words)
     assert done.returncode != 0
     assert f"main.py: error: image {bad}: cannot be read" in done.stderr
+
+
+def test_two_processes_are_one_with_twice_the_batch(image_folder: Path, tmp_path: Path) -> None:
+    """The first step's update of the rates; without drop path, which draws per process."""
+    words = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder)
+    words = (*words, "--epochs", 1, "--target_flops", 0.025, "--drop-path", 0, "--affine", 0, 0, 0)
+    done = launch("launch", *words, "--batch-size", 6, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
+    subprocess.run([*alone, "--batch-size", "12", "--output_dir", str(tmp_path / "one")], check=True)
+    one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("one", "two"))
+    assert one["step"] == two["step"] == 0
+    for index in range(len(one["rates"])):
+        first, second = (content["optimizer"]["state"][index]["exp_avg"] for content in (one, two))
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+        assert first.abs().max() > 0
+    assert (tmp_path / "two" / "compression_rate.json").exists()
+    assert len((tmp_path / "two" / "log.txt").read_text().splitlines()) == 1
