@@ -64,16 +64,22 @@ def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -
 
 
 def search_block(
-    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, plan: BlockPlan
+    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, plan: BlockPlan, class_only: bool
 ) -> TokenState:
-    """Run one block of the search on `state`, whose mask is `[B, N]`."""
+    """Run one block of the search on `state`, whose mask is `[B, N]`.
+
+    With `class_only` nothing but the class token is read of what it leaves: the others need no
+    reduction, which would come too late to be seen, and no MLP.
+    """
     assert state.mask is not None
     attention = getattr(block, names.attention)
     heads = split_heads(attention, block.norm1(state.x))
     mixed, importance = masked_attention(heads, size_bias(state.size), state.mask, rules.class_token)
+    if class_only:
+        state, mixed = TokenState(state.x[:, :1]), mixed[:, :, :1]
     y = through(block, names.branch1, join_heads(attention, mixed))
     state = state._replace(x=through(block, names.skip1, state.x) + y)
-    if plan.merged < plan.entering:
+    if not class_only and plan.merged < plan.entering:
         state = _reduce(state, importance, rules, plan)
     x = state.x
     y = through(block, ("norm2", "mlp", *names.branch2), x)

@@ -27,6 +27,7 @@ class CompressedModel(nn.Module):
 
     names: ClassVar[BlockNames]
     rules: ReductionRules  # the family's, unless a baseline replaces them on its model
+    reads_class_token_alone: ClassVar[bool] = False  # of what the last compressible block leaves
     compression: CompressionState
 
     @abstractmethod
@@ -129,8 +130,9 @@ class CompressedModel(nn.Module):
         state = TokenState(x, mask=torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device))
         if self.needs_origins(None):
             state = state.traced()
-        for block, plan in zip(blocks, plans, strict=True):
-            state = search_block(block, self.names, self.rules, state, plan)
+        for index, (block, plan) in enumerate(zip(blocks, plans, strict=True)):
+            class_only = self.reads_class_token_alone and index == len(blocks) - 1
+            state = search_block(block, self.names, self.rules, state, plan, class_only)
         flops = self.cost(plan.cost for plan in plans)
         assert isinstance(flops, Tensor)
         return self.classify(state), flops

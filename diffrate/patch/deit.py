@@ -12,6 +12,8 @@ from diffrate.tokens import TokenState
 class CompressedDeit(CompressedVit, VisionTransformer):
     """A DeiT whose blocks prune and merge tokens."""
 
+    reads_class_token_alone = True
+
     def classify(self, state: TokenState) -> Tensor:
         return self.forward_head(self.norm(state.x))
 
