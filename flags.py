@@ -161,7 +161,13 @@ def _add_mode_flags(parser: Parser) -> None:
         metavar="CHECKPOINT",
         help="train the weights at the given rates, from a checkpoint or from scratch",
     )
-    group.add_argument("--benchmark", action="store_true", help="time dense against compressed, side by side")
+    group.add_argument(
+        "--benchmark",
+        nargs="?",
+        const="eval",
+        choices=("eval", "search"),
+        help="time dense against compressed, or a step of the search against a plain one",
+    )
     group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
 
 

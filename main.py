@@ -40,6 +40,7 @@ from engine import NonFiniteLossError, evaluate, finetune
 from flags import get_args_parser, parse_flags
 from results import log_found, report, save_result
 from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
+from search_benchmark import search_cost
 from searching import Search, settings_from
 from utils import (
     Processes,
@@ -194,8 +195,13 @@ def finetune_mode(args: Namespace, runtime: Runtime) -> None:
 
 
 def benchmark_mode(args: Namespace, runtime: Runtime) -> None:
-    """`--benchmark`: time the plain timm model against the compressed one, in turn."""
+    """`--benchmark`: time the plain timm model against the compressed one, or against a search, in turn."""
     entry = models.lookup(args.model)
+    if args.benchmark == "search":
+        cost = search_cost(args, runtime.device)
+        runtime.record({"mode": "benchmark search", "model": entry.name, **cost.record()})
+        log.info(cost.line())
+        return
     size = input_size_of(args, entry)
     plain = dense_model(entry, size).to(runtime.device)
     compressed = compress(dense_model(entry, size), entry, args).to(runtime.device)
