@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +76,15 @@ def trained_model(
     return model, dataset
 
 
-def check_targets(targets: Sequence[float], model: nn.Module, entry: models.ModelEntry, args: Namespace) -> None:
-    """Refuse GFLOPs that no schedule of `model` can meet, before anything is searched.
+def check_targets(args: Namespace, entry: models.ModelEntry, classes: int) -> None:
+    """Refuse GFLOPs that no schedule of the model can meet, before anything is searched.
 
     Raises:
         BudgetError: gives the reachable range.
     """
-    compressed = patch(copy.deepcopy(model), entry, args)
+    with torch.device("meta"):  # shapes are enough to cost it
+        compressed = patch(dense_model(entry, input_size_of(args, entry), num_classes=classes), entry, args)
+    targets = targets_of(args)
     for target in targets:
         check_target(target * 1e9, compressed.compression.space, compressed.flops_at)
 

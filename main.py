@@ -145,12 +145,13 @@ def search_mode(args: Namespace, runtime: Runtime) -> None:
     entry = models.lookup(args.model)
     targets = targets_of(args)
     plain, dataset = trained_model(args, entry, runtime, drop_path_rate=args.drop_path)
-    check_targets(targets, plain, entry, args)
+    check_targets(args, entry, len(dataset.classes))
     train = train_dataset(args, entry)
     check_same_classes(train, dataset)
     loaders = train_loader(train, args, runtime), eval_loader(dataset, args, runtime)
     for target in targets:
-        compressed = patch(copy.deepcopy(plain), entry, args).to(runtime.device)
+        model = plain if target == targets[-1] else copy.deepcopy(plain)  # a huge model needs no second copy
+        compressed = patch(model, entry, args).to(runtime.device)
         start_rates(compressed, entry, args)
         search_one(target, args, entry, compressed, loaders, runtime)
 

@@ -6,12 +6,14 @@ import logging
 import pickle
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffrate.schedule import Schedule, ScheduleError, make_schedule
+from engine import Scores
 from searching import Search, SearchState
 from utils import Runtime, UsageError
 
@@ -53,13 +55,12 @@ def saver(identity: dict[str, Any], runtime: Runtime) -> Callable[[Search, bool]
 def search_content(search: Search, identity: dict[str, Any]) -> dict[str, Any]:
     """A search as plain values and tensors, which `torch.load` reads with `weights_only`."""
     state, settings = search.state, search.settings
-    best = state.best_schedule
     return {
         "mode": "search",
         "rates": [rate.detach().cpu() for rate in search.rates],
         "schedule": _plain(search.schedule()),
-        "best_schedule": None if best is None else _plain(best),
-        "best_acc1": state.best_acc1,
+        "best_schedule": None if state.best is None else _plain(state.best[0]),
+        "best_scores": None if state.best is None else asdict(state.best[1]),
         "optimizer": search.optimizer.state_dict(),
         "scheduler": {"rate": settings.rate, "least_rate": settings.least_rate, "steps": settings.steps},
         "scaler": search.scaler.state_dict(),
@@ -105,8 +106,7 @@ def restore(search: Search, path: Path, identity: dict[str, Any]) -> None:
         epoch=content["epoch"],
         step=content["step"],
         sums=content["sums"],
-        best_acc1=content["best_acc1"],
-        best_schedule=None if best is None else make_schedule(*best),
+        best=None if best is None else (make_schedule(*best), Scores(**content["best_scores"])),
     )
     log.info("going on from %s at epoch %d, step %d", path, search.state.epoch, search.state.step)
 

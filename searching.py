@@ -34,8 +34,7 @@ class SearchState:
     epoch: int = 0
     step: int = 0  # done in this epoch
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # losses and GFLOPs of this epoch
-    best_acc1: float = -1.0
-    best_schedule: Schedule | None = None
+    best: tuple[Schedule, Scores] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,14 +125,14 @@ class Search:
             with StopSignals() as signals:
                 self._epoch(train, save, signals)
             scores = self.score(val)
-            better = scores.acc1 > self.state.best_acc1
+            better = self.state.best is None or scores.acc1 > self.state.best[1].acc1
             if better:
-                self.state.best_acc1, self.state.best_schedule = scores.acc1, self.schedule()
+                self.state.best = self.schedule(), scores
             self._record(scores)
             self.state.epoch, self.state.step, self.state.sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
             save(self, better)
-        assert self.state.best_schedule is not None, "there is an epoch, and its schedule meets the budget"
-        return self.state.best_schedule, self.score(val, self.state.best_schedule)
+        assert self.state.best is not None, "there is an epoch, and its schedule meets the budget"
+        return self.state.best
 
     def schedule(self) -> Schedule:
         """The schedule of the present rates, rounded to the budget."""

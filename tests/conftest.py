@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: tensors are tiny here, and threads
+# that share a busy core would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

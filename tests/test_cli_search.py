@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -27,9 +26,11 @@ KEY = "ViT-Sample"
 
 
 def words(folder: Path, out: Path, *more: object) -> list[str]:
-    """A search of three steps an epoch on a small image folder."""
+    """A search of three steps an epoch on a small image folder, with the published rates."""
     base = ("--model", MODEL, "--checkpoint", "scratch", "--data-path", folder, "--output_dir", out, "--batch-size", 4)
-    return [str(word) for word in (*base, "--num_workers", 0, "--target_flops", 0.025, "--print-freq", 1, *more)]
+    published = ("--arch-lr", 0.01, "--arch-min-lr", 0.001, "--granularity", 4)
+    run = ("--num_workers", 0, "--target_flops", 0.025, "--print-freq", 1)
+    return [str(word) for word in (*base, *published, *run, *more)]
 
 
 def checkpoint(out: Path, name: str = "checkpoint.pth") -> dict[str, Any]:
@@ -205,7 +206,6 @@ def start(command: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
 
 
