@@ -18,10 +18,11 @@ from diffrate.budget import check_target
 from diffrate.schedule import find_schedule
 from flags import FROM_SCRATCH, OFFICIAL, PROJECT
 from models.zoo import SAMPLE_MODEL
+from processes import local_main_first, usable_cores
 from recipe import build_augmentation
 from samplers import eval_sampler, train_sampler
 from transforms import eval_transform, train_transform
-from utils import Runtime, UsageError, local_main_first
+from utils import Runtime, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -225,13 +226,16 @@ def train_loader(dataset: LabelledDataset, args: Namespace, runtime: Runtime) ->
 
 
 def _loader(dataset: Any, sampler: Sampler[Any], args: Namespace, runtime: Runtime, drop_last: bool) -> DataLoader[Any]:
+    workers = args.num_workers
+    if workers is None:
+        workers = max(1, usable_cores() // runtime.processes.local_world)
     return DataLoader(
         dataset,
         sampler=sampler,
         batch_size=args.batch_size,
         drop_last=drop_last,
-        num_workers=args.num_workers,  # they start with the first batch and live on across epochs
-        persistent_workers=args.num_workers > 0,
+        num_workers=workers,  # they start with the first batch and live on across epochs
+        persistent_workers=workers > 0,
         pin_memory=args.pin_mem and runtime.device.type == "cuda",
         generator=torch.Generator().manual_seed(args.seed + runtime.processes.rank),
     )

@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import diffrate
+from processes import all_sum
 from recipe import Recipe, build_recipe
 from samplers import step_seed
-from utils import Runtime, all_sum, seed_everything, with_progress
+from utils import Runtime, seed_everything, with_progress
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from datasets import DATA_SETS
 from diffrate.baselines import BASELINES
 from models.zoo import SAMPLE_MODEL, ZOO
 from searching import FLOPS_LOSSES
-from utils import UsageError, usable_cores
+from utils import UsageError
 
 PROJECT = Path(__file__).resolve().parent
 OFFICIAL = "official"
@@ -205,9 +205,7 @@ def _add_data_flags(parser: Parser) -> None:
         "--crop-pct", type=_number(float, 0, 1, open_low=True), help="part of the short side that is seen"
     )
     group.add_argument("--batch-size", type=COUNT, default=64, help="images a step, on each process")
-    group.add_argument(
-        "--num_workers", type=WORKERS, default=usable_cores(), help="loader processes, default one per core"
-    )
+    group.add_argument("--num_workers", type=WORKERS, help="loader processes of each process, default one per core")
     group.add_argument(
         "--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory on CUDA"
     )

@@ -38,20 +38,19 @@ from diffrate.benchmark import compare_speed
 from diffrate.budget import BudgetError
 from engine import NonFiniteLossError, evaluate, finetune
 from flags import get_args_parser, parse_flags
+from heartbeat import LostProcessError
+from processes import EnvironmentVariableError, Processes, process_group, processes_from_environment
 from results import log_found, report, save_result
 from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
 from search_benchmark import search_cost
 from searching import Search, settings_from
 from utils import (
-    Processes,
     Runtime,
     StopRequestedError,
     UsageError,
     amp_dtype,
     make_output_dir,
     open_board,
-    process_group,
-    processes_from_environment,
     resolve_device,
     seed_everything,
     setup_logging,
@@ -61,6 +60,7 @@ __all__ = ["get_args_parser", "main"]
 
 INPUT_ERRORS = (
     UsageError,
+    EnvironmentVariableError,
     DataError,
     models.CheckpointError,
     models.UnknownModelError,
@@ -77,6 +77,7 @@ log = logging.getLogger(__name__)
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Bad input is one line on standard error and 2."""
+    processes = Processes()
     try:
         args = parse_flags(words)
         processes = processes_from_environment()
@@ -86,6 +87,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         print(f"main.py: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except LostProcessError as lost:
+        print(f"main.py: error: process {processes.rank} stops: {lost}", file=sys.stderr)
+        return 1
     except StopRequestedError as stopped:
         print(f"main.py: {stopped}", file=sys.stderr)
         return STOPPED

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,6 +18,7 @@ import diffrate
 from diffrate.budget import meets_budget, round_to_budget
 from diffrate.schedule import Schedule
 from engine import NonFiniteLossError, Scores, evaluate, to_device
+from processes import all_sum
 from recipe import build_criterion, build_mixup
 from samplers import SeededOrder, step_seed
 from utils import Runtime, StopRequestedError, StopSignals, UsageError, seed_everything, with_progress
@@ -151,22 +151,26 @@ class Search:
         steps = range(state.step, self.settings.steps)
         header = f"Search: [{state.epoch}]"
         for step in with_progress(steps, len(steps), header, every, self._describe, log):
-            losses = self._step(batches, state.epoch, step)
+            *losses, stop = self._step(batches, state.epoch, step, signals.requested)
             state.step = step + 1
             state.sums = [total + loss for total, loss in zip(state.sums, losses, strict=True)]
-            if state.step % every == 0 or signals.requested:
+            if state.step % every == 0 or stop:
                 save(self, False)
-            if signals.requested:
+            if stop:
                 raise StopRequestedError(f"stopped at epoch {state.epoch}, step {state.step}: go on with --resume")
 
-    def _step(self, batches: Any, epoch: int, step: int) -> list[float]:
-        """One update of the rates; classification loss, cost loss and GFLOPs before it."""
+    def _step(self, batches: Any, epoch: int, step: int, stop: bool) -> list[float]:
+        """One update of the rates; classification loss, cost loss and GFLOPs before it, and whether to stop.
+
+        All are means over the processes, so that all of them stop after the same step, and for the
+        same loss.
+        """
         settings = self.settings
         seed_everything(step_seed(settings.seed, epoch, self.runtime.processes.rank, step))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate(epoch, step)
         self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(3, device=self.runtime.device)
+        totals = torch.tensor([0.0, 0.0, 0.0, float(stop)], device=self.runtime.device)
         for _ in range(settings.accumulate):
             images, labels = to_device(*next(batches), self.runtime)
             if self.mixup is not None:
@@ -177,9 +181,11 @@ class Search:
             cost = flops_loss(flops, settings)
             loss = classification + settings.weight(epoch) * cost
             self.scaler.scale(loss / settings.accumulate).backward()
-            totals += torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9]) / settings.accumulate
-        average_gradients(self.rates)
-        values = totals.tolist()
+            parts = torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9])
+            totals[:3] += parts / settings.accumulate
+        world = self.runtime.processes.world
+        average_gradients(self.rates, world)
+        values = (all_sum(totals) / world).tolist()
         if not all(math.isfinite(value) for value in values):
             where = f"epoch {epoch}, step {step}"
             raise NonFiniteLossError(f"the loss is {values[0]} at {where}; the last checkpoint is good")
@@ -225,14 +231,10 @@ class Search:
         log.info(scores.line(flops))
 
 
-def average_gradients(rates: list[nn.Parameter]) -> None:
-    """The mean of the rates' gradients over all processes: a few kilobytes, and nothing for weights."""
+def average_gradients(rates: list[nn.Parameter], world: int) -> None:
+    """The mean of the rates' gradients over `world` processes: a few kilobytes, and nothing for weights."""
     gradients = [rate.grad if rate.grad is not None else torch.zeros_like(rate) for rate in rates]
-    if dist.is_initialized():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        parts = flat.split([rate.numel() for rate in rates])
-        gradients = [part.view_as(rate) for part, rate in zip(parts, rates, strict=True)]
-    for rate, gradient in zip(rates, gradients, strict=True):
-        rate.grad = gradient
+    flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients])) / world
+    parts = flat.split([rate.numel() for rate in rates])
+    for rate, part in zip(rates, parts, strict=True):
+        rate.grad = part.view_as(rate)

@@ -1,4 +1,4 @@
-"""Logging, progress, devices, the process group, and files that are written whole or not at all."""
+"""Logging, progress, devices, signals, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from termcolor import colored
-from torch import Tensor
 
 from diffrate.files import whole_file
+from processes import Processes
 
 Item = TypeVar("Item")
 
@@ -35,72 +33,7 @@ class StopRequestedError(Exception):
     """A signal asked a run to stop, and it saved its state."""
 
 
-# --- processes -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the run."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def processes_from_environment() -> Processes:
-    """What torchrun or `torch.distributed.launch --use_env` says of this process.
-
-    Raises:
-        UsageError: one of their variables is not a number.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        rank, world, local_rank, local_world = (
-            int(os.environ.get(name, 1 if "WORLD" in name else 0)) for name in names
-        )
-    except ValueError as error:
-        found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UsageError(f"environment: {found}; accepted: whole numbers") from error
-    return Processes(rank, world, local_rank, local_world)
-
-
-@contextmanager
-def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes while the block runs; nothing to do for a single one."""
-    if processes.world == 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=processes.rank, world_size=processes.world, timeout=timedelta(minutes=10))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def local_main_first(processes: Processes) -> Iterator[None]:
-    """Run the block in the first process of each machine, then in the others: they find its files."""
-    first = processes.local_rank == 0
-    if not first and dist.is_initialized():
-        dist.barrier()
-    yield
-    if first and dist.is_initialized():
-        dist.barrier()
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """`values` summed over all processes; unchanged for a single one."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+# --- where a run computes ---------------------------------------------------------------------
 
 
 def resolve_device(name: str, processes: Processes) -> torch.device:
@@ -138,11 +71,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what timm's mixup draws from)
     torch.manual_seed(seed)
-
-
-def usable_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""Two gloo processes through torchrun and `torch.distributed.launch`."""
+"""Two gloo processes: through torchrun, `torch.distributed.launch`, and SLURM's variables."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,40 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29641"],
-    "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env", "--master_port=29642"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
+    "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"],
 }
+SEARCH = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--target_flops", 0.025, "--print-freq", 1)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def launch(launcher: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher], str(PROJECT / "main.py")]
+    port = f"--master_port={free_port()}"
+    command = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher], port, str(PROJECT / "main.py")]
     words = (*words, "--num_workers", 0)
     return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=200, check=False)
+
+
+def slurm_step(*words: object) -> list[subprocess.Popen[str]]:
+    """The two processes of `srun --nodes=2 --ntasks-per-node=1`, with no launcher to watch over them."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    step |= {"SLURM_STEP_NODELIST": "localhost,elsewhere", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
 
 
 def last_record(folder: Path) -> dict[str, Any]:
@@ -76,3 +104,30 @@ def test_two_processes_are_one_with_twice_the_batch(image_folder: Path, tmp_path
         assert first.abs().max() > 0
     assert (tmp_path / "two" / "compression_rate.json").exists()
     assert len((tmp_path / "two" / "log.txt").read_text().splitlines()) == 1
+
+
+def test_slurm_variables_make_two_processes(image_folder: Path, tmp_path: Path) -> None:
+    words = (*SEARCH, "--data-path", image_folder, "--epochs", 1, "--batch-size", 6)
+    step = slurm_step(*words, "--output_dir", tmp_path)
+    for process in step:
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    assert last_record(tmp_path)["images"] == 9
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_killed_takes_the_other_down(lost: int, image_folder: Path, tmp_path: Path) -> None:
+    """No launcher: the one that is left has to notice by itself, within a minute."""
+    step = slurm_step(
+        *SEARCH, "--data-path", image_folder, "--epochs", 500, "--batch-size", 2, "--output_dir", tmp_path
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "checkpoint.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    step[lost].kill()
+    _, err = step[1 - lost].communicate(timeout=60)
+    assert step[1 - lost].returncode == 1
+    assert err.splitlines()[-1].startswith(f"main.py: error: process {1 - lost} stops: process {lost} ")
+    assert "Traceback" not in err
+    step[lost].communicate()
