@@ -23,7 +23,7 @@ SAMPLE_RECIPE = {
     **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
     **{"drop_path": 0.0, "affine": (10.0, 0.0, 0.1), "repeated_aug": False},
     # Fewer steps than on ImageNet, and fewer tokens: larger strides, finer candidates.
-    **{"flops_loss": "relative", "arch_lr": 0.1, "arch_min_lr": 0.01, "granularity": 1},
+    **{"flops_loss": "relative", "flops_weight": 1.0, "arch_lr": 0.1, "arch_min_lr": 0.01, "granularity": 1},
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import searching
 from diffrate.budget import meets_budget
@@ -65,6 +66,17 @@ def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_
     code, text, err = cli(*next_command, "--num_workers", 0)
     assert (code, err) == (0, "")
     assert scores(text)[3] == 0.025
+
+
+def test_tensorboard_gets_the_figures_of_each_epoch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, err = cli(*words(image_folder, out, "--epochs", 2, "--tensorboard"))
+    assert (code, err) == (0, "")
+    events = EventAccumulator(str(out)).Reload()
+    records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [event.step for event in events.Scalars("train_loss")] == [0, 1]
+    written = [event.value for event in events.Scalars("train_loss")]
+    assert written == pytest.approx([record["train_loss"] for record in records])
 
 
 def test_resumed_evaluation_takes_the_searched_schedule(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
