@@ -80,10 +80,18 @@ def check_block(block: nn.Module, names: BlockNames, where: str) -> None:
     _check_parts(getattr(block, names.attention), ATTENTION_PARTS, f"{where}.{names.attention}")
 
 
-def fixed_block(block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, kept: Kept) -> TokenState:
-    """Run one block that leaves `kept.merged` of the `kept.entering` tokens in `state`."""
-    removes = kept.merged < kept.entering
-    x, importance = _attention(block, names, rules, state, removes)
+def fixed_block(
+    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, kept: Kept, class_only: bool = False
+) -> TokenState:
+    """Run one block that leaves `kept.merged` of the `kept.entering` tokens in `state`.
+
+    With `class_only` nothing but the class token is read of what it leaves, and it is all that is
+    left: the others serve as keys and values, and need neither reduction nor MLP.
+    """
+    removes = kept.merged < kept.entering and not class_only
+    x, importance = _attention(block, names, rules, state, removes, class_only)
+    if class_only:
+        state = TokenState(x)
     state = state._replace(x=x)
     if importance is not None:
         if rules.random:
@@ -104,11 +112,14 @@ def through(block: Any, names: Iterable[str], x: Tensor) -> Tensor:
 
 
 def _attention(
-    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, removes: bool
+    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, removes: bool, class_only: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The residual stream after attention, and the tokens' importance if some are to go."""
     attention = getattr(block, names.attention)
     heads = split_heads(attention, block.norm1(state.x))
+    before = state.x
+    if class_only:
+        heads, before = heads._replace(query=heads.query[:, :, :1]), before[:, :1]
     bias = size_bias(state.size)
     dropout = attention.attn_drop.p if attention.training else 0.0
     importance = None
@@ -120,7 +131,7 @@ def _attention(
         if removes:
             importance = class_importance(heads, bias)
     y = through(block, names.branch1, join_heads(attention, mixed))
-    return through(block, names.skip1, state.x) + y, importance
+    return through(block, names.skip1, before) + y, importance
 
 
 def _check_parts(module: nn.Module, known: set[str], where: str) -> None:

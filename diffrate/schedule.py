@@ -132,7 +132,7 @@ def find_schedule(path: Path, key: str, target_flops: float | None) -> Schedule:
 def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule) -> None:
     """Add the schedule of model `key` for a target in GFLOPs to the file at `path`, or replace it.
 
-    The other entries stay; a missing file is made.
+    The other entries stay, and those of a model are in rising order; a missing file is made.
 
     Raises:
         ScheduleError: the file is there but malformed, or cannot be written.
@@ -142,6 +142,7 @@ def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule)
     name = next((name for name in targets if _number(name) == target_flops), f"{target_flops:g}")
     fields = {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
     targets[name] = {field: list(counts) for field, counts in fields.items() if counts is not None}
+    table[key] = dict(sorted(targets.items(), key=lambda item: _number(item[0]) or 0))
     try:
         with whole_file(path) as file:
             file.write(_pretty(table).encode())

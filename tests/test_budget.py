@@ -118,9 +118,9 @@ def test_rates_start_at_a_schedule() -> None:
 
 def test_saving_keeps_the_other_entries(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
-    save_schedule(path, "A", 2.0, Schedule((3, 2), (3, 1)))
-    save_schedule(path, "B", 0.025, Schedule(None, (4,)))
     save_schedule(path, "A", 2.5, Schedule((3, 3), (3, 3)))
+    save_schedule(path, "B", 0.025, Schedule(None, (4,)))
+    save_schedule(path, "A", 2.0, Schedule((3, 2), (3, 1)))
     save_schedule(path, "A", 2.00, Schedule((1, 1), (1, 1)))
     assert json.loads(path.read_text()) == {
         "A": {
@@ -129,5 +129,6 @@ def test_saving_keeps_the_other_entries(tmp_path: Path) -> None:
         },
         "B": {"0.025": {"merge_kept_num": [4]}},
     }
+    assert list(json.loads(path.read_text())["A"]) == ["2", "2.5"]
     assert '"prune_kept_num": [1, 1]' in path.read_text()
     assert [file.name for file in tmp_path.iterdir()] == ["rates.json"]

@@ -104,23 +104,26 @@ class CompressedModel(nn.Module):
             logits, flops = self._search(images)
             return (logits, flops) if return_flop else logits
         schedule = self.compression.current()
-        logits = self.classify(self._compress(images, schedule, trace=self.needs_origins(schedule)))
+        state = self._compress(images, schedule, self.needs_origins(schedule), self.reads_class_token_alone)
+        logits = self.classify(state)
         return (logits, self.flops_at(schedule)) if return_flop else logits
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of `images` `[B, 3, H, W]`: features, sizes, and the origins they come from."""
-        state = self._compress(images, self.compression.current(), trace=True)
+        state = self._compress(images, self.compression.current(), trace=True, class_only=False)
         return state._replace(size=state.sizes())
 
-    def _compress(self, images: Tensor, schedule: Schedule, trace: bool) -> TokenState:
-        """The tokens after the last compressible block at fixed counts."""
+    def _compress(self, images: Tensor, schedule: Schedule, trace: bool, class_only: bool) -> TokenState:
+        """The tokens after the last compressible block at fixed counts, or the class token alone."""
         state = TokenState(self.embed(images))
         if trace:
             state = state.traced()
-        # Not strict: CAFormer's schedules have counts for the blocks after the compressible ones too.
-        for block, kept in zip(self.compressible_blocks(), running_counts(schedule, state.x.shape[1]), strict=False):
+        *blocks, last = self.compressible_blocks()
+        # CAFormer's schedules go on with counts for the blocks after the compressible ones.
+        *counts, final = running_counts(schedule, state.x.shape[1])[: len(blocks) + 1]
+        for block, kept in zip(blocks, counts, strict=True):
             state = fixed_block(block, self.names, self.rules, state, kept)
-        return state
+        return fixed_block(last, self.names, self.rules, state, final, class_only)
 
     def _search(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the search: logits, and the expected cost with gradients."""

@@ -1,0 +1,169 @@
+"""Pictures of what compression did: merged regions in one colour each, pruned ones dimmed and hatched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+PRUNED = -1
+# Okabe and Ito's colours, which colour-blind readers tell apart, in an order of alternating lightness:
+# neighbours differ in grey print too. More neighbours than these take lighter and darker turns of them.
+PALETTE = np.array(
+    [(0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115), (230, 159, 0), (204, 121, 167)]
+)
+TINT = 0.6  # of a merged region's colour over the image below
+DIM = 0.3  # what is left of the light where a region was pruned
+HATCH = 8  # pixels between the lines over pruned regions
+
+Groups = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.float64]
+
+
+class VisualizationError(ValueError):
+    """An image, an origin and a patch size that do not belong together."""
+
+
+def make_visualization(
+    image: Image.Image, source: Tensor, patch_size: int = 16, class_token: bool = True
+) -> Image.Image:
+    """`image` with its tokens drawn in, at the image's own size.
+
+    `source` says where input tokens went: origins `[N0]` or `[1, N0]` as in `TokenState.origin`, or
+    the published form, a matrix `[1, K, N0]` that is positive where kept token k stands for input
+    token i. With `class_token` the first input token is no patch.
+
+    Raises:
+        VisualizationError: the image has another number of patches than the tokens.
+    """
+    origin = _as_origin(source)
+    if class_token:
+        origin = origin[1:]
+    grid = (image.height // patch_size, image.width // patch_size)
+    if grid[0] * grid[1] != len(origin):
+        raise VisualizationError(
+            f"image of {image.width} x {image.height} with patches of {patch_size}: {grid[0] * grid[1]} patches; "
+            f"accepted: {len(origin)}, the input tokens"
+        )
+    return draw_groups(image, origin_groups(origin, grid))
+
+
+def origin_groups(origin: Tensor, grid: tuple[int, int]) -> Groups:
+    """Group of each patch, `[rows, columns]`, from the origins `[rows * columns]` of patch tokens.
+
+    Groups are counted from 0 in the order in which the patches come; -1 was pruned.
+
+    Raises:
+        VisualizationError: the grid has another number of patches.
+    """
+    if origin.numel() != grid[0] * grid[1]:
+        raise VisualizationError(f"grid of {grid[0]} x {grid[1]}: accepted: {origin.numel()} patches")
+    flat = origin.detach().cpu().numpy()
+    numbers: dict[int, int] = {PRUNED: PRUNED}
+    for token in flat.tolist():
+        numbers.setdefault(token, len(numbers) - 1)
+    return np.array([numbers[token] for token in flat.tolist()], dtype=np.int64).reshape(grid)
+
+
+def draw_groups(image: Image.Image, groups: Groups) -> Image.Image:
+    """`image` with groups of patches `[rows, columns]` drawn in.
+
+    A group of several patches is tinted in one colour, a patch that stands for itself shows the
+    image, and pruned patches are dimmed and hatched. Lines separate groups. Neighbouring regions
+    never share a colour, and the same groups always get the same ones.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    rows, columns = _patch_of_pixel(pixels.shape[0], groups.shape[0]), _patch_of_pixel(pixels.shape[1], groups.shape[1])
+    spread = groups[rows][:, columns]
+    picture = _tint(pixels, spread, groups)
+    picture = _dim(picture, spread == PRUNED)
+    picture[_outlines(spread)] = 255
+    return Image.fromarray(picture.round().astype(np.uint8))
+
+
+def group_colors(groups: Groups) -> list[int]:
+    """A colour number per group such that groups with a common edge differ: greedy, largest first."""
+    count = int(groups.max()) + 1
+    neighbours: list[set[int]] = [set() for _ in range(count)]
+    for first, second in _edges(groups):
+        neighbours[first].add(second)
+        neighbours[second].add(first)
+    sizes = np.bincount(groups[groups >= 0], minlength=count)
+    colors = [-1] * count
+    for group in sorted(range(count), key=lambda group: (-sizes[group], group)):
+        taken = {colors[other] for other in neighbours[group]}
+        # Start at a number of the group's own: else all would crowd at the first few colours.
+        tried = ((group + turn) % len(PALETTE) for turn in range(len(PALETTE)))
+        colors[group] = next((color for color in tried if color not in taken), -1)
+        if colors[group] < 0:
+            colors[group] = next(color for color in range(len(PALETTE), count + len(PALETTE)) if color not in taken)
+    return colors
+
+
+def color_of(number: int) -> Pixels:
+    """Red, green and blue of a colour number; each further turn of the palette is another shade."""
+    turn, position = divmod(number, len(PALETTE))
+    towards = 255.0 * (turn % 2)  # light and dark in turn, ever nearer to the end
+    share = 1 - 0.6 ** ((turn + 1) // 2)
+    return PALETTE[position] * (1 - share) + towards * share
+
+
+def _as_origin(source: Tensor) -> Tensor:
+    if source.ndim == 3 and len(source) == 1:
+        strongest = source[0].max(dim=0)
+        return torch.where(strongest.values > 0, strongest.indices, PRUNED)
+    if source.ndim == 2 and len(source) == 1:
+        return source[0]
+    if source.ndim != 1:
+        raise VisualizationError(
+            f"source of {list(source.shape)}: accepted: [N0], [1, N0] or [1, K, N0], one image at a time"
+        )
+    return source
+
+
+def _patch_of_pixel(pixels: int, patches: int) -> Groups:
+    return np.arange(pixels) * patches // pixels
+
+
+def _tint(pixels: Pixels, spread: Groups, groups: Groups) -> Pixels:
+    """Regions of several patches in their colour, shaded by the image below."""
+    merged = np.bincount(groups[groups >= 0], minlength=1) > 1
+    table: Any = np.array([color_of(number) for number in group_colors(groups)] or [(0.0, 0.0, 0.0)])
+    tinted = (spread >= 0) & merged[np.maximum(spread, 0)]
+    picture = pixels.copy()
+    picture[tinted] = (1 - TINT) * pixels[tinted] + TINT * table[spread[tinted]]
+    return picture
+
+
+def _dim(picture: Pixels, pruned: npt.NDArray[np.bool_]) -> Pixels:
+    """Pruned areas dark and without colour, with diagonal lines that show in grey print too."""
+    grey = DIM * picture.mean(axis=2, keepdims=True)
+    rows, columns = np.indices(pruned.shape)
+    lines = (rows + columns) % HATCH == 0
+    shaded = np.where(lines[..., None], grey + 60, grey)
+    return np.where(pruned[..., None], shaded, picture)
+
+
+def _outlines(spread: Groups) -> npt.NDArray[np.bool_]:
+    """The pixels on the near side of each border between two groups."""
+    lines = np.zeros(spread.shape, dtype=bool)
+    lines[:-1] |= spread[:-1] != spread[1:]
+    lines[:, :-1] |= spread[:, :-1] != spread[:, 1:]
+    return lines
+
+
+def _edges(groups: Groups) -> Sequence[tuple[int, int]]:
+    """Pairs of groups that touch along an edge of two patches."""
+    pairs = np.concatenate(
+        [
+            np.stack([groups[:-1].ravel(), groups[1:].ravel()], axis=1),
+            np.stack([groups[:, :-1].ravel(), groups[:, 1:].ravel()], axis=1),
+        ]
+    )
+    touching = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs >= 0).all(axis=1)]
+    return [(int(first), int(second)) for first, second in np.unique(touching, axis=0)]
