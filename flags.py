@@ -12,7 +12,7 @@ from datasets import DATA_SETS
 from diffrate.baselines import BASELINES
 from models.zoo import SAMPLE_MODEL, ZOO
 from searching import FLOPS_LOSSES
-from utils import UsageError
+from utils import AMP_DTYPES, UsageError
 
 PROJECT = Path(__file__).resolve().parent
 OFFICIAL = "official"
@@ -97,12 +97,15 @@ def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
         args.epochs = 3 if searching else 30
     if searching and args.output_dir is None:
         args.output_dir = Path("output")
+    args.batch_size = args.batch_sizes[0]
     _check_numbers(args)
     _check_targets(args, searching)
     return args
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
+    if len(args.batch_sizes) > 1 and args.benchmark != "eval":
+        raise UsageError(f"--batch-size: found {len(args.batch_sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
     if not args.eval and not args.benchmark and (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
@@ -204,7 +207,15 @@ def _add_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--crop-pct", type=_number(float, 0, 1, open_low=True), help="part of the short side that is seen"
     )
-    group.add_argument("--batch-size", type=COUNT, default=64, help="images a step, on each process")
+    group.add_argument(
+        "--batch-size",
+        type=COUNT,
+        nargs="+",
+        default=[64],
+        dest="batch_sizes",
+        metavar="IMAGES",
+        help="images a step, on each process; --benchmark takes several sizes in turn",
+    )
     group.add_argument("--num_workers", type=WORKERS, help="loader processes of each process, default one per core")
     group.add_argument(
         "--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory on CUDA"
@@ -215,11 +226,10 @@ def _add_run_flags(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", type=Path, metavar="DIR", help="where logs and checkpoints go")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
-    group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), help="mixed precision; default fp16 on CUDA, off on CPU"
-    )
+    group.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision; default fp16 on CUDA, off on CPU")
     group.add_argument("--seed", type=WORKERS, default=0, help="of weights, order and augmentation")
     group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("--compile", action="store_true", help="benchmark compiled models as well")
     group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
 
 

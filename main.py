@@ -7,10 +7,9 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 import diffrate
@@ -19,6 +18,7 @@ from build import (
     check_inputs,
     check_same_classes,
     check_targets,
+    chosen_schedule,
     compress,
     dense_model,
     eval_dataset,
@@ -34,7 +34,6 @@ from build import (
 )
 from datasets import DataError
 from diffrate.baselines import BaselineError, baseline_schedule
-from diffrate.benchmark import compare_speed
 from diffrate.budget import BudgetError
 from engine import NonFiniteLossError, evaluate, finetune
 from flags import get_args_parser, parse_flags
@@ -44,6 +43,7 @@ from results import log_found, report, save_result
 from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
 from search_benchmark import search_cost
 from searching import Search, settings_from
+from speed_benchmark import speed_rows, table, write_rows
 from utils import (
     Runtime,
     StopRequestedError,
@@ -205,15 +205,19 @@ def benchmark_mode(args: Namespace, runtime: Runtime) -> None:
     if args.benchmark == "search":
         cost = search_cost(args, runtime.device)
         runtime.record({"mode": "benchmark search", "model": entry.name, **cost.record()})
-        log.info(cost.line())
+        for line in cost.lines():
+            log.info(line)
         return
-    size = input_size_of(args, entry)
-    plain = dense_model(entry, size).to(runtime.device)
-    compressed = compress(dense_model(entry, size), entry, args).to(runtime.device)
-    images = torch.randn(args.batch_size, 3, size, size, device=runtime.device)
-    comparison = compare_speed(plain, compressed, images, args.rounds, runtime.amp)
-    runtime.record({"mode": "benchmark", "model": entry.name, **comparison.record()})
-    log.info(comparison.line())
+    chosen_schedule(args, entry)  # a missing one shows before anything is built
+    rows = []
+    for row in speed_rows(args, runtime.device):
+        rows.append(row)
+        runtime.record({"mode": "benchmark", **asdict(row)})
+        log.info(row.line())
+    for line in table(rows):
+        log.info(line)
+    if runtime.output_dir is not None and runtime.processes.is_main:
+        write_rows(rows, runtime.output_dir)
 
 
 def _runtime(args: Namespace, processes: Processes) -> Runtime:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,63 +15,63 @@ from torch.nn import functional as F
 import diffrate
 import models
 from build import dense_model, input_size_of, patch
+from diffrate.benchmark import PairedTimes, peak_memory, time_in_turn
 
 Step = Callable[[], None]
-KINDS = ("plain", "search", "weights")
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of both sides, round by round, and the memory that a step adds, in bytes."""
+    """Times of a search step against a plain one, and the memory that a step adds, in bytes."""
 
     batch_size: int
-    plain_seconds: tuple[float, ...]
-    search_seconds: tuple[float, ...]
-    search_memory: int
-    weights_memory: int
+    times: PairedTimes
+    search_memory: int | None
+    weights_memory: int | None
 
     @property
-    def ratios(self) -> list[float]:
-        """Search over plain, round by round."""
-        return [search / plain for plain, search in zip(self.plain_seconds, self.search_seconds, strict=True)]
+    def memory_ratio(self) -> float | None:
+        """The search's memory over that of a search which also computes weight gradients."""
+        if self.search_memory is None or self.weights_memory is None:
+            return None
+        return self.search_memory / self.weights_memory
 
     def record(self) -> dict[str, Any]:
         """The figures for a JSON line."""
         return {
             "batch_size": self.batch_size,
-            "plain_seconds": median(self.plain_seconds),
-            "search_seconds": median(self.search_seconds),
-            "time_ratio": median(self.ratios),
-            "time_ratio_range": [min(self.ratios), max(self.ratios)],
+            "search_seconds": median(self.times.baseline),
+            "plain_seconds": median(self.times.rival),
+            "time_ratio": self.times.ratio,
+            "time_ratio_range": self.times.spread,
             "search_memory": self.search_memory,
             "weights_memory": self.weights_memory,
-            "memory_ratio": self.search_memory / self.weights_memory,
+            "memory_ratio": self.memory_ratio,
         }
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         """The figures for a reader."""
-        low, high = min(self.ratios), max(self.ratios)
-        share = self.search_memory / self.weights_memory
-        return (
-            f"batch {self.batch_size}: a search step takes {median(self.ratios):.2f} ({low:.2f} to {high:.2f}) of a "
-            f"plain forward and backward to the input, and {share:.2f} of the memory of a search step that also "
-            f"computes weight gradients ({self.search_memory / 2**20:.0f} of {self.weights_memory / 2**20:.0f} MiB)"
-        )
+        low, high = self.times.spread
+        lines = [
+            f"batch {self.batch_size}: a search step takes {self.times.ratio:.2f} ({low:.2f} to {high:.2f}) of the "
+            "time of a plain forward and backward to the input"
+        ]
+        if self.search_memory and self.weights_memory:
+            lines.append(
+                f"and {self.memory_ratio:.2f} of the memory of a search step that also computes weight gradients "
+                f"({self.search_memory / 2**20:.0f} of {self.weights_memory / 2**20:.0f} MiB)"
+            )
+        return lines
 
 
 def search_cost(args: Namespace, device: torch.device) -> StepCost:
     """Time the steps in turn in this process, and their memory each in a fresh one."""
-    plain, search = (build_step(kind, args, device) for kind in KINDS[:2])
-    for step in (plain, search):
-        step()
-    pairs = [(_seconds(plain, device), _seconds(search, device)) for _ in range(args.rounds)]
-    return StepCost(
-        batch_size=args.batch_size,
-        plain_seconds=tuple(pair[0] for pair in pairs),
-        search_seconds=tuple(pair[1] for pair in pairs),
-        search_memory=step_memory("search", args, device),
-        weights_memory=step_memory("weights", args, device),
+    search_memory, weights_memory = (
+        peak_memory(build_step, kind, args, device, device=device) for kind in ("search", "weights")
     )
+    search, plain = (build_step(kind, args, device) for kind in ("search", "plain"))
+    times = time_in_turn(search, plain, args.rounds, device)
+    return StepCost(args.batch_size, times, search_memory, weights_memory)
 
 
 def build_step(kind: str, args: Namespace, device: torch.device) -> Step:
@@ -93,12 +90,6 @@ def build_step(kind: str, args: Namespace, device: torch.device) -> Step:
     return _search_step(compressed, images, labels)
 
 
-def step_memory(kind: str, args: Namespace, device: torch.device) -> int:
-    """Bytes that a step adds at its peak to what the process holds before it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (kind, args, str(device)))
-
-
 def _plain_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     def step() -> None:
         F.cross_entropy(model(images.clone().requires_grad_(True)), labels).backward()
@@ -114,23 +105,3 @@ def _search_step(model: diffrate.CompressedModel, images: Tensor, labels: Tensor
         (F.cross_entropy(logits, labels) + ((flops - target) / target) ** 2).backward()
 
     return step
-
-
-def _measure(kind: str, args: Namespace, device: str) -> int:
-    step = build_step(kind, args, torch.device(device))
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
-def _seconds(step: Step, device: torch.device) -> float:
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -23,6 +23,7 @@ from diffrate.files import whole_file
 from processes import Processes
 
 Item = TypeVar("Item")
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class UsageError(ValueError):
@@ -63,7 +64,7 @@ def amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
     """What to autocast to: by default float16 on CUDA, as published, and nothing elsewhere."""
     if name is None:
         name = "fp16" if device.type == "cuda" else "off"
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return AMP_DTYPES[name]
 
 
 def seed_everything(seed: int) -> None:

@@ -1,87 +1,100 @@
-"""Throughput of a compressed model against the plain one, in turn, in one process.
+"""Speed and memory of two sides, measured so that they can be compared.
 
-Machines drift: each round times both sides back to back, and what counts is the median of the
-rounds' ratios, not any absolute time.
+Machines drift: each round times both sides back to back, the first of them in turn, and what counts
+is the median of the rounds' ratios, not any absolute time. Memory is measured in a fresh process each.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from diffrate.patch.base import CompressedModel
+Run = Callable[[], Any]
+# Linux tells of each process's memory here; elsewhere memory is measured on GPUs alone.
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Seconds per batch of both sides, round by round, and what the FLOPs promise."""
+class PairedTimes:
+    """Seconds of a baseline and of its rival, round by round."""
 
-    batch_size: int
-    plain_seconds: tuple[float, ...]
-    compressed_seconds: tuple[float, ...]
-    ideal: float
+    baseline: tuple[float, ...]
+    rival: tuple[float, ...]
 
     @property
     def ratios(self) -> list[float]:
-        """Speed-up of each round."""
-        pairs = zip(self.plain_seconds, self.compressed_seconds, strict=True)
-        return [plain / compressed for plain, compressed in pairs]
+        """Baseline over rival of each round: above 1 the rival is faster."""
+        return [baseline / rival for baseline, rival in zip(self.baseline, self.rival, strict=True)]
 
-    def record(self) -> dict[str, Any]:
-        """The figures for a JSON line."""
-        return {
-            "batch_size": self.batch_size,
-            "plain_images_per_second": self.batch_size / median(self.plain_seconds),
-            "compressed_images_per_second": self.batch_size / median(self.compressed_seconds),
-            "speedup": median(self.ratios),
-            "speedup_range": [min(self.ratios), max(self.ratios)],
-            "ideal_speedup": self.ideal,
-        }
+    @property
+    def ratio(self) -> float:
+        """The median of the ratios."""
+        return median(self.ratios)
 
-    def line(self) -> str:
-        """The figures for a reader."""
-        figures = self.record()
-        low, high = figures["speedup_range"]
-        return (
-            f"batch {self.batch_size}: plain {figures['plain_images_per_second']:.1f} images/s, "
-            f"compressed {figures['compressed_images_per_second']:.1f} images/s, "
-            f"speed-up {figures['speedup']:.2f} ({low:.2f} to {high:.2f}), "
-            f"ideal {self.ideal:.2f}, share of the ideal {figures['speedup'] / self.ideal:.0%}"
-        )
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The smallest and the greatest of the ratios."""
+        return min(self.ratios), max(self.ratios)
 
 
-@torch.inference_mode()
-def compare_speed(
-    plain: nn.Module, compressed: CompressedModel, images: Tensor, rounds: int, amp: torch.dtype | None
-) -> Comparison:
-    """Time both models on `images` `[B, 3, H, W]`, `rounds` times in turn after a warm-up."""
-    plain.eval()
-    compressed.eval()
-    device = images.device
-    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        sides = (lambda: plain(images), lambda: compressed(images, return_flop=False))
-        for side in sides:  # warm-up: allocations, kernel choices
-            side()
-        pairs = [tuple(_seconds(side, device) for side in sides) for _ in range(rounds)]
-    return Comparison(
-        batch_size=len(images),
-        plain_seconds=tuple(pair[0] for pair in pairs),
-        compressed_seconds=tuple(pair[1] for pair in pairs),
-        ideal=compressed.flops_at(compressed.dense_schedule()) / compressed.flops(),
-    )
+def time_in_turn(baseline: Run, rival: Run, rounds: int, device: torch.device) -> PairedTimes:
+    """Time both `rounds` times, after one run each that does not count (allocations, compilation)."""
+    for run in (baseline, rival):
+        run()
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            times[side].append(_seconds((baseline, rival)[side], device))
+    return PairedTimes(tuple(times[0]), tuple(times[1]))
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
+def peak_memory(build: Callable[..., Run], *arguments: Any, device: torch.device) -> int | None:
+    """Bytes that `build(*arguments)()` adds at its peak to what is there after `build`.
+
+    In a fresh process, which `build` and its arguments must reach by pickle: what an earlier run
+    left to the allocator would hide the peak. None where the system does not tell.
+    """
+    if device.type != "cuda" and not _RESET.exists():
+        return None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (build, arguments, str(device)))
+
+
+def _measure(build: Callable[..., Run], arguments: tuple[Any, ...], device: str) -> int:
+    run = build(*arguments)
+    if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _resident("VmRSS")
+    _RESET.write_text("5")  # the highest mark of resident memory starts over
     run()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    """Resident memory of this process in bytes, now (`VmRSS`) or at its highest (`VmHWM`)."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def _seconds(run: Run, device: torch.device) -> float:
     if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin

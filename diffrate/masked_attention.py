@@ -33,49 +33,59 @@ CACHED_ELEMENTS = 2**18  # of one map: 1 MiB in float32
 
 
 def masked_attention(heads: Heads, bias: Tensor | None, mask: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
-    """Attention `[B, H, N, D]` where masked tokens are seen by themselves alone, and importance `[B, N]`.
+    """Attention `[B, H, Q, D]` where masked tokens are seen by themselves alone, and importance `[B, N]`.
 
-    `mask` is `[B, N]`, `bias` `[B, 1, 1, N]` or None. Importance is the class token's attention, or
-    without one the attention received from all, heads averaged; it takes no gradient. Computed in
-    float32 at least, also under autocast.
+    With a class token the queries may be those of the first Q tokens alone. `mask` is `[B, N]`, `bias`
+    `[B, 1, 1, N]` or None. Importance is the class token's attention, or without one the attention
+    received from all, heads averaged; it takes no gradient. Computed in float32 at least, also under
+    autocast.
     """
     query, key, value, scale = heads
     dtype = size_dtype(value)
     with torch.autocast(value.device.type, enabled=False):
         rows = None if bias is None else bias[:, 0, 0].to(dtype)
-        items = ((query * scale).to(dtype), key.to(dtype), value.to(dtype))
-        mixed, importance = _MaskedAttention.apply(*items, rows, mask.to(dtype), class_token)
+        items = (query.to(dtype), key.to(dtype), value.to(dtype))
+        mixed, importance = _MaskedAttention.apply(*items, rows, mask.to(dtype), scale, class_token)
     return mixed.to(value.dtype), importance
 
 
 class _MaskedAttention(torch.autograd.Function):
-    """Inputs: queries (times the scale), keys, values `[B, H, N, D]`, bias and mask `[B, N]`."""
+    """Inputs: queries `[B, H, Q, D]`, keys and values `[B, H, N, D]`, bias and mask `[B, N]`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor, class_token: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        scale: float,
+        class_token: bool,
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, tokens, _ = query.shape
+        batch, heads, rows, _ = query.shape
+        tokens = key.shape[2]
         seen = mask[:, None, :, None]  # [B, 1, N, 1]
+        hides = 1 - seen[:, :, :rows]
         visible = torch.cat([value * seen, seen.expand(-1, heads, -1, -1)], dim=-1)  # the last column gives P m
-        mixed, importance = torch.empty_like(value), torch.empty_like(mask)
-        totals, inverses = torch.empty_like(value[..., :1]), torch.empty_like(value[..., :1])
+        mixed, importance = torch.empty_like(query), torch.empty_like(mask)
+        totals, inverses = torch.empty_like(query[..., :1]), torch.empty_like(query[..., :1])
         positions, maps = torch.empty_like(totals, dtype=torch.int64), []
-        for part in _parts(batch, heads * tokens * tokens, query.device):
-            softmax = _softmax(query[part], key[part], bias if bias is None else bias[part])
+        for part in _parts(batch, heads * rows * tokens, query.device):
+            softmax = _softmax(query[part], key[part], scale, bias if bias is None else bias[part])
             inverse, highest = softmax.max(-1, keepdim=True)  # 1 / S, and where E is 1
-            hidden = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * (1 - seen[part])  # d (1 - m)
+            hidden = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * hides[part]  # d (1 - m)
             product = softmax @ visible[part]
             total = product[..., -1:] + hidden + EPSILON * inverse
             spread = EPSILON / tokens * inverse  # c
             everywhere = value[part].sum(-2, keepdim=True)
-            mixed[part] = (product[..., :-1] + hidden * value[part] + spread * everywhere) / total
+            mixed[part] = (product[..., :-1] + hidden * value[part, :, :rows] + spread * everywhere) / total
             totals[part] = total
             importance[part] = _importance(softmax, mask[part], hidden, spread, total, class_token)
             inverses[part], positions[part] = inverse, highest
             maps.append(softmax)
         ctx.save_for_backward(query, key, value, mask, mixed, totals, inverses, positions, *maps)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.scale = bias is not None, scale
         ctx.mark_non_differentiable(importance)
         return mixed, importance
 
@@ -83,14 +93,16 @@ class _MaskedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_mixed: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, mask, mixed, totals, inverses, positions, *maps = ctx.saved_tensors
-        batch, heads, tokens, _ = query.shape
+        batch, heads, rows, _ = query.shape
+        tokens = key.shape[2]
         seen = mask[:, None, :, None]
         masked_key, ones = key * seen, value.new_ones(1, 1, 1, 1)
         grads = [torch.empty_like(item) for item in (query, key, value)]
-        columns, diagonals, to_highest = (torch.empty_like(mask) for _ in range(3))
-        parts = _parts(batch, heads * tokens * tokens, query.device)
+        columns, to_highest = torch.empty_like(mask), torch.empty_like(mask)
+        diagonals = torch.zeros_like(mask)
+        parts = _parts(batch, heads * rows * tokens, query.device)
         for part, softmax in zip(parts, maps, strict=True):
-            k, v, hides = key[part], value[part], 1 - seen[part]
+            k, v, hides = key[part], value[part], 1 - seen[part, :, :rows]
             itself = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
             spread = EPSILON / tokens * inverses[part]
             grad = grad_mixed[part] / totals[part]
@@ -98,22 +110,26 @@ class _MaskedAttention(torch.autograd.Function):
             sides = torch.cat([grad, -centre], -1), torch.cat([v, ones.expand(*v.shape[:-1], 1)], -1)
             flow = (sides[0] @ sides[1].transpose(-2, -1)).mul_(softmax)  # G, of `visible`
             own = flow.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-            columns[part], diagonals[part] = flow.sum((1, 2)), own.squeeze(-1).sum(1)
-            grads[0][part] = flow @ masked_key[part] + own * hides * k
-            grads[1][part] = flow.transpose(-2, -1) @ query[part] * seen[part] + own * hides * query[part]
+            columns[part], diagonals[part, :rows] = flow.sum((1, 2)), own.squeeze(-1).sum(1)
+            grads[0][part] = flow @ masked_key[part] + own * hides * k[:, :, :rows]
+            grads[1][part] = flow.transpose(-2, -1) @ query[part] * seen[part]
+            grads[1][part, :, :rows] += own * hides * query[part]
             everywhere = (spread * grad).sum(-2, keepdim=True)
             back = EPSILON * inverses[part] * (centre - grad @ v.mean(-2, keepdim=True).transpose(-2, -1))  # r
             highest = positions[part]
-            grads[0][part] -= back * k.gather(2, highest.expand_as(k))
-            grads[1][part].scatter_add_(2, highest.expand_as(k), -back * query[part])
-            to_highest[part] = torch.zeros_like(back).scatter_add_(2, highest, back).sum((1, 3))
-            grads[2][part] = softmax.transpose(-2, -1) @ grad * seen[part] + itself * hides * grad + everywhere
+            grads[0][part] -= back * k.gather(2, highest.expand_as(query[part]))
+            grads[1][part].scatter_add_(2, highest.expand_as(query[part]), -back * query[part])
+            to_highest[part] = torch.zeros_like(k[..., :1]).scatter_add_(2, highest, back).sum((1, 3))
+            grads[2][part] = softmax.transpose(-2, -1) @ grad * seen[part] + everywhere
+            grads[2][part, :, :rows] += itself * hides * grad
+            grads[0][part] *= ctx.scale
+            grads[1][part] *= ctx.scale
         to_bias = mask * columns + (1 - mask) * diagonals - to_highest if ctx.has_bias else None
-        return *grads, to_bias, columns - diagonals, None
+        return *grads, to_bias, columns - diagonals, None, None
 
 
-def _softmax(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    scores = query @ key.transpose(-2, -1)
+def _softmax(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = (query @ key.transpose(-2, -1)).mul_(scale)
     if bias is not None:
         scores += bias[:, None, None]
     return scores.softmax(-1)

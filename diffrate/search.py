@@ -74,9 +74,11 @@ def search_block(
     assert state.mask is not None
     attention = getattr(block, names.attention)
     heads = split_heads(attention, block.norm1(state.x))
+    if class_only:
+        heads = heads._replace(query=heads.query[:, :, :1])
     mixed, importance = masked_attention(heads, size_bias(state.size), state.mask, rules.class_token)
     if class_only:
-        state, mixed = TokenState(state.x[:, :1]), mixed[:, :, :1]
+        state = TokenState(state.x[:, :1])
     y = through(block, names.branch1, join_heads(attention, mixed))
     state = state._replace(x=through(block, names.skip1, state.x) + y)
     if not class_only and plan.merged < plan.entering:

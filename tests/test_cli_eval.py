@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -130,11 +131,30 @@ def test_the_command_itself_with_loader_processes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_benchmark_reports_a_speed_up(cli: Cli, tmp_path: Path) -> None:
-    words = ("--benchmark", "--load_compression_rate", "--batch-size", 8, "--rounds", 3, "--output_dir", tmp_path)
-    code, out, _ = cli(*words)
-    record = json.loads((tmp_path / "log.txt").read_text())
+def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path: Path) -> None:
+    words = ("--benchmark", "--load_compression_rate", "--batch-size", 1, 8, "--rounds", 3, "--output_dir", tmp_path)
+    code, out, err = cli(*words)
+    assert (code, err) == (0, "")
+    rows = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [(row["batch_size"], row["precision"], row["mode"]) for row in rows] == [
+        *((1, "float32", "eager"), (8, "float32", "eager"), (1, "bf16", "eager"), (8, "bf16", "eager"))
+    ]
+    for row in rows:
+        assert row["ideal_speedup"] == pytest.approx(1.99, abs=0.02)
+        assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert row["dense_ms_per_image"] == pytest.approx(1000 / row["dense_images_per_second"])
+        assert row["dense_memory_mib"] > 0
+    with (tmp_path / "benchmark.csv").open() as file:
+        assert [float(row["speedup"]) for row in csv.DictReader(file)] == [row["speedup"] for row in rows]
+    assert [json.loads(line)["speedup"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        row["speedup"] for row in rows
+    ]
+    assert "share" in out
+
+
+def test_the_benchmark_compiles_in_one_graph(cli: Cli, tmp_path: Path) -> None:
+    words = ("--benchmark", "--load_compression_rate", "--batch-size", 2, "--rounds", 1, "--amp", "off", "--compile")
+    code, _, _ = cli(*words, "--output_dir", tmp_path)  # torch may have something to say about the compiler
     assert code == 0
-    assert "speed-up" in out
-    assert record["ideal_speedup"] == pytest.approx(2.01, abs=0.02)
-    assert record["speedup_range"][0] <= record["speedup"] <= record["speedup_range"][1]
+    assert [row["mode"] for row in json.loads((tmp_path / "benchmark.json").read_text())] == ["eager", "compiled"]

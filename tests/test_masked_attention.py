@@ -13,12 +13,12 @@ from diffrate.masked_attention import EPSILON, masked_attention
 
 def by_the_formula(heads: Heads, bias: Tensor | None, mask: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
     query, key, value, scale = heads
-    tokens = query.shape[2]
+    tokens = key.shape[2]
     scores = (query * scale) @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
     exponential = (scores - scores.amax(-1, keepdim=True)).exp()
-    itself = torch.eye(tokens, dtype=mask.dtype)
+    itself = torch.eye(tokens, dtype=mask.dtype)[: query.shape[2]]
     visible = mask[:, None, None, :] + (1 - mask[:, None, None, :]) * itself
     exponential = exponential * visible
     weights = (exponential + EPSILON / tokens) / (exponential.sum(-1, keepdim=True) + EPSILON)
@@ -35,16 +35,18 @@ def inputs(with_bias: bool, seed: int = 0) -> tuple[list[Tensor], Tensor | None,
     return items, bias, mask.requires_grad_()
 
 
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("rows", "class_token"), [(9, True), (9, False), (4, True), (1, True)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("cached", [1, 2**18])
-def test_values_and_gradients(class_token: bool, with_bias: bool, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Image by image and all at once."""
+def test_values_and_gradients(
+    class_token: bool, with_bias: bool, cached: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image by image and all at once, with the queries of all tokens and of the first ones."""
     monkeypatch.setattr(subject, "CACHED_ELEMENTS", cached)
     results = []
     for attend in (masked_attention, by_the_formula):
         (query, key, value), bias, mask = inputs(with_bias)
-        mixed, importance = attend(Heads(query, key, value, 0.5), bias, mask, class_token)
+        mixed, importance = attend(Heads(query[:, :, :rows], key, value, 0.5), bias, mask, class_token)
         (mixed * torch.arange(4)).pow(2).sum().backward()
         gradients = [item.grad for item in (query, key, value, mask, bias) if item is not None]
         results.append([mixed.detach(), importance.detach(), *gradients])
