@@ -78,15 +78,19 @@ def trained_model(
 
 
 def check_targets(args: Namespace, entry: models.ModelEntry, classes: int) -> None:
-    """Refuse GFLOPs that no schedule of the model can meet, before anything is searched.
+    """Refuse what no search of the model can meet, before anything is searched.
 
     Raises:
         BudgetError: gives the reachable range.
+        UsageError: a granularity that leaves a single count to choose.
     """
     with torch.device("meta"):  # shapes are enough to cost it
         compressed = patch(dense_model(entry, input_size_of(args, entry), num_classes=classes), entry, args)
-    targets = targets_of(args)
-    for target in targets:
+    fewest = min(len(rate) for rate in compressed.arch_parameters())
+    if fewest < 2:
+        limit = compressed.compression.patches(compressed.compression.space.searchable[0])
+        raise UsageError(f"--granularity {args.granularity}: accepted: from 1 to {limit - 1}")
+    for target in targets_of(args):
         check_target(target * 1e9, compressed.compression.space, compressed.flops_at)
 
 

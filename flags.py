@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,8 @@ def _check_targets(args: argparse.Namespace, searching: bool) -> None:
             raise UsageError("--target_flops needs --load_compression_rate, a search or a --baseline")
         if len(args.target_flops) > 1:
             raise UsageError(f"--target_flops: found {len(args.target_flops)} targets; accepted: one, or a search")
+    if args.target_flops is not None and len(set(args.target_flops)) < len(args.target_flops):
+        raise UsageError(f"--target_flops {' '.join(f'{t:g}' for t in args.target_flops)}: accepted: each once")
     if meeting and args.load_compression_rate:
         raise UsageError("--load_compression_rate goes with --eval, --finetune and --benchmark")
     if meeting and args.target_flops is None and args.model != SAMPLE_MODEL:
@@ -133,6 +136,8 @@ def _check_targets(args: argparse.Namespace, searching: bool) -> None:
         raise UsageError("--resume goes with a search or --eval")
     if args.resume and args.eval and args.load_compression_rate:
         raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
+    if args.compile and not args.benchmark:
+        raise UsageError("--compile goes with --benchmark")
     if args.arch_min_lr > args.arch_lr:
         raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
 
@@ -142,8 +147,9 @@ def _number(kind: type[int] | type[float], low: float, high: float = float("inf"
 
     def convert(text: str) -> int | float:
         value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high:
-            limits = f"{'above' if open_low else 'from'} {low:g}" + (f" to {high:g}" if high < float("inf") else "")
+        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+            upper = f" to {high:.10g}" if high < float("inf") else ""
+            limits = f"{'above' if open_low else 'from'} {low:g}{upper}"
             raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
         return value
 
@@ -227,7 +233,7 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--output_dir", type=Path, metavar="DIR", help="where logs and checkpoints go")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     group.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision; default fp16 on CUDA, off on CPU")
-    group.add_argument("--seed", type=WORKERS, default=0, help="of weights, order and augmentation")
+    group.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
     group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
     group.add_argument("--compile", action="store_true", help="benchmark compiled models as well")
     group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")

@@ -153,8 +153,8 @@ def search_mode(args: Namespace, runtime: Runtime) -> None:
     train = train_dataset(args, entry)
     check_same_classes(train, dataset)
     loaders = train_loader(train, args, runtime), eval_loader(dataset, args, runtime)
-    for target in targets:
-        model = plain if target == targets[-1] else copy.deepcopy(plain)  # a huge model needs no second copy
+    for left, target in zip(reversed(range(len(targets))), targets, strict=True):
+        model = copy.deepcopy(plain) if left else plain  # a huge model needs no second copy for the last
         compressed = patch(model, entry, args).to(runtime.device)
         start_rates(compressed, entry, args)
         search_one(target, args, entry, compressed, loaders, runtime)
