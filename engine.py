@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import diffrate
+from diffrate.compiled import FixedBatch, compile_model
 from processes import all_sum
 from recipe import Recipe, build_recipe
 from samplers import step_seed
@@ -94,14 +95,16 @@ def finetune(
     seed_everything(step_seed(args.seed, runtime.processes.rank))  # mixup and drop path differ by process
     for rate in model.arch_parameters():  # fixed counts: only weights learn
         rate.requires_grad_(False)
-    trained = _distributed(model, runtime)
+    compiled: nn.Module = compile_model(model) if args.compile else model
+    evaluated = FixedBatch(compiled, args.batch_size) if args.compile else model
+    trained = _distributed(compiled, runtime)
     images_per_step = args.batch_size * runtime.processes.world
     recipe = build_recipe(args, model, classes, images_per_step, len(train), runtime.amp)
     scores = best = None
     for epoch in range(args.epochs):
         train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # both samplers of build.py have it
-        record = finetune_epoch(trained, recipe, train, epoch, runtime)
-        scores = evaluate(model, val, runtime)
+        record = finetune_epoch(trained, model, recipe, train, epoch, runtime)
+        scores = evaluate(evaluated, val, runtime)
         record |= {"mode": "finetune", "epoch": epoch, **scores.record(model.flops())}
         content = {"model": model.state_dict(), "kept": model.get_kept_num(), "epoch": epoch, "acc1": scores.acc1}
         if recipe.ema is not None:
@@ -119,14 +122,21 @@ def finetune(
 
 
 def finetune_epoch(
-    model: nn.Module, recipe: Recipe, loader: DataLoader[Any], epoch: int, runtime: Runtime
+    trained: nn.Module,
+    model: diffrate.CompressedModel,
+    recipe: Recipe,
+    loader: DataLoader[Any],
+    epoch: int,
+    runtime: Runtime,
 ) -> dict[str, Any]:
     """Train the weights for one epoch at the model's fixed rates; mean loss and last learning rate.
+
+    `trained` is `model` as it is called: compiled, distributed, or itself.
 
     Raises:
         NonFiniteLossError: the loss is no number; names the step.
     """
-    model.train()
+    trained.train()
     total, done = 0.0, 0
 
     def describe() -> str:
@@ -137,11 +147,11 @@ def finetune_epoch(
         update = epoch * len(loader) + step
         if recipe.scheduler is not None:
             recipe.scheduler.step_update(update)
-        loss = _train_step(model, recipe, *to_device(images, labels, runtime), runtime).item()
+        loss = _train_step(trained, recipe, *to_device(images, labels, runtime), runtime).item()
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}; try a lower --lr or --amp off")
         if recipe.ema is not None:
-            recipe.ema.update(_plain(model), step=update)
+            recipe.ema.update(model, step=update)
         total, done = total + loss, done + 1
     summed, steps = all_sum(torch.tensor([total, done], dtype=torch.float64, device=runtime.device)).tolist()
     return {"train_loss": summed / steps, "train_lr": recipe.learning_rate()}
@@ -174,7 +184,8 @@ def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 def to_device(images: Tensor, labels: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """A batch on the device that computes."""
-    return images.to(runtime.device, non_blocking=True), labels.to(runtime.device, non_blocking=True)
+    images = images.to(runtime.device, runtime.dtype, non_blocking=True)
+    return images, labels.to(runtime.device, non_blocking=True)
 
 
 def _distributed(model: nn.Module, runtime: Runtime) -> nn.Module:
@@ -182,8 +193,3 @@ def _distributed(model: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.processes.world == 1:
         return model
     return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -136,8 +136,8 @@ def _check_targets(args: argparse.Namespace, searching: bool) -> None:
         raise UsageError("--resume goes with a search or --eval")
     if args.resume and args.eval and args.load_compression_rate:
         raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
-    if args.compile and not args.benchmark:
-        raise UsageError("--compile goes with --benchmark")
+    if args.compile and not (args.eval or args.finetune or args.benchmark == "eval"):
+        raise UsageError("--compile goes with --eval, --finetune and --benchmark")
     if args.arch_min_lr > args.arch_lr:
         raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
 
@@ -235,7 +235,7 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision; default fp16 on CUDA, off on CPU")
     group.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
     group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
-    group.add_argument("--compile", action="store_true", help="benchmark compiled models as well")
+    group.add_argument("--compile", action="store_true", help="run as one compiled graph; --benchmark times both")
     group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
 
 

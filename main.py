@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.data import DataLoader
 
 import diffrate
@@ -38,6 +39,7 @@ from diffrate.budget import BudgetError
 from engine import NonFiniteLossError, evaluate, finetune
 from flags import get_args_parser, parse_flags
 from heartbeat import LostProcessError
+from inference import for_inference
 from processes import EnvironmentVariableError, Processes, process_group, processes_from_environment
 from results import log_found, report, save_result
 from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
@@ -87,6 +89,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         print(f"main.py: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except BackendCompilerFailed as error:
+        print(f"main.py: error: --compile: {_one_line(error)}; accepted: with a compiler that works", file=sys.stderr)
+        return 2
     except LostProcessError as lost:
         print(f"main.py: error: process {processes.rank} stops: {lost}", file=sys.stderr)
         return 1
@@ -123,7 +128,8 @@ def evaluate_mode(args: Namespace, runtime: Runtime) -> None:
             raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
         schedule = searched_schedule(path, args.model)
         compressed.set_kept_num(schedule.prune, schedule.merge)
-    scores = evaluate(compressed.to(runtime.device), eval_loader(dataset, args, runtime), runtime)
+    model, inference = for_inference(compressed, args, runtime)
+    scores = evaluate(model, eval_loader(dataset, args, runtime), inference)
     report("eval", entry, compressed, scores, runtime)
 
 

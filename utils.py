@@ -84,6 +84,7 @@ class Runtime:
     print_freq: int
     output_dir: Path | None
     board: Any = None
+    dtype: torch.dtype = torch.float32  # of images, and of weights at rest
 
     def inside(self, name: str) -> Runtime:
         """The same with a folder `name` in the output folder for its own."""

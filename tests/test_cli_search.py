@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_search_is_refused(
         (("--granularity", 49), "--granularity 49: accepted: from 1 to 48"),
         (("--arch-lr", "inf"), "--arch-lr: found inf"),
         (("--seed", 2**32), "--seed: found 4294967296; accepted: from 0 to 4294967295"),
-        (("--compile",), "--compile goes with --benchmark"),
+        (("--compile",), "--compile goes with --eval, --finetune and --benchmark"),
         (("--load_compression_rate",), "goes with --eval"),
         (("--init_compression_rate", 9), "no --target_flops 9"),
         (("--baseline", "best"), "--baseline"),
