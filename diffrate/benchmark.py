@@ -6,6 +6,7 @@ is the median of the rounds' ratios, not any absolute time. Memory is measured i
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
+SHORTEST = 0.3  # seconds of a measurement at least
 # Linux tells of each process's memory here; elsewhere memory is measured on GPUs alone.
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -45,13 +47,21 @@ class PairedTimes:
 
 
 def time_in_turn(baseline: Run, rival: Run, rounds: int, device: torch.device) -> PairedTimes:
-    """Time both `rounds` times, after one run each that does not count (allocations, compilation)."""
-    for run in (baseline, rival):
+    """Time both `rounds` times, after a first run each that does not count (allocations, compilation).
+
+    Short runs are repeated within a round, after one that brings the side's weights back to the
+    cache from which the other's have driven them: a model in use runs again and again.
+    """
+    sides = (baseline, rival)
+    for run in sides:
         run()
+    repeats = [math.ceil(SHORTEST / _seconds(run, 1, device)) for run in sides]
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            times[side].append(_seconds((baseline, rival)[side], device))
+            if repeats[side] > 1:
+                sides[side]()
+            times[side].append(_seconds(sides[side], repeats[side], device))
     return PairedTimes(tuple(times[0]), tuple(times[1]))
 
 
@@ -87,14 +97,17 @@ def _resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def _seconds(run: Run, device: torch.device) -> float:
+def _seconds(run: Run, repeats: int, device: torch.device) -> float:
+    """Seconds of one run, the mean of several in a row."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run()
+        for _ in range(repeats):
+            run()
         end.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000 / repeats
     begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats

@@ -43,9 +43,13 @@ def size_dtype(x: Tensor) -> torch.dtype:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `[B, K]` of `values` `[B, N]` or `[B, N, C]`."""
-    if values.ndim == 3:
-        index = index.unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    return values.gather(1, index)
+    if values.ndim == 2:
+        return values.gather(1, index)
+    # Whole rows are copied at once, where gather would look up each of their elements.
+    batch, tokens, width = values.shape
+    first = torch.arange(0, batch * tokens, tokens, device=index.device)
+    rows = (index + first[:, None]).flatten()
+    return values.reshape(batch * tokens, width).index_select(0, rows).reshape(batch, index.shape[1], width)
 
 
 def follow(origin: Tensor, moved: Tensor) -> Tensor:
