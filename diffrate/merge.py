@@ -13,16 +13,25 @@ from diffrate.tokens import TokenState, follow, size_dtype
 SIZE_FLOOR = 1e-30
 
 
+def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosine of each source with its most similar candidate, and which that is, both `[B, S]`.
+
+    Both come as unit vectors, `[B, S, C]` and `[B, K, C]`. The cosine is in float32 at least, in
+    which the maximum is also found faster.
+    """
+    cosine = (sources @ candidates.transpose(1, 2)).to(size_dtype(sources))
+    similarity, nearest = cosine.max(dim=-1)
+    return similarity, nearest
+
+
 def match(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """For each token from position `kept` on: its destination and their cosine, both `[B, N - kept]`.
 
     The destination is the most similar of the first `kept` tokens of `x` `[B, N, C]`, position 0
-    left out: it is the class token's, and the published code leaves it out in CAFormer as well. The
-    cosine is in float32 at least, in which the maximum is also found faster.
+    left out: it is the class token's, and the published code leaves it out in CAFormer as well.
     """
     unit = F.normalize(x, dim=-1)
-    cosine = (unit[:, kept:] @ unit[:, 1:kept].transpose(1, 2)).to(size_dtype(x))
-    similarity, nearest = cosine.max(dim=-1)
+    similarity, nearest = most_similar(unit[:, kept:], unit[:, 1:kept])
     return nearest + 1, similarity
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from diffrate.attention import join_heads, size_bias, split_heads
 from diffrate.block import BlockNames, ReductionRules, through
 from diffrate.masked_attention import masked_attention
+from diffrate.merge import most_similar
 from diffrate.rate import Choice
 from diffrate.ste import ste_leaving
 from diffrate.tokens import TokenState, follow, take
@@ -127,8 +128,7 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, weigh_by_similarit
     sources = order[:, plan.merged : plan.pruned]
     kept = order[:, 1 : plan.merged]  # the first in order is never a destination
     unit = F.normalize(x, dim=-1)
-    cosine = take(unit, sources) @ take(unit, kept).transpose(1, 2)
-    similarity, nearest = cosine.max(dim=-1)
+    similarity, nearest = most_similar(take(unit, sources), take(unit, kept))
     destination = kept.gather(1, nearest)
     goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
     features = goes_to.to(x.dtype)
