@@ -183,7 +183,7 @@ def search_one(
     path = resume_path(args, inner)
     if path is not None:
         restore(search, path, identity)
-    schedule, scores = search.run(train, val, saver(identity, inner))
+    schedule, scores = search.run(train, val, saver(args, identity, inner))
     file = save_result(args, entry, target, schedule, runtime)
     dense = search.score(val, compressed.dense_schedule())
     log_found(args, entry, target, compressed, schedule, (scores, dense), file)

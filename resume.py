@@ -40,11 +40,12 @@ def search_identity(args: Namespace, target: float) -> dict[str, Any]:
     }
 
 
-def saver(identity: dict[str, Any], runtime: Runtime) -> Callable[[Search, bool], None]:
+def saver(args: Namespace, identity: dict[str, Any], runtime: Runtime) -> Callable[[Search, bool], None]:
     """What `Search.run` calls: writes `checkpoint.pth`, and `model_best.pth` for the best schedule."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()} | identity
 
     def save(search: Search, best: bool) -> None:
-        content = search_content(search, identity)
+        content = search_content(search, flags)
         runtime.save(content, LAST)
         if best:
             runtime.save(content, BEST)
@@ -52,7 +53,7 @@ def saver(identity: dict[str, Any], runtime: Runtime) -> Callable[[Search, bool]
     return save
 
 
-def search_content(search: Search, identity: dict[str, Any]) -> dict[str, Any]:
+def search_content(search: Search, flags: dict[str, Any]) -> dict[str, Any]:
     """A search as plain values and tensors, which `torch.load` reads with `weights_only`."""
     state, settings = search.state, search.settings
     return {
@@ -69,7 +70,7 @@ def search_content(search: Search, identity: dict[str, Any]) -> dict[str, Any]:
         "sums": state.sums,
         # Every step draws from a seed made of these and its position: no generator state is left over.
         "random": {"seed": settings.seed},
-        "flags": identity,
+        "flags": flags,
     }
 
 

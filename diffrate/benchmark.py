@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def peak_memory(build: Callable[..., Run], *arguments: Any, device: torch.device
     In a fresh process, which `build` and its arguments must reach by pickle: what an earlier run
     left to the allocator would hide the peak. None where the system does not tell.
     """
-    if device.type != "cuda" and not _RESET.exists():
+    if device.type != "cuda" and not os.access(_RESET, os.W_OK):
         return None
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (build, arguments, str(device)))

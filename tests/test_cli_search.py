@@ -61,6 +61,7 @@ def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_
     assert records[-1]["lr"] == pytest.approx(0.001)
     content = checkpoint(out)
     assert content["flags"]["target_flops"] == 0.025
+    assert content["flags"]["data_path"] == str(image_folder)
     assert {"rates", "schedule", "optimizer", "scheduler", "scaler", "epoch", "random"} <= set(content)
     next_command = text.split("next: python main.py ")[1].splitlines()[0].split()
     code, text, err = cli(*next_command, "--num_workers", 0)
