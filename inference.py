@@ -16,7 +16,7 @@ def for_inference(model: diffrate.CompressedModel, args: Namespace, runtime: Run
     """`model` on the device of `runtime` as the flags want it run, and the runtime that goes with it.
 
     On a CPU the weights themselves take the precision of `--amp`, in place: autocast would go back to
-    float32 between layers, which costs more than half the gain. Elsewhere autocast does, as published.
+    float32 between layers. Elsewhere autocast it is, as published.
     """
     model = model.to(runtime.device)
     if runtime.amp is not None and runtime.device.type == "cpu":

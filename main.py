@@ -19,7 +19,6 @@ from build import (
     check_inputs,
     check_same_classes,
     check_targets,
-    chosen_schedule,
     compress,
     dense_model,
     eval_dataset,
@@ -214,7 +213,6 @@ def benchmark_mode(args: Namespace, runtime: Runtime) -> None:
         for line in cost.lines():
             log.info(line)
         return
-    chosen_schedule(args, entry)  # a missing one shows before anything is built
     rows = []
     for row in speed_rows(args, runtime.device):
         rows.append(row)

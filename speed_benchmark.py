@@ -81,11 +81,16 @@ class SpeedRow:
 
 
 def speed_rows(args: Namespace, device: torch.device) -> Iterator[SpeedRow]:
-    """A row for each batch size, precision and mode that the flags ask for."""
+    """A row for each batch size, precision and mode that the flags ask for.
+
+    Raises:
+        ScheduleError: no such schedule, or one that does not fit; before anything is timed.
+    """
+    costs = _costs(args)
     for precision in [args.amp] if args.amp else ["off", "bf16"]:
         for compiled in (False, True) if args.compile else (False,):
             for batch_size in args.batch_sizes:
-                yield _row(args, batch_size, precision, compiled, device)
+                yield _row(args, batch_size, precision, compiled, device, costs)
 
 
 def write_rows(rows: list[SpeedRow], folder: Path) -> None:
@@ -131,11 +136,14 @@ def build_side(
     return run
 
 
-def _row(args: Namespace, batch_size: int, precision: str, compiled: bool, device: torch.device) -> SpeedRow:
+def _row(
+    args: Namespace, batch_size: int, precision: str, compiled: bool, device: torch.device, costs: tuple[int, int]
+) -> SpeedRow:
+    """Measure one row; `costs` are the multiply-accumulates of an image, dense and compressed."""
     setting = (args, batch_size, precision, compiled, str(device))
     memory = [peak_memory(build_side, side, *setting, device=device) for side in SIDES]
     times = time_in_turn(*(build_side(side, *setting) for side in SIDES), args.rounds, device)
-    dense, compressed = _costs(args)
+    dense, compressed = costs
     return SpeedRow(
         model=args.model,
         batch_size=batch_size,

@@ -46,8 +46,8 @@ def merge_tokens(state: TokenState, kept: int, weigh_by_similarity: bool) -> Tok
     if kept == 1:
         return _keep_first(state)
     destination, similarity = match(x, kept)
-    # A product with a matrix of ones and zeros, [B, kept, N - kept]: as fast as adding up by index,
-    # with sums in the same order each time on every device.
+    # A product with a matrix of ones and zeros, [B, kept, N - kept]. Adding up by index is faster on a
+    # CPU, but on a GPU its sums come in another order each time.
     goes_to = destination[:, None] == torch.arange(kept, device=x.device)[:, None]
     with torch.autocast(x.device.type, enabled=False):  # tokens keep the residual stream's precision
         ones = goes_to.to(x.dtype)
