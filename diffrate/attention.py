@@ -46,14 +46,20 @@ def attend(heads: Heads, bias: Tensor | None, dropout: float) -> Tensor:
 
 def attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     """Proportional attention `[B, H, N, D]` and its map `[B, H, N, N]`, for who needs all its rows."""
-    weights = _weights(heads.query, heads, bias)
+    # Weights in float32 at least: in half precision importances tie.
+    scores = ((heads.query * heads.scale) @ heads.key.transpose(-2, -1)).to(size_dtype(heads.query))
+    weights = _softmax(scores, bias)
     dropped = F.dropout(weights, dropout, training=dropout > 0)
     return dropped.to(heads.value.dtype) @ heads.value, weights
 
 
 def class_importance(heads: Heads, bias: Tensor | None) -> Tensor:
     """The class token's attention to the other tokens, heads averaged: `[B, N - 1]`."""
-    return _weights(heads.query[:, :, :1], heads, bias).mean(dim=1)[:, 0, 1:]
+    # One row of scores: multiplying and adding up reads the keys where they lie. A matrix product
+    # first copies them, heads apart.
+    products = heads.key * (heads.query[:, :, :1] * heads.scale)
+    scores = products.sum(-1, dtype=size_dtype(products))
+    return _softmax(scores, None if bias is None else bias[:, 0]).mean(dim=1)[:, 1:]
 
 
 def mean_importance(weights: Tensor) -> Tensor:
@@ -68,9 +74,7 @@ def join_heads(attention: Any, mixed: Tensor) -> Tensor:
     return attention.proj_drop(attention.proj(_optional(attention, "norm", joined)))
 
 
-def _weights(query: Tensor, heads: Heads, bias: Tensor | None) -> Tensor:
-    """Softmax over keys `[B, H, Q, N]`, in float32 at least: in half precision importances tie."""
-    scores = ((query * heads.scale) @ heads.key.transpose(-2, -1)).to(size_dtype(query))
+def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 

@@ -16,12 +16,34 @@ SIZE_FLOOR = 1e-30
 def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """The cosine of each source with its most similar candidate, and which that is, both `[B, S]`.
 
-    Both come as unit vectors, `[B, S, C]` and `[B, K, C]`. The cosine is in float32 at least, in
-    which the maximum is also found faster.
+    They come as features, `[B, S, C]` and `[B, K, C]`; the cosine is in float32 at least.
     """
-    cosine = (sources @ candidates.transpose(1, 2)).to(size_dtype(sources))
-    similarity, nearest = cosine.max(dim=-1)
+    precise = size_dtype(sources)
+    # Of the candidates, which are many, the products are divided by their length, not the features.
+    # The sources are scaled first, so that the products stay in the range of half precision.
+    length = torch.linalg.vector_norm(candidates, dim=-1, dtype=precise).clamp(min=1e-12)
+    products = F.normalize(sources, dim=-1) @ candidates.transpose(1, 2)
+    similarity, nearest = (products.to(precise) / length[:, None]).max(dim=-1)
     return similarity, nearest
+
+
+def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """`start` `[B, K, C]` plus each of `values` `[B, S, C]` at its `destination` `[B, S]`."""
+    if start.device.type == "cpu":
+        return add_by_index(start, destination, values)
+    return add_by_product(start, destination, values)
+
+
+def add_by_index(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """`add_up`, faster on a CPU; on a GPU the sums would come in another order each time."""
+    return start.scatter_add(1, destination[:, :, None].expand_as(values), values)
+
+
+def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """`add_up` as a product with a matrix of ones and zeros, `[B, K, S]`: the same sums each time."""
+    goes_to = destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]
+    with torch.autocast(start.device.type, enabled=False):  # tokens keep the residual stream's precision
+        return torch.baddbmm(start, goes_to.to(start.dtype), values)
 
 
 def match(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -30,8 +52,7 @@ def match(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     The destination is the most similar of the first `kept` tokens of `x` `[B, N, C]`, position 0
     left out: it is the class token's, and the published code leaves it out in CAFormer as well.
     """
-    unit = F.normalize(x, dim=-1)
-    similarity, nearest = most_similar(unit[:, kept:], unit[:, 1:kept])
+    similarity, nearest = most_similar(x[:, kept:], x[:, 1:kept])
     return nearest + 1, similarity
 
 
@@ -46,18 +67,14 @@ def merge_tokens(state: TokenState, kept: int, weigh_by_similarity: bool) -> Tok
     if kept == 1:
         return _keep_first(state)
     destination, similarity = match(x, kept)
-    # A product with a matrix of ones and zeros, [B, kept, N - kept]. Adding up by index is faster on a
-    # CPU, but on a GPU its sums come in another order each time.
-    goes_to = destination[:, None] == torch.arange(kept, device=x.device)[:, None]
-    with torch.autocast(x.device.type, enabled=False):  # tokens keep the residual stream's precision
-        ones = goes_to.to(x.dtype)
-        merged = torch.baddbmm(x[:, :kept], ones, x[:, kept:]) / (1 + ones.sum(-1, keepdim=True))
-
     sizes = state.sizes()
     source_size = sizes[:, kept:]
     if weigh_by_similarity:
         source_size = source_size * similarity
-    size = sizes[:, :kept] + torch.where(goes_to, source_size[:, None], 0).sum(-1)
+    size = add_up(sizes[:, :kept, None], destination, source_size[:, :, None]).squeeze(-1)
+    ones = x.new_ones(1, 1, 1)
+    joined = add_up(ones.expand(len(x), kept, 1), destination, ones.expand(len(x), tokens - kept, 1))
+    merged = add_up(x[:, :kept], destination, x[:, kept:]) / joined
 
     origin = state.origin
     if origin is not None:

@@ -127,12 +127,12 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, weigh_by_similarit
     x, tokens = state.x, state.x.shape[1]
     sources = order[:, plan.merged : plan.pruned]
     kept = order[:, 1 : plan.merged]  # the first in order is never a destination
-    unit = F.normalize(x, dim=-1)
-    similarity, nearest = most_similar(take(unit, sources), take(unit, kept))
+    moving = take(x, sources)
+    similarity, nearest = most_similar(moving, take(x, kept))
     destination = kept.gather(1, nearest)
     goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
     features = goes_to.to(x.dtype)
-    merged = (x + features @ take(x, sources)) / (1 + features.sum(-1, keepdim=True))
+    merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
 
     sizes = state.sizes()
     source_size = take(sizes, sources)

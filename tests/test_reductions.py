@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from diffrate.merge import SIZE_FLOOR, match, merge_tokens
+from diffrate.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
 from diffrate.prune import keep_tokens, most_important
 from diffrate.tokens import TokenState, follow
 
@@ -83,6 +83,24 @@ def test_pruning_keeps_the_most_important(shape: tuple[int, int, int], data: st.
         origins = pruned.origin[image].tolist()
         assert [origins[position] for position in expected] == list(range(kept))
         assert sorted(origins)[: tokens - kept] == [-1] * (tokens - kept)
+
+
+@given(SHAPES, st.data())
+@settings(max_examples=50, deadline=None)
+def test_adding_by_index_and_by_product_is_the_same(shape: tuple[int, int, int], data: st.DataObject) -> None:
+    batch, kept, seed = shape
+    sources = data.draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(batch, kept, 3, generator=generator, dtype=torch.float64)
+    values = torch.randn(batch, sources, 3, generator=generator, dtype=torch.float64)
+    destination = torch.randint(kept, (batch, sources), generator=generator)
+    by_index = add_by_index(start, destination, values)
+    torch.testing.assert_close(by_index, add_by_product(start, destination, values))
+    expected = start.clone()
+    for image in range(batch):
+        for source, goes_to in enumerate(destination[image].tolist()):
+            expected[image, goes_to] += values[image, source]
+    torch.testing.assert_close(by_index, expected)
 
 
 def test_position_zero_is_never_a_destination() -> None:
