@@ -18,6 +18,7 @@ from utils import AMP_DTYPES, UsageError
 PROJECT = Path(__file__).resolve().parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
+BENCHMARKS = ("eval", "search", "scaling", "loading")
 MODES = ("eval", "finetune", "benchmark", "baseline")
 # What suits small digits, where DeiT's recipe is made for photographs.
 SAMPLE_RECIPE = {
@@ -105,7 +106,7 @@ def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if len(args.batch_sizes) > 1 and args.benchmark != "eval":
+    if len(args.batch_sizes) > 1 and args.benchmark not in ("eval", "scaling"):
         raise UsageError(f"--batch-size: found {len(args.batch_sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
@@ -136,7 +137,9 @@ def _check_targets(args: argparse.Namespace, searching: bool) -> None:
         raise UsageError("--resume goes with a search or --eval")
     if args.resume and args.eval and args.load_compression_rate:
         raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
-    if args.compile and not (args.eval or args.finetune or args.benchmark == "eval"):
+    if args.benchmark in ("search", "scaling") and args.load_compression_rate:
+        raise UsageError(f"--benchmark {args.benchmark} has schedules of its own; accepted: no --load_compression_rate")
+    if args.compile and not (args.eval or args.finetune or args.benchmark in ("eval", "loading")):
         raise UsageError("--compile goes with --eval, --finetune and --benchmark")
     if args.arch_min_lr > args.arch_lr:
         raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
@@ -176,8 +179,8 @@ def _add_mode_flags(parser: Parser) -> None:
         "--benchmark",
         nargs="?",
         const="eval",
-        choices=("eval", "search"),
-        help="time dense against compressed, or a step of the search against a plain one",
+        choices=BENCHMARKS,
+        help="time dense against compressed; a search step; scaling with the input's and the batch's size; or loading",
     )
     group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
 

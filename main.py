@@ -7,7 +7,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch._dynamo.exc import BackendCompilerFailed
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import diffrate
 import models
+from benchmarks import run_benchmark
 from build import (
     check_inputs,
     check_same_classes,
@@ -42,9 +43,7 @@ from inference import for_inference
 from processes import EnvironmentVariableError, Processes, process_group, processes_from_environment
 from results import log_found, report, save_result
 from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
-from search_benchmark import search_cost
 from searching import Search, settings_from
-from speed_benchmark import speed_rows, table, write_rows
 from utils import (
     Runtime,
     StopRequestedError,
@@ -109,7 +108,7 @@ def run(args: Namespace, runtime: Runtime) -> None:
     elif args.finetune:
         finetune_mode(args, runtime)
     elif args.benchmark:
-        benchmark_mode(args, runtime)
+        run_benchmark(args, runtime)
     elif args.baseline:
         baseline_mode(args, runtime)
     else:
@@ -202,26 +201,6 @@ def finetune_mode(args: Namespace, runtime: Runtime) -> None:
         log.info(note)
     compressed = compress(model, entry, args).to(runtime.device)
     finetune(compressed, args, train_loader(train, args, runtime), eval_loader(val, args, runtime), classes, runtime)
-
-
-def benchmark_mode(args: Namespace, runtime: Runtime) -> None:
-    """`--benchmark`: time the plain timm model against the compressed one, or against a search, in turn."""
-    entry = models.lookup(args.model)
-    if args.benchmark == "search":
-        cost = search_cost(args, runtime.device)
-        runtime.record({"mode": "benchmark search", "model": entry.name, **cost.record()})
-        for line in cost.lines():
-            log.info(line)
-        return
-    rows = []
-    for row in speed_rows(args, runtime.device):
-        rows.append(row)
-        runtime.record({"mode": "benchmark", **asdict(row)})
-        log.info(row.line())
-    for line in table(rows):
-        log.info(line)
-    if runtime.output_dir is not None and runtime.processes.is_main:
-        write_rows(rows, runtime.output_dir)
 
 
 def _runtime(args: Namespace, processes: Processes) -> Runtime:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -20,7 +16,6 @@ import models
 from build import compress, dense_model, input_size_of
 from diffrate.benchmark import peak_memory, time_in_turn
 from diffrate.compiled import compile_model
-from diffrate.files import whole_file
 from utils import AMP_DTYPES
 
 SIDES = ("dense", "compressed")
@@ -38,7 +33,7 @@ HEADINGS = {
     "speedup_low": "lowest",
     "speedup_high": "highest",
     "ideal_speedup": "ideal",
-    "share_of_ideal": "share",
+    "share_of_ideal": "share %",
     "dense_memory_mib": "dense MiB",
     "compressed_memory_mib": "compr. MiB",
 }
@@ -93,26 +88,6 @@ def speed_rows(args: Namespace, device: torch.device) -> Iterator[SpeedRow]:
                 yield _row(args, batch_size, precision, compiled, device, costs)
 
 
-def write_rows(rows: list[SpeedRow], folder: Path) -> None:
-    """`benchmark.json` and `benchmark.csv` in `folder`, as whole files."""
-    content = [asdict(row) for row in rows]
-    with whole_file(folder / "benchmark.json") as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(content[0]))
-    writer.writeheader()
-    writer.writerows(content)
-    with whole_file(folder / "benchmark.csv") as file:
-        file.write(text.getvalue().encode())
-
-
-def table(rows: list[SpeedRow]) -> list[str]:
-    """The rows for a reader, headings first."""
-    lines = [list(HEADINGS.values())] + [[_cell(name, getattr(row, name)) for name in HEADINGS] for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-
-
 def build_side(
     side: str, args: Namespace, batch_size: int, precision: str, compiled: bool, device: str
 ) -> Callable[[], Tensor]:
@@ -124,6 +99,13 @@ def build_side(
     model: nn.Module = dense_model(entry, size)
     if side == "compressed":
         model = compress(model, entry, args)
+    return forward_pass(model, batch_size, size, torch.device(device), dtype, compiled)
+
+
+def forward_pass(
+    model: nn.Module, batch_size: int, size: int, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> Callable[[], Tensor]:
+    """What runs `model`, plain or compressed, on random images of `size`; the model is changed in place."""
     model = model.eval().requires_grad_(False).to(device, dtype)
     images = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
     forward = compile_model(model) if compiled else model
@@ -175,11 +157,3 @@ def _costs(args: Namespace) -> tuple[int, int]:
 
 def _mib(size: int | None) -> float | None:
     return None if size is None else size / 2**20
-
-
-def _cell(name: str, value: Any) -> str:
-    if name == "share_of_ideal":
-        return f"{value:.0%}"
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
