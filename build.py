@@ -19,6 +19,7 @@ from diffrate.schedule import find_schedule
 from flags import FROM_SCRATCH, OFFICIAL, PROJECT
 from models.zoo import SAMPLE_MODEL
 from processes import local_main_first, usable_cores
+from progress import bar_fits
 from recipe import build_augmentation
 from samplers import eval_sampler, train_sampler
 from transforms import eval_transform, train_transform
@@ -55,8 +56,8 @@ def read_weights(args: Namespace, entry: models.ModelEntry, runtime: Runtime) ->
     if args.checkpoint == FROM_SCRATCH:
         return None, FROM_SCRATCH
     with local_main_first(runtime.processes):  # one download for all processes of a machine
-        source = models.official_file(entry) if args.checkpoint == OFFICIAL else args.checkpoint
-        return models.read_state(source), str(source)
+        source = models.official_file(entry, runtime.bar) if args.checkpoint == OFFICIAL else args.checkpoint
+        return models.read_state(source, runtime.bar), str(source)
 
 
 def trained_model(
@@ -178,7 +179,7 @@ def start_rates(compressed: diffrate.CompressedModel, entry: models.ModelEntry, 
 def eval_dataset(args: Namespace, entry: models.ModelEntry, head: int | None) -> LabelledDataset:
     """The validation split, labelled for a model with `head` classes."""
     transform = eval_transform(input_size_of(args, entry), args.crop_pct or entry.crop_pct)
-    return build_dataset(args.data_set, args.data_path, "val", transform, head)
+    return build_dataset(args.data_set, args.data_path, "val", transform, head, bar=bar_fits(args.quiet))
 
 
 def train_dataset(args: Namespace, entry: models.ModelEntry) -> LabelledDataset:
@@ -192,7 +193,7 @@ def train_dataset(args: Namespace, entry: models.ModelEntry) -> LabelledDataset:
         transform = train_transform(input_size_of(args, entry), build_augmentation(args))
     except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
         raise UsageError(f"--aa {args.aa}: {error}; accepted: a policy of timm, or none") from error
-    return build_dataset(args.data_set, args.data_path, "train", transform)
+    return build_dataset(args.data_set, args.data_path, "train", transform, bar=bar_fits(args.quiet))
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:

@@ -53,12 +53,13 @@ def build_dataset(
     transform: Transform,
     head: int | None = None,
     sample: Path = SAMPLE_ARCHIVE,
+    bar: bool = False,
 ) -> LabelledDataset:
     """The `train` or `val` split of the data set `name`; only that split is opened.
 
     `head` is the number of classes of a model that was trained before; labels are then its
     outputs. Without it the data decide how many classes there are. SAMPLE without a `root` is the
-    archive `sample`, unpacked on first use.
+    archive `sample`, unpacked on first use, with a progress `bar` if wanted.
 
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
@@ -71,7 +72,7 @@ def build_dataset(
     elif name in ("INAT", "INAT19"):
         dataset = INaturalist(Path(str(root)), split, 2018 if name == "INAT" else 2019, transform)
     else:
-        folder = _unpacked(sample) if root is None else Path(root)
+        folder = _unpacked(sample, bar) if root is None else Path(root)
         return ClassFolder(folder / split, transform, head)
     if head is not None and head != len(dataset.classes):
         raise DataError(f"--data-set {name} has {len(dataset.classes)} classes, the checkpoint's head {head}")
@@ -213,9 +214,9 @@ class INaturalist(Dataset[tuple[Any, int]]):
         return self.transform(load_image(path)), label
 
 
-def _unpacked(archive: Path) -> Path:
+def _unpacked(archive: Path, bar: bool) -> Path:
     try:
-        return unpack_sample(archive)
+        return unpack_sample(archive, bar)
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
 

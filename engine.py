@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 import diffrate
 from diffrate.compiled import FixedBatch, compile_model
 from processes import all_sum
+from progress import with_progress
 from recipe import Recipe, build_recipe
 from samplers import step_seed
-from utils import Runtime, seed_everything, with_progress
+from utils import Runtime, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], runtime: Runtime) -> Sco
         loss, top1, top5, images = sums.tolist()
         return f"loss {loss / images:.4f}  acc@1 {100 * top1 / images:.3f}  acc@5 {100 * top5 / images:.3f}"
 
-    for images, labels in with_progress(loader, len(loader), "Test:", runtime.print_freq, describe, log):
+    count = len(loader.dataset)  # type: ignore[arg-type]
+    for images, labels in with_progress(loader, len(loader), "Test", count, describe, runtime):
         images, labels = to_device(images, labels, runtime)
         with runtime.autocast():
             logits = model(images, return_flop=False)
@@ -142,7 +144,8 @@ def finetune_epoch(
     def describe() -> str:
         return f"loss {total / done:.4f}  lr {recipe.learning_rate():.2e}"
 
-    progress = with_progress(loader, len(loader), f"Epoch: [{epoch}]", runtime.print_freq, describe, log)
+    count = len(loader) * (loader.batch_size or 1) * runtime.processes.world
+    progress = with_progress(loader, len(loader), f"Epoch [{epoch}]", count, describe, runtime)
     for step, (images, labels) in enumerate(progress):
         update = epoch * len(loader) + step
         if recipe.scheduler is not None:

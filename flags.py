@@ -238,6 +238,7 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision; default fp16 on CUDA, off on CPU")
     group.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
     group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("--quiet", action="store_true", help="no progress on the terminal: results and warnings alone")
     group.add_argument("--compile", action="store_true", help="run as one compiled graph; --benchmark times both")
     group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
 

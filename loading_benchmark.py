@@ -54,7 +54,8 @@ class LoadingRow:
         """The row as a sentence."""
         loader, model = self.loader_images_per_second, self.model_images_per_second
         both = self.whole_images_per_second
-        return f"loader alone {loader:.1f} images/s, model alone {model:.1f}, both {both:.1f}: bound by the {self.bound_by}"
+        figures = f"loader alone {loader:.1f} images/s, model alone {model:.1f}, both {both:.1f}"
+        return f"{figures}: bound by the {self.bound_by}"
 
     @property
     def bound_by(self) -> str:

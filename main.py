@@ -41,6 +41,7 @@ from flags import get_args_parser, parse_flags
 from heartbeat import LostProcessError
 from inference import for_inference
 from processes import EnvironmentVariableError, Processes, process_group, processes_from_environment
+from progress import bar_fits
 from results import log_found, report, save_result
 from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
 from searching import Search, settings_from
@@ -206,10 +207,11 @@ def finetune_mode(args: Namespace, runtime: Runtime) -> None:
 def _runtime(args: Namespace, processes: Processes) -> Runtime:
     device = resolve_device(args.device, processes)
     output_dir = make_output_dir(args.output_dir)
-    setup_logging(output_dir, processes.is_main)
+    bar = processes.is_main and bar_fits(args.quiet)
+    setup_logging(output_dir, processes.is_main, lines=not bar and not args.quiet)
     seed_everything(args.seed)  # fresh weights are the same in every process
     board = open_board(output_dir, processes.is_main) if args.tensorboard else None
-    return Runtime(processes, device, amp_dtype(args.amp, device), args.print_freq, output_dir, board)
+    return Runtime(processes, device, amp_dtype(args.amp, device), args.print_freq, output_dir, board, bar=bar)
 
 
 def _one_line(error: Exception) -> str:

@@ -19,9 +19,10 @@ from diffrate.budget import meets_budget, round_to_budget
 from diffrate.schedule import Schedule
 from engine import NonFiniteLossError, Scores, evaluate, to_device
 from processes import all_sum
+from progress import with_progress
 from recipe import build_criterion, build_mixup
 from samplers import SeededOrder, step_seed
-from utils import Runtime, StopRequestedError, StopSignals, UsageError, seed_everything, with_progress
+from utils import Runtime, StopRequestedError, StopSignals, UsageError, seed_everything
 
 log = logging.getLogger(__name__)
 FLOPS_LOSSES = ("absolute", "relative")
@@ -142,15 +143,16 @@ class Search:
 
     def _epoch(self, loader: DataLoader[Any], save: Callable[[Search, bool], None], signals: StopSignals) -> None:
         """The steps of one epoch that are left."""
-        state, every = self.state, self.runtime.print_freq
+        state, settings, every = self.state, self.settings, self.runtime.print_freq
         order = loader.sampler
         assert isinstance(order, SeededOrder)
-        order.set_epoch(state.epoch, start=state.step * (loader.batch_size or 1) * self.settings.accumulate)
+        order.set_epoch(state.epoch, start=state.step * (loader.batch_size or 1) * settings.accumulate)
         self.model.train()
         batches = iter(loader)
-        steps = range(state.step, self.settings.steps)
-        header = f"Search: [{state.epoch}]"
-        for step in with_progress(steps, len(steps), header, every, self._describe, log):
+        steps = range(state.step, settings.steps)
+        header = f"Search [{state.epoch}]"
+        images = len(steps) * settings.accumulate * (loader.batch_size or 1) * self.runtime.processes.world
+        for step in with_progress(steps, len(steps), header, images, self._describe, self.runtime):
             *losses, stop = self._step(batches, state.epoch, step, signals.requested)
             state.step = step + 1
             state.sums = [total + loss for total, loss in zip(state.sums, losses, strict=True)]

@@ -8,12 +8,9 @@ import os
 import random
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +19,7 @@ from termcolor import colored
 from diffrate.files import whole_file
 from processes import Processes
 
-Item = TypeVar("Item")
+PROGRESS = "progress"  # the logger of lines that tell how far a run is
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,6 +82,7 @@ class Runtime:
     output_dir: Path | None
     board: Any = None
     dtype: torch.dtype = torch.float32  # of images, and of weights at rest
+    bar: bool = False  # whether progress is a bar on the terminal
 
     def inside(self, name: str) -> Runtime:
         """The same with a folder `name` in the output folder for its own."""
@@ -94,11 +92,15 @@ class Runtime:
         """Mixed precision as chosen, or none."""
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    def record(self, content: dict[str, Any]) -> None:
-        """Add a JSON line to `log.txt` in the output folder, if there is one; main process only."""
+    def append(self, content: dict[str, Any], name: str) -> None:
+        """Add a JSON line to the file `name` in the output folder, if there is one; main process only."""
         if self.output_dir is not None and self.processes.is_main:
-            with (self.output_dir / "log.txt").open("a", encoding="utf-8") as file:
+            with (self.output_dir / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")
+
+    def record(self, content: dict[str, Any]) -> None:
+        """`append` to `log.txt`, and figures of an epoch to TensorBoard."""
+        self.append(content, "log.txt")
         if self.board is not None and "epoch" in content:
             for name, value in content.items():
                 if isinstance(value, float):
@@ -151,14 +153,19 @@ class _Formatter(logging.Formatter):
         return f"{colored(stamp, 'green', force_color=True)} {text}"
 
 
-def setup_logging(output_dir: Path | None, is_main: bool) -> None:
-    """Log to the terminal and to `log_rank0.txt` in `output_dir`; other ranks keep to warnings."""
+def setup_logging(output_dir: Path | None, is_main: bool, lines: bool = True) -> None:
+    """Log to the terminal and to `log_rank0.txt` in `output_dir`; other ranks keep to warnings.
+
+    Without `lines`, those of progress are kept from the terminal.
+    """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler.formatter, _Formatter)]:
         root.removeHandler(handler)  # an earlier run's in this process
         handler.close()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(_Formatter(color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    if not lines:
+        terminal.addFilter(lambda record: record.name != PROGRESS)
     root.addHandler(terminal)
     root.setLevel(logging.INFO if is_main else logging.WARNING)
     if output_dir is not None and is_main:
@@ -167,19 +174,6 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
         root.addHandler(file)
     for chatty in ("timm", "torch", "PIL", "huggingface_hub", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def with_progress(
-    items: Iterable[Item], total: int, header: str, every: int, describe: Callable[[], str], log: logging.Logger
-) -> Iterator[Item]:
-    """Pass `items` on; log position, time to go, and what `describe` says, every so many."""
-    start = time.perf_counter()
-    for position, item in enumerate(items, start=1):
-        yield item
-        if position % every == 0 or position == total:
-            spent = time.perf_counter() - start
-            left = timedelta(seconds=round(spent / position * (total - position)))
-            log.info("%s [%*d/%d]  eta %s  %s", header, len(str(total)), position, total, left, describe())
 
 
 # --- files -----------------------------------------------------------------------------------

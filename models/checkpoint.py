@@ -79,15 +79,16 @@ def head_classes(state: StateDict) -> int | None:
     return next((state[key].shape[0] for key in CLASSIFIERS if key in state), None)
 
 
-def read_state(path_or_url: str | Path) -> StateDict:
+def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
     """The tensors of a checkpoint file or URL under their own names, unwrapped.
 
-    Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm.
+    Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm. A
+    download shows a bar, or without `bar` a log line.
 
     Raises:
         CheckpointError: the file is missing, cut short, or holds no tensors by name.
     """
-    path = _local(path_or_url)
+    path = _local(path_or_url, bar)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
@@ -104,9 +105,9 @@ def read_state(path_or_url: str | Path) -> StateDict:
     return tensors
 
 
-def _local(path_or_url: str | Path) -> Path:
+def _local(path_or_url: str | Path, bar: bool) -> Path:
     if str(path_or_url).startswith(("http://", "https://")):
-        return fetch(str(path_or_url))
+        return fetch(str(path_or_url), bar)
     return Path(path_or_url).expanduser()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from models.zoo import ModelEntry, OfficialWeights
 # torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
 CONNECT_SECONDS = 30
+log = logging.getLogger("progress")  # --quiet silences it
 
 
 def checkpoint_dir() -> Path:
@@ -25,8 +27,8 @@ def checkpoint_dir() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def official_file(entry: ModelEntry) -> Path:
-    """The official weights of `entry` as a local file, downloaded on first use.
+def official_file(entry: ModelEntry, bar: bool = True) -> Path:
+    """The official weights of `entry` as a local file, downloaded on first use, with a progress bar or a log line.
 
     Raises:
         CheckpointError: no source could be reached; the message names each source tried and the
@@ -38,7 +40,7 @@ def official_file(entry: ModelEntry) -> Path:
     if target.is_file():
         return target
     failures = []
-    for source, download in _sources(entry.weights, target):
+    for source, download in _sources(entry.weights, target, bar):
         try:
             return download()
         except Exception as error:  # every source fails in its own way, and all mean: try the next
@@ -49,7 +51,7 @@ def official_file(entry: ModelEntry) -> Path:
     )
 
 
-def fetch(url: str) -> Path:
+def fetch(url: str, bar: bool = True) -> Path:
     """Download `url` into the checkpoint directory, once; the hash in its name is checked if there.
 
     Raises:
@@ -57,7 +59,7 @@ def fetch(url: str) -> Path:
     """
     target = checkpoint_dir() / Path(urlparse(url).path).name
     try:
-        return target if target.is_file() else _download_url(url, target)
+        return target if target.is_file() else _download_url(url, target, bar)
     except Exception as error:
         raise CheckpointError(
             f"cannot download {url} ({_first_line(error)}). Put the file by hand at {target}, "
@@ -65,31 +67,41 @@ def fetch(url: str) -> Path:
         ) from error
 
 
-def _sources(weights: OfficialWeights, target: Path) -> Iterator[tuple[str, Callable[[], Path]]]:
+def _sources(weights: OfficialWeights, target: Path, bar: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
     url, hub_id = weights.url, None
     if weights.timm_config is not None:
         config = get_pretrained_cfg(weights.timm_config)
         assert config is not None, f"timm has no pretrained configuration {weights.timm_config}"
         url, hub_id = str(config.url or ""), config.hf_hub_id
     if url:
-        yield url, lambda: _download_url(url, target)
+        yield url, lambda: _download_url(url, target, bar)
     if hub_id:
-        yield f"huggingface.co/{hub_id}", lambda: _download_hub(hub_id)
+        yield f"huggingface.co/{hub_id}", lambda: _download_hub(hub_id, bar)
 
 
-def _download_url(url: str, target: Path) -> Path:
+def _download_url(url: str, target: Path, bar: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     found = HASH_IN_NAME.search(target.name)
     with _connection_timeout(CONNECT_SECONDS):
-        # Writes to a temporary file first, shows a progress bar, and renames when the hash agrees.
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=found and found.group(1), progress=True)
+        # Writes to a temporary file first, and renames when the hash agrees.
+        _tell(url, bar)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=found and found.group(1), progress=bar)
     return target
 
 
-def _download_hub(hub_id: str) -> Path:
+def _download_hub(hub_id: str, bar: bool) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    _tell(f"huggingface.co/{hub_id}", bar)
+    if not bar:
+        disable_progress_bars()
     return Path(hf_hub_download(hub_id, "model.safetensors", etag_timeout=CONNECT_SECONDS))
+
+
+def _tell(source: str, bar: bool) -> None:
+    if not bar:
+        log.info("downloading %s", source)
 
 
 @contextmanager

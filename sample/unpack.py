@@ -7,10 +7,12 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from tqdm import tqdm
+
 ARCHIVE = Path(__file__).with_name("digits.tar.xz")
 
 
-def unpack_sample(archive: Path = ARCHIVE) -> Path:
+def unpack_sample(archive: Path = ARCHIVE, bar: bool = False) -> Path:
     """The folder with the digits' `train/` and `val/`, beside the archive; unpacked when missing.
 
     The folder appears whole or not at all, also when several processes start at once.
@@ -25,7 +27,8 @@ def unpack_sample(archive: Path = ARCHIVE) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix="digits-", dir=archive.parent))
     try:
         with tarfile.open(archive, mode="r:xz") as tar:
-            tar.extractall(scratch, filter="data")
+            for member in tqdm(tar.getmembers(), desc="unpacking the digits", unit="file", disable=not bar):
+                tar.extract(member, scratch, filter="data")
         scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
         try:
             scratch.rename(folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffrate.block import BlockNames, ReductionRules, fixed_block
 from diffrate.flops import Count
-from diffrate.schedule import Schedule, check_schedule, make_schedule, running_counts
+from diffrate.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
 from diffrate.search import plan_search, search_block
 from diffrate.state import CompressionState
 from diffrate.tokens import TokenState, size_dtype
@@ -33,6 +33,11 @@ class CompressedModel(nn.Module):
     @abstractmethod
     def compressible_blocks(self) -> Sequence[nn.Module]:
         """The blocks that may reduce tokens, which the first counts of a schedule belong to."""
+
+    @property
+    @abstractmethod
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches that the input tokens of the compressible blocks stand for."""
 
     @abstractmethod
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
@@ -113,17 +118,31 @@ class CompressedModel(nn.Module):
         state = self._compress(images, self.compression.current(), trace=True, class_only=False)
         return state._replace(size=state.sizes())
 
+    def forward_blocks(self, images: Tensor) -> list[TokenState]:
+        """The tokens of `images` `[B, 3, H, W]` after each compressible block, with their origins.
+
+        `classify` makes logits of the last.
+        """
+        states = [TokenState(self.embed(images)).traced()]
+        for block, kept in self._blocks(self.compression.current(), states[0]):
+            states.append(fixed_block(block, self.names, self.rules, states[-1], kept))
+        return states[1:]
+
     def _compress(self, images: Tensor, schedule: Schedule, trace: bool, class_only: bool) -> TokenState:
         """The tokens after the last compressible block at fixed counts, or the class token alone."""
         state = TokenState(self.embed(images))
         if trace:
             state = state.traced()
-        *blocks, last = self.compressible_blocks()
-        # CAFormer's schedules go on with counts for the blocks after the compressible ones.
-        *counts, final = running_counts(schedule, state.x.shape[1])[: len(blocks) + 1]
-        for block, kept in zip(blocks, counts, strict=True):
+        *blocks, (last, final) = self._blocks(schedule, state)
+        for block, kept in blocks:
             state = fixed_block(block, self.names, self.rules, state, kept)
         return fixed_block(last, self.names, self.rules, state, final, class_only)
+
+    def _blocks(self, schedule: Schedule, state: TokenState) -> list[tuple[nn.Module, Kept]]:
+        """The compressible blocks, and what happens to the tokens in `state` in each."""
+        blocks = self.compressible_blocks()
+        # CAFormer's schedules go on with counts for the blocks after the compressible ones.
+        return list(zip(blocks, running_counts(schedule, state.x.shape[1])[: len(blocks)], strict=True))
 
     def _search(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the search: logits, and the expected cost with gradients."""

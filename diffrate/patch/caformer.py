@@ -42,6 +42,10 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     def compressible_blocks(self) -> Sequence[nn.Module]:
         return self.stages[2].blocks
 
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        return self.grids[2]
+
     def needs_origins(self, schedule: Schedule | None) -> bool:
         """To restore the grid before stage 4, unless nothing was removed."""
         return schedule is None or min(schedule.merge[: len(self.stages[2].blocks)]) < _area(self.grids[2])

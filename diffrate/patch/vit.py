@@ -29,6 +29,11 @@ class CompressedVit(CompressedModel, _Vit):
     def compressible_blocks(self) -> Sequence[nn.Module]:
         return self.blocks
 
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        rows, columns = self.patch_embed.grid_size
+        return rows, columns
+
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
         return vit_flops(_shape(self), counts)
 
