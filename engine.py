@@ -107,7 +107,7 @@ def finetune(
         train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # both samplers of build.py have it
         record = finetune_epoch(trained, model, recipe, train, epoch, runtime)
         scores = evaluate(evaluated, val, runtime)
-        record |= {"mode": "finetune", "epoch": epoch, **scores.record(model.flops())}
+        record |= {"mode": "finetune", "model": args.model, "epoch": epoch, **scores.record(model.flops())}
         content = {"model": model.state_dict(), "kept": model.get_kept_num(), "epoch": epoch, "acc1": scores.acc1}
         if recipe.ema is not None:
             averaged = evaluate(recipe.ema.module, val, runtime)

@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
 BENCHMARKS = ("eval", "search", "scaling", "loading")
-MODES = ("eval", "finetune", "benchmark", "baseline")
+MODES = ("eval", "finetune", "benchmark", "baseline", "visualize", "plot")
 # What suits small digits, where DeiT's recipe is made for photographs.
 SAMPLE_RECIPE = {
     **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
@@ -97,7 +97,7 @@ def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
     if args.epochs is None:
         args.epochs = 3 if searching else 30
-    if searching and args.output_dir is None:
+    if (searching or args.visualize) and args.output_dir is None:
         args.output_dir = Path("output")
     args.batch_size = args.batch_sizes[0]
     _check_numbers(args)
@@ -128,14 +128,16 @@ def _check_targets(args: argparse.Namespace, searching: bool) -> None:
     if args.target_flops is not None and len(set(args.target_flops)) < len(args.target_flops):
         raise UsageError(f"--target_flops {' '.join(f'{t:g}' for t in args.target_flops)}: accepted: each once")
     if meeting and args.load_compression_rate:
-        raise UsageError("--load_compression_rate goes with --eval, --finetune and --benchmark")
+        raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize and --benchmark")
     if meeting and args.target_flops is None and args.model != SAMPLE_MODEL:
         raise UsageError("--target_flops is needed: the GFLOPs that the schedule is to meet")
     if args.compression_rate_file and not args.load_compression_rate and args.init_compression_rate is None:
         raise UsageError("--compression_rate_file needs --load_compression_rate or --init_compression_rate")
-    if args.resume and not (searching or args.eval):
-        raise UsageError("--resume goes with a search or --eval")
-    if args.resume and args.eval and args.load_compression_rate:
+    if args.resume and not (searching or args.eval or args.visualize):
+        raise UsageError("--resume goes with a search, --eval or --visualize")
+    if args.blocks is not None and not args.visualize:
+        raise UsageError("--blocks goes with --visualize")
+    if args.resume and not searching and args.load_compression_rate:
         raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
     if args.benchmark in ("search", "scaling") and args.load_compression_rate:
         raise UsageError(f"--benchmark {args.benchmark} has schedules of its own; accepted: no --load_compression_rate")
@@ -160,8 +162,8 @@ def _number(kind: type[int] | type[float], low: float, high: float = float("inf"
     return convert
 
 
-COUNT, POSITIVE, FRACTION = _number(int, 1), _number(float, 0, open_low=True), _number(float, 0, 1)
-NOT_NEGATIVE, WORKERS = _number(float, 0), _number(int, 0)
+COUNT, WHOLE, FRACTION = _number(int, 1), _number(int, 0), _number(float, 0, 1)
+POSITIVE, NOT_NEGATIVE = _number(float, 0, open_low=True), _number(float, 0)
 
 
 def _add_mode_flags(parser: Parser) -> None:
@@ -183,6 +185,12 @@ def _add_mode_flags(parser: Parser) -> None:
         help="time dense against compressed; a search step; scaling with the input's and the batch's size; or loading",
     )
     group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
+    group.add_argument(
+        "--visualize", type=Path, nargs="+", metavar="IMAGE", help="draw which tokens merge and go, block by block"
+    )
+    group.add_argument(
+        "--plot", type=Path, metavar="DIR", help="draw the plots of an output folder again, from its logs"
+    )
 
 
 def _add_model_flags(parser: Parser) -> None:
@@ -225,7 +233,7 @@ def _add_data_flags(parser: Parser) -> None:
         metavar="IMAGES",
         help="images a step, on each process; --benchmark takes several sizes in turn",
     )
-    group.add_argument("--num_workers", type=WORKERS, help="loader processes of each process, default one per core")
+    group.add_argument("--num_workers", type=WHOLE, help="loader processes of each process, default one per core")
     group.add_argument(
         "--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory on CUDA"
     )
@@ -238,6 +246,7 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision; default fp16 on CUDA, off on CPU")
     group.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
     group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("--blocks", type=WHOLE, nargs="+", help="blocks to draw with --visualize, counted from 0")
     group.add_argument("--quiet", action="store_true", help="no progress on the terminal: results and warnings alone")
     group.add_argument("--compile", action="store_true", help="run as one compiled graph; --benchmark times both")
     group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
@@ -270,7 +279,7 @@ def _add_training_flags(parser: Parser) -> None:
     group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
     group.add_argument("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="where the schedule ends")
     group.add_argument("--warmup-lr", type=NOT_NEGATIVE, default=1e-6, help="where the warm-up starts")
-    group.add_argument("--warmup-epochs", type=WORKERS, help="default 5, or none in runs of up to 5 epochs")
+    group.add_argument("--warmup-epochs", type=WHOLE, help="default 5, or none in runs of up to 5 epochs")
     group.add_argument("--sched", choices=("cosine", "tanh", "step", "poly", "constant", "none"), default="cosine")
     group.add_argument("--weight-decay", type=NOT_NEGATIVE, default=0.05)
     group.add_argument("--momentum", type=FRACTION, default=0.9, help="for optimizers that have one")

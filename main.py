@@ -40,10 +40,11 @@ from engine import NonFiniteLossError, evaluate, finetune
 from flags import get_args_parser, parse_flags
 from heartbeat import LostProcessError
 from inference import for_inference
+from plotting import draw_plots, plot_run
 from processes import EnvironmentVariableError, Processes, process_group, processes_from_environment
 from progress import bar_fits
 from results import log_found, report, save_result
-from resume import LAST, restore, resume_path, saver, search_identity, searched_schedule
+from resume import restore, resume_path, saver, search_identity, use_searched
 from searching import Search, settings_from
 from utils import (
     Runtime,
@@ -56,6 +57,7 @@ from utils import (
     seed_everything,
     setup_logging,
 )
+from visualizing import visualize
 
 __all__ = ["get_args_parser", "main"]
 
@@ -108,12 +110,18 @@ def run(args: Namespace, runtime: Runtime) -> None:
         evaluate_mode(args, runtime)
     elif args.finetune:
         finetune_mode(args, runtime)
+    elif args.visualize:
+        visualize(args, runtime)
+    elif args.plot:
+        draw_plots(args.plot)
     elif args.benchmark:
         run_benchmark(args, runtime)
     elif args.baseline:
         baseline_mode(args, runtime)
     else:
         search_mode(args, runtime)
+    if not (args.visualize or args.plot):
+        plot_run(runtime)
 
 
 def evaluate_mode(args: Namespace, runtime: Runtime) -> None:
@@ -121,12 +129,7 @@ def evaluate_mode(args: Namespace, runtime: Runtime) -> None:
     entry = models.lookup(args.model)
     model, dataset = trained_model(args, entry, runtime)
     compressed = compress(model, entry, args)
-    if args.resume:
-        path = resume_path(args, runtime)
-        if path is None:
-            raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
-        schedule = searched_schedule(path, args.model)
-        compressed.set_kept_num(schedule.prune, schedule.merge)
+    use_searched(compressed, args, runtime)
     model, inference = for_inference(compressed, args, runtime)
     scores = evaluate(model, eval_loader(dataset, args, runtime), inference)
     report("eval", entry, compressed, scores, runtime)
@@ -183,9 +186,10 @@ def search_one(
     if path is not None:
         restore(search, path, identity)
     schedule, scores = search.run(train, val, saver(args, identity, inner))
+    plot_run(inner)
     file = save_result(args, entry, target, schedule, runtime)
     dense = search.score(val, compressed.dense_schedule())
-    log_found(args, entry, target, compressed, schedule, (scores, dense), file)
+    log_found(args, entry, target, compressed, schedule, (scores, dense), file, runtime)
 
 
 def finetune_mode(args: Namespace, runtime: Runtime) -> None:

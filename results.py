@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import diffrate
 import models
 from build import PROJECT_RATES
-from diffrate.schedule import Schedule, save_schedule
+from diffrate.baselines import baseline_schedule
+from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, Schedule, save_schedule
 from engine import Scores
 from models.zoo import SAMPLE_MODEL
 from utils import Runtime
 
 log = logging.getLogger(__name__)
 RATES = "compression_rate.json"
+FOUND = "found.txt"  # of the output folder: what searches ended with, JSON lines
 
 
 def report(
     mode: str, entry: models.ModelEntry, compressed: diffrate.CompressedModel, scores: Scores, runtime: Runtime
 ) -> None:
     """Record the scores of a model at its kept counts, and log the published closing line."""
-    flops = compressed.flops()
-    prune, merge = compressed.get_kept_num()
-    counts = {"prune_kept_num": prune, "merge_kept_num": merge}
-    runtime.record({"mode": mode, "model": entry.name, **scores.record(flops), **counts})
-    log.info(scores.line(flops))
+    runtime.record(_record(mode, entry, compressed, compressed.compression.current(), scores))
+    log.info(scores.line(compressed.flops()))
 
 
 def save_result(
@@ -55,10 +56,14 @@ def log_found(
     schedule: Schedule,
     scores: tuple[Scores, Scores],
     file: Path | None,
+    runtime: Runtime,
 ) -> None:
     """The end of a search: schedule, accuracy against dense, and the next command to type."""
     found, dense = scores
-    for name, counts in (("prune_kept_num", schedule.prune), ("merge_kept_num", schedule.merge)):
+    runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
+    uniform = {"target_gflops": target, "uniform": _uniform(compressed, target)}
+    runtime.append(_record("found", entry, compressed, schedule, found) | uniform, FOUND)
+    for name, counts in _counts(schedule).items():
         if counts is not None:
             log.info("found %s %s", name, list(counts))
     flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
@@ -68,6 +73,27 @@ def log_found(
     )
     if file is not None:
         log.info("next: %s", next_command(args, entry, target, file))
+
+
+def _record(
+    mode: str, entry: models.ModelEntry, compressed: diffrate.CompressedModel, schedule: Schedule, scores: Scores
+) -> dict[str, Any]:
+    """A JSON line of the scores at a schedule, with what plots need to know of the model."""
+    dense = compressed.flops_at(compressed.dense_schedule())
+    shape = {"tokens": compressed.compression.space.limits[0], "blocks": len(compressed.compressible_blocks())}
+    named = {"mode": mode, "model": entry.name, "dense_gflops": dense / 1e9, **shape}
+    return named | scores.record(compressed.flops_at(schedule)) | _counts(schedule)
+
+
+def _counts(schedule: Schedule) -> dict[str, Sequence[int] | None]:
+    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+
+
+def _uniform(compressed: diffrate.CompressedModel, target: float) -> dict[str, dict[str, Sequence[int] | None]]:
+    """The uniform schedules of the same budget that the model can run, to draw beside the one found."""
+    space = compressed.compression.space
+    kinds = ("prune", "merge", "both") if space.prunes else ("merge",)
+    return {kind: _counts(baseline_schedule(kind, space, compressed.flops_at, target * 1e9)) for kind in kinds}
 
 
 def next_command(args: Namespace, entry: models.ModelEntry, target: float, file: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import diffrate
 from diffrate.schedule import Schedule, ScheduleError, make_schedule
 from engine import Scores
 from searching import Search, SearchState
@@ -110,6 +111,21 @@ def restore(search: Search, path: Path, identity: dict[str, Any]) -> None:
         best=None if best is None else (make_schedule(*best), Scores(**content["best_scores"])),
     )
     log.info("going on from %s at epoch %d, step %d", path, search.state.epoch, search.state.step)
+
+
+def use_searched(model: diffrate.CompressedModel, args: Namespace, runtime: Runtime) -> None:
+    """Give `model` the schedule of the search that `--resume` names, if it names one.
+
+    Raises:
+        UsageError: there is none, or it is damaged or of another model.
+    """
+    if args.resume is None:
+        return
+    path = resume_path(args, runtime)
+    if path is None:
+        raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
+    schedule = searched_schedule(path, args.model)
+    model.set_kept_num(schedule.prune, schedule.merge)
 
 
 def searched_schedule(path: Path, model: str) -> Schedule:

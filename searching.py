@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import diffrate
 from diffrate.budget import meets_budget, round_to_budget
-from diffrate.schedule import Schedule
+from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, Schedule
 from engine import NonFiniteLossError, Scores, evaluate, to_device
 from processes import all_sum
 from progress import with_progress
@@ -25,6 +25,7 @@ from samplers import SeededOrder, step_seed
 from utils import Runtime, StopRequestedError, StopSignals, UsageError, seed_everything
 
 log = logging.getLogger(__name__)
+STEPS = "search_steps.txt"  # of the output folder: how the expected counts moved, a JSON line every few steps
 FLOPS_LOSSES = ("absolute", "relative")
 
 
@@ -153,7 +154,12 @@ class Search:
         header = f"Search [{state.epoch}]"
         images = len(steps) * settings.accumulate * (loader.batch_size or 1) * self.runtime.processes.world
         for step in with_progress(steps, len(steps), header, images, self._describe, self.runtime):
+            expected = self._expected_counts() if step % every == 0 else None
             *losses, stop = self._step(batches, state.epoch, step, signals.requested)
+            if expected is not None:
+                place = {"epoch": state.epoch, "step": step, "done": state.epoch * settings.steps + step}
+                costs = {"gflops": losses[2], "target_gflops": settings.target / 1e9}
+                self.runtime.append(place | expected | costs, STEPS)
             state.step = step + 1
             state.sums = [total + loss for total, loss in zip(state.sums, losses, strict=True)]
             if state.step % every == 0 or stop:
@@ -204,6 +210,11 @@ class Search:
         finally:
             self.model.compression.schedule = None  # back to searching
 
+    def _expected_counts(self) -> dict[str, Sequence[float] | None]:
+        """What the rates expect to keep in each block, before rounding."""
+        schedule = self.model.compression.space.schedule(self.model.compression.expected_counts())  # type: ignore[arg-type]
+        return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+
     def _means(self) -> list[float]:
         return [total / self.state.step for total in self.state.sums]
 
@@ -217,7 +228,7 @@ class Search:
         schedule, flops = self.schedule(), self.model.flops_at(self.schedule())
         assert meets_budget(flops, self.settings.target)
         loss, cost, gflops = self._means()
-        counts = {"prune_kept_num": schedule.prune, "merge_kept_num": schedule.merge}
+        counts = {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
         figures = {
             "train_loss": loss,
             "train_flops_loss": cost,

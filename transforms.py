@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 
@@ -36,6 +37,14 @@ def eval_transform(input_size: int, crop_pct: float) -> transforms.Compose:
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
     )
+
+
+def crop_view(photograph: Image.Image, input_size: int, crop_pct: float, side: int) -> Image.Image:
+    """The square of `photograph` that `eval_transform` makes the input of, `side` pixels wide."""
+    width, height = photograph.size
+    cropped = min(width, height) * input_size / int(input_size / crop_pct)
+    left, top = (width - cropped) / 2, (height - cropped) / 2
+    return photograph.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cropped, top + cropped))
 
 
 def train_transform(input_size: int, augmentation: Augmentation) -> transforms.Compose:

@@ -172,7 +172,7 @@ def setup_logging(output_dir: Path | None, is_main: bool, lines: bool = True) ->
         file = logging.FileHandler(output_dir / "log_rank0.txt", encoding="utf-8")
         file.setFormatter(_Formatter(color=False))
         root.addHandler(file)
-    for chatty in ("timm", "torch", "PIL", "huggingface_hub", "httpx"):
+    for chatty in ("timm", "torch", "PIL", "httpx", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -19,6 +19,7 @@ PALETTE = np.array(
 )
 TINT = 0.6  # of a merged region's colour over the image below
 DIM = 0.3  # what is left of the light where a region was pruned
+PIXELS_A_LINE = 200  # of a picture's side for each pixel of the width of lines
 HATCH = 8  # pixels between the lines over pruned regions
 
 Groups = npt.NDArray[np.int64]
@@ -150,10 +151,11 @@ def _dim(picture: Pixels, pruned: npt.NDArray[np.bool_]) -> Pixels:
 
 
 def _outlines(spread: Groups) -> npt.NDArray[np.bool_]:
-    """The pixels on the near side of each border between two groups."""
+    """The pixels on the near side of each border between two groups, more of them in larger pictures."""
     lines = np.zeros(spread.shape, dtype=bool)
-    lines[:-1] |= spread[:-1] != spread[1:]
-    lines[:, :-1] |= spread[:, :-1] != spread[:, 1:]
+    for reach in range(1, 1 + max(1, min(spread.shape) // PIXELS_A_LINE)):
+        lines[:-reach] |= spread[:-reach] != spread[reach:]
+        lines[:, :-reach] |= spread[:, :-reach] != spread[:, reach:]
     return lines
 
 

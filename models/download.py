@@ -92,7 +92,9 @@ def _download_url(url: str, target: Path, bar: bool) -> Path:
 def _download_hub(hub_id: str, bar: bool) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.logging import set_verbosity_error
 
+    set_verbosity_error()  # each retry would warn; that all failed is told in one line
     _tell(f"huggingface.co/{hub_id}", bar)
     if not bar:
         disable_progress_bars()

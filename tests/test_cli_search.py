@@ -51,7 +51,8 @@ def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_
     code, text, err = cli(*words(image_folder, out, "--epochs", 2))
     assert (code, err) == (0, "")
     assert {path.name for path in out.iterdir()} == {
-        *("checkpoint.pth", "model_best.pth", "compression_rate.json", "log.txt", "log_rank0.txt")
+        *("checkpoint.pth", "model_best.pth", "compression_rate.json", "log.txt", "log_rank0.txt"),
+        *("found.txt", "search_steps.txt", "accuracy.png", "kept_tokens.png", "search_counts.png"),
     }
     schedule = find_schedule(out / "compression_rate.json", KEY, 0.025)
     records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
