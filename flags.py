@@ -81,7 +81,7 @@ def parse_flags(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**SAMPLE_RECIPE)
         args = parser.parse_args(words)
     if sum(bool(getattr(args, mode)) for mode in MODES) > 1:
-        raise UsageError(f"accepted: one of {', '.join('--' + mode for mode in MODES)}, or none to search")
+        raise UsageError(f"accepted: one of {', '.join('--' + mode for mode in MODES)}, or none: a search")
     searching = not any(getattr(args, mode) for mode in MODES)
     sample = args.data_path is None and args.data_set in (None, "SAMPLE")
     args.data_set = args.data_set or ("SAMPLE" if sample else "IMNET")

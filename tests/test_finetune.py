@@ -62,7 +62,7 @@ def test_what_it_leaves_behind_evaluates(cli: Cli, image_folder: Path, tmp_path:
     data = ("--data-path", image_folder)
     cli(*PLAIN, *data, "--epochs", 2, "--output_dir", tmp_path, *HALF)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
-        *("checkpoint.pth", "model_best.pth", "log.txt", "log_rank0.txt")
+        *("checkpoint.pth", "model_best.pth", "log.txt", "log_rank0.txt", "accuracy.png")
     }
     last = records(tmp_path)[-1]
     evaluate = ("--eval", "--model", MODEL, *data, "--num_workers", 0, "--checkpoint", tmp_path / "checkpoint.pth")
