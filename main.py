@@ -186,7 +186,6 @@ def search_one(
     if path is not None:
         restore(search, path, identity)
     schedule, scores = search.run(train, val, saver(args, identity, inner))
-    plot_run(inner)
     file = save_result(args, entry, target, schedule, runtime)
     dense = search.score(val, compressed.dense_schedule())
     log_found(args, entry, target, compressed, schedule, (scores, dense), file, runtime)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +30,9 @@ def draw_plots(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UsageError(f"--plot {folder}: no such folder")
-    written: list[Path] = []
-    for place in (folder, *sorted(folder.glob("target_*"))):
-        written += _draw_folder(place)
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--plot {folder}: cannot be written")
+    written = _draw_all(folder)
     for path in written:
         log.info("drew %s", path)
     if not written:
@@ -44,9 +45,13 @@ def plot_run(runtime: Runtime) -> None:
     if runtime.output_dir is None or not runtime.processes.is_main:
         return
     try:
-        _draw_folder(runtime.output_dir)
+        _draw_all(runtime.output_dir)
     except UsageError as error:  # the figures are safe; what is damaged was there before
         log.warning("no plots: %s", error)
+
+
+def _draw_all(folder: Path) -> list[Path]:
+    return [path for place in (folder, *sorted(folder.glob("target_*"))) for path in _draw_folder(place)]
 
 
 def _draw_folder(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from tests.tiny_models import FAMILIES, TOKENS
 def row(size: int, batch: int, share: float, speed: float) -> ScalingRow:
     tokens = (size // 16) ** 2
     kept = round(share * tokens)
-    return ScalingRow("m", "float32", size, batch, tokens, kept, share, kept / 100, speed, 1 / speed, 1.0, 1.0, 1.0)
+    return ScalingRow("m", "float32", size, batch, tokens, kept, share, kept / 100, speed, 1 / speed, speed, 1.0, 1.0)
 
 
 @given(st.floats(-2, -0.5), st.floats(-1.5, -0.3), st.floats(-0.1, 0.9))

@@ -28,7 +28,10 @@ def check(result: tuple[int, str, str], *expected: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--eval", "--finetune"), ["accepted: one of --eval, --finetune, --benchmark, --baseline, --visualize, --plot, or none: a search"]),
+        (
+            ("--eval", "--finetune"),
+            ["accepted: one of --eval, --finetune, --benchmark, --baseline, --visualize, --plot, or none: a search"],
+        ),
         (("--eval", "--model", "resnet50"), ["unknown model 'resnet50'", "vit_deit_tiny_patch16_224"]),
         (("--eval", "--data-path", "/nowhere", "--model", "caformer_s36"), ["--data-path /nowhere: no such folder"]),
         (("--eval", "--data-path", "."), ["--model is needed with --data-path"]),
