@@ -70,12 +70,23 @@ def trained_model(
     """
     check_inputs(args, entry)
     state, name = read_weights(args, entry, runtime)
+    dataset = eval_dataset(args, entry, None if state is None else models.head_classes(state))
+    return plain_model(args, entry, state, name, len(dataset.classes), **options), dataset
+
+
+def plain_model(
+    args: Namespace, entry: models.ModelEntry, state: models.StateDict | None, name: str, classes: int, **options: Any
+) -> nn.Module:
+    """The plain model with what `read_weights` gave; with as many classes as that has, fresh with `classes`.
+
+    Raises:
+        CheckpointError, UsageError: the weights, or the input's size, do not fit.
+    """
     head = None if state is None else models.head_classes(state)
-    dataset = eval_dataset(args, entry, head)
-    model = dense_model(entry, input_size_of(args, entry), num_classes=head or len(dataset.classes), **options)
+    model = dense_model(entry, input_size_of(args, entry), num_classes=head or classes, **options)
     if state is not None:
         models.fit_state(model, state, name)
-    return model, dataset
+    return model
 
 
 def check_targets(args: Namespace, entry: models.ModelEntry, classes: int) -> None:

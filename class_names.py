@@ -9,9 +9,8 @@ from timm.data import ImageNetInfo
 
 import models
 from build import eval_dataset
+from datasets import IMAGENET_CLASSES
 from models.zoo import SAMPLE_MODEL
-
-IMAGENET_CLASSES = 1000
 
 
 def class_names(args: Namespace, entry: models.ModelEntry, outputs: int) -> Sequence[str]:

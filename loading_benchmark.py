@@ -80,7 +80,9 @@ def loading_row(args: Namespace, runtime: Runtime) -> LoadingRow:
         dataset: Any = build_dataset(name, root, "val", transform)
         batches = min(wanted, len(dataset)) // args.batch_size
         if batches < 2:
-            raise DataError(f"--batch-size {args.batch_size}: accepted: up to {len(dataset) // 2}, half of the images")
+            raise DataError(
+                f"--batch-size {args.batch_size}: found {len(dataset)} images; accepted: two batches at least"
+            )
         loader = eval_loader(Subset(dataset, range(batches * args.batch_size)), args, runtime)  # type: ignore[arg-type]
         times = [_one_pass(model, loader, runtime) for _ in range(1 + PASSES)][1:]  # processes start in the first
     images = batches * args.batch_size

@@ -12,7 +12,7 @@ from PIL import ImageOps
 
 import diffrate
 import models
-from build import compress, dense_model, input_size_of, read_weights
+from build import compress, input_size_of, plain_model, read_weights
 from class_names import class_names
 from datasets import load_image
 from diffrate.files import whole_file
@@ -58,11 +58,7 @@ def _check_blocks(model: diffrate.CompressedModel, chosen: Sequence[int] | None)
 def _model_and_names(args: Namespace, runtime: Runtime) -> tuple[diffrate.CompressedModel, Sequence[str]]:
     entry = models.lookup(args.model)
     state, name = read_weights(args, entry, runtime)
-    head = None if state is None else models.head_classes(state)
-    plain = dense_model(entry, input_size_of(args, entry), num_classes=head or entry.num_classes)
-    if state is not None:
-        models.fit_state(plain, state, name)
-    model = compress(plain, entry, args)
+    model = compress(plain_model(args, entry, state, name, entry.num_classes), entry, args)
     use_searched(model, args, runtime)
     return model.to(runtime.device), class_names(args, entry, model.num_classes)
 

@@ -92,7 +92,10 @@ def test_loading_on_photographs_made_for_it_and_on_a_folder(cli: Cli, image_fold
         (("scaling", "--load_compression_rate"), "--benchmark scaling has schedules of its own"),
         (("search", "--load_compression_rate"), "--benchmark search has schedules of its own"),
         (("loading", "--batch-size", 1, 2), "--batch-size: found 2 sizes"),
-        (("loading", "--batch-size", 9, "--data-path", "{folder}"), "--batch-size 9: accepted: up to 4"),
+        (
+            ("loading", "--batch-size", 9, "--data-path", "{folder}"),
+            "--batch-size 9: found 9 images; accepted: two batches at least",
+        ),
         (("speed",), "accepted"),
     ],
 )
@@ -106,4 +109,4 @@ def test_bad_input(words: tuple[object, ...], expected: str, cli: Cli, image_fol
 
 def test_tables_are_aligned() -> None:
     lines = table([row(224, 1, 1.0, 9.0), row(384, 16, 0.5, 12.0)], {"batch_size": "batch", "speedup": "share %"})
-    assert lines == ["batch  share %", "    1      100", "   16      100"]
+    assert lines == ["batch  share %", "    1      900", "   16     1200"]
