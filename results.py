@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import diffrate
 import models
 from build import PROJECT_RATES
 from diffrate.baselines import baseline_schedule
+from diffrate.budget import BudgetError
 from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, Schedule, save_schedule
 from engine import Scores
 from models.zoo import SAMPLE_MODEL
@@ -92,8 +94,11 @@ def _counts(schedule: Schedule) -> dict[str, Sequence[int] | None]:
 def _uniform(compressed: diffrate.CompressedModel, target: float) -> dict[str, dict[str, Sequence[int] | None]]:
     """The uniform schedules of the same budget that the model can run, to draw beside the one found."""
     space = compressed.compression.space
-    kinds = ("prune", "merge", "both") if space.prunes else ("merge",)
-    return {kind: _counts(baseline_schedule(kind, space, compressed.flops_at, target * 1e9)) for kind in kinds}
+    found = {}
+    for kind in ("prune", "merge", "both") if space.prunes else ("merge",):
+        with suppress(BudgetError):  # a search meets budgets that no constant share of the tokens meets
+            found[kind] = _counts(baseline_schedule(kind, space, compressed.flops_at, target * 1e9))
+    return found
 
 
 def next_command(args: Namespace, entry: models.ModelEntry, target: float, file: Path) -> str:

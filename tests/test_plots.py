@@ -10,8 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+import results
+from diffrate.budget import BudgetError
+from diffrate.schedule import Schedule
 from plots import accuracy_figure, kept_tokens_figure, scaling_figure, search_figure, speed_figure
 from tests.conftest import Cli
+from tests.test_patch import patched
 
 MODEL = {"model": "m", "dense_gflops": 4.0, "tokens": 50, "blocks": 3}
 DENSE = {"prune_kept_num": [50, 50, 50], "merge_kept_num": [50, 50, 50]}
@@ -155,3 +159,15 @@ def test_a_run_keeps_its_scores_beside_a_damaged_log(cli: Cli, tmp_path: Path) -
 
 def test_no_folder_is_an_error(cli: Cli, tmp_path: Path) -> None:
     assert cli("--plot", tmp_path / "gone")[::2] == (2, f"main.py: error: --plot {tmp_path / 'gone'}: no such folder\n")
+
+
+def test_a_budget_that_no_uniform_schedule_meets_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(kind: str, *rest: object) -> Schedule:
+        if kind != "merge":
+            raise BudgetError(kind)
+        return Schedule((65,) * 6, (60,) * 6)
+
+    monkeypatch.setattr(results, "baseline_schedule", refuse)
+    assert results._uniform(patched("deit"), 1.0) == {
+        "merge": {"prune_kept_num": (65,) * 6, "merge_kept_num": (60,) * 6}
+    }
