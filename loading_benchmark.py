@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 import models
 from build import compress, dense_model, eval_loader, input_size_of
@@ -84,16 +84,17 @@ def loading_row(args: Namespace, runtime: Runtime) -> LoadingRow:
                 f"--batch-size {args.batch_size}: found {len(dataset)} images; accepted: two batches at least"
             )
         loader = eval_loader(Subset(dataset, range(batches * args.batch_size)), args, runtime)  # type: ignore[arg-type]
-        times = [_one_pass(model, loader, runtime) for _ in range(1 + PASSES)][1:]  # processes start in the first
+        times = [_one_pass(model, loader, runtime) for _ in range(1 + PASSES)][
+            1:
+        ]  # in the first, processes start and files are cached
     images = batches * args.batch_size
     loading, computing, both = (images / median(side) for side in zip(*times, strict=True))
     return LoadingRow(args.model, args.batch_size, flops / 1e9, images, loading, computing, both)
 
 
-def _one_pass(model: nn.Module, loader: Iterable[Any], runtime: Runtime) -> tuple[float, float, float]:
+def _one_pass(model: nn.Module, loader: DataLoader[Any], runtime: Runtime) -> tuple[float, float, float]:
     """Seconds for all images: the loader alone, the model alone, both together."""
     batch = next(iter(loader))[0].to(runtime.device, runtime.dtype)
-    count = sum(1 for _ in loader)  # also brings the files into the system's cache
 
     def compute(batches: Iterable[Any]) -> float:
         start = perf_counter()
@@ -108,7 +109,7 @@ def _one_pass(model: nn.Module, loader: Iterable[Any], runtime: Runtime) -> tupl
     for _ in loader:
         pass
     loading = perf_counter() - start
-    computing = compute([batch] * count)
+    computing = compute([batch] * len(loader))
     moved = (images.to(runtime.device, runtime.dtype, non_blocking=True) for images, _ in loader)
     return loading, computing, compute(moved)
 

@@ -17,7 +17,7 @@ from build import dense_model, patch
 from diffrate.benchmark import time_in_turn
 from diffrate.schedule import Schedule
 from diffrate.space import SearchSpace
-from speed_benchmark import forward_pass
+from speed_benchmark import forward_pass, precision_name
 from utils import AMP_DTYPES, UsageError
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _rows_at(
         whole, flops = compressed.flops_at(compressed.dense_schedule()), compressed.flops()
         setting = {
             "model": args.model,
-            "precision": {"off": "float32"}.get(precision, precision),
+            "precision": precision_name(precision),
             "input_size": size,
             "batch_size": batch_size,
             "tokens": space.tokens,

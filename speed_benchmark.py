@@ -129,7 +129,7 @@ def _row(
     return SpeedRow(
         model=args.model,
         batch_size=batch_size,
-        precision={"off": "float32"}.get(precision, precision),
+        precision=precision_name(precision),
         mode="compiled" if compiled else "eager",
         dense_images_per_second=batch_size / median(times.baseline),
         compressed_images_per_second=batch_size / median(times.rival),
@@ -145,6 +145,11 @@ def _row(
         dense_memory_mib=_mib(memory[0]),
         compressed_memory_mib=_mib(memory[1]),
     )
+
+
+def precision_name(amp: str) -> str:
+    """What tables call the precision that `--amp` asks for."""
+    return "float32" if amp == "off" else amp
 
 
 def _costs(args: Namespace) -> tuple[int, int]:
