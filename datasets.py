@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import lzma
-import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from diffrate.seeds import generators_kept, seed_everything
 from sample.unpack import ARCHIVE as SAMPLE_ARCHIVE
 from sample.unpack import unpack_sample
-from utils import seed_everything
+from samplers import SeededOrder
 
-DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 IMAGENET_CLASSES = 1000
+SHOWN_CLASSES = 10
 # What Pillow raises on files that are cut short, damaged or no images.
 BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
@@ -52,14 +49,15 @@ def build_dataset(
     split: str,
     transform: Transform,
     head: int | None = None,
+    names: Sequence[str] | None = None,
     sample: Path = SAMPLE_ARCHIVE,
     bar: bool = False,
 ) -> LabelledDataset:
     """The `train` or `val` split of the data set `name`; only that split is opened.
 
-    `head` is the number of classes of a model that was trained before; labels are then its
-    outputs. Without it the data decide how many classes there are. SAMPLE without a `root` is the
-    archive `sample`, unpacked on first use, with a progress `bar` if wanted.
+    `head` is the number of classes of a model that was trained before, and `names` are its outputs'
+    where they are known; labels are then its outputs. Without it the data decide how many there are.
+    SAMPLE without a `root` is the archive `sample`, unpacked on first use, with a progress `bar` if wanted.
 
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
@@ -73,7 +71,7 @@ def build_dataset(
         dataset = INaturalist(Path(str(root)), split, 2018 if name == "INAT" else 2019, transform)
     else:
         folder = _unpacked(sample, bar) if root is None else Path(root)
-        return ClassFolder(folder / split, transform, head)
+        return ClassFolder(folder / split, transform, head, names)
     if head is not None and head != len(dataset.classes):
         raise DataError(f"--data-set {name} has {len(dataset.classes)} classes, the checkpoint's head {head}")
     return dataset
@@ -111,12 +109,12 @@ def load_image(path: str | Path) -> Image.Image:
 class ClassFolder(ImageFolder):
     """One split in ImageFolder layout, `<class>/<image>`, with labels that are a model's outputs."""
 
-    def __init__(self, root: Path, transform: Transform, head: int | None) -> None:
+    def __init__(self, root: Path, transform: Transform, head: int | None, names: Sequence[str] | None = None) -> None:
         if not root.is_dir():
             raise DataError(
                 f"--data-path {root.parent}: no folder {root.name}/; accepted: train/ and val/ of class folders"
             )
-        self.head = head
+        self.head, self.names = head, names
         try:
             super().__init__(str(root), transform=transform, loader=load_image)
         except FileNotFoundError as error:  # torchvision's word for no class folders, or an empty one
@@ -125,11 +123,11 @@ class ClassFolder(ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         classes, order = super().find_classes(directory)
-        return classes, order if self.head is None else label_outputs(classes, self.head, directory)
+        return classes, order if self.head is None else label_outputs(classes, self.head, directory, self.names)
 
 
-class SeededSamples(Dataset[tuple[Any, int]]):
-    """A data set whose augmentation is drawn from a seed that comes with each index."""
+class Samples(Dataset[tuple[Any, int]]):
+    """A data set whose every error names the image at fault, in one line."""
 
     def __init__(self, dataset: LabelledDataset) -> None:
         self.dataset = dataset
@@ -137,35 +135,63 @@ class SeededSamples(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: Any) -> tuple[Any, int]:
+        try:
+            return self.dataset[index]
+        except DataError:
+            raise
+        except Exception as error:  # a transform's, of whatever kind
+            kind = type(error).__name__
+            raise DataError(
+                f"image {_name(self.dataset, index)}: {kind} ({_reason(error)}) while it was read"
+            ) from error
+
+
+class SeededSamples(Samples):
+    """The same with augmentation that is drawn from a seed that comes with each index."""
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         index, seed = key
-        with seeded(seed):
-            return self.dataset[index]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside the block, whichever generator, and go on as before after it."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
-    try:
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept():
             seed_everything(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+            return super().__getitem__(index)
 
 
-def label_outputs(classes: Sequence[str], head: int, folder: str) -> dict[str, int]:
+class ImageLoader(DataLoader[Any]):
+    """Batches, from any position of a training order on; errors of loader processes in one line."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            raise DataError(_last_line(error)) from error
+        except (RuntimeError, OSError, TypeError, ValueError, MemoryError) as error:
+            raise DataError(f"loading: {_last_line(error)}") from error
+
+    def batches_from(self, epoch: int, batch: int) -> Iterator[Any]:
+        """The batches of `epoch` from number `batch` on, without reading those before."""
+        order = self.sampler
+        assert isinstance(order, SeededOrder), "a loader for training"
+        order.set_epoch(epoch, start=batch * (self.batch_size or 1))
+        return iter(self)
+
+
+def label_outputs(classes: Sequence[str], head: int, folder: str, names: Sequence[str] | None = None) -> dict[str, int]:
     """Which output of a head with `head` classes stands for each class folder.
 
-    As many folders as outputs: in order. Folders named by ImageNet's ids under an ImageNet head:
+    Where the outputs have `names`: by name. As many folders as outputs: in order. Folders named by
+    ImageNet's ids under an ImageNet head:
     by id, so that a part of ImageNet scores as it should. Other folders under an ImageNet head
     count in order, as the published code does, with a warning.
 
     Raises:
-        DataError: the counts differ under any other head.
+        DataError: a folder has no output of its name, or the counts differ under any other head.
     """
+    if names is not None:
+        unknown = [name for name in classes if name not in names]
+        if unknown:
+            raise DataError(f"--data-path {folder}: class {unknown[0]}; accepted: the checkpoint's, {_listed(names)}")
+        return {name: list(names).index(name) for name in classes}
     in_order = {name: index for index, name in enumerate(classes)}
     if head == len(classes):
         return in_order
@@ -219,6 +245,24 @@ def _unpacked(archive: Path, bar: bool) -> Path:
         return unpack_sample(archive, bar)
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_CLASSES]) + (
+        f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
+    )
+
+
+def _name(dataset: Any, index: Any) -> str:
+    """What to call an image: its file, where the data set has files, else its number."""
+    samples = getattr(dataset, "samples", None)
+    return str(index) if samples is None else str(samples[index][0])
+
+
+def _last_line(error: Exception) -> str:
+    """The message alone: a loader process wraps it in its traceback, message last."""
+    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return last.split(f"{DataError.__name__}: ", 1)[-1] if "Traceback" in str(error) else last
 
 
 def _reason(error: Exception) -> str:

@@ -1,163 +1,178 @@
-"""The loops: evaluation and the epochs of training."""
+"""The loops that the command line drives: evaluation, and the epochs of training."""
 
 from __future__ import annotations
 
 import logging
 import math
-from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import diffrate
-from diffrate.compiled import FixedBatch, compile_model
-from processes import all_sum
-from progress import with_progress
-from recipe import Recipe, build_recipe
-from samplers import step_seed
-from utils import Runtime, seed_everything
+from datasets import ImageLoader
+from diffrate.group import all_sum
+from diffrate.running.compiled import FixedBatch, compile_model
+from diffrate.running.evaluation import Tally
+from diffrate.running.precision import to_place
+from diffrate.seeds import seed_everything, step_seed
+from processes.runtime import Runtime
+from reporting.progress import Progress
+from training.checkpoint import TrainingCheckpoint, TrainingState
+from training.recipe import Recipe, build_recipe
+from training.settings import Mixing, TrainingSettings
+from utils import StopRequestedError, StopSignals
 
 log = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(RuntimeError):
-    """Training came to a loss that is no number."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracies in percent and mean loss over `images` images, each counted once."""
-
-    acc1: float
-    acc5: float
-    loss: float
-    images: int
-
-    def line(self, flops: int) -> str:
-        """The published closing line; `flops` in multiply-accumulates."""
-        return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f} flops {flops / 1e9:.3f}"
-
-    def record(self, flops: int) -> dict[str, float]:
-        """The same for a JSON line."""
-        return {
-            "acc1": self.acc1,
-            "acc5": self.acc5,
-            "loss": self.loss,
-            "images": self.images,
-            "gflops": flops / 1e9,
-        }
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader[Any], runtime: Runtime) -> Scores:
-    """Score a compressed model on images and labels, summed over all processes.
+def evaluate(model: nn.Module, loader: ImageLoader, runtime: Runtime) -> diffrate.Scores:
+    """`diffrate.evaluate` with progress.
 
     Raises:
         DataError: an image cannot be read.
+        NonFiniteLossError: the loss is no number.
     """
-    model.eval()
-    # Sums of loss, top-1 hits, top-5 hits and images stay on the device: no sync inside the loop.
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+    shown = shown_scores(loader, runtime)
+    scores = diffrate.evaluate(model, loader, device=runtime.device, precision=runtime.amp, callback=shown)
+    if not math.isfinite(scores.loss):
+        raise diffrate.NonFiniteLossError(
+            f"the loss is {scores.loss} on the validation images; accepted: weights, and a precision, that give numbers"
+        )
+    return scores
 
-    def describe() -> str:
-        loss, top1, top5, images = sums.tolist()
-        return f"loss {loss / images:.4f}  acc@1 {100 * top1 / images:.3f}  acc@5 {100 * top5 / images:.3f}"
 
-    count = len(loader.dataset)  # type: ignore[arg-type]
-    for images, labels in with_progress(loader, len(loader), "Test", count, describe, runtime):
-        images, labels = to_device(images, labels, runtime)
-        with runtime.autocast():
-            logits = model(images, return_flop=False)
-        sums += _batch_sums(logits.float(), labels)
-    loss, top1, top5, images = all_sum(sums).tolist()
-    return Scores(100 * top1 / images, 100 * top5 / images, loss / images, int(images))
+def shown_scores(loader: ImageLoader, runtime: Runtime) -> Any:
+    """What to call after each batch of an evaluation: it tells progress and the scores so far."""
+    progress = Progress(len(loader), "Test", len(loader.dataset), runtime)  # type: ignore[arg-type]
+
+    def show(tally: Tally) -> None:
+        progress.advance(lambda: _so_far(tally.scores()))
+
+    return show
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training works with besides the model; `compiled` runs it as one graph."""
+
+    settings: TrainingSettings
+    mixing: Mixing
+    train: ImageLoader
+    val: ImageLoader
+    classes: int
+    seed: int
+    compiled: bool
+    runtime: Runtime
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step, on this process."""
+        assert self.train.batch_size is not None
+        return self.train.batch_size
 
 
 def finetune(
-    model: diffrate.CompressedModel,
-    args: Namespace,
-    train: DataLoader[Any],
-    val: DataLoader[Any],
-    classes: int,
-    runtime: Runtime,
-) -> Scores:
+    model: diffrate.CompressedModel, training: Training, flags: dict[str, Any], resume: Path | None
+) -> diffrate.Scores:
     """Train the weights of `model` at its fixed rates and score them after every epoch.
 
-    Leaves `checkpoint.pth` (last) and `model_best.pth` (best top-1) in the output folder.
+    Leaves `checkpoint.pth` (last, with `flags` and all that is needed to go on) and `model_best.pth` (best
+    top-1) in the output folder. `resume` is a checkpoint to go on from, bit for bit on a CPU.
 
     Raises:
         NonFiniteLossError: the loss is no number; names the step.
+        UsageError: `resume` does not fit.
+        StopRequestedError: a signal asked to stop; the state was saved before.
     """
-    seed_everything(step_seed(args.seed, runtime.processes.rank))  # mixup and drop path differ by process
+    runtime, settings = training.runtime, training.settings
     for rate in model.arch_parameters():  # fixed counts: only weights learn
         rate.requires_grad_(False)
-    compiled: nn.Module = compile_model(model) if args.compile else model
-    evaluated = FixedBatch(compiled, args.batch_size) if args.compile else model
+    compiled: nn.Module = compile_model(model) if training.compiled else model
+    evaluated = FixedBatch(compiled, training.batch_size) if training.compiled else model
     trained = _distributed(compiled, runtime)
-    images_per_step = args.batch_size * runtime.processes.world
-    recipe = build_recipe(args, model, classes, images_per_step, len(train), runtime.amp)
-    scores = best = None
-    for epoch in range(args.epochs):
-        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # both samplers of build.py have it
-        record = finetune_epoch(trained, model, recipe, train, epoch, runtime)
-        scores = evaluate(evaluated, val, runtime)
-        record |= {"mode": "finetune", "model": args.model, "epoch": epoch, **scores.record(model.flops())}
-        content = {"model": model.state_dict(), "kept": model.get_kept_num(), "epoch": epoch, "acc1": scores.acc1}
+    recipe = build_recipe(
+        settings,
+        training.mixing,
+        model,
+        training.classes,
+        training.batch_size * runtime.processes.world,
+        len(training.train),
+        runtime.amp,
+        training.seed,
+    )
+    state = TrainingState()
+    checkpoint = TrainingCheckpoint(model, recipe, state, flags, runtime)
+    if resume is not None:
+        checkpoint.restore(resume)
+        log.info("going on from %s at epoch %d, step %d", resume, state.epoch, state.step)
+    scores = None
+    while state.epoch < settings.epochs:
+        with StopSignals() as signals:
+            finetune_epoch(trained, model, recipe, training, checkpoint, signals)
+        record = {"train_loss": state.losses / state.step, "train_lr": recipe.learning_rate()}
+        scores = evaluate(evaluated, training.val, runtime)
+        record |= {"mode": "finetune", "model": flags["model"], "epoch": state.epoch, **scores.record(model.flops())}
         if recipe.ema is not None:
-            averaged = evaluate(recipe.ema.module, val, runtime)
-            record["ema_acc1"] = averaged.acc1
-            content["model_ema"] = recipe.ema.module.state_dict()
+            record["ema_acc1"] = evaluate(recipe.ema.module, training.val, runtime).acc1
+        better = state.best is None or scores.acc1 > state.best
+        state.best = scores.acc1 if better else state.best
+        state.epoch, state.step, state.losses = state.epoch + 1, 0, 0.0
         runtime.record(record)
-        runtime.save(content, "checkpoint.pth")
-        if best is None or scores.acc1 > best.acc1:
-            best = scores
-            runtime.save(content, "model_best.pth")
-        log.info("%s  best %.3f", scores.line(model.flops()), best.acc1)
-    assert scores is not None, "flags make sure of an epoch"
-    return scores
+        checkpoint.save()
+        if better:
+            checkpoint.save_best()
+        log.info("%s  best %.3f", scores.line(model.flops()), state.best)
+    return scores if scores is not None else evaluate(evaluated, training.val, runtime)  # resumed at its end
 
 
 def finetune_epoch(
     trained: nn.Module,
     model: diffrate.CompressedModel,
     recipe: Recipe,
-    loader: DataLoader[Any],
-    epoch: int,
-    runtime: Runtime,
-) -> dict[str, Any]:
-    """Train the weights for one epoch at the model's fixed rates; mean loss and last learning rate.
+    training: Training,
+    checkpoint: TrainingCheckpoint,
+    signals: StopSignals,
+) -> None:
+    """Train the weights for what is left of an epoch at the model's fixed rates.
 
-    `trained` is `model` as it is called: compiled, distributed, or itself.
+    `trained` is `model` as it is called: compiled, distributed, or itself. Every step draws from a seed of
+    its own, so that a training goes on in the middle as if it had not stopped.
 
     Raises:
         NonFiniteLossError: the loss is no number; names the step.
+        StopRequestedError: a signal asked to stop; the state was saved before.
     """
+    state, runtime, steps = checkpoint.state, training.runtime, len(training.train)
     trained.train()
-    total, done = 0.0, 0
-
-    def describe() -> str:
-        return f"loss {total / done:.4f}  lr {recipe.learning_rate():.2e}"
-
-    count = len(loader) * (loader.batch_size or 1) * runtime.processes.world
-    progress = with_progress(loader, len(loader), f"Epoch [{epoch}]", count, describe, runtime)
-    for step, (images, labels) in enumerate(progress):
-        update = epoch * len(loader) + step
+    left = steps - state.step
+    images = left * training.batch_size * runtime.processes.world
+    progress = Progress(left, f"Epoch [{state.epoch}]", images, runtime)
+    batches = training.train.batches_from(state.epoch, state.step)
+    for step in range(state.step, steps):
+        seed_everything(step_seed(training.seed, state.epoch, runtime.processes.rank, step))
         if recipe.scheduler is not None:
-            recipe.scheduler.step_update(update)
-        loss = _train_step(trained, recipe, *to_device(images, labels, runtime), runtime).item()
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}; try a lower --lr or --amp off")
+            recipe.scheduler.step_update(state.epoch * steps + step)
+        loss = _train_step(trained, recipe, *to_place(*next(batches), runtime.place), runtime)
+        totals = torch.stack([loss, loss.new_tensor(float(signals.requested))])
+        mean, stop = (all_sum(totals) / runtime.processes.world).tolist()
+        if not math.isfinite(mean):
+            raise diffrate.NonFiniteLossError(
+                f"the loss is {mean} at epoch {state.epoch}, step {step}; try a lower --lr or --amp off"
+            )
         if recipe.ema is not None:
-            recipe.ema.update(model, step=update)
-        total, done = total + loss, done + 1
-    summed, steps = all_sum(torch.tensor([total, done], dtype=torch.float64, device=runtime.device)).tolist()
-    return {"train_loss": summed / steps, "train_lr": recipe.learning_rate()}
+            recipe.ema.update(model, step=state.epoch * steps + step)
+        state.step, state.losses = step + 1, state.losses + mean
+        if stop or checkpoint.due():
+            checkpoint.save()
+        progress.advance(lambda: f"loss {state.losses / state.step:.4f}  lr {recipe.learning_rate():.2e}")
+        if stop:
+            progress.close()
+            raise StopRequestedError(f"stopped at epoch {state.epoch}, step {state.step}: go on with --resume")
 
 
 def _train_step(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, runtime: Runtime) -> Tensor:
@@ -177,18 +192,8 @@ def _train_step(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor
     return loss.detach()
 
 
-def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss, top-1 hits, top-5 hits (of fewer classes: all) and images of one batch, `[4]`."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    counts = torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(labels))])
-    return counts.double()
-
-
-def to_device(images: Tensor, labels: Tensor, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """A batch on the device that computes."""
-    images = images.to(runtime.device, runtime.dtype, non_blocking=True)
-    return images, labels.to(runtime.device, non_blocking=True)
+def _so_far(scores: diffrate.Scores) -> str:
+    return f"loss {scores.loss:.4f}  acc@1 {scores.acc1:.3f}  acc@5 {scores.acc5:.3f}"
 
 
 def _distributed(model: nn.Module, runtime: Runtime) -> nn.Module:

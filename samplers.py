@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
+
+from diffrate.seeds import step_seed
 
 REPEATS = 3  # views of an image in a row with repeated augmentation, as in DeiT's recipe
 
@@ -73,11 +74,6 @@ class SeededOrder(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         return len(self.order) - self.start
-
-
-def step_seed(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class SeededRepeatAugSampler(RepeatAugSampler):

@@ -1,21 +1,10 @@
-"""DiffRate: compress the tokens of pretrained Vision Transformers (arXiv 2305.17997)."""
+"""DiffRate: compress the tokens of pretrained Vision Transformers (arXiv 2305.17997).
 
-from diffrate import patch
-from diffrate.block import UnsupportedModelError
-from diffrate.patch import CompressedModel
-from diffrate.rate import RateError
-from diffrate.schedule import Schedule, ScheduleError
-from diffrate.tokens import TokenState
-from diffrate.visualize import VisualizationError, make_visualization
+What there is, and where, stands in `__init__.pyi`. Each name is imported when it is first used, so that
+what needs no torch (schedules, budgets, settings) is there at once.
+"""
 
-__all__ = [
-    "CompressedModel",
-    "RateError",
-    "Schedule",
-    "ScheduleError",
-    "TokenState",
-    "UnsupportedModelError",
-    "VisualizationError",
-    "make_visualization",
-    "patch",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = "0.9.0"

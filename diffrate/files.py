@@ -11,21 +11,33 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` whole when the block ends well, and not at all otherwise.
+def whole_path(path: Path) -> Iterator[Path]:
+    """An empty scratch file for the block to write by its name, which becomes `path` when the block ends
+    well and is gone otherwise.
 
     Raises:
         OSError: the folder cannot be written.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(descriptor)
     scratch = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
+        yield scratch
+        with scratch.open("rb+") as file:
             os.fsync(file.fileno())
         scratch.chmod(0o644)  # mkstemp's files are for their owner alone
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` whole when the block ends well, and not at all otherwise.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with whole_path(path) as scratch, scratch.open("wb") as file:
+        yield file

@@ -74,6 +74,17 @@ def fit_state(model: nn.Module, state: StateDict, name: str) -> LoadReport:
     return LoadReport(tuple(reinitialized), tuple(notes))
 
 
+def check_finite(state: StateDict, name: str) -> None:
+    """Refuse weights that give no numbers.
+
+    Raises:
+        CheckpointError: names the first tensor with a NaN or an infinity.
+    """
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
+
+
 def head_classes(state: StateDict) -> int | None:
     """The number of classes of a checkpoint's head, None when it has no head."""
     return next((state[key].shape[0] for key in CLASSIFIERS if key in state), None)

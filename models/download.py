@@ -36,6 +36,8 @@ def official_file(entry: ModelEntry, bar: bool = True) -> Path:
     """
     if isinstance(entry.weights, Path):
         return entry.weights
+    if entry.weights is None:
+        raise CheckpointError(f"{entry.name} has no official weights; accepted: a file with --checkpoint")
     target = checkpoint_dir() / entry.weights.file
     if target.is_file():
         return target

@@ -3,3 +3,7 @@
 
 class CheckpointError(ValueError):
     """Weights that cannot be fetched, read or fitted to the model."""
+
+
+class InputSizeError(ValueError):
+    """An input that a model's patches do not tile."""

@@ -12,14 +12,35 @@ from torch import nn
 
 from models.checkpoint import load_weights
 from models.download import official_file
+from models.errors import InputSizeError
 from models.zoo import ModelEntry
 
 
-def create(entry: ModelEntry, **options: Any) -> nn.Module:
-    """The dense timm model of a zoo entry with fresh weights; `options` override the entry's."""
+def create(entry: ModelEntry, input_size: int | None = None, **options: Any) -> nn.Module:
+    """The dense timm model of a zoo entry with fresh weights, for square images of `input_size`.
+
+    `options` override the entry's. What the model's inputs are like is in its `pretrained_cfg`.
+
+    Raises:
+        InputSizeError: the patches of a ViT do not tile the input.
+    """
     # The class count is given always: timm's default for ViT-H has no head.
     options = {"num_classes": entry.num_classes, **entry.options, **options}
-    return timm.create_model(entry.architecture, pretrained=False, **options)
+    given = options.pop("img_size", entry.input_size)
+    size = input_size or (given if isinstance(given, int) else given[0])
+    # timm's ViTs take their size from here, too; the convolutions of CAFormer take any.
+    inputs = {
+        "input_size": (3, size, size),
+        "crop_pct": entry.crop_pct,
+        "mean": entry.mean,
+        "std": entry.std,
+        "interpolation": entry.interpolation,
+    }
+    model: Any = timm.create_model(entry.architecture, pretrained=False, pretrained_cfg_overlay=inputs, **options)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+    if size % patch:
+        raise InputSizeError(f"--input-size {size}: accepted: a multiple of {patch}, the side of a patch")
+    return model
 
 
 def register(zoo: Mapping[str, ModelEntry]) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
+
+from sample import MODEL as SAMPLE_MODEL
 
 SAMPLE_DIR = Path(__file__).resolve().parent.parent / "sample"
-SAMPLE_MODEL = "vit_sample_patch4_28"
-
-Family = Literal["deit", "mae", "caformer"]
+# What the published models were trained and are evaluated with (`timm.data`'s defaults).
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class UnknownModelError(ValueError):
@@ -33,17 +34,23 @@ class OfficialWeights:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One row of the zoo."""
+    """One row of the zoo: timm's architecture with `options`, and what its inputs are like.
+
+    weights: None where there are no official ones. aliases: timm's names for the same model.
+    """
 
     name: str
     architecture: str
-    family: Family
     schedule_key: str
-    weights: OfficialWeights | Path
+    weights: OfficialWeights | Path | None
     options: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     input_size: int = 224
     crop_pct: float = 224 / 256
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    aliases: tuple[str, ...] = ()
 
 
 def _deit(size: str, letter: str, digest: str) -> ModelEntry:
@@ -51,9 +58,9 @@ def _deit(size: str, letter: str, digest: str) -> ModelEntry:
     return ModelEntry(
         name=f"vit_{architecture}",
         architecture=architecture,
-        family="deit",
         schedule_key=f"ViT-{letter}-DeiT",
         weights=OfficialWeights(f"{architecture}-{digest}.pth", timm_config=f"{architecture}.fb_in1k"),
+        aliases=(architecture, f"{architecture}.fb_in1k"),
     )
 
 
@@ -62,7 +69,6 @@ def _mae(size: str, letter: str, patch: int) -> ModelEntry:
     return ModelEntry(
         name=f"vit_{size}_patch{patch}_mae",
         architecture=f"vit_{size}_patch{patch}_224",
-        family="mae",
         schedule_key=f"ViT-{letter}-MAE",
         # Listed under "Fine-tuning" in FINETUNE.md of the MAE project.
         weights=OfficialWeights(file, url=f"https://dl.fbaipublicfiles.com/mae/finetune/{file}"),
@@ -80,17 +86,16 @@ _ENTRIES = (
     ModelEntry(
         name="caformer_s36",
         architecture="caformer_s36",
-        family="caformer",
         schedule_key="CAFormer-S36",
         weights=OfficialWeights("caformer_s36.pth", timm_config="caformer_s36.sail_in1k"),
+        aliases=("caformer_s36.sail_in1k",),
     ),
     ModelEntry(
         name=SAMPLE_MODEL,
         architecture="vit_tiny_patch16_224",
-        family="deit",
         schedule_key="ViT-Sample",
         weights=SAMPLE_DIR / "vit_sample_patch4_28.pth",
-        options={"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3},
+        options={"patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3},
         num_classes=10,
         input_size=28,
         crop_pct=1.0,
@@ -100,13 +105,16 @@ _ENTRIES = (
 ZOO: Mapping[str, ModelEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 
 
+_BY_NAME = {name: entry for entry in _ENTRIES for name in (entry.name, *entry.aliases)}
+
+
 def lookup(name: str) -> ModelEntry:
-    """The entry of a model; `caformer-s36` means `caformer_s36`.
+    """The entry of a model, by its published name or by timm's; `caformer-s36` means `caformer_s36`.
 
     Raises:
         UnknownModelError: the zoo has no such name; the message lists those it has.
     """
-    entry = ZOO.get(name.replace("-", "_"))
+    entry = _BY_NAME.get(name.replace("-", "_"))
     if entry is None:
-        raise UnknownModelError(f"unknown model {name!r}; accepted: {', '.join(ZOO)}")
+        raise UnknownModelError(f"unknown model {name!r}; accepted: {', '.join(ZOO)}, or timm's names for them")
     return entry

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import diffrate
 import models
-from diffrate.baselines import BASELINES, BaselineError, baseline_schedule
-from diffrate.budget import BudgetError, check_target, meets_budget, round_to_budget
-from diffrate.rate import expectation, flattest_logits
-from diffrate.schedule import Schedule, find_schedule, running_counts, save_schedule
+from diffrate.budgets.rounding import BudgetError, check_target, meets_budget, round_to_budget
+from diffrate.budgets.schedule import Schedule, find_schedule, running_counts, save_schedule
+from diffrate.budgets.uniform import BASELINES, BaselineError, baseline_schedule
+from diffrate.rates.rate import expectation, flattest_logits
 from tests.tiny_models import plain
 
 
@@ -24,7 +24,7 @@ from tests.tiny_models import plain
 def full_size(name: str) -> diffrate.CompressedModel:
     entry = models.lookup(name)
     with torch.device("meta"):
-        return getattr(diffrate.patch, entry.family)(models.create(entry))
+        return diffrate.patch.vit(models.create(entry))
 
 
 @given(st.sampled_from(sorted(models.ZOO)), st.data())

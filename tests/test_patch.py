@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import diffrate
 import models
+from diffrate.blocks.tokens import TokenState
 from diffrate.patch.caformer import restore
-from diffrate.tokens import TokenState
 from tests import recipe_weights
 from tests.tiny_models import (
     FAMILIES,
@@ -216,7 +216,7 @@ def test_exports_to_one_graph(family: str) -> None:
 
 def test_a_block_that_removes_nothing_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the third block removes tokens: one ranking and one merge in the whole model."""
-    import diffrate.block as block
+    import diffrate.blocks.block as block
 
     calls = []
     for name in ("keep_tokens", "merge_tokens", "class_importance"):

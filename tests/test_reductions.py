@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from diffrate.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
-from diffrate.prune import keep_tokens, most_important
-from diffrate.tokens import TokenState, follow
+from diffrate.blocks.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
+from diffrate.blocks.prune import keep_tokens, most_important
+from diffrate.blocks.tokens import TokenState, follow
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 12), st.integers(1, 2**31))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffrate.schedule import (
+from diffrate.budgets.schedule import (
     Schedule,
     ScheduleError,
     check_schedule,

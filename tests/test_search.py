@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import diffrate
 import models
-from diffrate.rate import RateError, draw, survival_probabilities
-from diffrate.ste import ste_ceil, ste_leaving
+from diffrate.rates.rate import RateError, draw, survival_probabilities
+from diffrate.rates.ste import ste_ceil, ste_leaving
 from tests import recipe_weights
 from tests.test_golden import load
 from tests.tiny_models import FAMILIES, IMAGE_SIZE, official_state, plain

@@ -1,47 +1,111 @@
-"""Rules of the source tree: imports run one way, and the project speaks for itself."""
+"""Rules of the source tree: imports run one way, torch waits, and the project speaks for itself."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).parent.parent
-ROOT_MODULES = {path.stem for path in PROJECT.glob("*.py")}
-FORBIDDEN = {
-    "diffrate": {"models", "sample"} | ROOT_MODULES,
-    "models": {"diffrate", "sample"} | ROOT_MODULES,
-    "sample": {"diffrate", "models"} | ROOT_MODULES,
-    ".": {"main"},
-}
-CASES = [
-    (room, path) for room in FORBIDDEN for path in sorted((PROJECT / room).glob("*.py" if room == "." else "**/*.py"))
-]
+# From the door down: a room imports itself and rooms further down.
+FLOORS = (
+    *("main", "cli", "benchmarks", "engine", "drawing", "training", "reporting", "datasets", "samplers"),
+    *("processes", "utils", "models", "sample", "diffrate"),
+)
+# The same inside the library.
+LIBRARY = (
+    "saving",
+    "searching",
+    "running",
+    "patch",
+    "rates",
+    "blocks",
+    "pictures",
+    "group",
+    "seeds",
+    "budgets",
+    "files",
+)
+BESIDE = {"models": {"diffrate"}}  # neither needs the other
+ASKED_FOR = {"main", "engine", "datasets", "samplers", "utils"}
+FAST = ("cli.flags", "cli.settings", "training.settings", "diffrate.searching.settings", "diffrate.saving.about")
+
+
+def room_of(path: Path, base: Path) -> str:
+    """The folder of `base` that a file is in, or the file itself."""
+    return path.relative_to(base).parts[0].removesuffix(".py")
+
+
+def sources(base: Path) -> list[Path]:
+    """The files of the project below `base`, without tests."""
+    return [
+        path
+        for path in sorted(base.glob("**/*.py"))
+        if not {"tests", "build"} & set(path.relative_to(PROJECT).parts)
+        and not any(p.startswith(".") for p in path.parts)
+    ]
 
 
 def imported(path: Path) -> set[str]:
+    """The modules that a file imports, by their full names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add((node.module or "").split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
     return names
 
 
-@pytest.mark.parametrize(("room", "path"), CASES, ids=[str(path.relative_to(PROJECT)) for _, path in CASES])
-def test_imports_run_one_way(room: str, path: Path) -> None:
-    assert imported(path) & FORBIDDEN[room] == set()
-
-
-def test_schedules_need_no_torch() -> None:
-    assert not imported(PROJECT / "diffrate" / "schedule.py") & {"torch", "timm", "numpy"}
+@pytest.mark.parametrize("path", sources(PROJECT), ids=lambda path: str(path.relative_to(PROJECT)))
+def test_imports_run_one_way(path: Path) -> None:
+    room = room_of(path, PROJECT)
+    assert room in FLOORS, f"{room}: a new room needs its floor here and its line in CONTRIBUTING.md"
+    above = set(FLOORS[: FLOORS.index(room)]) | BESIDE.get(room, set())
+    assert {name.split(".")[0] for name in imported(path)} & above == set()
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PROJECT.glob("diffrate/**/*.py")) + sorted(PROJECT.glob("models/*.py")), ids=str
+    "path", sources(PROJECT / "diffrate"), ids=lambda path: str(path.relative_to(PROJECT / "diffrate"))
+)
+def test_imports_in_the_library_run_one_way(path: Path) -> None:
+    room = room_of(path, PROJECT / "diffrate")
+    if room == "__init__":
+        return
+    above = set(LIBRARY[: LIBRARY.index(room)])
+    inside = {name.split(".")[1] for name in imported(path) if name.startswith("diffrate.")}
+    assert inside & above == set()
+
+
+def test_the_root_holds_what_was_asked_for() -> None:
+    assert {path.stem for path in PROJECT.glob("*.py")} == ASKED_FOR
+
+
+def test_rooms_say_what_belongs_in_them() -> None:
+    for path in PROJECT.glob("*/__init__.py"):
+        if path.parent.name != "tests":
+            assert ast.get_docstring(ast.parse(path.read_text())), path
+            assert f"`{path.parent.name}/`" in (PROJECT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["main", *FAST, "diffrate.budgets.uniform", "diffrate"])
+def test_flags_and_budgets_need_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'timm', 'torchvision', 'matplotlib'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for room in ("diffrate", "models", "training", "processes", "benchmarks")
+        for path in sources(PROJECT / room)
+    ],
+    ids=lambda path: str(path.relative_to(PROJECT)),
 )
 def test_public_functions_have_docstrings(path: Path) -> None:
     tree = ast.parse(path.read_text())

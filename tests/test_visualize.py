@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import diffrate
-from diffrate.visualize import PALETTE, PRUNED, Groups, color_of, draw_groups, group_colors, origin_groups
+from diffrate.pictures import PALETTE, PRUNED, Groups, color_of, draw_groups, group_colors, origin_groups
 from tests.test_patch import images, patched
 
 PATCH = 4

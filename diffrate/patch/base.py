@@ -9,12 +9,12 @@ from typing import Any, ClassVar, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from diffrate.block import BlockNames, ReductionRules, fixed_block
-from diffrate.flops import Count
-from diffrate.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
-from diffrate.search import plan_search, search_block
-from diffrate.state import CompressionState
-from diffrate.tokens import TokenState, size_dtype
+from diffrate.blocks.block import BlockNames, ReductionRules, fixed_block
+from diffrate.blocks.tokens import TokenState, size_dtype
+from diffrate.budgets.flops import Count
+from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
+from diffrate.patch.state import CompressionState
+from diffrate.rates.masked_block import plan_search, search_block
 
 
 class CompressedModel(nn.Module):
@@ -29,6 +29,8 @@ class CompressedModel(nn.Module):
     rules: ReductionRules  # the family's, unless a baseline replaces them on its model
     reads_class_token_alone: ClassVar[bool] = False  # of what the last compressible block leaves
     compression: CompressionState
+    pretrained_cfg: Any  # timm's: what the model's inputs are like
+    image_size: tuple[int, int]  # height and width of the images that the model takes
 
     @abstractmethod
     def compressible_blocks(self) -> Sequence[nn.Module]:

@@ -9,13 +9,13 @@ import torch
 from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
-from diffrate.block import BlockNames, ReductionRules, UnsupportedModelError, check_block, fixed_block
-from diffrate.flops import Count, StageShape, caformer_flops
+from diffrate.blocks.block import BlockNames, ReductionRules, UnsupportedModelError, check_block, fixed_block
+from diffrate.blocks.tokens import TokenState
+from diffrate.budgets.flops import Count, StageShape, caformer_flops
+from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
+from diffrate.budgets.space import SearchSpace
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
-from diffrate.space import SearchSpace
-from diffrate.state import CompressionState
-from diffrate.tokens import TokenState
+from diffrate.patch.state import CompressionState
 
 MIXERS = (SepConv, SepConv, Attention, Attention)
 # timm's port of the head normalises with 1e-6, the original with 1e-5: logits differ by 1e-6.
@@ -25,7 +25,8 @@ Grid = tuple[int, int]
 
 
 class CompressedCaformer(CompressedModel, MetaFormer):
-    """A CAFormer whose third stage merges tokens. `grids` are the rows and columns of each stage."""
+    """A CAFormer whose third stage merges tokens. `grids` are the rows and columns of each stage for
+    images of `image_size`, height and width."""
 
     names = BlockNames(
         attention="token_mixer",
@@ -35,6 +36,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         skip2=("res_scale2",),
     )
     rules = ReductionRules(class_token=False, weigh_by_similarity=False)
+    image_size: Grid
     grids: tuple[Grid, ...]
     stages: Any  # typed by timm as plain modules
     head: Any
@@ -110,7 +112,8 @@ def caformer(
         RateError: a granularity below 1.
     """
     _check_caformer(model)
-    grids = _grids(model, (input_size, input_size))
+    image_size = (input_size, input_size)
+    grids = _grids(model, image_size)
     stages: Any = model.stages
     depths = [len(stage.blocks) for stage in stages]
     space = SearchSpace(
@@ -123,7 +126,7 @@ def caformer(
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
     model.head.fc.norm.eps = ORIGINAL_HEAD_EPS
-    model.grids = grids
+    model.image_size, model.grids = image_size, grids
     model.add_module("compression", compression)
     return model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from diffrate.patch.vit import CompressedVit, patch_vit
-from diffrate.tokens import TokenState
+from diffrate.blocks.tokens import TokenState
+from diffrate.patch.plain_vit import CompressedVit, patch_vit
 
 
 class CompressedMae(CompressedVit, VisionTransformer):

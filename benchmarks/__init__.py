@@ -1,0 +1,1 @@
+"""What `--benchmark` measures: each measurement beside its rows, and tables of rows."""

@@ -1,0 +1,137 @@
+"""`--benchmark`: run the one that was asked for, log its figures, and leave them in files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+import models
+from benchmarks import loading, scaling, speed
+from benchmarks.search_step import search_cost
+from benchmarks.subject import Subject
+from benchmarks.tables import table, write_rows
+from cli.data import eval_dataset, eval_loader
+from cli.inference import for_inference
+from cli.model import Weights, chosen_entry, compressed, input_size_of
+from cli.settings import Settings
+from datasets import DataError
+from diffrate.saving.about import about, is_saved_model
+from models.zoo import ModelEntry
+from processes.runtime import AMP_DTYPES, Runtime
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings, runtime: Runtime) -> None:
+    """Measure what `--benchmark` names.
+
+    Raises:
+        ScheduleError, InputSizeError, DataError: the schedule, a size or the data do not fit.
+    """
+    kind = settings.run.benchmark
+    assert kind is not None, "the mode that is asked for"
+    MEASURES[kind](settings, _subject(settings), runtime)
+
+
+def _search(settings: Settings, subject: Subject, runtime: Runtime) -> None:
+    subject = replace(subject, schedule=None)
+    cost = search_cost(subject, settings.data.batch_size, settings.run.rounds, runtime.device)
+    runtime.record({"mode": "benchmark search", "model": subject.entry.name, **cost.record()})
+    for line in cost.lines():
+        log.info(line)
+
+
+def _scaling(settings: Settings, subject: Subject, runtime: Runtime) -> None:
+    own = subject.entry.input_size
+    chosen = settings.model.input_size
+    sizes = [round(own * share) for share in scaling.SIZES] if chosen is None else [chosen]
+    setting = scaling.Setting(settings.data.batch_sizes, _dtypes(settings)[0], settings.run.rounds, runtime.device)
+    measured = scaling.scaling_rows(replace(subject, schedule=None), sizes, setting)
+    for exponent in scaling.exponents(_report("benchmark scaling", measured, scaling.HEADINGS, runtime)):
+        log.info(exponent.line())
+
+
+def _loading(settings: Settings, subject: Subject, runtime: Runtime) -> None:
+    model = subject.compressed()
+    flops, name = model.flops(), subject.entry.name
+    running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
+    with _images(settings, subject.entry) as dataset:
+        loader = eval_loader(dataset, settings, inside)
+        row = loading.loading_row(running, loader, name, flops, inside)
+    _report("benchmark loading", [row], loading.HEADINGS, runtime)
+
+
+def _speed(settings: Settings, subject: Subject, runtime: Runtime) -> None:
+    modes = (False, True) if settings.run.compile else (False,)
+    sizes, rounds = settings.data.batch_sizes, settings.run.rounds
+    rows = speed.speed_rows(subject, sizes, _dtypes(settings), modes, rounds, runtime.device)
+    _report("benchmark", rows, speed.HEADINGS, runtime)
+
+
+MEASURES = {"eval": _speed, "search": _search, "scaling": _scaling, "loading": _loading}
+
+
+def _subject(settings: Settings) -> Subject:
+    """The model at the schedule of the flags or of the file that `--checkpoint` names; its weights do not matter.
+
+    Raises:
+        ScheduleError: no such schedule, or one that does not fit; before anything is timed.
+    """
+    entry, chosen = chosen_entry(settings.model), settings.model
+    size = input_size_of(chosen, entry)
+    schedule = about(chosen.checkpoint).schedule if is_saved_model(chosen.checkpoint) else None
+    with torch.device("meta"):  # shapes are enough
+        plain = models.create(entry, size)
+        model = compressed(plain, chosen, entry, Weights(None, chosen.checkpoint, schedule))
+    return Subject(entry, size, model.compression.current(), chosen.granularity, settings.run.seed)
+
+
+def _dtypes(settings: Settings) -> list[torch.dtype]:
+    """The precisions to measure; the first is what a single one is measured in."""
+    names = [settings.run.amp] if settings.run.amp else ["off", "bf16"]
+    return [AMP_DTYPES[name] or torch.float32 for name in names]
+
+
+@contextmanager
+def _images(settings: Settings, entry: ModelEntry) -> Iterator[Any]:
+    """The validation images of `--data-path`, or JPEGs made for the purpose; whole batches.
+
+    Raises:
+        DataError: fewer images than two batches.
+    """
+    data = settings.data
+    wanted = data.batch_size * settings.run.rounds
+    if data.path is not None:
+        yield _whole_batches(eval_dataset(settings, entry, None, None), data.batch_size, wanted)
+        return
+    with loading.photographs(wanted) as folder:
+        made = replace(settings, data=replace(data, data_set="IMNET", path=str(folder)))
+        yield _whole_batches(eval_dataset(made, entry, None, None), data.batch_size, wanted)
+
+
+def _whole_batches(dataset: Any, batch_size: int, wanted: int) -> Subset[Any]:
+    batches = min(wanted, len(dataset)) // batch_size
+    if batches < 2:
+        raise DataError(f"--batch-size {batch_size}: found {len(dataset)} images; accepted: two batches at least")
+    return Subset(dataset, range(batches * batch_size))
+
+
+def _report(mode: str, measured: Iterable[Any], headings: Mapping[str, str], runtime: Runtime) -> list[Any]:
+    """Log the rows as they come and as a table, and write them to the output folder, if there is one."""
+    rows = []
+    for row in measured:
+        rows.append(row)
+        runtime.record({"mode": mode, **asdict(row)})
+        log.info(row.line())
+    for line in table(rows, headings):
+        log.info(line)
+    if runtime.writes:
+        assert runtime.output_dir is not None
+        write_rows(rows, runtime.output_dir, mode.replace(" ", "_"))
+    return rows

@@ -1,0 +1,118 @@
+"""From settings to what is read: data sets with their transforms, and loaders in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from cli.model import view_of
+from cli.settings import DataSettings, Settings
+from datasets import DataError, ImageLoader, LabelledDataset, Samples, SeededSamples, build_dataset, data_root
+from models.zoo import ModelEntry
+from processes.group import usable_cores
+from processes.runtime import Runtime
+from reporting.progress import bar_fits
+from samplers import eval_sampler, train_sampler
+from training.transforms import eval_transform, train_transform
+from utils import UsageError
+
+WORKERS_A_CORE = 8  # at most: more wait for each other, and take memory
+
+
+def check_data_root(settings: DataSettings) -> None:
+    """Refuse a folder that is not there before any weights are downloaded or read.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    data_root(settings.data_set, settings.path)
+
+
+def eval_dataset(
+    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None
+) -> LabelledDataset:
+    """The validation split, labelled for a model with `head` classes, called `names` where that is known."""
+    data = settings.data
+    transform = eval_transform(view_of(settings, entry))
+    return build_dataset(data.data_set, data.path, "val", transform, head, names, bar=bar_fits(settings.run.quiet))
+
+
+def train_dataset(settings: Settings, entry: ModelEntry) -> LabelledDataset:
+    """The training split with the augmentation that the flags ask for.
+
+    Raises:
+        UsageError: an augmentation policy that timm does not know.
+        DataError: as `build_dataset`.
+    """
+    data = settings.data
+    transform = train_transform(view_of(settings, entry), settings.augmentation)
+    return build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
+
+
+def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
+    """Refuse splits whose labels mean different things.
+
+    Raises:
+        DataError: names the first classes that only one split has.
+    """
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        raise DataError(
+            f"train and val differ in classes, first {', '.join(differing[:3])}; accepted: the same in both"
+        )
+
+
+def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
+    """Every image once, over all processes."""
+    sampler = eval_sampler(len(dataset), runtime.processes.rank, runtime.processes.world)
+    return _loader(Samples(dataset), sampler, settings, runtime, drop_last=False)
+
+
+def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
+    """Whole batches in an order that each epoch draws afresh.
+
+    Raises:
+        DataError: fewer images than one batch over all processes.
+    """
+    processes = runtime.processes
+    samples = SeededSamples(dataset)
+    sampler = train_sampler(samples, processes.rank, processes.world, settings.augmentation.repeated, settings.run.seed)
+    loader = _loader(samples, sampler, settings, runtime, drop_last=True)
+    if len(loader) == 0:
+        found = settings.data.batch_size
+        raise DataError(f"--batch-size {found}: accepted: up to {len(sampler)}, the images of a process")
+    return loader
+
+
+def _loader(
+    dataset: Samples, sampler: Sampler[Any], settings: Settings, runtime: Runtime, drop_last: bool
+) -> ImageLoader:
+    workers = _workers(settings.data, runtime)
+    return ImageLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=settings.data.batch_size,
+        drop_last=drop_last,
+        num_workers=workers,  # they start with the first batch and live on across epochs
+        persistent_workers=workers > 0,
+        pin_memory=settings.data.pin_memory and runtime.device.type == "cuda",
+        generator=torch.Generator().manual_seed(settings.run.seed + runtime.processes.rank),
+    )
+
+
+def _workers(settings: DataSettings, runtime: Runtime) -> int:
+    """Loader processes of this process: by default one per core of its share.
+
+    Raises:
+        UsageError: far more than there are cores.
+    """
+    cores = usable_cores()
+    if settings.workers is None:
+        return max(1, cores // runtime.processes.local_world)
+    most = WORKERS_A_CORE * cores
+    if settings.workers > most:
+        raise UsageError(f"--num_workers {settings.workers}: accepted: 0 to {most} on {cores} cores")
+    return settings.workers

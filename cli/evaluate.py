@@ -1,0 +1,24 @@
+"""`--eval`: score the model on the validation split, compressed or dense."""
+
+from __future__ import annotations
+
+from cli.data import eval_loader
+from cli.inference import for_inference
+from cli.model import compressed
+from cli.results import report, save_model
+from cli.resume import use_searched
+from cli.settings import Settings
+from cli.trained import trained_model
+from engine import evaluate
+from processes.runtime import Runtime
+
+
+def run(settings: Settings, runtime: Runtime) -> None:
+    """Score, report, and with `--save` leave the model in a file."""
+    trained = trained_model(settings, runtime)
+    model = compressed(trained.model, settings.model, trained.entry, trained.weights)
+    use_searched(model, settings, trained.entry, runtime)
+    save_model(settings, trained.entry, model, trained.classes, runtime)  # before its weights change precision
+    running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
+    scores = evaluate(running, eval_loader(trained.val, settings, runtime), inside)
+    report("eval", trained.entry, model, scores, runtime)

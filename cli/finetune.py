@@ -1,0 +1,58 @@
+"""`--finetune`: train the weights at fixed rates, or dense, and score them after each epoch."""
+
+from __future__ import annotations
+
+import logging
+
+import diffrate
+import models
+from cli.data import check_same_classes, eval_dataset, eval_loader, train_dataset, train_loader
+from cli.model import Weights, chosen_entry, compressed, input_size_of, read_weights
+from cli.results import save_model
+from cli.resume import check_training, resume_path, training_flags
+from cli.settings import Settings
+from cli.trained import check_inputs, output_names
+from engine import Training, finetune
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings, runtime: Runtime) -> None:
+    """Train, score, and leave checkpoints in the output folder, and with `--save` the model in a file."""
+    entry = chosen_entry(settings.model)
+    check_inputs(settings, entry)
+    weights = read_weights(settings.model, entry, runtime)
+    train, val = train_dataset(settings, entry), eval_dataset(settings, entry, head=None, names=None)
+    check_same_classes(train, val)
+    classes = len(train.classes)
+    model = _model(settings, entry, weights, classes).to(runtime.device)
+    flags = training_flags(settings, entry, model)
+    resume = resume_path(settings, runtime)
+    if resume is not None:
+        check_training(resume, flags)
+    training = Training(
+        settings=settings.training,
+        mixing=settings.mixing,
+        train=train_loader(train, settings, runtime),
+        val=eval_loader(val, settings, runtime),
+        classes=classes,
+        seed=settings.run.seed,
+        compiled=settings.run.compile,
+        runtime=runtime,
+    )
+    finetune(model, training, flags, resume)
+    save_model(settings, entry, model, output_names(val, classes), runtime)
+
+
+def _model(settings: Settings, entry: ModelEntry, weights: Weights, classes: int) -> diffrate.CompressedModel:
+    """The model to train, with a fresh head where the data have other classes than the weights."""
+    size, drop_path = input_size_of(settings.model, entry), settings.model.drop_path
+    model = models.create(entry, size, num_classes=classes, drop_path_rate=drop_path)
+    notes: tuple[str, ...] = ("training from scratch",)
+    if weights.state is not None:
+        notes = models.fit_state(model, weights.state, weights.name).notes
+    for note in notes:
+        log.info(note)
+    return compressed(model, settings.model, entry, weights)

@@ -1,0 +1,404 @@
+"""The command line: every flag, and the checks that need nothing but the flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cli.settings import FROM_SCRATCH, MODES, OFFICIAL, SEARCH, Settings, Target, mode_of, settings_from
+from diffrate.budgets.uniform import BASELINES
+from diffrate.saving.about import about, is_saved_model
+from diffrate.searching.settings import FLOPS_LOSSES, SearchSettings
+from sample import MODEL as SAMPLE_MODEL
+from utils import UsageError
+
+BENCHMARKS = ("eval", "search", "scaling", "loading")
+DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
+PRECISIONS = ("off", "bf16", "fp16")
+MOST = 2**31 - 1  # of what is counted
+LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
+EXAMPLE = "such as vit_deit_small_patch16_224, or a file that --save left as --checkpoint"
+# What suits small digits, where DeiT's recipe is made for photographs.
+SAMPLE_RECIPE = {
+    **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
+    **{"drop_path": 0.0, "affine": (10.0, 0.0, 0.1), "repeated_aug": False},
+    # Fewer steps than on ImageNet, and fewer tokens: larger strides, finer candidates.
+    **{"flops_loss": "relative", "flops_weight": 1.0, "arch_lr": 0.1, "arch_min_lr": 0.01, "granularity": 1},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `-` and `_` interchangeable in flags, and errors of one line."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None):  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([self._spelled(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def _spelled(self, word: str) -> str:
+        """The flag `word` as it was declared; abbreviations stay abbreviations of one flag."""
+        if not word.startswith("--"):
+            return word
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        if dashed in declared:
+            return declared[dashed] + equals + value
+        longer = [flag for plain, flag in declared.items() if plain.startswith(dashed)]
+        return longer[0] + equals + value if len(longer) == 1 else word
+
+
+def get_args_parser() -> Parser:
+    """The parser of `main.py`."""
+    parser = Parser(
+        prog="main.py",
+        description="DiffRate: compress the tokens of pretrained Vision Transformers.",
+        epilog="Without --data-path, the digits that ship are the data and their small ViT the model.",
+    )
+    _add_mode_flags(parser)
+    _add_model_flags(parser)
+    _add_data_flags(parser)
+    _add_run_flags(parser)
+    _add_search_flags(parser)
+    _add_training_flags(parser)
+    _add_augmentation_flags(parser)
+    return parser
+
+
+def parse_flags(words: Sequence[str] | None = None) -> Settings:
+    """Parse and check the command line; defaults that depend on other flags are filled in.
+
+    Raises:
+        UsageError: a flag, a value, or a combination that makes no sense.
+        SavedModelError: `--checkpoint` is a damaged file of `--save`.
+    """
+    parser = get_args_parser()
+    args = parser.parse_args(words)
+    if sum(bool(getattr(args, mode)) for mode in MODES) > 1:
+        raise UsageError(f"accepted: one of {', '.join('--' + mode for mode in MODES)}, or none: a search")
+    if isinstance(args.finetune, str):
+        if args.checkpoint is not None:
+            raise UsageError("--finetune CHECKPOINT and --checkpoint name two files; accepted: one of them")
+        args.checkpoint = args.finetune
+    model = _model_name(args)
+    if model == SAMPLE_MODEL:
+        parser.set_defaults(**SAMPLE_RECIPE)
+        args = parser.parse_args(words, argparse.Namespace(checkpoint=args.checkpoint))
+    args.model = model
+    mode = mode_of(args)
+    args.data_set = args.data_set or ("SAMPLE" if args.data_path is None else "IMNET")
+    if args.checkpoint is None:
+        args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
+    if args.epochs is None:
+        args.epochs = SearchSettings.epochs if mode == SEARCH else 30
+    if mode in (SEARCH, "visualize") and args.output_dir is None:
+        args.output_dir = Path("output")
+    _check_numbers(args)
+    _check_targets(args, mode)
+    _check_combinations(args, mode)
+    return settings_from(args)
+
+
+def _model_name(args: argparse.Namespace) -> str | None:
+    """What `--model` says, or the file of `--save` that is given as the checkpoint, or the sample's.
+
+    Raises:
+        UsageError: nothing says it, and the data are not the sample's.
+    """
+    if args.model is not None:
+        return args.model
+    if args.checkpoint is not None and is_saved_model(args.checkpoint):
+        saved = about(args.checkpoint)
+        return saved.name or saved.architecture
+    if args.data_path is not None or args.data_set not in (None, "SAMPLE"):
+        raise UsageError(f"--model is needed with --data-path; accepted: a published model, {EXAMPLE}")
+    return SAMPLE_MODEL
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if len(args.batch_sizes) > 1 and args.benchmark not in ("eval", "scaling"):
+        raise UsageError(f"--batch-size: found {len(args.batch_sizes)} sizes; accepted: one, or --benchmark")
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
+    if not args.eval and not args.benchmark and (args.mixup > 0 or args.cutmix > 0) and args.batch_sizes[0] % 2:
+        raise UsageError(f"--batch-size {args.batch_sizes[0]}: accepted: an even number with --mixup or --cutmix")
+    if args.affine is not None:
+        degrees, shift, rescale = args.affine
+        if not (0 <= degrees <= 180 and 0 <= shift <= 1 and 0 <= rescale < 1):
+            raise UsageError(f"--affine {degrees} {shift} {rescale}: accepted: 0 to 180, 0 to 1, 0 to below 1")
+    if args.arch_min_lr > args.arch_lr:
+        raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
+
+
+def _check_targets(args: argparse.Namespace, mode: str) -> None:
+    """The flags that say which schedule: `--target_flops` and those that name files of schedules."""
+    meeting = mode in (SEARCH, "baseline")
+    if not meeting and args.target_flops is not None:
+        if not args.load_compression_rate:
+            raise UsageError("--target_flops needs --load_compression_rate, a search or a --baseline")
+        if len(args.target_flops) > 1:
+            raise UsageError(f"--target_flops: found {len(args.target_flops)} targets; accepted: one, or a search")
+    if args.target_flops is not None and len(set(args.target_flops)) < len(args.target_flops):
+        raise UsageError(f"--target_flops {' '.join(map(str, args.target_flops))}: accepted: each once")
+    if meeting and args.load_compression_rate:
+        raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize and --benchmark")
+    if meeting and args.target_flops is None and args.model != SAMPLE_MODEL:
+        raise UsageError("--target_flops is needed: the GFLOPs that the schedule is to meet, or a share such as 50%")
+    if args.compression_rate_file and not args.load_compression_rate and args.init_compression_rate is None:
+        raise UsageError("--compression_rate_file needs --load_compression_rate or --init_compression_rate")
+    if args.scale_compression_rate and meeting and args.init_compression_rate is None:
+        raise UsageError("--scale_compression_rate goes with a schedule to load; a search or --baseline has none")
+    if args.dense and (args.load_compression_rate or meeting):
+        raise UsageError("--dense keeps all tokens; accepted: no --load_compression_rate, search or --baseline")
+    if args.benchmark in ("search", "scaling") and args.load_compression_rate:
+        raise UsageError(f"--benchmark {args.benchmark} has schedules of its own; accepted: no --load_compression_rate")
+
+
+def _check_combinations(args: argparse.Namespace, mode: str) -> None:
+    """The other flags that go with some modes alone."""
+    if args.resume and mode not in (SEARCH, "eval", "visualize", "finetune"):
+        raise UsageError("--resume goes with a search, --finetune, --eval or --visualize")
+    if args.resume and mode != SEARCH and mode != "finetune" and (args.load_compression_rate or args.dense):
+        raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
+    if args.blocks is not None and not args.visualize:
+        raise UsageError("--blocks goes with --visualize")
+    if args.compile and not (args.eval or args.finetune or args.benchmark in ("eval", "loading")):
+        raise UsageError("--compile goes with --eval, --finetune and --benchmark")
+    if args.save is not None:
+        if mode not in (SEARCH, "eval", "finetune"):
+            raise UsageError("--save goes with a search, --eval and --finetune")
+        if len(args.target_flops or ()) > 1:
+            raise UsageError(f"--save: found {len(args.target_flops)} targets; accepted: one")
+        if args.save.suffix != ".safetensors":
+            raise UsageError(f"--save {args.save}: accepted: a name that ends in .safetensors")
+        if not args.save.parent.is_dir():
+            raise UsageError(f"--save {args.save}: no folder {args.save.parent}")
+
+
+def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):
+    """An argparse type: a number from `low` (left out when `open_low`) to `high`."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+            upper = f" to {high:.10g}" if high < float("inf") else ""
+            limits = f"{'above' if open_low else 'from'} {low:g}{upper}"
+            raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+def _target(text: str) -> Target:
+    """An argparse type: GFLOPs, or with `%` a share of the dense model's."""
+    share = text.endswith("%")
+    number = _number(float, 0, 100 if share else float("inf"), open_low=True)
+    try:
+        value = number(text.removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text}; accepted: GFLOPs, or a share such as 50%") from error
+    return Target(share=value / 100) if share else Target(gflops=value)
+
+
+COUNT, WHOLE, FRACTION = _number(int, 1, MOST), _number(int, 0, MOST), _number(float, 0, 1)
+SEED, PIXELS = _number(int, 0, 2**32 - 1), _number(int, 1, LARGEST_INPUT)
+POSITIVE, NOT_NEGATIVE = _number(float, 0, open_low=True), _number(float, 0)
+
+
+def _add_mode_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("what to do; without any of these, search")
+    group.add_argument("--eval", action="store_true", help="evaluate the model, compressed or dense")
+    group.add_argument(
+        "--finetune",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="CHECKPOINT",
+        help="train the weights at the given rates, from a checkpoint or from scratch",
+    )
+    group.add_argument(
+        "--benchmark",
+        nargs="?",
+        const="eval",
+        choices=BENCHMARKS,
+        help="time dense against compressed; a search step; scaling with the input's and the batch's size; or loading",
+    )
+    group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
+    group.add_argument(
+        "--visualize", type=Path, nargs="+", metavar="IMAGE", help="draw which tokens merge and go, block by block"
+    )
+    group.add_argument(
+        "--plot", type=Path, metavar="DIR", help="draw the plots of an output folder again, from its logs"
+    )
+
+
+def _add_model_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("model and compression")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a published model by its published name or by timm's, such as vit_deit_small_patch16_224 or "
+        "deit_small_patch16_224 (README: Reproduce the paper); a file of --save as --checkpoint says it itself",
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="PATH_OR_URL",
+        help=f"weights, or a file of --save; '{OFFICIAL}' are the published ones, which --eval takes on its own",
+    )
+    group.add_argument("--save", type=Path, metavar="PATH", help="leave the model, schedule included, in one file")
+    group.add_argument("--dense", action="store_true", help="keep all tokens, whatever the checkpoint was trained at")
+    group.add_argument(
+        "--input-size",
+        type=PIXELS,
+        metavar="PIXELS",
+        help="side of the input, default the model's own",
+    )
+    group.add_argument("--drop-path", type=FRACTION, default=0.1, metavar="RATE", help="stochastic depth in training")
+    group.add_argument(
+        "--load_compression_rate", action="store_true", help="compress at a schedule of the compression rate file"
+    )
+    group.add_argument(
+        "--target_flops",
+        type=_target,
+        nargs="+",
+        metavar="GFLOPS",
+        help="schedule to load, or budgets to meet, as GFLOPs or as a share of the dense model's, such as 50%%",
+    )
+    group.add_argument(
+        "--scale_compression_rate",
+        action="store_true",
+        help="scale a schedule that was made for another number of tokens, as with --input-size",
+    )
+    group.add_argument(
+        "--compression_rate_file",
+        type=Path,
+        metavar="PATH",
+        help="schedules to load from, default compression_rate.json",
+    )
+
+
+def _add_data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", metavar="DIR", help="folder of the data set; none: the digits that ship")
+    group.add_argument("--data-set", choices=DATA_SETS, help="IMNET is any ImageFolder layout; CIFAR is CIFAR-100")
+    group.add_argument(
+        "--crop-pct", type=_number(float, 0, 1, open_low=True), help="part of the short side that is seen"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=COUNT,
+        nargs="+",
+        default=[64],
+        dest="batch_sizes",
+        metavar="IMAGES",
+        help="images a step, on each process; --benchmark takes several sizes in turn",
+    )
+    group.add_argument("--num_workers", type=WHOLE, help="loader processes of each process, default one per core")
+    group.add_argument(
+        "--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory on CUDA"
+    )
+
+
+def _add_run_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", type=Path, metavar="DIR", help="where logs and checkpoints go")
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+    group.add_argument("--amp", choices=PRECISIONS, help="mixed precision; default fp16 on CUDA, off on CPU")
+    group.add_argument(
+        "--seed",
+        type=SEED,
+        default=SearchSettings.seed,
+        help="of weights, order and augmentation",
+    )
+    group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("--blocks", type=WHOLE, nargs="+", help="blocks to draw with --visualize, counted from 0")
+    group.add_argument("--quiet", action="store_true", help="no progress on the terminal: results and warnings alone")
+    group.add_argument("--compile", action="store_true", help="run as one compiled graph; --benchmark times both")
+    group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
+
+
+def _add_search_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument("--epochs", type=COUNT, help="default 3 for a search, 30 for --finetune")
+    group.add_argument(
+        "--arch-lr",
+        type=POSITIVE,
+        default=SearchSettings.learning_rate,
+        help="learning rate of the rates, at the start",
+    )
+    least, steps = SearchSettings.least_learning_rate, SearchSettings.granularity
+    group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, default=least, help="and in the last step")
+    group.add_argument("--granularity", type=COUNT, default=steps, help="tokens between the candidates of a count")
+    group.add_argument(
+        "--flops_loss",
+        choices=FLOPS_LOSSES,
+        default=SearchSettings.flops_loss,
+        help="in GFLOPs (paper), or as a share of the target",
+    )
+    group.add_argument(
+        "--flops_weight", type=NOT_NEGATIVE, default=SearchSettings.flops_weight, help="weight of the cost in the loss"
+    )
+    group.add_argument("--warmup_compression_rate", action="store_true", help="no cost in the first epoch's loss")
+    group.add_argument(
+        "--init_compression_rate", type=_target, metavar="GFLOPS", help="start from this schedule of the rate file"
+    )
+    group.add_argument("--accum-steps", type=COUNT, default=SearchSettings.accumulate, help="batches an update")
+    group.add_argument("--save_compression_rate", action="store_true", help="add the result to compression_rate.json")
+    group.add_argument(
+        "--resume",
+        metavar="PATH|auto",
+        help="go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
+    )
+    group.add_argument("--tensorboard", action="store_true", help="also log to TensorBoard in --output_dir")
+
+
+def _add_training_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("training (--finetune)")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
+    group.add_argument("--lr", type=POSITIVE, default=1e-5, help="learning rate for 512 images a step")
+    group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
+    group.add_argument("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="where the schedule ends")
+    group.add_argument("--warmup-lr", type=NOT_NEGATIVE, default=1e-6, help="where the warm-up starts")
+    group.add_argument("--warmup-epochs", type=WHOLE, help="default 5, or none in runs of up to 5 epochs")
+    group.add_argument("--sched", choices=("cosine", "tanh", "step", "poly", "constant", "none"), default="cosine")
+    group.add_argument("--weight-decay", type=NOT_NEGATIVE, default=0.05)
+    group.add_argument("--momentum", type=FRACTION, default=0.9, help="for optimizers that have one")
+    group.add_argument("--clip-grad", type=POSITIVE, metavar="NORM", help="clip the gradient's norm")
+    group.add_argument("--model-ema", action="store_true", help="average the weights over steps, and save the average")
+    group.add_argument("--model-ema-decay", type=FRACTION, default=0.99996)
+    group.add_argument("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
+
+
+def _add_augmentation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation (training)")
+    group.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy, or none"
+    )
+    group.add_argument("--color-jitter", type=NOT_NEGATIVE, default=0.3)
+    group.add_argument("--hflip", type=FRACTION, default=0.5, help="probability of a mirror image")
+    group.add_argument(
+        "--affine",
+        type=float,
+        nargs=3,
+        metavar=("DEGREES", "SHIFT", "RESCALE"),
+        help="random rotations, shifts and rescalings up to these, the last two as fractions",
+    )
+    group.add_argument("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
+    group.add_argument("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
+    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel")
+    group.add_argument("--recount", type=COUNT, default=1, help="erased areas")
+    group.add_argument("--mixup", type=NOT_NEGATIVE, default=0.8, metavar="ALPHA")
+    group.add_argument("--cutmix", type=NOT_NEGATIVE, default=1.0, metavar="ALPHA")
+    group.add_argument("--mixup-prob", type=FRACTION, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=FRACTION, default=0.5, help="probability of cutmix when both are on")
+    group.add_argument("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
+    group.add_argument(
+        "--repeated-aug", action=argparse.BooleanOptionalAction, default=True, help="three views an image"
+    )

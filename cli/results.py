@@ -1,0 +1,133 @@
+"""What a run leaves behind: scores in the log, schedules in files, the next command to type."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import diffrate
+from cli.schedules import PROJECT_RATES
+from cli.settings import Settings
+from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD, Schedule, save_schedule
+from diffrate.budgets.uniform import baseline_schedule
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+from reporting.records import FOUND, RATES
+from sample import MODEL as SAMPLE_MODEL
+
+log = logging.getLogger(__name__)
+
+
+def report(
+    mode: str, entry: ModelEntry, compressed: diffrate.CompressedModel, scores: diffrate.Scores, runtime: Runtime
+) -> None:
+    """Record the scores of a model at its kept counts, and log the published closing line."""
+    runtime.record(_record(mode, entry, compressed, compressed.compression.current(), scores))
+    log.info(scores.line(compressed.flops()))
+
+
+def save_model(
+    settings: Settings,
+    entry: ModelEntry,
+    compressed: diffrate.CompressedModel,
+    classes: Sequence[str] | None,
+    runtime: Runtime,
+) -> None:
+    """Leave the model where `--save` says, if it says so; main process only.
+
+    Raises:
+        SavedModelError: it cannot be written.
+    """
+    path = settings.run.save
+    if path is not None and runtime.processes.is_main:
+        diffrate.save(compressed, path, name=entry.name, classes=classes)
+        log.info("saved %s: %.3f GFLOPs", path, compressed.flops() / 1e9)
+
+
+def save_schedules(
+    settings: Settings, entry: ModelEntry, target: float, schedule: Schedule, runtime: Runtime
+) -> Path | None:
+    """Add a schedule to `compression_rate.json` in the output folder, and to the project's when asked.
+
+    Gives the file to load it from, None where it was not saved. Main process only.
+
+    Raises:
+        ScheduleError: a file is malformed or cannot be written.
+    """
+    files = [] if runtime.output_dir is None else [runtime.output_dir / RATES]
+    if settings.run.save_rates:
+        files.append(PROJECT_RATES)
+    for file in files if runtime.processes.is_main else []:
+        save_schedule(file, entry.schedule_key, target, schedule)
+    return files[-1] if files else None
+
+
+def log_found(
+    settings: Settings,
+    entry: ModelEntry,
+    target: float,
+    compressed: diffrate.CompressedModel,
+    schedule: Schedule,
+    scores: tuple[diffrate.Scores, diffrate.Scores],
+    file: Path | None,
+    runtime: Runtime,
+) -> None:
+    """The end of a search: schedule, accuracy against dense, and the next command to type."""
+    found, dense = scores
+    runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
+    uniform = {"target_gflops": target, "uniform": _uniform(compressed, target)}
+    runtime.append(_record("found", entry, compressed, schedule, found) | uniform, FOUND)
+    for name, counts in _counts(schedule).items():
+        if counts is not None:
+            log.info("found %s %s", name, list(counts))
+    flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
+    log.info("dense: %s", dense.line(whole))
+    log.info(
+        "found: %s (%.0f %% of dense, top-1 %+.3f)", found.line(flops), 100 * flops / whole, found.acc1 - dense.acc1
+    )
+    if file is not None:
+        log.info("next: %s", next_command(settings, entry, target, file))
+
+
+def _record(
+    mode: str, entry: ModelEntry, compressed: diffrate.CompressedModel, schedule: Schedule, scores: diffrate.Scores
+) -> dict[str, Any]:
+    """A JSON line of the scores at a schedule, with what plots need to know of the model."""
+    dense = compressed.flops_at(compressed.dense_schedule())
+    shape = {"tokens": compressed.compression.space.limits[0], "blocks": len(compressed.compressible_blocks())}
+    named = {"mode": mode, "model": entry.name, "dense_gflops": dense / 1e9, **shape}
+    return named | scores.record(compressed.flops_at(schedule)) | _counts(schedule)
+
+
+def _counts(schedule: Schedule) -> dict[str, Sequence[int] | None]:
+    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+
+
+def _uniform(compressed: diffrate.CompressedModel, target: float) -> dict[str, dict[str, Sequence[int] | None]]:
+    """The uniform schedules of the same budget that the model can run, to draw beside the one found."""
+    space = compressed.compression.space
+    found = {}
+    for kind in ("prune", "merge", "both") if space.prunes else ("merge",):
+        with suppress(BudgetError):  # a search meets budgets that no constant share of the tokens meets
+            found[kind] = _counts(baseline_schedule(kind, space, compressed.flops_at, target * 1e9))
+    return found
+
+
+def next_command(settings: Settings, entry: ModelEntry, target: float, file: Path) -> str:
+    """How to evaluate what was found, in as few words as there are."""
+    own_data = entry.name != SAMPLE_MODEL or settings.data.path is not None
+    data = [f"--data-path {settings.data.path}"] if own_data else []
+    if settings.run.save is not None:
+        return " ".join(["python main.py --eval", f"--checkpoint {settings.run.save}", *data])
+    words = ["python main.py --eval --load_compression_rate", f"--target_flops {target:g}"]
+    if file != PROJECT_RATES:
+        words.append(f"--compression_rate_file {file}")
+    if own_data:
+        words += [f"--model {entry.name}", *data, f"--checkpoint {settings.model.checkpoint}"]
+    if settings.model.input_size is not None:
+        words.append(f"--input-size {settings.model.input_size}")
+    return " ".join(words)

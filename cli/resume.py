@@ -1,0 +1,116 @@
+"""`--resume`: which checkpoint it names, whether that is this run's, and the schedule of a searched one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffrate
+from cli.settings import Settings
+from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+from training.checkpoint import LAST, read_training
+from utils import UsageError
+
+AUTO = "auto"
+log = logging.getLogger(__name__)
+# What may differ when a training goes on: where things lie, and how they are told.
+FREE = (
+    *("output_dir", "resume", "save", "print_freq", "quiet", "num_workers", "pin_mem", "device", "tensorboard"),
+    *("data_path", "checkpoint", "finetune", "dense", "compile", "compression_rate_file"),
+    *("load_compression_rate", "target_flops", "scale_compression_rate"),  # the kept counts themselves are held
+)
+
+
+def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
+    """The checkpoint that `--resume` names; for `auto` the output folder's, None while there is none."""
+    resume = settings.run.resume
+    if resume is None:
+        return None
+    if resume != AUTO:
+        return Path(resume)
+    if runtime.output_dir is None:
+        raise UsageError("--resume auto needs --output_dir")
+    path = runtime.output_dir / LAST
+    return path if path.exists() else None
+
+
+def search_identity(settings: Settings, entry: ModelEntry, target: float) -> dict[str, Any]:
+    """The flags that decide how a search goes on: with other values, it is another search."""
+    search = settings.search
+    return {
+        "model": entry.name,
+        "granularity": search.granularity,
+        "target_flops": target,
+        "flops_loss": search.flops_loss,
+        "flops_weight": search.flops_weight,
+        "warmup_compression_rate": search.warmup,
+        "epochs": search.epochs,
+        "arch-lr": search.learning_rate,
+        "arch-min-lr": search.least_learning_rate,
+        "batch-size": settings.data.batch_size,
+        "accum-steps": search.accumulate,
+        "seed": search.seed,
+    }
+
+
+def check_search(path: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another search than that of `identity`.
+
+    Raises:
+        UsageError: names the flag that differs; or the file is missing, damaged, or of another kind.
+    """
+    content = _read_search(path)
+    _check(path, content, identity)
+    log.info("going on from %s at epoch %d, step %d", path, content["epoch"], content["step"])
+
+
+def training_flags(settings: Settings, entry: ModelEntry, model: diffrate.CompressedModel) -> dict[str, Any]:
+    """The flags that decide how a training goes on, beside the kept counts, for its checkpoint."""
+    flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
+    return flags | {"model": entry.name, "kept counts": [list(counts or ()) for counts in model.get_kept_num()]}
+
+
+def check_training(path: Path, flags: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another training than that of `flags`.
+
+    Raises:
+        UsageError: as `check_search`.
+    """
+    _check(path, read_training(path), flags)
+
+
+def use_searched(model: diffrate.CompressedModel, settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
+    """Give `model` the schedule of the search that `--resume` names, if it names one.
+
+    Raises:
+        UsageError: there is none, or it is damaged or of another model.
+    """
+    if settings.run.resume is None:
+        return
+    path = resume_path(settings, runtime)
+    if path is None:
+        raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
+    _check(path, _read_search(path), {"model": entry.name})
+    schedule = searched_schedule(path)
+    model.check(schedule, f"--resume {path}: ")
+    model.set_kept_num(schedule.prune, schedule.merge)
+
+
+def _read_search(path: Path) -> dict[str, Any]:
+    try:
+        return read_checkpoint(path)
+    except diffrate.SearchCheckpointError as error:
+        raise UsageError(f"--resume {error}") from error
+
+
+def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    found = content.get("flags", {})
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise UsageError(
+                f"--resume {path}: was made with --{name} {found.get(name)}; accepted: {value}, as in this run"
+            )

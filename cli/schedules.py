@@ -1,0 +1,104 @@
+"""Which schedule and which budgets the flags name, and the files of schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import diffrate
+import models
+from cli.settings import PROJECT, ModelSettings, Target
+from diffrate.budgets.schedule import Schedule, find_schedule, scale_schedule
+from models.zoo import ModelEntry
+from sample import MODEL as SAMPLE_MODEL
+
+PROJECT_RATES = PROJECT / "compression_rate.json"
+TARGET_OF_SAMPLE = 0.0242  # GFLOPs: half of the sample model's
+DIGITS = 4  # of a share's GFLOPs, the name of its schedule
+
+
+@dataclass(frozen=True)
+class NamedSchedule:
+    """A schedule, and where it comes from for the start of messages."""
+
+    schedule: Schedule
+    where: str
+
+
+def chosen_schedule(
+    settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel
+) -> NamedSchedule | None:
+    """The schedule that the flags name for `model`, None for none.
+
+    Raises:
+        ScheduleError: no such schedule, a malformed one, or one that does not fit.
+    """
+    if not settings.load:
+        return None
+    target = settings.targets[0] if settings.targets else None
+    if target is None and entry.name == SAMPLE_MODEL and settings.rate_file is None:
+        target = Target(gflops=TARGET_OF_SAMPLE)
+    return _find(settings, entry, target, model)
+
+
+def start_schedule(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> NamedSchedule | None:
+    """The schedule that a search of `model` starts from, None for none.
+
+    Raises:
+        ScheduleError: as `chosen_schedule`.
+    """
+    return None if settings.start is None else _find(settings, entry, settings.start, model)
+
+
+def rate_file(settings: ModelSettings) -> Path:
+    """Where schedules are read from."""
+    return settings.rate_file or PROJECT_RATES
+
+
+def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list[float]:
+    """The budgets to meet, in GFLOPs; the sample has one of its own."""
+    return [gflops_of(target, model) for target in settings.targets] or [TARGET_OF_SAMPLE]
+
+
+def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
+    """A budget in GFLOPs; a share's with as many digits as name its schedule in files."""
+    if target.share is None:
+        assert target.gflops is not None
+        return target.gflops
+    return float(f"{target.share * model.flops_at(model.dense_schedule()) / 1e9:.{DIGITS}g}")
+
+
+def _find(
+    settings: ModelSettings, entry: ModelEntry, target: Target | None, model: diffrate.CompressedModel
+) -> NamedSchedule:
+    """The entry of the file for `target`, checked, or scaled, to the tokens of `model`."""
+    file = rate_file(settings)
+    schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model))
+    space = model.compression.space
+    if schedule.tokens is None and max((*schedule.merge, *(schedule.prune or ())), default=0) != space.limits[0]:
+        # Files that do not say it: the published one, and those of earlier searches.
+        schedule = replace(schedule, tokens=_own_tokens(entry))
+    if settings.scale:
+        schedule = fit_tokens(schedule, model)
+    where = f"{file}: {entry.schedule_key}: "
+    model.check(schedule, where)
+    return NamedSchedule(schedule, where)
+
+
+def _own_tokens(entry: ModelEntry) -> int:
+    """Tokens of the model at the input that it was published for."""
+    with torch.device("meta"):  # shapes are enough
+        return diffrate.patch.vit(models.create(entry)).compression.space.limits[0]
+
+
+def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
+    """`schedule` scaled to the tokens of `model`, where it was made for another number."""
+    space, blocks = model.compression.space, len(model.compressible_blocks())
+    counts = (schedule.merge, schedule.prune or schedule.merge)
+    if schedule.tokens in (None, space.limits[0]) or any(len(row) != len(space.limits) for row in counts):
+        return schedule
+    # All of them enter each block at most, but for the blocks that are never compressed: they keep all.
+    limits = (schedule.tokens,) * blocks + schedule.merge[blocks:]
+    return scale_schedule(schedule, limits, space.limits, space.class_token)

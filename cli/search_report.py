@@ -1,0 +1,102 @@
+"""What a search tells while it goes on: progress, records in the output folder, the best checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import Any
+
+import diffrate
+from datasets import ImageLoader
+from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD
+from diffrate.files import whole_file
+from diffrate.running.evaluation import Tally
+from engine import shown_scores
+from processes.runtime import Runtime
+from reporting.progress import Progress
+from reporting.records import STEPS
+from training.checkpoint import BEST, LAST
+from utils import StopRequestedError, StopSignals
+
+log = logging.getLogger(__name__)
+
+
+class Reporter(diffrate.Observer):
+    """Of the search of `model` for `target` multiply-accumulates over the training and validation loaders."""
+
+    def __init__(
+        self,
+        model: diffrate.CompressedModel,
+        target: float,
+        loaders: tuple[ImageLoader, ImageLoader],
+        accumulate: int,
+        runtime: Runtime,
+        signals: StopSignals,
+    ) -> None:
+        self.model, self.target, self.runtime, self.signals = model, target, runtime, signals
+        train, self.val = loaders
+        self.steps = len(train) // accumulate
+        self.images = accumulate * (train.batch_size or 1) * runtime.processes.world  # of a step
+        self.epoch: list[diffrate.StepRecord] = []  # steps of this epoch that this process has seen
+        self.progress: Progress | None = None
+        self.show: Any = None
+
+    def stop(self) -> bool:
+        return self.signals.requested
+
+    def on_step(self, record: diffrate.StepRecord) -> None:
+        self.epoch.append(record)
+        if self.progress is None:
+            left = self.steps - record.step
+            self.progress = Progress(left, f"Search [{record.epoch}]", left * self.images, self.runtime)
+        self.progress.advance(self._describe)
+        if record.step % self.runtime.print_freq == 0:
+            place = {"epoch": record.epoch, "step": record.step, "done": record.epoch * self.steps + record.step}
+            costs = {"gflops": record.flops / 1e9, "target_gflops": self.target / 1e9}
+            expected = self.model.compression.space.schedule(record.counts)  # type: ignore[arg-type]  # not rounded
+            self.runtime.append(place | _counts(expected) | costs, STEPS)
+
+    def on_score(self, tally: Tally) -> None:
+        if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
+            raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
+        if self.show is None:
+            self.show = shown_scores(self.val, self.runtime)
+        self.show(tally)
+
+    def on_epoch(self, record: diffrate.EpochRecord) -> None:
+        assert record.scores is not None, "there is a validation split"
+        counts = _counts(record.schedule)
+        figures = {
+            "train_loss": record.loss,
+            "train_flops_loss": record.flops_loss,
+            "train_gflops": record.expected_flops / 1e9,
+            "lr": record.learning_rate,
+            "target_gflops": self.target / 1e9,
+        }
+        scores = record.scores.record(record.flops)
+        self.runtime.record({"mode": "search", "epoch": record.epoch, **figures, **scores, **counts})
+        for name, values in counts.items():
+            if values is not None:
+                log.info("%s %s", name, list(values))
+        log.info(record.scores.line(record.flops))
+        if record.best and self.runtime.writes:
+            assert self.runtime.output_dir is not None
+            with (
+                (self.runtime.output_dir / LAST).open("rb") as last,
+                whole_file(self.runtime.output_dir / BEST) as best,
+            ):
+                shutil.copyfileobj(last, best)
+        self.epoch, self.progress, self.show = [], None, None
+
+    def _describe(self) -> str:
+        """Means of the epoch so far."""
+        count = len(self.epoch)
+        loss = sum(record.loss for record in self.epoch) / count
+        cost = sum(record.flops_loss for record in self.epoch) / count
+        gflops = sum(record.flops for record in self.epoch) / count / 1e9
+        rate = self.epoch[-1].learning_rate
+        return f"loss {loss:.4f}  cost loss {cost:.5f}  GFLOPs {gflops:.4f}  lr {rate:.2e}"
+
+
+def _counts(schedule: diffrate.Schedule) -> dict[str, Any]:
+    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}

@@ -1,0 +1,233 @@
+"""What the flags become: frozen settings, a class per concern. No torch here.
+
+Nothing but this folder sees the parsed flags: `settings_from` is where they end.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from diffrate.searching.settings import SearchSettings
+from training.settings import Augmentation, Mixing, TrainingSettings
+
+PROJECT = Path(__file__).resolve().parent.parent
+OFFICIAL = "official"
+FROM_SCRATCH = "scratch"
+SEARCH = "search"
+# The modes that a flag asks for; without one, it is a search.
+MODES = ("eval", "finetune", "benchmark", "baseline", "visualize", "plot")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A budget: GFLOPs, or a share of the dense model's."""
+
+    gflops: float | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.gflops:g}" if self.share is None else f"{100 * self.share:g}%"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read, and how."""
+
+    data_set: str
+    path: str | None
+    crop_pct: float | None
+    batch_sizes: tuple[int, ...]
+    workers: int | None
+    pin_memory: bool
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step, on each process; the first where a benchmark takes several."""
+        return self.batch_sizes[0]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, with which weights, at which kept counts.
+
+    checkpoint: path, URL, or one of the words for the official weights and for none.
+    load: take a schedule from the file of schedules; scale: to this model's number of tokens.
+    dense: keep all tokens, whatever the checkpoint says. start: where a search begins.
+    """
+
+    name: str | None
+    checkpoint: str
+    input_size: int | None
+    drop_path: float
+    granularity: int
+    load: bool
+    targets: tuple[Target, ...]
+    rate_file: Path | None
+    scale: bool
+    dense: bool
+    start: Target | None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where and how a run computes, and what it leaves.
+
+    images, folder, baseline, benchmark: what the mode is about. resume: a path or `auto`.
+    flags: all of them as plain values, for checkpoints.
+    """
+
+    mode: str
+    images: tuple[Path, ...]
+    folder: Path | None
+    baseline: str | None
+    benchmark: str | None
+    output_dir: Path | None
+    save: Path | None
+    save_rates: bool
+    resume: str | None
+    device: str
+    amp: str | None
+    seed: int
+    print_freq: int
+    blocks: tuple[int, ...] | None
+    quiet: bool
+    compile: bool
+    rounds: int
+    tensorboard: bool
+    flags: MappingProxyType[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a command line says."""
+
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings
+    search: SearchSettings
+    training: TrainingSettings
+    augmentation: Augmentation
+    mixing: Mixing
+
+
+def settings_from(args: Namespace) -> Settings:
+    """The settings that parsed and checked flags stand for."""
+    return Settings(
+        run=_run(args),
+        data=DataSettings(
+            data_set=args.data_set,
+            path=args.data_path,
+            crop_pct=args.crop_pct,
+            batch_sizes=tuple(args.batch_sizes),
+            workers=args.num_workers,
+            pin_memory=args.pin_mem,
+        ),
+        model=ModelSettings(
+            name=args.model,
+            checkpoint=args.checkpoint,
+            input_size=args.input_size,
+            drop_path=args.drop_path,
+            granularity=args.granularity,
+            load=args.load_compression_rate,
+            targets=tuple(args.target_flops or ()),
+            rate_file=args.compression_rate_file,
+            scale=args.scale_compression_rate,
+            dense=args.dense,
+            start=args.init_compression_rate,
+        ),
+        search=SearchSettings(
+            epochs=args.epochs,
+            flops_loss=args.flops_loss,
+            flops_weight=args.flops_weight,
+            warmup=args.warmup_compression_rate,
+            learning_rate=args.arch_lr,
+            least_learning_rate=args.arch_min_lr,
+            granularity=args.granularity,
+            accumulate=args.accum_steps,
+            seed=args.seed,
+        ),
+        training=_training(args),
+        augmentation=_augmentation(args),
+        mixing=Mixing(
+            smoothing=args.smoothing,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            probability=args.mixup_prob,
+            switch_probability=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+        ),
+    )
+
+
+def mode_of(args: Namespace) -> str:
+    """The mode that the flags ask for."""
+    return next((mode for mode in MODES if getattr(args, mode)), SEARCH)
+
+
+def _run(args: Namespace) -> RunSettings:
+    return RunSettings(
+        mode=mode_of(args),
+        images=tuple(args.visualize or ()),
+        folder=args.plot,
+        baseline=args.baseline,
+        benchmark=args.benchmark,
+        output_dir=args.output_dir,
+        save=args.save,
+        save_rates=args.save_compression_rate,
+        resume=args.resume,
+        device=args.device,
+        amp=args.amp,
+        seed=args.seed,
+        print_freq=args.print_freq,
+        blocks=None if args.blocks is None else tuple(args.blocks),
+        quiet=args.quiet,
+        compile=args.compile,
+        rounds=args.rounds,
+        tensorboard=args.tensorboard,
+        flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()}),
+    )
+
+
+def _training(args: Namespace) -> TrainingSettings:
+    return TrainingSettings(
+        epochs=args.epochs,
+        optimizer=args.opt,
+        learning_rate=args.lr,
+        unscaled=args.unscale_lr,
+        least_learning_rate=args.min_lr,
+        warmup_learning_rate=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        schedule=args.sched,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        clip_grad=args.clip_grad,
+        average=args.model_ema,
+        average_decay=args.model_ema_decay,
+    )
+
+
+def _augmentation(args: Namespace) -> Augmentation:
+    return Augmentation(
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa in ("", "none") else args.aa,
+        interpolation=args.train_interpolation,
+        erase_probability=args.reprob,
+        erase_mode=args.remode,
+        erase_count=args.recount,
+        hflip=args.hflip,
+        affine=None if args.affine is None else (args.affine[0], args.affine[1], args.affine[2]),
+        repeated=args.repeated_aug,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A flag's value as `torch.load` reads it with `weights_only`."""
+    if isinstance(value, Path | Target):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

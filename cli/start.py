@@ -1,0 +1,97 @@
+"""The start of a run: its processes, device, log, and the mode that the flags ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import diffrate
+import models
+from cli import baseline, benchmark, evaluate, finetune, plot, search, visualize
+from cli.settings import SEARCH, Settings
+from datasets import DataError
+from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.uniform import BaselineError
+from diffrate.searching.settings import SearchSettingError
+from diffrate.seeds import seed_everything
+from drawing.plot_folder import plot_run
+from processes.group import EnvironmentVariableError, Processes, process_group, processes_from_environment
+from processes.heartbeat import LostProcessError
+from processes.runtime import Runtime, amp_dtype, open_board, resolve_device
+from reporting.log import setup_logging
+from reporting.progress import bar_fits
+from utils import StopRequestedError, UsageError, make_output_dir
+
+MODES: dict[str, Callable[[Settings, Runtime], None]] = {
+    "eval": evaluate.run,
+    "finetune": finetune.run,
+    "visualize": visualize.run,
+    "plot": plot.run,
+    "benchmark": benchmark.run,
+    "baseline": baseline.run,
+    SEARCH: search.run,
+}
+WITHOUT_PLOTS = ("visualize", "plot")
+# The library names its arguments, which the flags of these are called like.
+NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
+INPUT_ERRORS = (
+    UsageError,
+    EnvironmentVariableError,
+    DataError,
+    models.CheckpointError,
+    models.InputSizeError,
+    models.UnknownModelError,
+    diffrate.ScheduleError,
+    diffrate.UnsupportedModelError,
+    diffrate.RateError,
+    diffrate.SavedModelError,
+    diffrate.SearchCheckpointError,
+    diffrate.NonFiniteLossError,
+    SearchSettingError,
+)
+STOPPED = 130  # the shell's code for a process that was interrupted
+
+
+def run(settings: Settings) -> None:
+    """The one mode that the settings ask for."""
+    processes = processes_from_environment()
+    runtime = _runtime(settings, processes)
+    with process_group(processes, runtime.device):
+        MODES[settings.run.mode](settings, runtime)
+        if settings.run.mode not in WITHOUT_PLOTS and runtime.writes:
+            assert runtime.output_dir is not None
+            plot_run(runtime.output_dir)
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """One line for an error and the exit code that goes with it; None for one that no user's input causes."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if isinstance(error, NAMED_LIKE_FLAGS):
+        return f"error: --{line}", 2
+    if isinstance(error, INPUT_ERRORS):
+        return f"error: {line}", 2
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "error: out of memory; accepted: a smaller --batch-size or --input-size", 2
+    from torch._dynamo.exc import BackendCompilerFailed  # takes a second, which only an error has to spare
+
+    if isinstance(error, BackendCompilerFailed):
+        return f"error: --compile: {line}; accepted: with a compiler that works", 2
+    if isinstance(error, LostProcessError):
+        return f"error: process {processes_from_environment().rank} stops: {line}", 1
+    if isinstance(error, StopRequestedError):
+        return line, STOPPED
+    if isinstance(error, diffrate.StoppedError):
+        return f"{line}: go on with --resume", STOPPED
+    return None
+
+
+def _runtime(settings: Settings, processes: Processes) -> Runtime:
+    run = settings.run
+    device = resolve_device(run.device, processes)
+    output_dir = make_output_dir(run.output_dir)
+    bar = processes.is_main and bar_fits(run.quiet)
+    setup_logging(output_dir, processes.is_main, lines=not bar and not run.quiet)
+    seed_everything(run.seed)  # fresh weights are the same in every process
+    board = open_board(output_dir, processes.is_main) if run.tensorboard else None
+    return Runtime(processes, device, amp_dtype(run.amp, device), run.print_freq, output_dir, board, bar=bar)

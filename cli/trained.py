@@ -1,0 +1,63 @@
+"""The trained model, and the validation split that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cli.data import check_data_root, eval_dataset
+from cli.model import Weights, chosen_entry, meta_model, plain_model, read_weights
+from cli.schedules import chosen_schedule
+from cli.settings import Settings
+from datasets import LabelledDataset
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A plain model with its weights, and what it was and is evaluated on."""
+
+    entry: ModelEntry
+    model: nn.Module
+    weights: Weights
+    val: LabelledDataset
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the model's outputs, None where nobody says."""
+        return output_names(self.val, self.model.num_classes, self.weights)
+
+
+def trained_model(settings: Settings, runtime: Runtime, **options: Any) -> Trained:
+    """The model with the weights that the flags name; `options` go to timm's constructor.
+
+    Raises:
+        CheckpointError, DataError, ScheduleError, UsageError: one of them is not there or does not fit.
+    """
+    entry = chosen_entry(settings.model)
+    check_inputs(settings, entry)
+    weights = read_weights(settings.model, entry, runtime)
+    val = eval_dataset(settings, entry, weights.head, weights.classes)
+    return Trained(entry, plain_model(settings.model, entry, weights, len(val.classes), **options), weights, val)
+
+
+def check_inputs(settings: Settings, entry: ModelEntry) -> None:
+    """Refuse what can be refused before any weights are downloaded or read.
+
+    Raises:
+        DataError, ScheduleError: the data folder or the schedule is not there.
+    """
+    check_data_root(settings.data)
+    if all(target.share is None for target in settings.model.targets):  # what a share means depends on the classes
+        chosen_schedule(settings.model, entry, meta_model(settings.model, entry))
+
+
+def output_names(data: LabelledDataset, outputs: int, weights: Weights | None = None) -> Sequence[str] | None:
+    """The names of a model's `outputs`: its weights' own, else the classes of its data."""
+    if weights is not None and weights.classes is not None and len(weights.classes) == outputs:
+        return weights.classes
+    return list(data.classes) if len(data.classes) == outputs else None

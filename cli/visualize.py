@@ -1,0 +1,113 @@
+"""`--visualize`: a page of pictures for each image, in files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+from PIL import ImageOps
+from timm.data import ImageNetInfo
+
+import diffrate
+from cli.data import eval_dataset
+from cli.model import Weights, chosen_entry, compressed, plain_model, read_weights, view_of
+from cli.resume import use_searched
+from cli.settings import Settings
+from cli.trained import output_names
+from datasets import IMAGENET_CLASSES, load_image
+from diffrate.files import whole_file
+from drawing.page import Seen, likeliest, page, see
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+from sample import MODEL as SAMPLE_MODEL
+from training.transforms import View
+from utils import UsageError
+
+log = logging.getLogger(__name__)
+DPI = 110
+
+
+def run(settings: Settings, runtime: Runtime) -> None:
+    """Write `NAME.png`, the page, and `NAME_tokens.png`, the final groups alone, for each image.
+
+    Raises:
+        DataError, CheckpointError, ScheduleError, UsageError: an image, the weights, the schedule or a
+            block is not there or does not fit; before anything is written.
+    """
+    images, blocks = settings.run.images, settings.run.blocks
+    for path in images:
+        load_image(path)
+    entry = chosen_entry(settings.model)
+    model, names = _model_and_names(settings, entry, runtime)
+    _check_blocks(model, blocks)
+    assert runtime.output_dir is not None, "flags make sure of a folder"
+    view = view_of(settings, entry)
+    seen_images = _seen(model, images, view, settings.data.batch_size, runtime)
+    for (path, seen), name in zip(seen_images, _file_names(images), strict=True):
+        drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
+        target = runtime.output_dir / f"{name}.png"
+        with whole_file(target) as file:
+            drawn.savefig(file, format="png", dpi=DPI)
+        with whole_file(target.with_name(f"{name}_tokens.png")) as file:
+            seen.tokens_after(len(seen.kept) - 1).save(file, format="PNG")
+        said = {"dense": likeliest(seen.dense, names), "compressed": likeliest(seen.compressed, names)}
+        runtime.record({"mode": "visualize", "model": entry.name, "image": str(path), "kept": seen.kept, **said})
+        log.info("%s: dense %s, compressed %s -> %s", path, said["dense"], said["compressed"], target)
+
+
+def _check_blocks(model: diffrate.CompressedModel, chosen: Sequence[int] | None) -> None:
+    last = len(model.compressible_blocks()) - 1
+    wrong = [block for block in chosen or () if block > last]
+    if wrong:
+        raise UsageError(f"--blocks {wrong[0]}: accepted: 0 to {last}")
+
+
+def _model_and_names(
+    settings: Settings, entry: ModelEntry, runtime: Runtime
+) -> tuple[diffrate.CompressedModel, Sequence[str]]:
+    weights = read_weights(settings.model, entry, runtime)
+    model = compressed(plain_model(settings.model, entry, weights, entry.num_classes), settings.model, entry, weights)
+    use_searched(model, settings, entry, runtime)
+    return model.to(runtime.device), _class_names(settings, entry, weights, model.num_classes)
+
+
+def _class_names(settings: Settings, entry: ModelEntry, weights: Weights, outputs: int) -> Sequence[str]:
+    """A name for each of `outputs`: ImageNet's words, else the weights' or the data's classes, else numbers.
+
+    Raises:
+        DataError: the data that the flags name are not there.
+    """
+    if outputs == IMAGENET_CLASSES:
+        info = ImageNetInfo()
+        return [info.index_to_description(index).split(",")[0] for index in range(outputs)]
+    names = weights.classes
+    if names is None and (settings.data.path is not None or entry.name == SAMPLE_MODEL):
+        names = output_names(eval_dataset(settings, entry, None, None), outputs)
+    return names if names is not None else [f"class {index}" for index in range(outputs)]
+
+
+def _seen(
+    model: diffrate.CompressedModel, paths: Sequence[Path], view: View, batch_size: int, runtime: Runtime
+) -> Iterator[tuple[Path, Seen]]:
+    """Every image, read and run in batches."""
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        # Turned upright as their camera says: people look at them.
+        photographs = [ImageOps.exif_transpose(load_image(path)) for path in batch]
+        with runtime.autocast():
+            pictures = see(model, photographs, view)
+        yield from zip(batch, pictures, strict=True)
+
+
+def _file_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each image: its own, numbered where another has it."""
+    used: set[str] = set()
+    names = []
+    for path in paths:
+        candidates = (path.stem if number == 1 else f"{path.stem}-{number}" for number in count(1))
+        name = next(name for name in candidates if used.isdisjoint({name, f"{name}_tokens"}))
+        used |= {name, f"{name}_tokens"}
+        names.append(name)
+    return names

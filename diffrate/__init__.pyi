@@ -1,0 +1,48 @@
+from . import patch
+from .blocks.block import UnsupportedModelError
+from .blocks.tokens import TokenState
+from .budgets.rounding import BudgetError
+from .budgets.schedule import Schedule, ScheduleError, scale_schedule
+from .patch.base import CompressedModel
+from .pictures import VisualizationError, make_visualization
+from .rates.rate import RateError
+from .running.evaluation import Scores, evaluate
+from .running.speed import Speed, benchmark
+from .saving.about import About, SavedModelError, about
+from .saving.files import load, save
+from .searching.checkpoint import SearchCheckpointError
+from .searching.find import Found, search
+from .searching.loop import EpochRecord, NonFiniteLossError, Observer, StepRecord, StoppedError
+
+__version__: str
+
+__all__ = [
+    "About",
+    "BudgetError",
+    "CompressedModel",
+    "EpochRecord",
+    "Found",
+    "NonFiniteLossError",
+    "Observer",
+    "RateError",
+    "SavedModelError",
+    "Schedule",
+    "ScheduleError",
+    "Scores",
+    "SearchCheckpointError",
+    "Speed",
+    "StepRecord",
+    "StoppedError",
+    "TokenState",
+    "UnsupportedModelError",
+    "VisualizationError",
+    "about",
+    "benchmark",
+    "evaluate",
+    "load",
+    "make_visualization",
+    "patch",
+    "save",
+    "scale_schedule",
+    "search",
+]

@@ -1,0 +1,1 @@
+"""One compressed block at fixed counts, as functions of a token state."""

@@ -1,0 +1,46 @@
+"""What a family lets the search choose, and how counts in the search's order make a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffrate.budgets.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The choices of a model.
+
+    limits: the most tokens of each block of a schedule, class token included.
+    searchable: the blocks with choices; the others stay whole.
+    prunes: whether each has a pruning choice before its merging choice.
+    class_token: whether the first token is one.
+    """
+
+    limits: tuple[int, ...]
+    searchable: tuple[int, ...]
+    prunes: bool
+    class_token: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The choices of a block, in order."""
+        return ("prune", "merge") if self.prunes else ("merge",)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that enter a searchable block when nothing was removed."""
+        return self.limits[self.searchable[0]]
+
+    def dense(self) -> Schedule:
+        """The schedule that removes nothing."""
+        return Schedule(self.limits if self.prunes else None, self.limits, self.limits[0])
+
+    def schedule(self, counts: Sequence[int]) -> Schedule:
+        """The schedule of one count per choice, in block order, prune before merge."""
+        rows = {kind: list(self.limits) for kind in self.kinds}
+        choices = [(kind, block) for block in self.searchable for kind in self.kinds]
+        for (kind, block), count in zip(choices, counts, strict=True):
+            rows[kind][block] = count
+        return Schedule(tuple(rows["prune"]) if self.prunes else None, tuple(rows["merge"]), self.limits[0])

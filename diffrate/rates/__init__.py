@@ -1,0 +1,1 @@
+"""The differentiable choice of a count, and one block in search."""

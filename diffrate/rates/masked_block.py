@@ -1,0 +1,147 @@
+"""One block in search: tokens stay in place, and a mask says which are still there (section 3.3).
+
+Nothing is dropped or moved. Instead of sorting tokens, each keeps its place and has a rank by
+importance; the mask of a token is the survival of its rank. The gradient reaches the rates through
+the mask, in the attention of every later block, and through the expected counts, in the cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffrate.blocks.attention import join_heads, size_bias, split_heads
+from diffrate.blocks.block import BlockNames, ReductionRules, through
+from diffrate.blocks.merge import most_similar
+from diffrate.blocks.tokens import TokenState, follow, take
+from diffrate.rates.masked_attention import masked_attention
+from diffrate.rates.rate import Choice
+from diffrate.rates.ste import ste_leaving
+
+SEARCH_SIZE_FLOOR = 1.0  # the published search clamps sizes here, which inference does not
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one block does in this step, known before any image is seen.
+
+    entering, pruned, merged: running counts as integers.
+    prune, merge: the choices, None where the block has none.
+    cost: tokens that enter and leave the block for the cost formula, carrying gradients.
+    """
+
+    entering: int
+    pruned: int
+    merged: int
+    prune: Choice | None
+    merge: Choice | None
+    cost: tuple[Tensor, Tensor]
+
+
+def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -> list[BlockPlan]:
+    """The plan of `blocks` blocks over `tokens` tokens for the choices that were drawn.
+
+    A reduction happens only where its count is below the running one.
+    """
+    plans = []
+    any_choice = next(iter(next(iter(drawn.values())).values()))
+    entering, entering_cost = tokens, any_choice.expected.new_tensor(tokens)
+    for block in range(blocks):
+        choices = drawn.get(block, {})
+        prune, merge = choices.get("prune"), choices.get("merge")
+        pruned = entering if prune is None else min(entering, prune.count)
+        merged = pruned if merge is None else min(pruned, merge.count)
+        leaving_cost = entering_cost.detach()  # an uncompressed block passes the count on as a constant
+        if merge is not None:
+            pruning = entering_cost.detach() if prune is None else prune.expected
+            leaving_cost = ste_leaving(entering_cost, pruning, merge.expected)
+        plans.append(BlockPlan(entering, pruned, merged, prune, merge, (entering_cost, leaving_cost)))
+        entering, entering_cost = merged, leaving_cost
+    return plans
+
+
+def search_block(
+    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, plan: BlockPlan, class_only: bool
+) -> TokenState:
+    """Run one block of the search on `state`, whose mask is `[B, N]`.
+
+    With `class_only` nothing but the class token is read of what it leaves: the others need no
+    reduction, which would come too late to be seen, and no MLP.
+    """
+    assert state.mask is not None
+    attention = getattr(block, names.attention)
+    heads = split_heads(attention, block.norm1(state.x))
+    if class_only:
+        heads = heads._replace(query=heads.query[:, :, :1])
+    mixed, importance = masked_attention(heads, size_bias(state.size), state.mask, rules.class_token)
+    if class_only:
+        state = TokenState(state.x[:, :1])
+    y = through(block, names.branch1, join_heads(attention, mixed))
+    state = state._replace(x=through(block, names.skip1, state.x) + y)
+    if not class_only and plan.merged < plan.entering:
+        state = _reduce(state, importance, rules, plan)
+    x = state.x
+    y = through(block, ("norm2", "mlp", *names.branch2), x)
+    return state._replace(x=through(block, names.skip2, x) + y)
+
+
+def _reduce(state: TokenState, importance: Tensor, rules: ReductionRules, plan: BlockPlan) -> TokenState:
+    assert state.mask is not None
+    order = _order(importance, state.mask, rules.class_token)
+    if plan.prune is not None and plan.pruned < plan.entering:
+        state = state._replace(mask=_remove(state.mask, order, plan.prune, plan.entering))
+    if plan.merge is not None and plan.merged < plan.pruned:
+        if plan.merged > 1:
+            state = _merge(state, order, plan, rules.weigh_by_similarity)
+        elif state.origin is not None:  # no destination is left: merging into one token prunes
+            state = state._replace(origin=torch.where(state.origin == order[:, :1], state.origin, -1))
+        assert state.mask is not None
+        state = state._replace(mask=_remove(state.mask, order, plan.merge, plan.pruned))
+    return state
+
+
+def _order(importance: Tensor, mask: Tensor, class_token: bool) -> Tensor:
+    """Tokens `[B, N]` by falling importance `[B, N]`: the class token first, removed ones last."""
+    importance = importance.masked_fill(mask == 0, -1)
+    if class_token:
+        importance[:, 0] = torch.inf
+    return importance.argsort(dim=1, descending=True)
+
+
+def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor:
+    """The mask `[B, N]` after a choice among the `current` tokens that are still there."""
+    surviving = choice.mask()[:current].to(mask.dtype).expand(len(mask), current)
+    places = order[:, :current]
+    return mask.scatter(1, places, mask.gather(1, places) * surviving)
+
+
+def _merge(state: TokenState, order: Tensor, plan: BlockPlan, weigh_by_similarity: bool) -> TokenState:
+    """Average sources into their destinations; the sources stay beside them, to be masked.
+
+    A source's weighted size is clamped before it is added, and is what the source keeps (quirks).
+    """
+    x, tokens = state.x, state.x.shape[1]
+    sources = order[:, plan.merged : plan.pruned]
+    kept = order[:, 1 : plan.merged]  # the first in order is never a destination
+    moving = take(x, sources)
+    similarity, nearest = most_similar(moving, take(x, kept))
+    destination = kept.gather(1, nearest)
+    goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
+    features = goes_to.to(x.dtype)
+    merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
+
+    sizes = state.sizes()
+    source_size = take(sizes, sources)
+    if weigh_by_similarity:
+        source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
+    size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)
+    size = size.scatter(1, sources, source_size)
+    origin = state.origin
+    if origin is not None:
+        stay = torch.arange(tokens, device=x.device).expand(len(x), tokens)
+        origin = follow(origin, stay.scatter(1, sources, destination))
+    return TokenState(merged.to(x.dtype), size, state.mask, origin)

@@ -1,0 +1,1 @@
+"""A finished model at work: scored, timed, compiled."""

@@ -1,0 +1,1 @@
+"""A compressed model as one file, and back."""

@@ -1,0 +1,94 @@
+"""A compressed model from what a file says of it, as structure alone, and whether it is like another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers.drop import DropPath
+from torch import nn
+
+from diffrate.blocks.block import ReductionRules, UnsupportedModelError
+from diffrate.patch.any import vit
+from diffrate.patch.base import CompressedModel
+from diffrate.rates.rate import RateError
+from diffrate.saving.about import About, SavedModelError
+from diffrate.saving.arguments import ARGUMENTS
+from diffrate.saving.plain import plain_model
+
+CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct")
+# What passes its input on in evaluation, whatever its rate.
+PASSING = (nn.Identity, nn.Dropout, DropPath)
+# Attributes that only training, first weights, or timm's own attention read.
+UNREAD = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "fix_init", "init_values", "drop_rate"}
+LOADED = {"schedule"}  # attributes that are part of the state, as tensors are
+Plain = bool | int | float | str | ReductionRules | None
+
+
+def rebuild(about: About, where: str = "") -> CompressedModel:
+    """The model on the meta device, without weights and schedule; `where` starts the messages.
+
+    Raises:
+        SavedModelError: this timm, or this diffrate, cannot build it.
+    """
+    unknown = sorted(about.arguments.keys() - ARGUMENTS)
+    if unknown:
+        # Some would make timm fetch or read other files.
+        raise SavedModelError(f"{where}arguments: found {unknown[0]!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
+    config = {name: getattr(about, name) for name in CONFIG_FIELDS}
+    try:
+        model = plain_model(about.architecture, about.arguments, config)
+        with torch.device("meta"):
+            return vit(model, *about.granularity)
+    except (SavedModelError, UnsupportedModelError, RateError) as error:
+        raise SavedModelError(f"{where}{error}") from error
+
+
+def check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
+    """Refuse a model that computes otherwise than `rebuilt` would with its weights.
+
+    Compared are the kinds, settings and shapes of all parts, but for what changes nothing in evaluation.
+
+    Raises:
+        SavedModelError: names the first part that differs.
+    """
+    ours, theirs = _structure(model), _structure(rebuilt)
+    for place in ours | theirs:
+        found, built = ours.get(place, "nothing"), theirs.get(place, "nothing")
+        if found != built:
+            architecture = rebuilt.pretrained_cfg["architecture"]
+            raise SavedModelError(
+                f"{place}: found {found}; accepted: {built}, as timm {timm.__version__} builds {architecture}"
+            )
+
+
+def _structure(model: CompressedModel) -> dict[str, Any]:
+    """What makes the model compute as it does, by the place in it."""
+    structure: dict[str, Any] = {"rules": model.rules}
+    for name, module in model.named_modules():
+        structure |= {f"{name}.{fact}".strip("."): value for fact, value in _facts(module).items()}
+    return structure
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """The kind of one module, its settings, and the shapes of its tensors."""
+    if type(module) in PASSING:
+        return {"": "Identity()"}
+    settings = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in UNREAD | LOADED}
+    tensors = {**module._parameters, **module._buffers}
+    return {
+        "": f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})",
+        **{name: _as_list(value) for name, value in settings.items() if _is_plain(value)},
+        **{name: None if tensor is None else list(tensor.shape) for name, tensor in tensors.items()},
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, Plain)
+
+
+def _as_list(value: Any) -> Any:
+    return list(map(_as_list, value)) if isinstance(value, tuple | list) else value

@@ -1,0 +1,1 @@
+"""The search for a schedule: its settings, its loop, its checkpoints."""

@@ -1,0 +1,152 @@
+"""Checkpoints of a search: plain values and tensors, written whole, refused by name in another search."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffrate.budgets.schedule import Schedule, ScheduleError, make_schedule
+from diffrate.files import whole_file
+from diffrate.running.evaluation import Scores
+from diffrate.searching.history import StepRecord, history_from_table, history_table
+
+if TYPE_CHECKING:
+    from diffrate.searching.loop import Search
+
+KIND = "search"
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+    pickle.UnpicklingError,
+)
+
+
+class SearchCheckpointError(ValueError):
+    """A file that is no search's checkpoint, or that of another search."""
+
+
+@dataclass
+class SearchState:
+    """All that changes while a search runs, besides rates and optimizer.
+
+    step: updates done in this epoch. sums: losses and GFLOPs of this epoch, added up.
+    best: schedule and scores of the best epoch, None for scores where none were taken.
+    """
+
+    epoch: int
+    step: int
+    sums: list[float]
+    best: tuple[Schedule, Scores | None] | None
+    history: list[StepRecord]
+
+    @classmethod
+    def fresh(cls) -> SearchState:
+        """At the start."""
+        return cls(0, 0, [0.0, 0.0, 0.0], None, [])
+
+
+def write_checkpoint(search: Search, path: Path, notes: Mapping[str, Any]) -> None:
+    """All of a search in one file, with `notes` beside its own fields."""
+    state, course = search.state, search.course
+    best, scores = state.best or (None, None)
+    content = {
+        **notes,
+        "mode": KIND,
+        "settings": {**asdict(course.settings), "target": course.target, "steps": course.steps},
+        "rates": [rate.detach().cpu() for rate in search.rates],
+        "schedule": _plain(search.schedule()),
+        "best_schedule": None if best is None else _plain(best),
+        "best_scores": None if scores is None else asdict(scores),
+        "optimizer": search.optimizer.state_dict(),
+        "scheduler": {
+            "rate": course.settings.learning_rate,
+            "least_rate": course.settings.least_learning_rate,
+            "steps": course.steps,
+        },
+        "scaler": search.scaler.state_dict(),
+        "epoch": state.epoch,
+        "step": state.step,
+        "sums": state.sums,
+        # Every step draws from a seed made of this one and its position: no generator state is left over.
+        "random": {"seed": course.settings.seed},
+        "history": history_table(state.history),
+    }
+    with whole_file(path) as file:
+        torch.save(content, file)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a search's checkpoint.
+
+    Raises:
+        SearchCheckpointError: the file is missing, damaged, or none of a search.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SearchCheckpointError(
+            f"{path}: cannot be read ({reason}); accepted: the checkpoint of a search"
+        ) from error
+    found = content.get("mode", "weights alone") if isinstance(content, dict) else type(content).__name__
+    if found != KIND:
+        raise SearchCheckpointError(f"{path}: found the checkpoint of another kind ({found}); accepted: of a search")
+    return content
+
+
+def restore(search: Search, path: Path) -> None:
+    """Put a search back where a checkpoint left it.
+
+    Raises:
+        SearchCheckpointError: as `read_checkpoint`, or it is another search's; names what differs.
+    """
+    content = read_checkpoint(path)
+    course = search.course
+    for name, expected in {**asdict(course.settings), "target": course.target, "steps": course.steps}.items():
+        found = content.get("settings", {}).get(name, expected)  # older files have no settings of their own
+        if found != expected:
+            raise SearchCheckpointError(
+                f"{path}: was made with {name} {found}; accepted: {expected}, as in this search"
+            )
+    try:
+        with torch.no_grad():
+            for rate, saved in zip(search.rates, content["rates"], strict=True):
+                rate.copy_(saved)
+        search.optimizer.load_state_dict(content["optimizer"])
+        search.scaler.load_state_dict(content["scaler"])
+        search.state = _state(content)
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SearchCheckpointError(f"{path}: does not fit this search ({reason})") from error
+
+
+def searched_schedule(path: Path) -> Schedule:
+    """The best schedule of a search's checkpoint, or before its first epoch ended that of its rates.
+
+    Raises:
+        SearchCheckpointError: as `read_checkpoint`.
+    """
+    content = read_checkpoint(path)
+    try:
+        return make_schedule(*(content["best_schedule"] or content["schedule"]))
+    except (*UNREADABLE, ScheduleError) as error:
+        raise SearchCheckpointError(f"{path}: no schedule in it ({error!r})") from error
+
+
+def _state(content: dict[str, Any]) -> SearchState:
+    best, scores = content["best_schedule"], content["best_scores"]
+    return SearchState(
+        epoch=content["epoch"],
+        step=content["step"],
+        sums=content["sums"],
+        best=None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores)),
+        history=history_from_table(content.get("history"), len(content["rates"])),
+    )
+
+
+def _plain(schedule: Schedule) -> tuple[list[int] | None, list[int]]:
+    return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)

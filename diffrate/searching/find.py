@@ -1,0 +1,210 @@
+"""`diffrate.search`: from a patched model and images to the schedule that meets a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from diffrate.blocks.block import UnsupportedModelError
+from diffrate.budgets.rounding import check_target
+from diffrate.budgets.schedule import Schedule
+from diffrate.patch.base import CompressedModel
+from diffrate.rates.rate import RateError
+from diffrate.running.evaluation import Batches, Scores, modes_kept
+from diffrate.running.precision import place_of
+from diffrate.searching.batches import updates_of
+from diffrate.searching.checkpoint import restore
+from diffrate.searching.history import StepRecord
+from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
+from diffrate.searching.settings import Course, SearchSettingError, SearchSettings
+from diffrate.seeds import generators_kept
+
+SMOOTHING = 0.1  # of labels, as in DeiT's recipe
+SAVE_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    flops: of the schedule, in multiply-accumulates. scores: at it, None without `val`.
+    history: a record per step, in order, those before a resumption included.
+    """
+
+    schedule: Schedule
+    flops: int
+    scores: Scores | None
+    history: tuple[StepRecord, ...]
+
+
+def search(
+    model: CompressedModel,
+    loader: Batches,
+    *,
+    target_flops: float | None = None,
+    share: float | None = None,
+    epochs: int = 1,
+    val: Batches | None = None,
+    steps: int | None = None,
+    criterion: Criterion | None = None,
+    mixup: Mixup | None = None,
+    flops_loss: str = SearchSettings.flops_loss,
+    flops_weight: float = SearchSettings.flops_weight,
+    warmup: bool = SearchSettings.warmup,
+    learning_rate: float = SearchSettings.learning_rate,
+    least_learning_rate: float | None = None,
+    granularity: int | None = None,
+    accumulate: int = SearchSettings.accumulate,
+    start: Schedule | None = None,
+    device: torch.device | str | None = None,
+    precision: torch.dtype | None = None,
+    seed: int = SearchSettings.seed,
+    callback: Callable[[StepRecord], None] | Observer | None = None,
+    checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
+    save_every: int = SAVE_EVERY,
+    notes: Mapping[str, Any] | None = None,
+) -> Found:
+    """Search the kept counts with which a patched `model` meets a budget (paper, sections 3.3 and 3.4).
+
+    Weights are frozen; rate logits learn from zero, or from `start`. The model is left at the schedule
+    found, with the training mode of its modules and `requires_grad` of its weights as they were, also
+    after an error (then with the schedule as it was). Inside an initialised process group every process
+    brings its own part of the images, and gradients are averaged.
+
+    Args:
+        loader: batches of images `[B, 3, H, W]` and labels, gone through once an epoch: a DataLoader, a
+            list, anything that can be iterated again. Labels are classes `[B]`, or shares of classes `[B, K]`.
+        target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's.
+        val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
+        steps: updates an epoch, where the loader has no length or is longer than wanted.
+        criterion: loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1.
+        mixup: mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does.
+        least_learning_rate: of the last step; by default a tenth of `learning_rate`.
+        granularity: tokens between the candidates of a count; by default that of the patch.
+        device: where to search and leave the model; by default where it is.
+        precision: of autocast; by default float16 on a GPU and none elsewhere.
+        seed: of everything drawn; the generators go on as before afterwards.
+        callback: called with a record after each step, or an `Observer`.
+        checkpoint: file that is written every `save_every` steps and after each epoch, with the plain values
+            in `notes` beside the search's own; `resume` is a file to go on from, bit for bit on a CPU.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+        SearchSettingError, BudgetError, RateError, ScheduleError: a setting, the target, the granularity or
+            the start makes no sense.
+        SearchCheckpointError: `resume` is missing, damaged, or another search's.
+        NonFiniteLossError: the loss is no number.
+        StoppedError: the observer asked to stop.
+    """
+    if not isinstance(model, CompressedModel):
+        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    place = place_of(model, device)
+    before = model.compression.schedule
+    try:
+        with generators_kept(place.device), modes_kept(model), _gradients_kept(model):
+            model.to(place.device)
+            _fresh_rates(model, granularity, start)
+            settings = SearchSettings(
+                epochs=epochs,
+                flops_loss=flops_loss,
+                flops_weight=flops_weight,
+                warmup=warmup,
+                learning_rate=learning_rate,
+                least_learning_rate=learning_rate / 10 if least_learning_rate is None else least_learning_rate,
+                granularity=model.compression.granularity["merge"],
+                accumulate=accumulate,
+                seed=seed,
+            )
+            course = Course(settings, _target(model, target_flops, share), updates_of(loader, steps, accumulate))
+            means = Means(place, _precision(place.device, precision), criterion or default_criterion(), mixup, val)
+            saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
+            running = Search(model, course, means, _observer(callback))
+            if resume is not None:
+                restore(running, Path(resume))
+            schedule, scores = running.run(loader, saved)
+    except BaseException:
+        model.compression.schedule = before
+        raise
+    model.set_kept_num(schedule.prune, schedule.merge)
+    return Found(schedule, model.flops_at(schedule), scores, tuple(running.state.history))
+
+
+def default_criterion() -> Criterion:
+    """Cross-entropy, with smoothing where labels are classes; labels that were mixed are smooth already."""
+    hard, soft = LabelSmoothingCrossEntropy(SMOOTHING), SoftTargetCrossEntropy()
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return (soft if labels.is_floating_point() else hard)(logits, labels)
+
+    return loss
+
+
+def _target(model: CompressedModel, target_flops: float | None, share: float | None) -> float:
+    """The budget in multiply-accumulates."""
+    if (target_flops is None) == (share is None):
+        raise SearchSettingError("target_flops, share: found both or none; accepted: one of them")
+    if share is not None and not 0 < share <= 1:
+        raise SearchSettingError(f"share: found {share!r}; accepted: above 0 to 1, of the dense model's FLOPs")
+    target = target_flops if share is None else share * model.flops_at(model.dense_schedule())
+    assert target is not None
+    check_target(target, model.compression.space, model.flops_at)
+    return target
+
+
+def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedule | None) -> None:
+    """Rates as a search begins with them, searching."""
+    compression = model.compression
+    if granularity is not None:
+        compression.set_granularity(granularity, granularity)
+    if min(len(rate) for rate in model.arch_parameters()) < 2:
+        limit = compression.patches(compression.space.searchable[0])
+        found = max(compression.granularity.values())
+        raise RateError(f"granularity: found {found}; accepted: from 1 to {limit - 1}")
+    compression.schedule = None
+    compression.reset()
+    if start is not None:
+        model.check(start, "start: ")
+        compression.start_at(start)
+
+
+def _checkpoint(path: Path, every: int, notes: Mapping[str, Any]) -> Checkpoint:
+    if not path.parent.is_dir():
+        raise SearchSettingError(f"checkpoint: found {path}; accepted: a file in a folder that is there")
+    if every < 1:
+        raise SearchSettingError(f"save_every: found {every}; accepted: from 1, in steps")
+    return Checkpoint(path, every, notes)
+
+
+def _precision(device: torch.device, chosen: torch.dtype | None) -> torch.dtype | None:
+    if chosen is None and device.type == "cuda":
+        return torch.float16
+    return chosen
+
+
+def _observer(callback: Callable[[StepRecord], None] | Observer | None) -> Observer:
+    if isinstance(callback, Observer):
+        return callback
+    observer = Observer()
+    if callback is not None:
+        observer.on_step = callback  # type: ignore[method-assign]
+    return observer
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """`requires_grad` and gradients of the parameters that are there now as before, after the block."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient

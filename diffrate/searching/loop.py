@@ -1,0 +1,226 @@
+"""The search for kept counts: rate logits learn on frozen weights (paper, sections 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffrate.budgets.rounding import round_to_budget
+from diffrate.budgets.schedule import Schedule
+from diffrate.group import all_sum, rank, world
+from diffrate.patch.base import CompressedModel
+from diffrate.running.evaluation import Batches, Scores, Tally, evaluate
+from diffrate.running.precision import Place, autocast, to_place
+from diffrate.searching.batches import Batch, batches_from
+from diffrate.searching.checkpoint import SearchState, write_checkpoint
+from diffrate.searching.history import EpochRecord, StepRecord
+from diffrate.searching.settings import Course
+from diffrate.seeds import seed_everything, step_seed
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Mixup = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss that is no number."""
+
+
+class StoppedError(Exception):
+    """Somebody asked a search to stop, and it saved its state."""
+
+
+class Observer:
+    """Told how a search goes, in the process that runs it; override what you want to know."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """An update is done."""
+
+    def on_score(self, tally: Tally) -> None:
+        """A batch was scored at the end of an epoch."""
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """An epoch is done, scored, and saved if there is a checkpoint."""
+
+    def stop(self) -> bool:
+        """Asked before each step: whether all processes are to save and stop after it."""
+        return False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a search saves itself, every how many steps, and what else goes into the file."""
+
+    path: Path
+    every: int
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Means:
+    """How a search computes.
+
+    place: the model's device and the type of its weights. precision: of autocast, None for none.
+    criterion: the loss of logits against labels, mixed or not. mixup: mixes a batch, None for nothing.
+    val: what to score each epoch on, None for nothing.
+    """
+
+    place: Place
+    precision: torch.dtype | None
+    criterion: Criterion
+    mixup: Mixup | None
+    val: Batches | None
+
+
+class Search:
+    """One search: a patched model whose weights are frozen, and the optimizer of its rates."""
+
+    def __init__(self, model: CompressedModel, course: Course, means: Means, observer: Observer) -> None:
+        self.model, self.course, self.means, self.observer = model, course, means, observer
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        self.rates = model.arch_parameters()
+        for rate in self.rates:
+            rate.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.rates, lr=course.settings.learning_rate, weight_decay=0)
+        enabled = means.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(means.place.device.type, enabled=enabled)
+        self.state = SearchState.fresh()
+
+    def run(self, loader: Any, checkpoint: Checkpoint | None) -> tuple[Schedule, Scores | None]:
+        """Search to the end; the schedule to report, which meets the budget, and its scores.
+
+        That is the best of all epochs where there is something to score on, else the last.
+
+        Raises:
+            NonFiniteLossError: the loss is no number; names epoch and step.
+            StoppedError: the observer asked to stop; the state was saved before.
+        """
+        while self.state.epoch < self.course.settings.epochs:
+            self._epoch(loader, checkpoint)
+            record = self._finished(self.score())
+            if record.best:
+                self.state.best = record.schedule, record.scores
+            self.state.epoch, self.state.step, self.state.sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
+            self._save(checkpoint)
+            self.observer.on_epoch(record)
+        assert self.state.best is not None, "there is an epoch, and its schedule meets the budget"
+        return self.state.best
+
+    def schedule(self) -> Schedule:
+        """The schedule of the present rates, rounded to the budget."""
+        compression = self.model.compression
+        return round_to_budget(
+            compression.expected_counts(), compression.space, self.model.flops_at, self.course.target
+        )
+
+    def score(self) -> Scores | None:
+        """Scores at the schedule of the present rates, with tokens really dropped; None without images for it."""
+        if self.means.val is None:
+            return None
+        chosen = self.schedule()
+        self.model.set_kept_num(chosen.prune, chosen.merge)
+        try:
+            return evaluate(self.model, self.means.val, precision=self.means.precision, callback=self.observer.on_score)
+        finally:
+            self.model.compression.schedule = None  # back to searching
+
+    def _epoch(self, loader: Any, checkpoint: Checkpoint | None) -> None:
+        """The steps of one epoch that are left."""
+        state, course = self.state, self.course
+        done = state.step * course.settings.accumulate
+        batches = batches_from(loader, state.epoch, done, course.settings.seed)
+        self.model.train()
+        for step in range(state.step, course.steps):
+            record, stop = self._step(batches, step)
+            state.step = step + 1
+            figures = record.loss, record.flops_loss, record.flops / 1e9
+            state.sums = [total + value for total, value in zip(state.sums, figures, strict=True)]
+            state.history.append(record)
+            if checkpoint is not None and (state.step % checkpoint.every == 0 or stop):
+                self._save(checkpoint)
+            self.observer.on_step(record)
+            if stop:
+                raise StoppedError(f"stopped at epoch {state.epoch}, step {state.step}")
+
+    def _step(self, batches: Iterator[Batch], step: int) -> tuple[StepRecord, bool]:
+        """One update of the rates; what it was made of, and whether all processes are to stop.
+
+        All figures are means over the processes, so that all of them stop after the same step, and for
+        the same loss.
+        """
+        epoch, course, device = self.state.epoch, self.course, self.means.place.device
+        seed_everything(step_seed(course.settings.seed, epoch, rank(), step))
+        learning_rate = course.learning_rate(epoch, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        counts = tuple(self.model.compression.expected_counts())
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.tensor([0.0, 0.0, 0.0, float(self.observer.stop())], device=device)
+        for _ in range(course.settings.accumulate):
+            totals[:3] += self._backward(batches) / course.settings.accumulate
+        average_gradients(self.rates)
+        loss, flops_loss, gflops, stop = (all_sum(totals) / world()).tolist()
+        if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
+            raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}; the last checkpoint is good")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
+
+    def _backward(self, batches: Iterator[Batch]) -> Tensor:
+        """Gradients of one batch; classification loss, cost loss and GFLOPs, `[3]`."""
+        means, settings = self.means, self.course.settings
+        images, labels = to_place(*self._next(batches), means.place)
+        if means.mixup is not None:
+            images, labels = means.mixup(images, labels)
+        with autocast(means.place.device, means.precision):
+            logits, flops = self.model(images)
+        classification = means.criterion(logits.float(), labels)
+        cost = self.course.distance(flops)
+        loss = classification + self.course.weight(self.state.epoch) * cost
+        self.scaler.scale(loss / settings.accumulate).backward()
+        return torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9])
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"loader: no batch left at epoch {self.state.epoch}, step {self.state.step}; accepted: "
+                f"{self.course.steps * self.course.settings.accumulate} batches in every epoch"
+            )
+        return batch
+
+    def _save(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None and rank() == 0:
+            write_checkpoint(self, checkpoint.path, checkpoint.notes)
+
+    def _finished(self, scores: Scores | None) -> EpochRecord:
+        """The epoch that is over."""
+        state, schedule = self.state, self.schedule()
+        before = None if state.best is None else state.best[1]
+        loss, flops_loss, gflops = (total / state.step for total in state.sums)
+        return EpochRecord(
+            epoch=state.epoch,
+            loss=loss,
+            flops_loss=flops_loss,
+            expected_flops=gflops * 1e9,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            schedule=schedule,
+            flops=self.model.flops_at(schedule),
+            scores=scores,
+            best=scores is None or before is None or scores.acc1 > before.acc1,
+        )
+
+
+def average_gradients(rates: list[nn.Parameter]) -> None:
+    """The mean of the rates' gradients over all processes: a few kilobytes, and nothing for weights."""
+    gradients = [rate.grad if rate.grad is not None else torch.zeros_like(rate) for rate in rates]
+    flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients])) / world()
+    parts = flat.split([rate.numel() for rate in rates])
+    for rate, part in zip(rates, parts, strict=True):
+        rate.grad = part.view_as(rate)

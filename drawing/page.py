@@ -1,0 +1,153 @@
+"""A page for an image: pictures of its tokens after each block, and what the model says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+import diffrate
+from diffrate.pictures import draw_groups, origin_groups
+from training.transforms import View, crop_view, eval_transform
+
+SIDE = 448  # pixels at least of the side of a picture with tokens: lines stay thin beside the patches
+SHOWN_CLASSES = 5
+MOST_BLOCKS = 12  # panels of a page, unless blocks are chosen
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model makes of one image.
+
+    view: what it sees of the photograph, at a size for people.
+    grid: rows and columns of the patches.
+    origins: after each block, which kept token stands for each patch, `[rows * columns]`, -1 for pruned.
+    kept: tokens after each block, class token included; `tokens` before the first.
+    dense, compressed: probabilities of the classes, `[K]`.
+    """
+
+    view: Image.Image
+    grid: tuple[int, int]
+    origins: tuple[Tensor, ...]
+    kept: tuple[int, ...]
+    tokens: int
+    dense: Tensor
+    compressed: Tensor
+
+    def tokens_after(self, block: int) -> Image.Image:
+        """The view with the groups of patches after `block`, drawn in."""
+        return draw_groups(self.view, origin_groups(self.origins[block], self.grid))
+
+
+@torch.inference_mode()
+def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], view: View) -> list[Seen]:
+    """Run `photographs`, of any size, through `model` at its kept counts and, for comparison, with all tokens."""
+    transform = eval_transform(view)
+    weight = next(model.parameters())
+    images = torch.stack([transform(photograph) for photograph in photographs]).to(weight.device, weight.dtype)
+    model.eval()
+    states = model.forward_blocks(images)
+    compressed = _probabilities(model.classify(states[-1]))
+    dense = _probabilities(_dense_logits(model, images))
+    first = int(model.compression.space.class_token)
+    side = -(-SIDE // view.input_size) * view.input_size  # whole pixels for every pixel of the input
+    seen = []
+    for index, photograph in enumerate(photographs):
+        origins = tuple(state.origin[index, first:].cpu() for state in states if state.origin is not None)
+        seen.append(
+            Seen(
+                view=crop_view(photograph, view, side),
+                grid=model.token_grid,
+                origins=origins,
+                kept=tuple(state.x.shape[1] for state in states),
+                tokens=model.compression.space.limits[0],
+                dense=dense[index],
+                compressed=compressed[index],
+            )
+        )
+    return seen
+
+
+def shown_blocks(seen: Seen) -> list[int]:
+    """The blocks that remove tokens, evenly thinned out, the last of them kept."""
+    before = (seen.tokens, *seen.kept)
+    last = len(seen.kept) - 1
+    removing = [block for block in range(last + 1) if seen.kept[block] < before[block]] or [last]
+    step = -(-len(removing) // MOST_BLOCKS)
+    return removing[::-1][::step][::-1]
+
+
+def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | None = None) -> Figure:
+    """One page: the view, the tokens after the last block and after `blocks` (by default those that
+    remove tokens), and the predictions."""
+    shown = shown_blocks(seen) if blocks is None else blocks
+    rows = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(2.6 * COLUMNS, 2.8 * (1 + rows) + 0.3), layout="constrained")
+    figure.suptitle(title)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
+    view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
+    last = len(seen.kept) - 1
+    _picture(view, seen.view, "input")
+    _picture(end, seen.tokens_after(last), f"at the end: {_count(seen, last)}")
+    draw_predictions(predictions, seen, names)
+    for place, axes in enumerate(below.subplots(rows, COLUMNS, squeeze=False).flat):
+        if place < len(shown):
+            _picture(axes, seen.tokens_after(shown[place]), f"after block {shown[place]}: {_count(seen, shown[place])}")
+        else:
+            axes.set_axis_off()
+    return figure
+
+
+def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
+    """The likeliest classes of the dense model, with the compressed model's word on them beside."""
+    classes = seen.dense.topk(min(SHOWN_CLASSES, len(seen.dense))).indices.tolist()
+    for name, probabilities, offset, color, hatch in (
+        ("dense", seen.dense, -0.2, "#bbbbbb", ""),
+        ("compressed", seen.compressed, 0.2, "#0072b2", "///"),
+    ):
+        values = [100 * float(probabilities[index]) for index in classes]
+        places = [place + offset for place in range(len(classes))]
+        bars = axes.barh(places, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
+        axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=2, fontsize=8)
+    axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 125)  # room for the figures
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("probability in %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def likeliest(probabilities: Tensor, names: Sequence[str]) -> str:
+    """The class that a model names first, and its probability."""
+    best = int(probabilities.argmax())
+    return f"{names[best]} {100 * float(probabilities[best]):.1f} %"
+
+
+def _picture(axes: Axes, image: Image.Image, title: str) -> None:
+    axes.imshow(image)
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def _count(seen: Seen, block: int) -> str:
+    return f"{seen.kept[block]} of {seen.tokens} tokens"
+
+
+def _dense_logits(model: diffrate.CompressedModel, images: Tensor) -> Tensor:
+    """The logits with every token kept; the model has its counts back afterwards."""
+    before, model.compression.schedule = model.compression.schedule, model.dense_schedule()
+    try:
+        return model(images, return_flop=False)
+    finally:
+        model.compression.schedule = before
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.float().softmax(dim=-1).cpu()

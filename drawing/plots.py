@@ -1,0 +1,173 @@
+"""Plots of what runs measured, from the records in their logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD, Kept, make_schedule, running_counts
+
+# Okabe and Ito's colours; every curve also has a mark or a stroke of its own, for grey print.
+STYLES = {
+    "dense": ("#000000", "*"),
+    "searched": ("#0072b2", "o"),
+    "schedule": ("#56b4e9", "s"),
+    "fine-tuned": ("#009e73", "P"),
+    "uniform merge": ("#d55e00", "^"),
+    "uniform prune": ("#e69f00", "v"),
+    "uniform both": ("#cc79a7", "D"),
+    "uniform random": ("#999999", "X"),
+}
+Record = dict[str, Any]
+
+
+def accuracy_figure(records: Sequence[Record]) -> Figure | None:
+    """Top-1 against GFLOPs of every model that was scored, a panel per architecture."""
+    scored = [(record, kind) for record in records if (kind := _kind(record)) is not None]
+    names = sorted({record["model"] for record, _ in scored})
+    if not names:
+        return None
+    figure = Figure(figsize=(6 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for kind in STYLES:
+            points = {
+                r["gflops"]: r["acc1"] for r, of in scored if of == kind and r["model"] == name
+            }  # the last counts
+            if points:
+                color, marker = STYLES[kind]
+                line = "-" if len(points) > 1 else "none"
+                axes.plot(*zip(*sorted(points.items()), strict=True), line, color=color, marker=marker, label=kind)
+        axes.set(title=name, xlabel="GFLOPs (multiply-accumulates)", ylabel="top-1 accuracy in %")
+        _finish(axes)
+    return figure
+
+
+def kept_tokens_figure(records: Sequence[Record]) -> Figure | None:
+    """Tokens after each block: a panel per searched schedule, with uniform ones of the same cost."""
+    found = {(r["model"], r["target_gflops"]): r for r in records if r.get("mode") == "found"}
+    if not found:
+        return None
+    figure = Figure(figsize=(5.5 * len(found), 4), layout="constrained")
+    for axes, (name, target) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        record = found[name, target]
+        # Uniform schedules mostly keep the same tokens at the same cost: one curve for all that do.
+        curves: dict[tuple[int, ...], list[str]] = {}
+        for kind, counts in record["uniform"].items():
+            curves.setdefault(tuple(kept.merged for kept in _kept(counts, record)), []).append(kind)
+        for merged, kinds in curves.items():
+            color, marker = STYLES[f"uniform {kinds[0]}"]
+            label = f"uniform {', '.join(kinds)}"
+            axes.plot(merged, "--", color=color, marker=marker, markersize=4, label=label)
+        draw_kept_tokens(axes, _kept(record, record))
+        axes.set_title(f"{name}, {record['gflops']:.4g} GFLOPs")
+        _finish(axes)
+    return figure
+
+
+def draw_kept_tokens(axes: Axes, kept: Sequence[Kept]) -> None:
+    """Tokens that pruning and then merging leaves in each block, between the tokens that enter and leave it."""
+    blocks = range(len(kept))
+    color, marker = STYLES["searched"]
+    axes.plot(blocks, [count.merged for count in kept], color=color, marker=marker, label="after merging")
+    if any(count.pruned < count.entering for count in kept):
+        axes.plot(blocks, [count.pruned for count in kept], ":", color=color, marker="x", label="after pruning")
+    pruned = [(count.pruned, count.entering) for count in kept]
+    merged = [(count.merged, count.pruned) for count in kept]
+    for spans, hatch, label in ((pruned, "xx", "pruned"), (merged, "//", "merged")):
+        if any(low < high for low, high in spans):
+            heights, lows = [high - low for low, high in spans], [low for low, _ in spans]
+            axes.bar(blocks, heights, 0.5, lows, color="#dddddd", hatch=hatch, edgecolor="#777777", label=label)
+    axes.set(xlabel="block", ylabel="tokens", ylim=(0, 1.05 * kept[0].entering))
+
+
+def search_figure(steps: Sequence[Record]) -> Figure | None:
+    """How the expected counts of every block moved, and the expected cost towards the target."""
+    start = max((index for index, step in enumerate(steps) if step["epoch"] == step["step"] == 0), default=0)
+    latest = {(step["epoch"], step["step"]): step for step in steps[start:]}  # a resumed run repeats steps
+    course = [latest[place] for place in sorted(latest)]
+    kinds = [kind for kind in (PRUNE_FIELD, MERGE_FIELD) if course[0][kind] is not None]
+    done = [step["done"] for step in course]
+    figure = Figure(figsize=(4.5 * (len(kinds) + 1), 4), layout="constrained")
+    *panels, cost = figure.subplots(1, len(kinds) + 1)
+    for axes, kind in zip(panels, kinds, strict=True):
+        blocks = len(course[0][kind])
+        for block in range(blocks):
+            color = colormaps["viridis"](block / max(1, blocks - 1))
+            counts = [step[kind][block] for step in course]
+            axes.plot(done, counts, color=color)
+            axes.annotate(str(block), (done[-1], counts[-1]), fontsize=7, xytext=(2, 0), textcoords="offset points")
+        title = {PRUNE_FIELD: "expected after pruning, by block", MERGE_FIELD: "expected after merging, by block"}[kind]
+        axes.set(title=title, xlabel="step", ylabel="tokens", ylim=(0, None))
+    cost.plot(done, [step["gflops"] for step in course], color=STYLES["searched"][0], label="expected")
+    cost.axhline(course[-1]["target_gflops"], color="black", linestyle="--", label="target")
+    cost.set(title="cost", xlabel="step", ylabel="GFLOPs (multiply-accumulates)")
+    _finish(cost)
+    return figure
+
+
+def speed_figure(rows: Sequence[Record]) -> Figure | None:
+    """Speed-up of each row with its lowest and highest, and the ideal beside it."""
+    labels = [f"batch {row['batch_size']}\n{row['precision']}\n{row['mode']}" for row in rows]
+    places = range(len(rows))
+    figure = Figure(figsize=(2 + 1.1 * len(rows), 4), layout="constrained")
+    axes = figure.subplots()
+    speeds = [row["speedup"] for row in rows]
+    below = [row["speedup"] - row["speedup_low"] for row in rows]
+    above = [row["speedup_high"] - row["speedup"] for row in rows]
+    axes.bar(places, speeds, 0.6, yerr=[below, above], capsize=4, color="#56b4e9", edgecolor="black", label="measured")
+    ideal = [row["ideal_speedup"] for row in rows]
+    starts, ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
+    axes.hlines(ideal, starts, ends, "black", "dashed", label="ideal: FLOPs ratio")
+    for place, row in zip(places, rows, strict=True):
+        axes.annotate(f"{row['share_of_ideal']:.0%}", (place, 0.05), ha="center")
+    axes.set_xticks(places, labels)
+    axes.set(title=rows[0]["model"], ylabel="times the dense images/s", ylim=(0, 1.3 * max(speeds + ideal)))
+    _finish(axes)
+    return figure
+
+
+def scaling_figure(rows: Sequence[Record]) -> Figure | None:
+    """Images per second against tokens kept, a curve per input size, a panel per batch size."""
+    batches = sorted({row["batch_size"] for row in rows})
+    figure = Figure(figsize=(4.5 * len(batches), 4), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        here = [row for row in rows if row["batch_size"] == batch]
+        styles = zip(sorted({row["input_size"] for row in here}), list(STYLES.values())[1:], strict=False)
+        for size, (color, marker) in styles:
+            points = sorted((row["tokens_kept"], row["images_per_second"]) for row in here if row["input_size"] == size)
+            axes.loglog(*zip(*points, strict=True), color=color, marker=marker, label=f"{size} pixels")
+        axes.set(title=f"{here[0]['model']}, batch {batch}", xlabel="tokens kept", ylabel="images/s")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_locator(NullLocator())
+        _finish(axes)
+    return figure
+
+
+def _kind(record: Record) -> str | None:
+    """Which curve of the accuracy plot a record belongs to, None for one without a score."""
+    mode = record.get("mode", "")
+    if mode in ("eval", "found") and record["gflops"] == record["dense_gflops"]:
+        return "dense"
+    if mode.startswith("baseline "):
+        return f"uniform {mode.removeprefix('baseline ')}"
+    return {"eval": "schedule", "found": "searched", "finetune": "fine-tuned"}.get(mode)
+
+
+def _kept(counts: Record, record: Record) -> list[Kept]:
+    """What `counts` make of the tokens in the compressible blocks of the model in `record`."""
+    schedule = make_schedule(counts[PRUNE_FIELD], counts[MERGE_FIELD])
+    return running_counts(schedule, record["tokens"])[: record["blocks"]]
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)

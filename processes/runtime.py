@@ -1,0 +1,117 @@
+"""Where and how a run computes, and where it leaves its records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffrate.files import whole_file
+from diffrate.running.precision import Place, autocast
+from processes.group import Processes
+from utils import UsageError, make_output_dir
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run computes, and where it leaves its records."""
+
+    processes: Processes
+    device: torch.device
+    amp: torch.dtype | None
+    print_freq: int
+    output_dir: Path | None
+    board: Any = None
+    dtype: torch.dtype = torch.float32  # of images, and of weights at rest
+    bar: bool = False  # whether progress is a bar on the terminal
+
+    def inside(self, name: str) -> Runtime:
+        """The same with a folder `name` in the output folder for its own."""
+        return self if self.output_dir is None else replace(self, output_dir=make_output_dir(self.output_dir / name))
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as chosen, or none."""
+        return autocast(self.device, self.amp)
+
+    @property
+    def place(self) -> Place:
+        """Where batches go."""
+        return Place(self.device, self.dtype)
+
+    def append(self, content: dict[str, Any], name: str) -> None:
+        """Add a JSON line to the file `name` in the output folder, if there is one; main process only."""
+        if self.output_dir is not None and self.processes.is_main:
+            with (self.output_dir / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process leaves files in an output folder."""
+        return self.output_dir is not None and self.processes.is_main
+
+    def record(self, content: dict[str, Any]) -> None:
+        """`append` to `log.txt`, and figures of an epoch to TensorBoard."""
+        self.append(content, "log.txt")
+        if self.board is not None and "epoch" in content:
+            for name, value in content.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, content["epoch"])
+            self.board.flush()
+
+    def save(self, content: dict[str, Any], name: str) -> None:
+        """`torch.save` as a whole file in the output folder, if there is one; main process only."""
+        if self.output_dir is not None and self.processes.is_main:
+            with whole_file(self.output_dir / name) as file:
+                torch.save(content, file)
+
+
+def resolve_device(name: str, processes: Processes) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; each local process has a GPU of its own.
+
+    Raises:
+        UsageError: CUDA asked for where there is none, or another device.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    if name.startswith("cuda") and not available:
+        raise UsageError(f"--device {name}: this machine or this build of torch has no CUDA; accepted: auto, cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: unknown; accepted: auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: not supported; accepted: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        index = processes.local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: no GPU number {index}; accepted: 0 to {torch.cuda.device_count() - 1}")
+        return torch.device("cuda", index)
+    return device
+
+
+def amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """What to autocast to: by default float16 on CUDA, as published, and nothing elsewhere."""
+    if name is None:
+        name = "fp16" if device.type == "cuda" else "off"
+    return AMP_DTYPES[name]
+
+
+def open_board(output_dir: Path | None, is_main: bool) -> Any:
+    """A TensorBoard writer into `output_dir`; None on other processes than the main one.
+
+    Raises:
+        UsageError: TensorBoard is not installed, or there is no folder.
+    """
+    if output_dir is None:
+        raise UsageError("--tensorboard needs --output_dir")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard: not installed; accepted after pip install tensorboard") from error
+    return SummaryWriter(str(output_dir)) if is_main else None

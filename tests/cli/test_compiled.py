@@ -1,0 +1,75 @@
+"""`--compile`: one graph for the whole model, in evaluation and in training, with the eager results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from diffrate.running.compiled import FixedBatch
+from tests.cli.test_eval import PROJECT, scores
+from tests.conftest import Cli
+from tests.test_patch import images, patched
+
+MODEL = ("--model", "vit_sample_patch4_28", "--num_workers", 0)
+HALF = ("--load_compression_rate", "--target_flops", 0.0242)
+
+
+def traced_alone(model: torch.nn.Module) -> Any:
+    """The one graph, forward and backward, run as it is: generating code for it takes minutes."""
+    return torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+@pytest.mark.parametrize("family", ["deit", "mae", "caformer"])
+def test_every_family_is_one_graph(family: str) -> None:
+    model = patched(family)
+    expected = model(images(family), return_flop=False)
+    torch.testing.assert_close(traced_alone(model)(images(family), return_flop=False), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_smaller_batches_are_filled_up() -> None:
+    model = patched("deit")
+    fixed = FixedBatch(model, 4)
+    for count in (1, 3, 4):
+        batch = images("deit", count)
+        torch.testing.assert_close(fixed(batch), model(batch, return_flop=False))
+    with pytest.raises(ValueError, match="return_flop=True"):
+        fixed(images("deit"), return_flop=True)
+
+
+def test_evaluation_scores_the_same(cli: Cli, image_folder: Path) -> None:
+    words = ("--eval", *MODEL, *HALF, "--checkpoint", "scratch", "--data-path", image_folder, "--batch-size", 4)
+    eager, compiled = (cli(*words, *more) for more in ((), ("--compile",)))
+    assert compiled[0] == 0
+    assert scores(compiled[1]) == pytest.approx(scores(eager[1]), abs=0.002)
+
+
+def test_training_takes_the_same_course(
+    cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "compile_model", traced_alone)
+    words = ("--finetune", *MODEL, *HALF, "--data-path", image_folder, "--batch-size", 4, "--epochs", 2, "--lr", 1e-3)
+    losses = []
+    for name, more in (("eager", ()), ("compiled", ("--compile", "--model-ema"))):
+        out = tmp_path / name
+        code, _, _ = cli(*words, "--unscale-lr", "--affine", 0, 0, 0, *more, "--output_dir", out)
+        assert code == 0
+        losses.append([json.loads(line)["train_loss"] for line in (out / "log.txt").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_without_a_compiler_one_line_says_so(image_folder: Path, tmp_path: Path) -> None:
+    words = ("--eval", *MODEL, *HALF, "--checkpoint", "scratch", "--data-path", image_folder, "--batch-size", 4)
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--compile"]
+    nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("main.py: error: --compile: ")
+    assert "Traceback" not in done.stderr

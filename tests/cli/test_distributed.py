@@ -1,0 +1,134 @@
+"""Two gloo processes: through torchrun, `torch.distributed.launch`, and SLURM's variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROJECT = Path(__file__).parent.parent.parent
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
+    "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"],
+}
+SEARCH = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--target_flops", 0.025, "--print-freq", 1)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def launch(launcher: str, *words: object) -> subprocess.CompletedProcess[str]:
+    port = f"--master_port={free_port()}"
+    command = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher], port, str(PROJECT / "main.py")]
+    words = (*words, "--num_workers", 0)
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=200, check=False)
+
+
+def slurm_step(*words: object) -> list[subprocess.Popen[str]]:
+    """The two processes of `srun --nodes=2 --ntasks-per-node=1`, with no launcher to watch over them."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    step |= {"SLURM_STEP_NODELIST": "localhost,elsewhere", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def last_record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "log.txt").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_evaluation_counts_every_image_once(launcher: str, tmp_path: Path) -> None:
+    """1,000 images in batches of 7 on two processes: neither divides evenly."""
+    done = launch(launcher, "--eval", "--load_compression_rate", "--batch-size", 7, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, str(PROJECT / "main.py"), "--eval", "--load_compression_rate", "--num_workers", "0"]
+    subprocess.run([*alone, "--output_dir", str(tmp_path / "one")], check=True, capture_output=True)
+    one, two = last_record(tmp_path / "one"), last_record(tmp_path / "two")
+    assert two["images"] == one["images"] == 1000
+    assert {name: two[name] for name in ("acc1", "acc5")} == {name: one[name] for name in ("acc1", "acc5")}
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert done.stdout.count("* Acc@1") == 1
+
+
+def test_training_leaves_one_log_and_one_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    words = ("--finetune", "--model", "vit_sample_patch4_28", "--data-path", image_folder, "--batch-size", 2)
+    done = launch("torchrun", *words, "--epochs", 1, "--output_dir", tmp_path, "--no-repeated-aug")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path: Path) -> None:
+    """A damaged image that only the second process reads."""
+    bad = image_folder / "val" / "cat" / "1.jpg"
+    bad.write_bytes(b"not a picture")
+    words = ("--eval", "--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder)
+    done = launch("torchrun", *words)
+    assert done.returncode != 0
+    assert f"main.py: error: image {bad}: cannot be read" in done.stderr
+
+
+def test_two_processes_are_one_with_twice_the_batch(image_folder: Path, tmp_path: Path) -> None:
+    """The first step's update of the rates; without drop path, which draws per process."""
+    words = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder)
+    words = (*words, "--epochs", 1, "--target_flops", 0.025, "--drop-path", 0, "--affine", 0, 0, 0)
+    done = launch("launch", *words, "--batch-size", 6, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    alone = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
+    subprocess.run([*alone, "--batch-size", "12", "--output_dir", str(tmp_path / "one")], check=True)
+    one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("one", "two"))
+    assert one["step"] == two["step"] == 0
+    for index in range(len(one["rates"])):
+        first, second = (content["optimizer"]["state"][index]["exp_avg"] for content in (one, two))
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+        assert first.abs().max() > 0
+    assert (tmp_path / "two" / "compression_rate.json").exists()
+    assert len((tmp_path / "two" / "log.txt").read_text().splitlines()) == 1
+
+
+def test_slurm_variables_make_two_processes(image_folder: Path, tmp_path: Path) -> None:
+    words = (*SEARCH, "--data-path", image_folder, "--epochs", 1, "--batch-size", 6)
+    step = slurm_step(*words, "--output_dir", tmp_path)
+    for process in step:
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    assert last_record(tmp_path)["images"] == 9
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_killed_takes_the_other_down(lost: int, image_folder: Path, tmp_path: Path) -> None:
+    """No launcher: the one that is left has to notice by itself, within a minute."""
+    step = slurm_step(
+        *SEARCH, "--data-path", image_folder, "--epochs", 500, "--batch-size", 2, "--output_dir", tmp_path
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "checkpoint.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    step[lost].kill()
+    _, err = step[1 - lost].communicate(timeout=60)
+    assert step[1 - lost].returncode == 1
+    assert err.splitlines()[-1].startswith(f"main.py: error: process {1 - lost} stops: process {lost} ")
+    assert "Traceback" not in err
+    step[lost].communicate()

@@ -1,0 +1,165 @@
+"""The real command line on real files: evaluation of every family, its records, its last line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from tests import recipe_weights
+from tests.conftest import Cli
+from tests.tiny_models import original_caformer_shapes
+
+PROJECT = Path(__file__).parent.parent.parent
+LAST_LINE = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3}) flops (\d+\.\d{3})$")
+FAST = ("--num_workers", 0)
+
+
+def scores(output: str) -> tuple[float, ...]:
+    found = LAST_LINE.search(output.strip())
+    assert found, output
+    return tuple(float(number) for number in found.groups())
+
+
+def official_file(name: str, path: Path) -> Path:
+    """A full-size checkpoint of the zoo's model `name` in its official layout."""
+    with torch.device("meta"):
+        model = models.create(models.lookup(name))
+    if name == "caformer_s36":
+        content = recipe_weights.state_dict(original_caformer_shapes(model), torch.float32)
+    else:
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        content = {"model": recipe_weights.state_dict(shapes, torch.float32)}
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "gflops"),
+    [
+        ("vit_deit_tiny_patch16_224", "0.80", 0.809),
+        ("vit_base_patch16_mae", "8.7", 8.711),
+        ("caformer-s36", "5.2", 5.215),
+    ],
+)
+def test_an_official_file_evaluates_at_full_size(
+    name: str, target: str, gflops: float, tmp_path: Path, image_folder: Path, cli: Cli
+) -> None:
+    file = official_file(models.lookup(name).name, tmp_path / "official.pth")
+    words = ("--eval", "--model", name, "--checkpoint", file, "--data-path", image_folder, *FAST)
+    code, out, err = cli(*words, "--load_compression_rate", "--target_flops", target)
+    assert (code, err) == (0, "")
+    assert "not ImageNet ids" in out
+    assert scores(out)[3] == gflops
+
+
+def test_the_sample_evaluates_with_no_data_path(cli: Cli) -> None:
+    code, out, err = cli("--eval", "--load_compression_rate", *FAST)
+    assert (code, err) == (0, "")
+    acc1, acc5, _, gflops = scores(out)
+    assert acc1 > 80
+    assert acc5 > 95
+    assert gflops == 0.024
+
+
+def test_the_sample_is_accurate_without_compression(cli: Cli) -> None:
+    acc1, _, _, gflops = scores(cli("--eval", *FAST)[1])
+    assert acc1 >= 97
+    assert gflops == 0.048
+
+
+def test_scores_do_not_depend_on_the_batch_size(cli: Cli) -> None:
+    lines = {scores(cli("--eval", "--load_compression_rate", "--batch-size", size, *FAST)[1]) for size in (1000, 64, 7)}
+    accuracies = {line[:2] for line in lines}
+    losses = [line[2] for line in lines]
+    assert len(accuracies) == 1
+    assert max(losses) - min(losses) <= 0.001
+
+
+def test_records_in_the_output_folder(tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "new" / "folder"
+    _, out, _ = cli("--eval", "--load-compression-rate", "--output-dir", folder, "--batch_size", 500, *FAST)
+    record = json.loads((folder / "log.txt").read_text())
+    acc1, acc5, loss, _ = scores(out)
+    assert (round(record["acc1"], 3), round(record["acc5"], 3), round(record["loss"], 3)) == (acc1, acc5, loss)
+    assert record["images"] == 1000
+    assert (folder / "log_rank0.txt").read_text() == out
+    assert "eta 0:00:00" in out
+    assert "\033" not in out
+
+
+def test_a_schedule_file_of_ones_own(tmp_path: Path, cli: Cli) -> None:
+    counts = str([50] * 8)
+    table = {"ViT-Sample": {"1": {"prune_kept_num": counts, "merge_kept_num": counts}}}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(table))
+    words = ("--eval", "--load_compression_rate", "--compression_rate_file", file, *FAST)
+    assert scores(cli(*words)[1]) == scores(cli("--eval", *FAST)[1])
+
+
+def test_other_input_sizes_interpolate(cli: Cli) -> None:
+    acc1, _, _, gflops = scores(cli("--eval", "--input-size", 32, *FAST)[1])
+    assert gflops == 0.064
+    assert acc1 > 50
+
+
+def test_bfloat16_on_the_cpu(cli: Cli) -> None:
+    full = scores(cli("--eval", "--load_compression_rate", *FAST)[1])
+    half = scores(cli("--eval", "--load_compression_rate", "--amp", "bf16", *FAST)[1])
+    assert abs(full[0] - half[0]) < 2
+    assert full != half
+
+
+def test_the_crop_is_the_users(cli: Cli) -> None:
+    whole, cropped = (scores(cli("--eval", "--crop-pct", crop, *FAST)[1]) for crop in (1.0, 0.5))
+    assert whole[0] > cropped[0]
+
+
+def test_the_command_itself_with_loader_processes(tmp_path: Path) -> None:
+    """From another folder, as a process of its own, with the default number of workers."""
+    command = [sys.executable, str(PROJECT / "main.py"), "--eval", "--load_compression_rate"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert scores(done.stdout)[3] == 0.024
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path: Path) -> None:
+    words = ("--benchmark", "--load_compression_rate", "--rounds", 3)
+    code, _, err = cli(*words, "--batch-size", 1, "--output_dir", tmp_path / "both")
+    assert (code, err) == (0, "")
+    both = json.loads((tmp_path / "both" / "benchmark.json").read_text())
+    assert [(row["batch_size"], row["precision"]) for row in both] == [(1, "float32"), (1, "bf16")]
+    code, out, err = cli(*words, "--batch-size", 1, 8, "--amp", "off", "--output_dir", tmp_path)
+    assert (code, err) == (0, "")
+    rows = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [(row["batch_size"], row["precision"], row["mode"]) for row in rows] == [
+        *((1, "float32", "eager"), (8, "float32", "eager"))
+    ]
+    for row in rows:
+        assert row["ideal_speedup"] == pytest.approx(1.99, abs=0.02)
+        assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert row["dense_ms_per_image"] == pytest.approx(1000 / row["dense_images_per_second"])
+        assert row["dense_memory_mib"] > 0
+    with (tmp_path / "benchmark.csv").open() as file:
+        assert [float(row["speedup"]) for row in csv.DictReader(file)] == [row["speedup"] for row in rows]
+    assert [json.loads(line)["speedup"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        row["speedup"] for row in rows
+    ]
+    assert "share" in out
+
+
+@pytest.mark.slow
+def test_the_benchmark_compiles_in_one_graph(cli: Cli, tmp_path: Path) -> None:
+    words = ("--benchmark", "--load_compression_rate", "--batch-size", 2, "--rounds", 1, "--amp", "off", "--compile")
+    code, _, _ = cli(*words, "--output_dir", tmp_path)  # torch may have something to say about the compiler
+    assert code == 0
+    assert [row["mode"] for row in json.loads((tmp_path / "benchmark.json").read_text())] == ["eager", "compiled"]

@@ -1,0 +1,98 @@
+"""The parser: spellings, abbreviations, and no flag that is parsed and unused."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cli.flags import get_args_parser, parse_flags
+from cli.settings import MODES, DataSettings, ModelSettings, RunSettings, Settings
+from diffrate.searching.settings import SearchSettings
+from training.settings import Augmentation, Mixing, TrainingSettings
+
+PROJECT = Path(__file__).parent.parent.parent
+FLAGS, SETTINGS = PROJECT / "cli" / "flags.py", PROJECT / "cli" / "settings.py"
+SOURCES = [path for path in PROJECT.glob("**/*.py") if "tests" not in path.parts and ".venv" not in path.parts]
+CLASSES = (DataSettings, ModelSettings, RunSettings, Settings, SearchSettings, TrainingSettings, Augmentation, Mixing)
+
+
+def attributes_read(path: Path) -> set[str]:
+    """Names that the code in `path` reads from `args`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+
+
+def test_every_flag_becomes_a_setting_and_every_setting_is_of_a_flag() -> None:
+    """Which mode it is, `mode_of` finds from the names of `MODES`."""
+    declared = {action.dest for action in get_args_parser()._actions} - {"help"}
+    read = attributes_read(SETTINGS)
+    assert declared - read == {"eval", "finetune"}
+    assert {"eval", "finetune"} <= set(MODES)
+    assert read - declared == set()
+    assert attributes_read(FLAGS) - declared == set()
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_setting_is_used(kind: type) -> None:
+    """Read as an attribute somewhere else than where the settings are made."""
+    read = {
+        node.attr
+        for path in SOURCES
+        if path not in (SETTINGS, FLAGS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert {field.name for field in dataclasses.fields(kind)} - read == set()
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_settings_are_frozen(kind: type) -> None:
+    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_parsed_flags_end_in_the_command_lines_folder() -> None:
+    """No function elsewhere has a parameter of type `Namespace`, under whatever name."""
+    for path in SOURCES:
+        if path.parent.name == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                assert "Namespace" not in ast.unparse(node.annotation), f"{path}: {node.arg}"
+            if isinstance(node, ast.FunctionDef):
+                assert "args" not in [argument.arg for argument in node.args.args], f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("spelling", ["--data-path", "--data_path", "--data-pat"])
+def test_dashes_underscores_and_abbreviations(spelling: str) -> None:
+    assert parse_flags(["--eval", "--model", "x", spelling, "there"]).data.path == "there"
+    assert parse_flags(["--eval", "--model", "x", f"{spelling}=a_b"]).data.path == "a_b"
+
+
+def test_abbreviations_of_the_published_commands() -> None:
+    found = parse_flags(["--finetune", "--epoch", "3", "--batch", "8", "--output", "o", "--load-comp"])
+    assert (found.training.epochs, found.data.batch_size) == (3, 8)
+    assert (found.run.output_dir, found.model.load) == (Path("o"), True)
+
+
+def test_no_data_path_means_the_sample() -> None:
+    found = parse_flags(["--eval"])
+    assert (found.data.data_set, found.model.name, found.model.checkpoint) == (
+        *("SAMPLE", "vit_sample_patch4_28", "official"),
+    )
+
+
+def test_a_data_path_means_imagenets_layout() -> None:
+    found = parse_flags(["--eval", "--data-path", "x", "--model", "caformer_s36"])
+    assert (found.data.data_set, found.model.checkpoint) == ("IMNET", "official")
+
+
+def test_finetuning_starts_from_scratch_or_a_checkpoint() -> None:
+    assert parse_flags(["--finetune"]).model.checkpoint == "scratch"
+    assert parse_flags(["--finetune", "a.pth"]).model.checkpoint == "a.pth"
+    assert parse_flags(["--finetune", "--checkpoint", "official"]).model.checkpoint == "official"

@@ -1,0 +1,271 @@
+"""The search from the command line: what it finds, leaves behind, survives, and refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.schedule import find_schedule
+from diffrate.searching.settings import Course
+from tests.cli.test_eval import scores
+from tests.conftest import Cli
+
+PROJECT = Path(__file__).parent.parent.parent
+MODEL = "vit_sample_patch4_28"
+KEY = "ViT-Sample"
+
+
+def words(folder: Path, out: Path, *more: object) -> list[str]:
+    """A search of three steps an epoch on a small image folder, with the published rates."""
+    base = ("--model", MODEL, "--checkpoint", "scratch", "--data-path", folder, "--output_dir", out, "--batch-size", 4)
+    published = ("--arch-lr", 0.01, "--arch-min-lr", 0.001, "--granularity", 4)
+    run = ("--num_workers", 0, "--target_flops", 0.025, "--print-freq", 1)
+    return [str(word) for word in (*base, *published, *run, *more)]
+
+
+def checkpoint(out: Path, name: str = "checkpoint.pth") -> dict[str, Any]:
+    return torch.load(out / name, weights_only=True)
+
+
+def rates(out: Path) -> list[torch.Tensor]:
+    return checkpoint(out)["rates"]
+
+
+def same_rates(first: Path, second: Path) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(rates(first), rates(second), strict=True))
+
+
+def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, err = cli(*words(image_folder, out, "--epochs", 2))
+    assert (code, err) == (0, "")
+    assert {path.name for path in out.iterdir()} == {
+        *("checkpoint.pth", "model_best.pth", "compression_rate.json", "log.txt", "log_rank0.txt"),
+        *("found.txt", "search_steps.txt", "accuracy.png", "kept_tokens.png", "search_counts.png"),
+    }
+    schedule = find_schedule(out / "compression_rate.json", KEY, 0.025)
+    records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert all(meets_budget(record["gflops"], 0.025) for record in records)
+    assert list(schedule.merge) in [record["merge_kept_num"] for record in records]
+    assert records[-1]["lr"] == pytest.approx(0.001)
+    content = checkpoint(out)
+    assert content["flags"]["target_flops"] == 0.025
+    assert content["flags"]["data_path"] == str(image_folder)
+    assert {"rates", "schedule", "optimizer", "scheduler", "scaler", "epoch", "random"} <= set(content)
+    next_command = text.split("next: python main.py ")[1].splitlines()[0].split()
+    code, text, err = cli(*next_command, "--num_workers", 0)
+    assert (code, err) == (0, "")
+    assert scores(text)[3] == 0.025
+
+
+def test_tensorboard_gets_the_figures_of_each_epoch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, err = cli(*words(image_folder, out, "--epochs", 2, "--tensorboard"))
+    assert (code, err) == (0, "")
+    events = EventAccumulator(str(out)).Reload()
+    records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [event.step for event in events.Scalars("train_loss")] == [0, 1]
+    written = [event.value for event in events.Scalars("train_loss")]
+    assert written == pytest.approx([record["train_loss"] for record in records])
+
+
+def test_resumed_evaluation_takes_the_searched_schedule(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    cli(*words(image_folder, tmp_path / "out", "--epochs", 1))
+    flags = ("--eval", "--model", MODEL, "--checkpoint", "scratch", "--data-path", image_folder, "--num_workers", 0)
+    loaded = cli(
+        *flags, "--load_compression_rate", "--compression_rate_file", tmp_path / "out" / "compression_rate.json"
+    )
+    for name in ("checkpoint.pth", "model_best.pth"):
+        resumed = cli(*flags, "--resume", tmp_path / "out" / name)
+        assert scores(resumed[1]) == scores(loaded[1])
+    assert scores(cli(*flags, "--resume", "auto", "--output_dir", tmp_path / "out")[1]) == scores(loaded[1])
+
+
+def test_the_search_moves_towards_the_target(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    cli(*words(image_folder, tmp_path / "out", "--epochs", 20, "--arch-lr", 0.2, "--flops_weight", 50))
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
+    gap = [abs(record["train_gflops"] - 0.025) for record in records]
+    assert gap[-1] < 0.3 * gap[0]
+
+
+def test_a_run_repeats_with_its_seed_whatever_the_workers(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    for name, more in {"a": (), "b": ("--num_workers", 2), "c": ("--seed", 5)}.items():
+        cli(*words(image_folder, tmp_path / name, "--epochs", 2, *more))
+    assert same_rates(tmp_path / "a", tmp_path / "b")
+    assert not same_rates(tmp_path / "a", tmp_path / "c")
+
+
+def test_accumulated_batches_are_one_large_batch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    plain = ("--epochs", 2, "--drop-path", 0, "--no-repeated-aug")
+    cli(*words(image_folder, tmp_path / "large", *plain, "--batch-size", 8))
+    cli(*words(image_folder, tmp_path / "small", *plain, "--batch-size", 4, "--accum-steps", 2))
+    for large, small in zip(rates(tmp_path / "large"), rates(tmp_path / "small"), strict=True):
+        torch.testing.assert_close(large, small, atol=1e-5, rtol=0)
+
+
+def test_a_sweep_searches_each_target_into_one_file(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    flags = words(image_folder, tmp_path / "out", "--epochs", 1)
+    at = flags.index("0.025")
+    code, _, err = cli(*flags[:at], 0.02, 0.03, *flags[at + 1 :])
+    assert (code, err) == (0, "")
+    for target in (0.02, 0.03):
+        assert find_schedule(tmp_path / "out" / "compression_rate.json", KEY, target)
+        assert (tmp_path / "out" / f"target_{target:g}" / "checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize("kind", ["prune", "merge", "both", "random"])
+def test_baselines_evaluate_and_save(kind: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    code, text, err = cli(*words(image_folder, tmp_path / "out", "--baseline", kind))
+    assert (code, err) == (0, "")
+    assert scores(text)[3] == 0.025
+    assert find_schedule(tmp_path / "out" / "compression_rate.json", KEY, 0.025)
+
+
+def test_a_search_starts_from_a_schedule(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    cli(*words(image_folder, tmp_path / "base", "--baseline", "both"))
+    file = tmp_path / "base" / "compression_rate.json"
+    more = ("--init_compression_rate", 0.025, "--compression_rate_file", file, "--granularity", 1)
+    cli(*words(image_folder, tmp_path / "out", "--epochs", 1, "--arch-lr", 1e-9, "--arch-min-lr", 0, *more))
+    start, found = (find_schedule(path, KEY, 0.025) for path in (file, tmp_path / "out" / "compression_rate.json"))
+    assert all(abs(a - b) <= 1 for a, b in zip(start.merge, found.merge, strict=True))
+
+
+def test_warmup_leaves_the_cost_out_of_the_first_epoch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    more = ("--epochs", 1, "--arch-lr", 0.1)
+    cli(*words(image_folder, tmp_path / "warm", *more, "--warmup_compression_rate"))
+    cli(*words(image_folder, tmp_path / "free", *more, "--flops_weight", 0))
+    cli(*words(image_folder, tmp_path / "full", *more))
+    assert same_rates(tmp_path / "warm", tmp_path / "free")
+    assert not same_rates(tmp_path / "warm", tmp_path / "full")
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
+    cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Course.distance
+    calls: list[int] = []
+
+    def breaks(course: Course, flops: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return original(course, flops) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(Course, "distance", breaks)
+    code, _, err = cli(*words(image_folder, tmp_path / "out", "--epochs", 2))
+    assert code == 2
+    assert "the loss is " in err
+    assert "epoch 1, step 1; the last checkpoint is good" in err
+    monkeypatch.undo()
+    cli(*words(image_folder, tmp_path / "out", "--epochs", 2, "--resume", "auto"))
+    cli(*words(image_folder, tmp_path / "whole", "--epochs", 2))
+    assert same_rates(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--granularity", 1), "--granularity 4; accepted: 1"),
+        (("--target_flops", 0.03), "--target_flops 0.025; accepted: 0.03"),
+        (("--arch-lr", 0.02), "--arch-lr 0.01; accepted: 0.02"),
+        (("--seed", 1), "--seed 0; accepted: 1"),
+    ],
+)
+def test_a_checkpoint_of_another_search_is_refused(
+    more: tuple[object, ...], expected: str, cli: Cli, image_folder: Path, tmp_path: Path
+) -> None:
+    cli(*words(image_folder, tmp_path / "out", "--epochs", 1))
+    again = words(image_folder, tmp_path / "out", "--epochs", 1, *more)
+    code, _, err = cli(*again, "--resume", tmp_path / "out" / "checkpoint.pth")
+    assert code == 2
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--target_flops", 0.06), "accepted: 0.009302 to 0.04831"),
+        (("--target_flops", 0.001), "accepted: 0.009302 to 0.04831"),
+        (("--granularity", 0), "--granularity: found 0"),
+        (("--resume", "gone.pth"), "--resume gone.pth: cannot be read"),
+        (("--arch-min-lr", 0.5), "--arch-min-lr 0.5: accepted: up to --arch-lr 0.01"),
+        (("--accum-steps", 9), "--accum-steps 9: accepted: up to 3"),
+        (("--target_flops", 0.02, 0.03, 0.02), "--target_flops 0.02 0.03 0.02: accepted: each once"),
+        (("--granularity", 49), "--granularity 49: accepted: from 1 to 48"),
+        (("--arch-lr", "inf"), "--arch-lr: found inf"),
+        (("--seed", 2**32), "--seed: found 4294967296; accepted: from 0 to 4294967295"),
+        (("--compile",), "--compile goes with --eval, --finetune and --benchmark"),
+        (("--load_compression_rate",), "goes with --eval"),
+        (("--init_compression_rate", 9), "no --target_flops 9"),
+        (("--baseline", "best"), "--baseline"),
+    ],
+)
+def test_bad_input(more: tuple[object, ...], expected: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    code, _, err = cli(*words(image_folder, tmp_path / "out", *more))
+    assert code == 2
+    assert expected in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / "main.py"), *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_change(path: Path, before: float, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.stat().st_mtime > before:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_the_search_ends_the_same(image_folder: Path, tmp_path: Path) -> None:
+    """`kill -9` after a checkpoint was written and a random while later: the same rates, bit for bit."""
+    more = ("--epochs", 30, "--resume", "auto", "--arch-lr", 0.05)
+    path = tmp_path / "killed" / "checkpoint.pth"
+    draw = random.Random(0)
+    for _ in range(10):
+        before = path.stat().st_mtime if path.exists() else 0.0
+        process = start(words(image_folder, tmp_path / "killed", *more))
+        wait_for_change(path, before, process)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    assert checkpoint(tmp_path / "killed")["epoch"] < 30
+    for name in ("killed", "whole"):
+        process = start(words(image_folder, tmp_path / name, *more))
+        assert process.communicate()[1] == ""
+    assert checkpoint(tmp_path / "killed")["epoch"] == 30
+    assert same_rates(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(number: signal.Signals, image_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "checkpoint.pth"
+    process = start(words(image_folder, tmp_path / "out", "--epochs", 300))
+    wait_for_change(path, 0.0, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "go on with --resume" in err
+    assert "Traceback" not in err
+    assert checkpoint(tmp_path / "out")["epoch"] < 300
+    assert [file for file in path.parent.iterdir() if file.name.startswith(".")] == []

@@ -1,0 +1,360 @@
+"""`diffrate.search`, `evaluate` and `benchmark` as a user calls them: lists of tensors, loaders, errors."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import diffrate
+from diffrate.budgets.rounding import meets_budget
+from diffrate.searching.checkpoint import read_checkpoint
+from diffrate.searching.settings import SearchSettingError
+
+Batch = tuple[Tensor, Tensor]
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
+
+
+def small(pool: str = "token") -> diffrate.CompressedModel:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", global_pool=pool, **SMALL)
+    return diffrate.patch.vit(model, prune_granularity=1, merge_granularity=1)
+
+
+def batches(count: int = 3, size: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(0, 5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def rates(model: diffrate.CompressedModel) -> list[Tensor]:
+    return [rate.detach().clone() for rate in model.arch_parameters()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- search: what it finds -----------------------------------------------------------------------
+
+
+def test_a_list_of_tensors_is_a_loader() -> None:
+    model = small()
+    whole = model.flops_at(model.dense_schedule())
+    found = diffrate.search(model, batches(), target_flops=0.7 * whole, epochs=2)
+    assert meets_budget(found.flops, 0.7 * whole)
+    assert found.flops == model.flops()
+    assert model.get_kept_num() == (list(found.schedule.prune or ()), list(found.schedule.merge))
+    assert [(record.epoch, record.step) for record in found.history] == [(e, s) for e in (0, 1) for s in (0, 1, 2)]
+    assert all(len(record.counts) == len(model.arch_parameters()) for record in found.history)
+    assert found.history[0].learning_rate == pytest.approx(0.01)
+    assert found.history[-1].learning_rate == pytest.approx(0.001)
+    assert found.scores is None
+
+
+@given(st.floats(0.45, 0.95), st.sampled_from(["token", "avg"]), st.integers(1, 5))
+@settings(max_examples=10, deadline=None)
+def test_any_share_is_met(share: float, pool: str, granularity: int) -> None:
+    model = small(pool)
+    whole = model.flops_at(model.dense_schedule())
+    try:
+        found = diffrate.search(model, batches(1), share=share, granularity=granularity, flops_loss="relative")
+    except diffrate.BudgetError as error:
+        assert "accepted" in str(error) or "nearest" in str(error)  # noqa: PT017  (16 tokens do not meet every budget)
+        return
+    assert meets_budget(found.flops, share * whole)
+
+
+def test_the_best_epoch_on_the_validation_images_is_reported() -> None:
+    model, seen = small(), []
+
+    class Watch(diffrate.Observer):
+        def on_epoch(self, record: diffrate.EpochRecord) -> None:
+            seen.append(record)
+
+    found = diffrate.search(model, batches(), share=0.7, epochs=4, val=batches(2), learning_rate=1.0, callback=Watch())
+    best = max(seen, key=lambda record: record.scores.acc1)
+    assert found.scores == best.scores
+    assert found.schedule == best.schedule
+    assert diffrate.evaluate(model, batches(2)) == found.scores
+
+
+def test_any_criterion_and_mixed_labels() -> None:
+    calls: list[int] = []
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(len(labels))
+        return logits.square().mean()
+
+    diffrate.search(small(), batches(), share=0.7, criterion=criterion)
+    assert calls == [4, 4, 4]
+    mixed = [(images, nn.functional.one_hot(labels, 5).float()) for images, labels in batches()]
+    first = diffrate.search(small(), mixed, share=0.7)
+    second = diffrate.search(small(), batches(), share=0.7, mixup=lambda x, y: (x, nn.functional.one_hot(y, 5).float()))
+    assert first.history == second.history
+
+
+def test_a_start_and_a_warm_up_and_a_callback() -> None:
+    model, records = small(), []
+    start = diffrate.Schedule((17, 9, 9, 9), (17, 9, 9, 9))
+    diffrate.search(model, batches(), share=0.7, start=start, warmup=True, callback=records.append)
+    assert len(records) == 3
+    assert all(8 < count <= 9 for count in records[0].counts)
+    free = small()
+    diffrate.search(free, batches(), share=0.7, start=start, flops_weight=0.0)
+    assert same(rates(model), rates(free))
+
+
+def test_accumulated_batches_and_steps() -> None:
+    found = diffrate.search(small(), batches(6), share=0.7, accumulate=2, steps=2)
+    assert len(found.history) == 2
+
+
+def test_a_second_search_starts_afresh() -> None:
+    model = small()
+    first = diffrate.search(model, batches(), share=0.7)
+    again = diffrate.search(model, batches(), share=0.7)
+    assert first == again
+
+
+# --- search: what it leaves as it was -------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    modes = {name: module.training for name, module in model.named_modules()}
+    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    weights = {name: value.clone() for name, value in model.named_parameters() if "compression" not in name}
+    return modes, needed, weights
+
+
+def partly_frozen() -> diffrate.CompressedModel:
+    model = small().train()
+    model.blocks[0].eval()
+    model.patch_embed.requires_grad_(False)
+    return model
+
+
+def generators() -> tuple[Any, ...]:
+    return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002
+
+
+def unchanged(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    return before[:2] == after[:2] and all(torch.equal(value, after[2][name]) for name, value in before[2].items())
+
+
+def seed() -> None:
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    torch.manual_seed(3)
+
+
+def test_modes_gradients_weights_and_generators_are_as_before() -> None:
+    model = partly_frozen()
+    before = state_of(model)
+    seed()
+    expected = generators()
+    seed()
+    diffrate.search(model, batches(), share=0.7)
+    assert generators() == expected
+    assert unchanged(before, state_of(model))
+    assert all(value.grad is None for value in model.parameters())
+
+
+def test_they_are_as_before_when_it_fails() -> None:
+    model = partly_frozen()
+    model.set_kept_num([17, 12, 12, 12], [17, 12, 9, 9])
+    before, kept = state_of(model), model.get_kept_num()
+
+    def fail(record: diffrate.StepRecord) -> None:
+        if record.step == 1:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        diffrate.search(model, batches(), share=0.7, callback=fail)
+    assert unchanged(before, state_of(model))
+    assert model.get_kept_num() == kept
+
+
+# --- search: loaders, seeds, checkpoints ----------------------------------------------------------
+
+
+def shuffled() -> DataLoader[Any]:
+    images, labels = (torch.cat(part) for part in zip(*batches(4), strict=True))
+    return DataLoader(TensorDataset(images, labels), batch_size=4, shuffle=True)
+
+
+def test_a_shuffling_loader_repeats_with_its_seed() -> None:
+    torch.manual_seed(5)
+    first = diffrate.search(small(), shuffled(), share=0.7, epochs=2)
+    torch.manual_seed(6)
+    assert diffrate.search(small(), shuffled(), share=0.7, epochs=2).history == first.history
+    other = diffrate.search(small(), shuffled(), share=0.7, epochs=2, seed=1)
+    assert other.history != first.history
+
+
+@pytest.mark.parametrize("make", [batches, shuffled])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_it_goes_on_bit_for_bit(make: Any, stop: int, tmp_path: Path) -> None:
+    whole_model, model, file = small(), small(), tmp_path / "search.pth"
+    whole = diffrate.search(whole_model, make(), share=0.7, epochs=3, val=batches(2), learning_rate=0.1)
+
+    class Stop(diffrate.Observer):
+        def __init__(self) -> None:
+            self.steps = 0
+
+        def on_step(self, record: diffrate.StepRecord) -> None:
+            self.steps += 1
+
+        def stop(self) -> bool:
+            return self.steps == stop - 1
+
+    setting: dict[str, Any] = {"share": 0.7, "epochs": 3, "val": batches(2), "learning_rate": 0.1, "checkpoint": file}
+    with pytest.raises(diffrate.StoppedError, match="stopped at epoch"):
+        diffrate.search(model, make(), callback=Stop(), notes={"mine": [1, "two"]}, **setting)
+    assert read_checkpoint(file)["mine"] == [1, "two"]
+    again = small()
+    found = diffrate.search(again, make(), resume=file, **setting)
+    assert found == whole
+    assert same(rates(again), rates(whole_model))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"seed": 1}, "was made with seed 0; accepted: 1"),
+        ({"learning_rate": 0.02}, "was made with learning_rate 0.01; accepted: 0.02"),
+        ({"granularity": 2}, "was made with granularity 1; accepted: 2"),
+        ({"share": 0.6}, "was made with target "),
+        ({"steps": 2}, "was made with steps 3; accepted: 2"),
+    ],
+)
+def test_another_search_is_refused_by_name(more: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "search.pth"
+    diffrate.search(small(), batches(), share=0.7, checkpoint=file)
+    with pytest.raises(diffrate.SearchCheckpointError, match=expected):
+        diffrate.search(small(), batches(), **{"share": 0.7, "resume": file} | more)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save({"mode": "finetune"}, tmp_path / "other.pth")
+    for name, expected in (("gone.pth", "cannot be read"), ("text.pth", "cannot be read"), ("other.pth", "finetune")):
+        with pytest.raises(diffrate.SearchCheckpointError, match=expected):
+            diffrate.search(small(), batches(), share=0.7, resume=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "expected"),
+    [
+        ({}, SearchSettingError, "target_flops, share: found both or none"),
+        ({"share": 0.5, "target_flops": 1e6}, SearchSettingError, "found both or none"),
+        ({"share": 1.5}, SearchSettingError, "share: found 1.5"),
+        ({"share": 0.01}, diffrate.BudgetError, "accepted: "),
+        ({"target_flops": float("nan")}, diffrate.BudgetError, "accepted: "),
+        ({"share": 0.7, "epochs": 0}, SearchSettingError, "epochs: found 0; accepted: from 1"),
+        ({"share": 0.7, "flops_loss": "squared"}, SearchSettingError, "accepted: absolute or relative"),
+        ({"share": 0.7, "least_learning_rate": 1.0}, SearchSettingError, "least_learning_rate: found 1.0"),
+        ({"share": 0.7, "accumulate": 4}, SearchSettingError, "accumulate: found 4; accepted: up to 3"),
+        ({"share": 0.7, "steps": 9}, SearchSettingError, "steps: found 9; accepted: 1 to 3"),
+        ({"share": 0.7, "granularity": 16}, diffrate.RateError, "granularity: found 16; accepted: from 1 to 15"),
+        ({"share": 0.7, "granularity": 0}, diffrate.RateError, "granularity: found 0"),
+        ({"share": 0.7, "seed": -1}, SearchSettingError, "seed: found -1"),
+        ({"share": 0.7, "checkpoint": "/nowhere/at/all.pth"}, SearchSettingError, "checkpoint: found"),
+        ({"share": 0.7, "start": diffrate.Schedule((17,), (17,))}, diffrate.ScheduleError, "start: "),
+    ],
+)
+def test_settings_that_make_no_sense(more: dict[str, Any], error: type[Exception], expected: str) -> None:
+    model = small().train()
+    with pytest.raises(error, match=expected):
+        diffrate.search(model, batches(), **more)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_generator_runs_dry_and_says_so() -> None:
+    with pytest.raises(SearchSettingError, match="the loader has no length"):
+        diffrate.search(small(), (batch for batch in batches()), share=0.7)
+    with pytest.raises(ValueError, match="loader: no batch left at epoch 1, step 0"):
+        diffrate.search(small(), (batch for batch in batches()), share=0.7, steps=3, epochs=2)
+    with pytest.raises(SearchSettingError, match="accumulate: found 1; accepted: up to 0"):
+        diffrate.search(small(), [], share=0.7)
+
+
+def test_a_model_that_is_not_patched_is_refused() -> None:
+    plain: Any = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    for call in (lambda: diffrate.search(plain, batches(), share=0.5), lambda: diffrate.benchmark(plain)):
+        with pytest.raises(diffrate.UnsupportedModelError, match="VisionTransformer; accepted: a model after"):
+            call()
+
+
+def test_a_loss_that_is_no_number_names_the_step() -> None:
+    with pytest.raises(diffrate.NonFiniteLossError, match="nan at epoch 0, step 0"):
+        diffrate.search(small(), batches(), share=0.7, criterion=lambda logits, labels: logits.sum() * float("nan"))
+
+
+# --- evaluate and benchmark -----------------------------------------------------------------------
+
+
+def test_evaluation_counts_patched_and_plain_models_alike() -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", **SMALL).train()
+    patched = diffrate.patch.vit(copy.deepcopy(plain), 1, 1)
+    dense = patched.dense_schedule()
+    patched.set_kept_num(dense.prune, dense.merge)
+    first, second = (diffrate.evaluate(model, batches()) for model in (plain, patched))
+    assert (first.acc1, first.acc5, first.images) == (second.acc1, second.acc5, 12)
+    assert first.acc5 == 100
+    assert first.loss == pytest.approx(second.loss, abs=1e-5)
+    assert plain.training
+    assert patched.training
+    logits = torch.cat([plain.eval()(images) for images, _ in batches()])
+    labels = torch.cat([labels for _, labels in batches()])
+    assert first.acc1 == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+    assert first.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+
+
+def test_evaluation_tells_of_each_batch_and_refuses_none() -> None:
+    seen: list[int] = []
+    diffrate.evaluate(small(), batches(), callback=lambda tally: seen.append(tally.scores().images))
+    assert seen == [4, 8, 12]
+    with pytest.raises(ValueError, match="loader: found no batch"):
+        diffrate.evaluate(small(), [])
+
+
+def test_evaluation_in_other_precisions() -> None:
+    full = diffrate.evaluate(small(), batches())
+    half = diffrate.evaluate(small(), batches(), precision=torch.bfloat16)
+    weights = diffrate.evaluate(small().to(torch.bfloat16), batches())
+    assert full.loss != half.loss != weights.loss
+    assert half.loss == pytest.approx(full.loss, rel=0.1)
+    assert weights.loss == pytest.approx(full.loss, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchmark_leaves_the_model_alone(dtype: torch.dtype) -> None:
+    model = small().train()
+    model.set_kept_num([17, 9, 9, 9], [17, 9, 5, 5])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    speed = diffrate.benchmark(model, batch_size=2, dtype=dtype, rounds=2)
+    assert speed.ideal_speedup == pytest.approx(model.flops_at(model.dense_schedule()) / model.flops())
+    assert speed.share_of_ideal == pytest.approx(speed.speedup / speed.ideal_speedup)
+    assert speed.speedup_low <= speed.speedup <= speed.speedup_high
+    assert speed.dense_images_per_second == pytest.approx(1000 / speed.dense_ms_per_image)
+    assert f"batch 2, {speed.precision}: dense" in speed.line()
+    assert model.training
+    assert model.get_kept_num() == ([17, 9, 9, 9], [17, 9, 5, 5])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="rounds: found 0"):
+        diffrate.benchmark(model, rounds=0)

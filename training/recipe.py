@@ -1,0 +1,120 @@
+"""DeiT's training recipe from settings, through timm's factories: optimizer, schedule, loss, mixup, EMA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer, list_optimizers
+from timm.scheduler import create_scheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from training.settings import Mixing, TrainingSettings
+from utils import UsageError
+
+SCALED_BATCH = 512  # DeiT scales the learning rate by images per step / 512
+
+
+@dataclass
+class Recipe:
+    """All that a training step needs besides model and data."""
+
+    optimizer: Optimizer
+    scheduler: Scheduler | None
+    criterion: nn.Module
+    mixup: Mixup | None
+    ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler
+    clip_grad: float | None
+
+    def learning_rate(self) -> float:
+        """The rate of the last update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+
+def build_recipe(
+    settings: TrainingSettings,
+    mixing: Mixing,
+    model: nn.Module,
+    classes: int,
+    images_per_step: int,
+    steps: int,
+    amp: torch.dtype | None,
+    seed: int,
+) -> Recipe:
+    """The recipe of `steps` steps an epoch at `images_per_step` images over all processes.
+
+    Raises:
+        UsageError: an optimizer or schedule that timm does not know.
+    """
+    optimizer = _optimizer(settings, model, images_per_step)
+    device = next(model.parameters()).device
+    return Recipe(
+        optimizer=optimizer,
+        scheduler=_scheduler(settings, optimizer, steps, seed),
+        criterion=build_criterion(mixing),
+        mixup=build_mixup(mixing, classes),
+        ema=ModelEmaV3(model, decay=settings.average_decay, use_warmup=True) if settings.average else None,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
+        clip_grad=settings.clip_grad,
+    )
+
+
+def build_criterion(mixing: Mixing) -> nn.Module:
+    """The training loss: against mixed labels with mixup or cutmix, else with label smoothing."""
+    if mixing.mixes:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(mixing.smoothing) if mixing.smoothing else nn.CrossEntropyLoss()
+
+
+def build_mixup(mixing: Mixing, classes: int) -> Mixup | None:
+    """Mixup and cutmix, None when both are off."""
+    if not mixing.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=mixing.mixup,
+        cutmix_alpha=mixing.cutmix,
+        prob=mixing.probability,
+        switch_prob=mixing.switch_probability,
+        mode=mixing.mode,
+        label_smoothing=mixing.smoothing,
+        num_classes=classes,
+    )
+
+
+def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: int) -> Optimizer:
+    known = list_optimizers()
+    if settings.optimizer.lower() not in known:
+        raise UsageError(f"--opt {settings.optimizer}: unknown to timm; accepted: {', '.join(map(str, known))}")
+    rate = settings.learning_rate
+    # timm's factories read attributes, by these names.
+    chosen = SimpleNamespace(
+        opt=settings.optimizer,
+        lr=rate if settings.unscaled else rate * images_per_step / SCALED_BATCH,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+    )
+    return create_optimizer(chosen, model)
+
+
+def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, seed: int) -> Scheduler | None:
+    """Stepped on updates, so that the rate falls within epochs too and ends at its minimum."""
+    warmup = settings.warmup_epochs
+    if warmup is None:
+        warmup = 5 if settings.epochs > 5 else 0
+    chosen = SimpleNamespace(
+        sched=settings.schedule,
+        epochs=settings.epochs,
+        warmup_epochs=warmup,
+        min_lr=settings.least_learning_rate,
+        warmup_lr=settings.warmup_learning_rate,
+        seed=seed,
+        sched_on_updates=True,
+    )
+    return create_scheduler(chosen, optimizer, updates_per_epoch=steps)[0]
