@@ -93,7 +93,7 @@ def finetune(
     for rate in model.arch_parameters():  # fixed counts: only weights learn
         rate.requires_grad_(False)
     compiled: nn.Module = compile_model(model) if training.compiled else model
-    evaluated = FixedBatch(compiled, training.batch_size) if training.compiled else model
+    evaluated = FixedBatch(compiled, training.val.batch_size or 1) if training.compiled else model
     trained = _distributed(compiled, runtime)
     recipe = build_recipe(
         settings,

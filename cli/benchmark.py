@@ -19,7 +19,7 @@ from benchmarks.tables import table, write_rows
 from cli.data import eval_dataset, eval_loader
 from cli.inference import for_inference
 from cli.model import Weights, chosen_entry, compressed, input_size_of
-from cli.settings import Settings
+from cli.settings import DEFAULT_BATCH, Settings
 from datasets import DataError
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
@@ -51,7 +51,9 @@ def _scaling(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     own = subject.entry.input_size
     chosen = settings.model.input_size
     sizes = [round(own * share) for share in scaling.SIZES] if chosen is None else [chosen]
-    setting = scaling.Setting(settings.data.batch_sizes, _dtypes(settings)[0], settings.run.rounds, runtime.device)
+    setting = scaling.Setting(
+        settings.data.batch_sizes or (DEFAULT_BATCH,), _dtypes(settings)[0], settings.run.rounds, runtime.device
+    )
     measured = scaling.scaling_rows(replace(subject, schedule=None), sizes, setting)
     for exponent in scaling.exponents(_report("benchmark scaling", measured, scaling.HEADINGS, runtime)):
         log.info(exponent.line())
@@ -69,7 +71,7 @@ def _loading(settings: Settings, subject: Subject, runtime: Runtime) -> None:
 
 def _speed(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     modes = (False, True) if settings.run.compile else (False,)
-    sizes, rounds = settings.data.batch_sizes, settings.run.rounds
+    sizes, rounds = settings.data.batch_sizes or (DEFAULT_BATCH,), settings.run.rounds
     rows = speed.speed_rows(subject, sizes, _dtypes(settings), modes, rounds, runtime.device)
     _report("benchmark", rows, speed.HEADINGS, runtime)
 

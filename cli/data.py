@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from samplers import eval_sampler, train_sampler
 from training.transforms import eval_transform, train_transform
 from utils import UsageError
 
+log = logging.getLogger(__name__)
 WORKERS_A_CORE = 8  # at most: more wait for each other, and take memory
 
 
@@ -68,7 +70,8 @@ def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
 def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
     """Every image once, over all processes."""
     sampler = eval_sampler(len(dataset), runtime.processes.rank, runtime.processes.world)
-    return _loader(Samples(dataset), sampler, settings, runtime, drop_last=False)
+    batch_size = settings.data.batch_size
+    return _loader(Samples(dataset), sampler, batch_size, settings, runtime, drop_last=False)
 
 
 def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
@@ -80,21 +83,23 @@ def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime)
     processes = runtime.processes
     samples = SeededSamples(dataset)
     sampler = train_sampler(samples, processes.rank, processes.world, settings.augmentation.repeated, settings.run.seed)
-    loader = _loader(samples, sampler, settings, runtime, drop_last=True)
-    if len(loader) == 0:
-        found = settings.data.batch_size
-        raise DataError(f"--batch-size {found}: accepted: up to {len(sampler)}, the images of a process")
-    return loader
+    batch_size, images = settings.data.batch_size, len(sampler)
+    if not settings.data.batch_sizes and 2 <= images < batch_size:
+        batch_size = images // 2 * 2  # mixup wants pairs
+        log.info("batches of %d images: there are %d", batch_size, images)
+    if batch_size > images:
+        raise DataError(f"--batch-size {batch_size}: accepted: up to {images}, the images of a process")
+    return _loader(samples, sampler, batch_size, settings, runtime, drop_last=True)
 
 
 def _loader(
-    dataset: Samples, sampler: Sampler[Any], settings: Settings, runtime: Runtime, drop_last: bool
+    dataset: Samples, sampler: Sampler[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
 ) -> ImageLoader:
     workers = _workers(settings.data, runtime)
     return ImageLoader(
         dataset,
         sampler=sampler,
-        batch_size=settings.data.batch_size,
+        batch_size=batch_size,
         drop_last=drop_last,
         num_workers=workers,  # they start with the first batch and live on across epochs
         persistent_workers=workers > 0,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cli.settings import FROM_SCRATCH, MODES, OFFICIAL, SEARCH, Settings, Target, mode_of, settings_from
+from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, MODES, OFFICIAL, SEARCH, Settings, Target, mode_of, settings_from
 from diffrate.budgets.uniform import BASELINES
 from diffrate.saving.about import about, is_saved_model
 from diffrate.searching.settings import FLOPS_LOSSES, SearchSettings
@@ -122,12 +122,13 @@ def _model_name(args: argparse.Namespace) -> str | None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if len(args.batch_sizes) > 1 and args.benchmark not in ("eval", "scaling"):
-        raise UsageError(f"--batch-size: found {len(args.batch_sizes)} sizes; accepted: one, or --benchmark")
+    sizes = args.batch_sizes or [DEFAULT_BATCH]
+    if len(sizes) > 1 and args.benchmark not in ("eval", "scaling"):
+        raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
-    if not args.eval and not args.benchmark and (args.mixup > 0 or args.cutmix > 0) and args.batch_sizes[0] % 2:
-        raise UsageError(f"--batch-size {args.batch_sizes[0]}: accepted: an even number with --mixup or --cutmix")
+    if not args.eval and not args.benchmark and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
+        raise UsageError(f"--batch-size {sizes[0]}: accepted: an even number with --mixup or --cutmix")
     if args.affine is not None:
         degrees, shift, rescale = args.affine
         if not (0 <= degrees <= 180 and 0 <= shift <= 1 and 0 <= rescale < 1):
@@ -295,10 +296,10 @@ def _add_data_flags(parser: Parser) -> None:
         "--batch-size",
         type=COUNT,
         nargs="+",
-        default=[64],
         dest="batch_sizes",
         metavar="IMAGES",
-        help="images a step, on each process; --benchmark takes several sizes in turn",
+        help=f"images a step, on each process, default {DEFAULT_BATCH}, or fewer where training has fewer; "
+        "--benchmark takes several sizes in turn",
     )
     group.add_argument("--num_workers", type=WHOLE, help="loader processes of each process, default one per core")
     group.add_argument(

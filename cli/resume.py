@@ -38,7 +38,7 @@ def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
     return path if path.exists() else None
 
 
-def search_identity(settings: Settings, entry: ModelEntry, target: float) -> dict[str, Any]:
+def search_identity(settings: Settings, entry: ModelEntry, target: float, batch_size: int) -> dict[str, Any]:
     """The flags that decide how a search goes on: with other values, it is another search."""
     search = settings.search
     return {
@@ -51,7 +51,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: float) -> dic
         "epochs": search.epochs,
         "arch-lr": search.learning_rate,
         "arch-min-lr": search.least_learning_rate,
-        "batch-size": settings.data.batch_size,
+        "batch-size": batch_size,
         "accum-steps": search.accumulate,
         "seed": search.seed,
     }

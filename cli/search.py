@@ -58,12 +58,13 @@ def _search_one(
     # Several targets have a folder each for their checkpoints, and one file for their schedules.
     inner = runtime.inside(f"target_{target:g}") if len(settings.model.targets) > 1 else runtime
     assert inner.output_dir is not None, "flags make sure of a folder"
-    identity = search_identity(settings, entry, target)
+    train, val = loaders
+    assert train.batch_size is not None
+    identity = search_identity(settings, entry, target, train.batch_size)
     resume = resume_path(settings, inner)
     if resume is not None:
         check_search(resume, identity)
     start = start_schedule(settings.model, entry, model)
-    train, val = loaders
     accumulate = search.accumulate
     with StopSignals() as signals:
         found = diffrate.search(

@@ -38,17 +38,16 @@ class Reporter(diffrate.Observer):
         self.steps = len(train) // accumulate
         self.images = accumulate * (train.batch_size or 1) * runtime.processes.world  # of a step
         self.epoch: list[diffrate.StepRecord] = []  # steps of this epoch that this process has seen
-        self.progress: Progress | None = None
-        self.show: Any = None
 
     def stop(self) -> bool:
         return self.signals.requested
 
+    def on_start(self, epoch: int, step: int) -> None:
+        left = self.steps - step
+        self.epoch, self.progress = [], Progress(left, f"Search [{epoch}]", left * self.images, self.runtime)
+
     def on_step(self, record: diffrate.StepRecord) -> None:
         self.epoch.append(record)
-        if self.progress is None:
-            left = self.steps - record.step
-            self.progress = Progress(left, f"Search [{record.epoch}]", left * self.images, self.runtime)
         self.progress.advance(self._describe)
         if record.step % self.runtime.print_freq == 0:
             place = {"epoch": record.epoch, "step": record.step, "done": record.epoch * self.steps + record.step}
@@ -56,11 +55,12 @@ class Reporter(diffrate.Observer):
             expected = self.model.compression.space.schedule(record.counts)  # type: ignore[arg-type]  # not rounded
             self.runtime.append(place | _counts(expected) | costs, STEPS)
 
+    def on_score_start(self) -> None:
+        self.show = shown_scores(self.val, self.runtime)
+
     def on_score(self, tally: Tally) -> None:
         if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
             raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
-        if self.show is None:
-            self.show = shown_scores(self.val, self.runtime)
         self.show(tally)
 
     def on_epoch(self, record: diffrate.EpochRecord) -> None:
@@ -86,7 +86,6 @@ class Reporter(diffrate.Observer):
                 whole_file(self.runtime.output_dir / BEST) as best,
             ):
                 shutil.copyfileobj(last, best)
-        self.epoch, self.progress, self.show = [], None, None
 
     def _describe(self) -> str:
         """Means of the epoch so far."""

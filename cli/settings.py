@@ -18,6 +18,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
 SEARCH = "search"
+DEFAULT_BATCH = 64  # images
 # The modes that a flag asks for; without one, it is a search.
 MODES = ("eval", "finetune", "benchmark", "baseline", "visualize", "plot")
 
@@ -35,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read, and how."""
+    """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images."""
 
     data_set: str
     path: str | None
@@ -47,7 +48,7 @@ class DataSettings:
     @property
     def batch_size(self) -> int:
         """Images a step, on each process; the first where a benchmark takes several."""
-        return self.batch_sizes[0]
+        return self.batch_sizes[0] if self.batch_sizes else DEFAULT_BATCH
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def settings_from(args: Namespace) -> Settings:
             data_set=args.data_set,
             path=args.data_path,
             crop_pct=args.crop_pct,
-            batch_sizes=tuple(args.batch_sizes),
+            batch_sizes=tuple(args.batch_sizes or ()),
             workers=args.num_workers,
             pin_memory=args.pin_mem,
         ),

@@ -163,10 +163,9 @@ def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor], where: st
         accepted = _shown(expected.get(name))
         if found != accepted:
             raise SavedModelError(f"{where}{name}: found {found}; accepted: {accepted}")
-    if tensors[COUNTS].tolist() != expected[COUNTS].tolist():
-        raise SavedModelError(
-            f"{where}{COUNTS}: found {tensors[COUNTS].tolist()}; accepted: {expected[COUNTS].tolist()}, as in the header"
-        )
+    found, accepted = tensors[COUNTS].tolist(), expected[COUNTS].tolist()
+    if found != accepted:
+        raise SavedModelError(f"{where}{COUNTS}: found {found}; accepted: {accepted}, as in the header")
 
 
 def _shown(tensor: Tensor | None) -> str:

@@ -38,8 +38,14 @@ class StoppedError(Exception):
 class Observer:
     """Told how a search goes, in the process that runs it; override what you want to know."""
 
+    def on_start(self, epoch: int, step: int) -> None:
+        """The steps of an epoch begin, or go on at `step`."""
+
     def on_step(self, record: StepRecord) -> None:
         """An update is done."""
+
+    def on_score_start(self) -> None:
+        """The steps of an epoch are done, and it is to be scored."""
 
     def on_score(self, tally: Tally) -> None:
         """A batch was scored at the end of an epoch."""
@@ -125,6 +131,7 @@ class Search:
             return None
         chosen = self.schedule()
         self.model.set_kept_num(chosen.prune, chosen.merge)
+        self.observer.on_score_start()
         try:
             return evaluate(self.model, self.means.val, precision=self.means.precision, callback=self.observer.on_score)
         finally:
@@ -136,6 +143,7 @@ class Search:
         done = state.step * course.settings.accumulate
         batches = batches_from(loader, state.epoch, done, course.settings.seed)
         self.model.train()
+        self.observer.on_start(state.epoch, state.step)
         for step in range(state.step, course.steps):
             record, stop = self._step(batches, step)
             state.step = step + 1
