@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,16 @@ from utils import StopRequestedError, StopSignals
 log = logging.getLogger(__name__)
 
 
-def evaluate(model: nn.Module, loader: ImageLoader, runtime: Runtime) -> diffrate.Scores:
-    """`diffrate.evaluate` with progress.
+def evaluate(
+    model: nn.Module, loader: ImageLoader, runtime: Runtime, between: Callable[[], None] | None = None
+) -> diffrate.Scores:
+    """`diffrate.evaluate` with progress; `between` is called after each batch.
 
     Raises:
         DataError: an image cannot be read.
         NonFiniteLossError: the loss is no number.
     """
-    shown = shown_scores(loader, runtime)
+    shown = shown_scores(loader, runtime, between)
     scores = diffrate.evaluate(model, loader, device=runtime.device, precision=runtime.amp, callback=shown)
     if not math.isfinite(scores.loss):
         raise diffrate.NonFiniteLossError(
@@ -46,11 +50,13 @@ def evaluate(model: nn.Module, loader: ImageLoader, runtime: Runtime) -> diffrat
     return scores
 
 
-def shown_scores(loader: ImageLoader, runtime: Runtime) -> Any:
-    """What to call after each batch of an evaluation: it tells progress and the scores so far."""
+def shown_scores(loader: ImageLoader, runtime: Runtime, between: Callable[[], None] | None = None) -> Any:
+    """What to call after each batch of an evaluation: it tells progress and the scores so far, and calls `between`."""
     progress = Progress(len(loader), "Test", len(loader.dataset), runtime)  # type: ignore[arg-type]
 
     def show(tally: Tally) -> None:
+        if between is not None:
+            between()
         progress.advance(lambda: _so_far(tally.scores()))
 
     return show
@@ -114,11 +120,12 @@ def finetune(
     while state.epoch < settings.epochs:
         with StopSignals() as signals:
             finetune_epoch(trained, model, recipe, training, checkpoint, signals)
-        record = {"train_loss": state.losses / state.step, "train_lr": recipe.learning_rate()}
-        scores = evaluate(evaluated, training.val, runtime)
+            record = {"train_loss": state.losses / state.step, "train_lr": recipe.learning_rate()}
+            between = partial(_stop_scoring, checkpoint, signals)
+            scores = evaluate(evaluated, training.val, runtime, between)
+            if recipe.ema is not None:
+                record["ema_acc1"] = evaluate(recipe.ema.module, training.val, runtime, between).acc1
         record |= {"mode": "finetune", "model": flags["model"], "epoch": state.epoch, **scores.record(model.flops())}
-        if recipe.ema is not None:
-            record["ema_acc1"] = evaluate(recipe.ema.module, training.val, runtime).acc1
         better = state.best is None or scores.acc1 > state.best
         state.best = scores.acc1 if better else state.best
         state.epoch, state.step, state.losses = state.epoch + 1, 0, 0.0
@@ -173,6 +180,17 @@ def finetune_epoch(
         if stop:
             progress.close()
             raise StopRequestedError(f"stopped at epoch {state.epoch}, step {state.step}: go on with --resume")
+
+
+def _stop_scoring(checkpoint: TrainingCheckpoint, signals: StopSignals) -> None:
+    """Keep the epoch that is scored when a signal asks to stop: it is only to score when the training goes on.
+
+    Raises:
+        StopRequestedError: a signal did, and the state was saved before.
+    """
+    if signals.requested:
+        checkpoint.save()
+        raise StopRequestedError(f"stopped while epoch {checkpoint.state.epoch} was scored: go on with --resume")
 
 
 def _train_step(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, runtime: Runtime) -> Tensor:

@@ -133,6 +133,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         degrees, shift, rescale = args.affine
         if not (0 <= degrees <= 180 and 0 <= shift <= 1 and 0 <= rescale < 1):
             raise UsageError(f"--affine {degrees} {shift} {rescale}: accepted: 0 to 180, 0 to 1, 0 to below 1")
+    if args.smoothing == 1:
+        raise UsageError("--smoothing 1: accepted: from 0 to below 1")
     if args.arch_min_lr > args.arch_lr:
         raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
 

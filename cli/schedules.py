@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,7 +68,13 @@ def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
     if target.share is None:
         assert target.gflops is not None
         return target.gflops
-    return float(f"{target.share * model.flops_at(model.dense_schedule()) / 1e9:.{DIGITS}g}")
+    dense = model.flops_at(model.dense_schedule()) / 1e9
+    gflops = target.share * dense
+    rounded = float(f"{gflops:.{DIGITS}g}")
+    if rounded <= dense:
+        return rounded
+    step = 10.0 ** (math.floor(math.log10(gflops)) + 1 - DIGITS)
+    return float(f"{rounded - step:.{DIGITS}g}")  # 100 % rounded up is more than there is
 
 
 def _find(

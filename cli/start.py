@@ -71,6 +71,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return f"error: --{line}", 2
     if isinstance(error, INPUT_ERRORS):
         return f"error: {line}", 2
+    if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when one dies
+        return f"error: loading: {line}", 2
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "error: out of memory; accepted: a smaller --batch-size or --input-size", 2
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second, which only an error has to spare

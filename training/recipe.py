@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer, list_optimizers
+from timm.optim import create_optimizer, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils.model_ema import ModelEmaV3
@@ -51,7 +51,7 @@ def build_recipe(
     """The recipe of `steps` steps an epoch at `images_per_step` images over all processes.
 
     Raises:
-        UsageError: an optimizer or schedule that timm does not know.
+        UsageError: an optimizer that timm does not know, or cannot make here.
     """
     optimizer = _optimizer(settings, model, images_per_step)
     device = next(model.parameters()).device
@@ -89,9 +89,11 @@ def build_mixup(mixing: Mixing, classes: int) -> Mixup | None:
 
 
 def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: int) -> Optimizer:
-    known = list_optimizers()
+    known = [name for name in list_optimizers() if not get_optimizer_info(name).second_order]  # one gradient a step
     if settings.optimizer.lower() not in known:
-        raise UsageError(f"--opt {settings.optimizer}: unknown to timm; accepted: {', '.join(map(str, known))}")
+        raise UsageError(
+            f"--opt {settings.optimizer}: unknown to timm, or of second order; accepted: {', '.join(map(str, known))}"
+        )
     rate = settings.learning_rate
     # timm's factories read attributes, by these names.
     chosen = SimpleNamespace(
@@ -100,7 +102,13 @@ def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: in
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
     )
-    return create_optimizer(chosen, model)
+    try:
+        return create_optimizer(chosen, model)
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # it needs a GPU, or a momentum
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"--opt {settings.optimizer}: {reason}; accepted: one that runs here, at this --momentum"
+        ) from error
 
 
 def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, seed: int) -> Scheduler | None:
