@@ -119,7 +119,8 @@ def finetune(
     scores = None
     while state.epoch < settings.epochs:
         with StopSignals() as signals:
-            finetune_epoch(trained, model, recipe, training, checkpoint, signals)
+            if state.step < len(training.train):  # else it was stopped while it was scored
+                finetune_epoch(trained, model, recipe, training, checkpoint, signals)
             record = {"train_loss": state.losses / state.step, "train_lr": recipe.learning_rate()}
             between = partial(_stop_scoring, checkpoint, signals)
             scores = evaluate(evaluated, training.val, runtime, between)

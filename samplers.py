@@ -73,7 +73,8 @@ class SeededOrder(Sampler[tuple[int, int]]):
                 yield index, step_seed(self.seed, self.epoch, position * self.world + self.rank)
 
     def __len__(self) -> int:
-        return len(self.order) - self.start
+        """Of a whole epoch, wherever this one begins: it is what the epochs to come are counted with."""
+        return len(self.order)
 
 
 class SeededRepeatAugSampler(RepeatAugSampler):

@@ -109,7 +109,7 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
 
 def _input_size(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that `model` takes."""
-    height, width = model.image_size if hasattr(model, "image_size") else model.patch_embed.img_size
+    height, width = model.image_size
     return model.in_chans, height, width
 
 

@@ -6,17 +6,16 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from diffrate.budgets.schedule import Schedule, ScheduleError, make_schedule
 from diffrate.files import whole_file
 from diffrate.running.evaluation import Scores
 from diffrate.searching.history import StepRecord, history_from_table, history_table
-
-if TYPE_CHECKING:
-    from diffrate.searching.loop import Search
+from diffrate.searching.settings import Course
 
 KIND = "search"
 UNREADABLE = (
@@ -49,8 +48,19 @@ class SearchState:
         return cls(0, 0, [0.0, 0.0, 0.0], None, [])
 
 
-def write_checkpoint(search: Search, path: Path, notes: Mapping[str, Any]) -> None:
-    """All of a search in one file, with `notes` beside its own fields."""
+@dataclass
+class Parts:
+    """The parts of a search that a checkpoint holds, or tells apart from another's."""
+
+    course: Course
+    rates: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: SearchState
+
+
+def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mapping[str, Any]) -> None:
+    """All of a search in one file, with the `schedule` of its rates, and `notes` beside its own fields."""
     state, course = search.state, search.course
     best, scores = state.best or (None, None)
     content = {
@@ -58,7 +68,7 @@ def write_checkpoint(search: Search, path: Path, notes: Mapping[str, Any]) -> No
         "mode": KIND,
         "settings": {**asdict(course.settings), "target": course.target, "steps": course.steps},
         "rates": [rate.detach().cpu() for rate in search.rates],
-        "schedule": _plain(search.schedule()),
+        "schedule": _plain(schedule),
         "best_schedule": None if best is None else _plain(best),
         "best_scores": None if scores is None else asdict(scores),
         "optimizer": search.optimizer.state_dict(),
@@ -98,7 +108,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore(search: Search, path: Path) -> None:
+def restore(search: Parts, path: Path) -> None:
     """Put a search back where a checkpoint left it.
 
     Raises:

@@ -128,7 +128,7 @@ def search(
             saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
             running = Search(model, course, means, _observer(callback))
             if resume is not None:
-                restore(running, Path(resume))
+                restore(running.parts, Path(resume))
             schedule, scores = running.run(loader, saved)
     except BaseException:
         model.compression.schedule = before

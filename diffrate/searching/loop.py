@@ -18,7 +18,7 @@ from diffrate.patch.base import CompressedModel
 from diffrate.running.evaluation import Batches, Scores, Tally, evaluate
 from diffrate.running.precision import Place, autocast, to_place
 from diffrate.searching.batches import Batch, batches_from
-from diffrate.searching.checkpoint import SearchState, write_checkpoint
+from diffrate.searching.checkpoint import Parts, SearchState, write_checkpoint
 from diffrate.searching.history import EpochRecord, StepRecord
 from diffrate.searching.settings import Course
 from diffrate.seeds import seed_everything, step_seed
@@ -90,13 +90,17 @@ class Search:
         self.model, self.course, self.means, self.observer = model, course, means, observer
         for weight in model.parameters():
             weight.requires_grad_(False)
-        self.rates = model.arch_parameters()
-        for rate in self.rates:
+        rates = model.arch_parameters()
+        for rate in rates:
             rate.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.rates, lr=course.settings.learning_rate, weight_decay=0)
-        enabled = means.precision == torch.float16
-        self.scaler = torch.amp.GradScaler(means.place.device.type, enabled=enabled)
-        self.state = SearchState.fresh()
+        optimizer = torch.optim.AdamW(rates, lr=course.settings.learning_rate, weight_decay=0)
+        scaler = torch.amp.GradScaler(means.place.device.type, enabled=means.precision == torch.float16)
+        self.parts = Parts(course, rates, optimizer, scaler, SearchState.fresh())
+
+    @property
+    def state(self) -> SearchState:
+        """Where the search stands."""
+        return self.parts.state
 
     def run(self, loader: Any, checkpoint: Checkpoint | None) -> tuple[Schedule, Scores | None]:
         """Search to the end; the schedule to report, which meets the budget, and its scores.
@@ -165,19 +169,19 @@ class Search:
         epoch, course, device = self.state.epoch, self.course, self.means.place.device
         seed_everything(step_seed(course.settings.seed, epoch, rank(), step))
         learning_rate = course.learning_rate(epoch, step)
-        for group in self.optimizer.param_groups:
+        for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
         counts = tuple(self.model.compression.expected_counts())
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parts.optimizer.zero_grad(set_to_none=True)
         totals = torch.tensor([0.0, 0.0, 0.0, float(self.observer.stop())], device=device)
         for _ in range(course.settings.accumulate):
             totals[:3] += self._backward(batches) / course.settings.accumulate
-        average_gradients(self.rates)
+        average_gradients(self.parts.rates)
         loss, flops_loss, gflops, stop = (all_sum(totals) / world()).tolist()
         if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}; the last checkpoint is good")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.parts.scaler.step(self.parts.optimizer)
+        self.parts.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
 
     def _backward(self, batches: Iterator[Batch]) -> Tensor:
@@ -191,7 +195,7 @@ class Search:
         classification = means.criterion(logits.float(), labels)
         cost = self.course.distance(flops)
         loss = classification + self.course.weight(self.state.epoch) * cost
-        self.scaler.scale(loss / settings.accumulate).backward()
+        self.parts.scaler.scale(loss / settings.accumulate).backward()
         return torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9])
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
@@ -205,7 +209,7 @@ class Search:
 
     def _save(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None and rank() == 0:
-            write_checkpoint(self, checkpoint.path, checkpoint.notes)
+            write_checkpoint(self.parts, self.schedule(), checkpoint.path, checkpoint.notes)
 
     def _finished(self, scores: Scores | None) -> EpochRecord:
         """The epoch that is over."""
@@ -217,7 +221,7 @@ class Search:
             loss=loss,
             flops_loss=flops_loss,
             expected_flops=gflops * 1e9,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self.parts.optimizer.param_groups[0]["lr"],
             schedule=schedule,
             flops=self.model.flops_at(schedule),
             scores=scores,
