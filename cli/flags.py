@@ -20,6 +20,7 @@ BENCHMARKS = ("eval", "search", "scaling", "loading")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
 MOST = 2**31 - 1  # of what is counted
+LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
 EXAMPLE = "such as vit_deit_small_patch16_224, or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
@@ -202,17 +203,18 @@ def _number(kind: type[int] | type[float], low: float, high: float = float("inf"
 def _target(text: str) -> Target:
     """An argparse type: GFLOPs, or with `%` a share of the dense model's."""
     share = text.endswith("%")
-    number = _number(float, 0, 100 if share else float("inf"), open_low=True)
     try:
-        value = number(text.removesuffix("%"))
+        value = float(text.removesuffix("%"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"found {text}; accepted: GFLOPs, or a share such as 50%") from error
+    if not (0 < value <= 100 if share else 0 < value < float("inf")):
+        raise argparse.ArgumentTypeError(f"found {text}; accepted: above {'0% to 100%' if share else '0'}")
     return Target(share=value / 100) if share else Target(gflops=value)
 
 
 COUNT, WHOLE, FRACTION = _number(int, 1, MOST), _number(int, 0, MOST), _number(float, 0, 1)
 SEED, PIXELS = _number(int, 0, 2**32 - 1), _number(int, 1, LARGEST_INPUT)
-POSITIVE, NOT_NEGATIVE = _number(float, 0, open_low=True), _number(float, 0)
+POSITIVE, NOT_NEGATIVE = _number(float, 0, LARGEST, open_low=True), _number(float, 0, LARGEST)
 
 
 def _add_mode_flags(parser: Parser) -> None:

@@ -16,6 +16,7 @@ from training.checkpoint import LAST, read_training
 from utils import UsageError
 
 AUTO = "auto"
+KEPT = "kept counts"  # no flag, but what several flags come to
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
 FREE = (
@@ -71,7 +72,9 @@ def check_search(path: Path, identity: Mapping[str, Any]) -> None:
 def training_flags(settings: Settings, entry: ModelEntry, model: diffrate.CompressedModel) -> dict[str, Any]:
     """The flags that decide how a training goes on, beside the kept counts, for its checkpoint."""
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
-    return flags | {"model": entry.name, "kept counts": [list(counts or ()) for counts in model.get_kept_num()]}
+    del flags["batch_sizes"]  # a list only for benchmarks
+    kept = [list(counts or ()) for counts in model.get_kept_num()]
+    return flags | {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept}
 
 
 def check_training(path: Path, flags: Mapping[str, Any]) -> None:
@@ -111,6 +114,7 @@ def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) 
     found = content.get("flags", {})
     for name, value in expected.items():
         if found.get(name) != value:
+            called = name if name == KEPT else f"--{name}"
             raise UsageError(
-                f"--resume {path}: was made with --{name} {found.get(name)}; accepted: {value}, as in this run"
+                f"--resume {path}: was made with {called} {found.get(name)}; accepted: {value}, as in this run"
             )

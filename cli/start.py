@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
 import torch
 
 import diffrate
 import models
-from cli import baseline, benchmark, evaluate, finetune, plot, search, visualize
 from cli.settings import SEARCH, Settings
 from datasets import DataError
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.uniform import BaselineError
 from diffrate.searching.settings import SearchSettingError
 from diffrate.seeds import seed_everything
-from drawing.plot_folder import plot_run
 from processes.group import EnvironmentVariableError, Processes, process_group, processes_from_environment
 from processes.heartbeat import LostProcessError
 from processes.runtime import Runtime, amp_dtype, open_board, resolve_device
@@ -23,14 +21,15 @@ from reporting.log import setup_logging
 from reporting.progress import bar_fits
 from utils import StopRequestedError, UsageError, make_output_dir
 
-MODES: dict[str, Callable[[Settings, Runtime], None]] = {
-    "eval": evaluate.run,
-    "finetune": finetune.run,
-    "visualize": visualize.run,
-    "plot": plot.run,
-    "benchmark": benchmark.run,
-    "baseline": baseline.run,
-    SEARCH: search.run,
+# The file of each mode in this folder: only that of the one that is asked for is imported.
+MODES = {
+    "eval": "evaluate",
+    "finetune": "finetune",
+    "visualize": "visualize",
+    "plot": "plot",
+    "benchmark": "benchmark",
+    "baseline": "baseline",
+    SEARCH: "search",
 }
 WITHOUT_PLOTS = ("visualize", "plot")
 # The library names its arguments, which the flags of these are called like.
@@ -58,8 +57,10 @@ def run(settings: Settings) -> None:
     processes = processes_from_environment()
     runtime = _runtime(settings, processes)
     with process_group(processes, runtime.device):
-        MODES[settings.run.mode](settings, runtime)
+        import_module(f"cli.{MODES[settings.run.mode]}").run(settings, runtime)
         if settings.run.mode not in WITHOUT_PLOTS and runtime.writes:
+            from drawing.plot_folder import plot_run  # half a second of matplotlib
+
             assert runtime.output_dir is not None
             plot_run(runtime.output_dir)
 

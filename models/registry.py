@@ -22,7 +22,7 @@ def create(entry: ModelEntry, input_size: int | None = None, **options: Any) -> 
     `options` override the entry's. What the model's inputs are like is in its `pretrained_cfg`.
 
     Raises:
-        InputSizeError: the patches of a ViT do not tile the input.
+        InputSizeError: the patches of a ViT do not tile the input, or it is smaller than a convolution.
     """
     # The class count is given always: timm's default for ViT-H has no head.
     options = {"num_classes": entry.num_classes, **entry.options, **options}
@@ -38,6 +38,11 @@ def create(entry: ModelEntry, input_size: int | None = None, **options: Any) -> 
     }
     model: Any = timm.create_model(entry.architecture, pretrained=False, pretrained_cfg_overlay=inputs, **options)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+    if hasattr(model, "stem"):
+        conv = model.stem.conv
+        least = conv.kernel_size[0] - 2 * conv.padding[0]
+        if size < least:
+            raise InputSizeError(f"--input-size {size}: accepted: from {least}, what the first convolution takes")
     if size % patch:
         raise InputSizeError(f"--input-size {size}: accepted: a multiple of {patch}, the side of a patch")
     return model

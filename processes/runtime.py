@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,11 @@ def resolve_device(name: str, processes: Processes) -> torch.device:
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if available else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII) is None:  # torch knows more, and warns of some
+        raise UsageError(f"--device {name}: unknown or not supported; accepted: auto, cpu, cuda, cuda:N")
     if name.startswith("cuda") and not available:
         raise UsageError(f"--device {name}: this machine or this build of torch has no CUDA; accepted: auto, cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: unknown; accepted: auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: not supported; accepted: auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         index = processes.local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():

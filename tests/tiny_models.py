@@ -68,6 +68,16 @@ def dense(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
     return model
 
 
+def saved_file(path: Path) -> Path:
+    """A file of `diffrate.save` with two blocks and three classes, the second at half its tokens: quick to compile."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
+    model = diffrate.patch.vit(timm.create_model("vit_tiny_patch16_224", **sizes), 1, 1)
+    model.set_kept_num([17, 12], [17, 9])
+    diffrate.save(model, path)
+    return path
+
+
 def schedule_for(family: str, kept: list[int]) -> tuple[list[int] | None, list[int]]:
     """A schedule that merges down to `kept` tokens, block by block, for the tiny model."""
     if family == "caformer":

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from diffrate.rates.ste import ste_ceil, with_gradient_of
@@ -93,6 +92,8 @@ def flattest_logits(mean: float, patches: int, granularity: int) -> Tensor:
     These are linear in the candidates; the slope is found by bracketing. A mean at or beyond the
     ends of the candidates gets the steepest slope allowed.
     """
+    from scipy.optimize import brentq  # a quarter of a second, which only a chosen start has to spare
+
     candidates = patches - granularity * torch.arange(candidate_count(patches, granularity), dtype=torch.float64)
     centred = candidates - candidates.mean()
 

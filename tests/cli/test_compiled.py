@@ -17,6 +17,7 @@ from diffrate.running.compiled import FixedBatch
 from tests.cli.test_eval import PROJECT, scores
 from tests.conftest import Cli
 from tests.test_patch import images, patched
+from tests.tiny_models import saved_file
 
 MODEL = ("--model", "vit_sample_patch4_28", "--num_workers", 0)
 HALF = ("--load_compression_rate", "--target_flops", 0.0242)
@@ -44,8 +45,9 @@ def test_smaller_batches_are_filled_up() -> None:
         fixed(images("deit"), return_flop=True)
 
 
-def test_evaluation_scores_the_same(cli: Cli, image_folder: Path) -> None:
-    words = ("--eval", *MODEL, *HALF, "--checkpoint", "scratch", "--data-path", image_folder, "--batch-size", 4)
+def test_evaluation_scores_the_same(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    file = saved_file(tmp_path / "tiny.safetensors")
+    words = ("--eval", "--checkpoint", file, "--data-path", image_folder, "--batch-size", 4, "--num_workers", 0)
     eager, compiled = (cli(*words, *more) for more in ((), ("--compile",)))
     assert compiled[0] == 0
     assert scores(compiled[1]) == pytest.approx(scores(eager[1]), abs=0.002)

@@ -15,7 +15,7 @@ import torch
 import models
 from tests import recipe_weights
 from tests.conftest import Cli
-from tests.tiny_models import original_caformer_shapes
+from tests.tiny_models import original_caformer_shapes, saved_file
 
 PROJECT = Path(__file__).parent.parent.parent
 LAST_LINE = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3}) flops (\d+\.\d{3})$")
@@ -159,7 +159,8 @@ def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path:
 
 @pytest.mark.slow
 def test_the_benchmark_compiles_in_one_graph(cli: Cli, tmp_path: Path) -> None:
-    words = ("--benchmark", "--load_compression_rate", "--batch-size", 2, "--rounds", 1, "--amp", "off", "--compile")
+    file = saved_file(tmp_path / "tiny.safetensors")
+    words = ("--benchmark", "--checkpoint", file, "--batch-size", 2, "--rounds", 1, "--amp", "off", "--compile")
     code, _, _ = cli(*words, "--output_dir", tmp_path)  # torch may have something to say about the compiler
     assert code == 0
     assert [row["mode"] for row in json.loads((tmp_path / "benchmark.json").read_text())] == ["eager", "compiled"]

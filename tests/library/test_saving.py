@@ -681,7 +681,9 @@ def test_names_that_are_no_line(path: Path, name: str) -> None:
     assert refusal(lambda: save(patched("deit"), path, name=name)).endswith("accepted: a line of text")
 
 
-@pytest.mark.parametrize("config", [{"mean": (0.5, 0.5)}, {"std": None}, {"crop_pct": object()}], ids=["mean", "std", "crop_pct"])
+@pytest.mark.parametrize(
+    "config", [{"mean": (0.5, 0.5)}, {"std": None}, {"crop_pct": object()}], ids=["mean", "std", "crop_pct"]
+)
 def test_preprocessing_that_makes_no_sense(path: Path, config: dict[str, Any]) -> None:
     model: Any = patched("deit")
     model.pretrained_cfg = model.pretrained_cfg | config
