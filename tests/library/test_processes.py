@@ -1,0 +1,53 @@
+"""`diffrate.search` and `evaluate` inside a process group: two processes are one with all of the images."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).parent.parent.parent
+SCRIPT = """
+import sys
+import timm, torch
+import torch.distributed as dist
+import diffrate
+
+folder, processes = sys.argv[1], int(sys.argv[2])
+rank = 0
+if processes > 1:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+torch.manual_seed(0)
+sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+model = diffrate.patch.vit(timm.create_model("vit_tiny_patch16_224", **sizes), 1, 1)
+images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+part = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+loader = [(images[part], labels[part])]
+found = diffrate.search(model, loader, share=0.8, val=loader, checkpoint=f"{folder}/{processes}.pth")
+scores = diffrate.evaluate(model, loader)
+assert scores == found.scores
+content = {"kept": model.get_kept_num(), "images": scores.images, "loss": scores.loss}
+torch.save(content, f"{folder}/{processes}-{rank}.pth")
+if processes > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_all_of_the_images(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {"PYTHONPATH": str(PROJECT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    for command in ([*launcher, str(script), str(tmp_path), "2"], [sys.executable, str(script), str(tmp_path), "1"]):
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    one, first, second = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert first == second
+    assert (first["kept"], first["images"]) == (one["kept"], 8)
+    assert abs(first["loss"] - one["loss"]) < 1e-5
+    alone, both = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["optimizer"]["state"] for name in "12")
+    for index, state in alone.items():
+        torch.testing.assert_close(both[index]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=0)
+    assert max(float(state["exp_avg"].abs().max()) for state in alone.values()) > 0
