@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from diffrate.seeds import generators_kept, seed_everything
@@ -255,6 +255,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def _name(dataset: Any, index: Any) -> str:
     """What to call an image: its file, where the data set has files, else its number."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
     samples = getattr(dataset, "samples", None)
     return str(index) if samples is None else str(samples[index][0])
 

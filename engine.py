@@ -84,8 +84,10 @@ class Training:
 
 def finetune(
     model: diffrate.CompressedModel, training: Training, flags: dict[str, Any], resume: Path | None
-) -> diffrate.Scores:
+) -> diffrate.CompressedModel:
     """Train the weights of `model` at its fixed rates and score them after every epoch.
+
+    Gives the model as its checkpoint loads: with the average of the weights, where they are averaged.
 
     Leaves `checkpoint.pth` (last, with `flags` and all that is needed to go on) and `model_best.pth` (best
     top-1) in the output folder. `resume` is a checkpoint to go on from, bit for bit on a CPU.
@@ -117,8 +119,8 @@ def finetune(
         checkpoint.restore(resume)
         log.info("going on from %s at epoch %d, step %d", resume, state.epoch, state.step)
     scores = None
-    while state.epoch < settings.epochs:
-        with StopSignals() as signals:
+    with StopSignals() as signals:
+        while state.epoch < settings.epochs:
             if state.step < len(training.train):  # else it was stopped while it was scored
                 finetune_epoch(trained, model, recipe, training, checkpoint, signals)
             record = {"train_loss": state.losses / state.step, "train_lr": recipe.learning_rate()}
@@ -126,16 +128,21 @@ def finetune(
             scores = evaluate(evaluated, training.val, runtime, between)
             if recipe.ema is not None:
                 record["ema_acc1"] = evaluate(recipe.ema.module, training.val, runtime, between).acc1
-        record |= {"mode": "finetune", "model": flags["model"], "epoch": state.epoch, **scores.record(model.flops())}
-        better = state.best is None or scores.acc1 > state.best
-        state.best = scores.acc1 if better else state.best
-        state.epoch, state.step, state.losses = state.epoch + 1, 0, 0.0
-        runtime.record(record)
-        checkpoint.save()
-        if better:
-            checkpoint.save_best()
+            named = {"mode": "finetune", "model": flags["model"], "epoch": state.epoch}
+            runtime.record(record | named | scores.record(model.flops()))
+            better = state.best is None or scores.acc1 > state.best
+            state.best = scores.acc1 if better else state.best
+            state.epoch, state.step, state.losses = state.epoch + 1, 0, 0.0
+            checkpoint.save()
+            if better:
+                checkpoint.save_best()
+            log.info("%s  best %.3f", scores.line(model.flops()), state.best)
+            if signals.requested and state.epoch < settings.epochs:
+                raise StopRequestedError(f"stopped after epoch {state.epoch - 1}: go on with --resume")
+    if scores is None:  # resumed at its end
+        scores = evaluate(evaluated, training.val, runtime)
         log.info("%s  best %.3f", scores.line(model.flops()), state.best)
-    return scores if scores is not None else evaluate(evaluated, training.val, runtime)  # resumed at its end
+    return model if recipe.ema is None else recipe.ema.module
 
 
 def finetune_epoch(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cli.flags import get_args_parser, parse_flags
 from diffrate.saving.about import SavedModelError
-from utils import UsageError
+from utils import STOPPED, UsageError
 
 __all__ = ["get_args_parser", "main"]
 
@@ -19,13 +19,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except (UsageError, SavedModelError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
-    from cli.start import STOPPED, explain, run  # torch comes with it, and takes seconds
-
     try:
+        from cli.start import explain, run  # torch comes with it, and takes seconds
+
         run(settings)
     except KeyboardInterrupt:
         return STOPPED
     except Exception as error:
+        from cli.start import explain
+
         explained = explain(error)
         if explained is None:
             raise

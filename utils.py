@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+STOPPED = 130  # the shell's code for a process that was interrupted
+
 
 class UsageError(ValueError):
     """A flag or an environment that cannot be used as given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +43,10 @@ def eval_dataset(
     return build_dataset(data.data_set, data.path, "val", transform, head, names, bar=bar_fits(settings.run.quiet))
 
 
-def train_dataset(settings: Settings, entry: ModelEntry) -> LabelledDataset:
-    """The training split with the augmentation that the flags ask for.
+def train_dataset(
+    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None
+) -> LabelledDataset:
+    """The training split with the augmentation that the flags ask for, labelled as `eval_dataset`.
 
     Raises:
         UsageError: an augmentation policy that timm does not know.
@@ -51,7 +54,7 @@ def train_dataset(settings: Settings, entry: ModelEntry) -> LabelledDataset:
     """
     data = settings.data
     transform = train_transform(view_of(settings, entry), settings.augmentation)
-    return build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
+    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar_fits(settings.run.quiet))
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
@@ -105,7 +108,14 @@ def _loader(
         persistent_workers=workers > 0,
         pin_memory=settings.data.pin_memory and runtime.device.type == "cuda",
         generator=torch.Generator().manual_seed(settings.run.seed + runtime.processes.rank),
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """What asks the whole group of processes to stop is the main process's to answer: it saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _workers(settings: DataSettings, runtime: Runtime) -> int:

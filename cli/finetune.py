@@ -24,26 +24,28 @@ def run(settings: Settings, runtime: Runtime) -> None:
     entry = chosen_entry(settings.model)
     check_inputs(settings, entry)
     weights = read_weights(settings.model, entry, runtime)
-    train, val = train_dataset(settings, entry), eval_dataset(settings, entry, head=None, names=None)
+    # The data decide the classes: a head that does not fit starts fresh.
+    train, val = (dataset(settings, entry, head=None, names=None) for dataset in (train_dataset, eval_dataset))
     check_same_classes(train, val)
     classes = len(train.classes)
     model = _model(settings, entry, weights, classes).to(runtime.device)
-    flags = training_flags(settings, entry, model)
+    loader = train_loader(train, settings, runtime)
+    flags = training_flags(settings, entry, model, len(loader))
     resume = resume_path(settings, runtime)
     if resume is not None:
         check_training(resume, flags)
     training = Training(
         settings=settings.training,
         mixing=settings.mixing,
-        train=train_loader(train, settings, runtime),
+        train=loader,
         val=eval_loader(val, settings, runtime),
         classes=classes,
         seed=settings.run.seed,
         compiled=settings.run.compile,
         runtime=runtime,
     )
-    finetune(model, training, flags, resume)
-    save_model(settings, entry, model, output_names(val, classes), runtime)
+    trained = finetune(model, training, flags, resume)
+    save_model(settings, entry, trained, output_names(val, classes), runtime)
 
 
 def _model(settings: Settings, entry: ModelEntry, weights: Weights, classes: int) -> diffrate.CompressedModel:

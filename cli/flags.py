@@ -11,14 +11,16 @@ from typing import NoReturn
 
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, MODES, OFFICIAL, SEARCH, Settings, Target, mode_of, settings_from
 from diffrate.budgets.uniform import BASELINES
-from diffrate.saving.about import about, is_saved_model
-from diffrate.searching.settings import FLOPS_LOSSES, SearchSettings
+from diffrate.running import ROUNDS
+from diffrate.saving.about import SavedModelError, about, is_saved_model
+from diffrate.searching.settings import FLOPS_LOSSES, SMOOTHING, SearchSettings, least_rate
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 BENCHMARKS = ("eval", "search", "scaling", "loading")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
+SAVED = ".safetensors"
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
@@ -28,7 +30,7 @@ SAMPLE_RECIPE = {
     **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
     **{"drop_path": 0.0, "affine": (10.0, 0.0, 0.1), "repeated_aug": False},
     # Fewer steps than on ImageNet, and fewer tokens: larger strides, finer candidates.
-    **{"flops_loss": "relative", "flops_weight": 1.0, "arch_lr": 0.1, "arch_min_lr": 0.01, "granularity": 1},
+    **{"flops_loss": "relative", "flops_weight": 1.0, "arch_lr": 0.1, "granularity": 1},
 }
 
 
@@ -94,6 +96,8 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
     args.model = model
     mode = mode_of(args)
     args.data_set = args.data_set or ("SAMPLE" if args.data_path is None else "IMNET")
+    if args.arch_min_lr is None:
+        args.arch_min_lr = least_rate(args.arch_lr)
     if args.checkpoint is None:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
     if args.epochs is None:
@@ -118,8 +122,20 @@ def _model_name(args: argparse.Namespace) -> str | None:
         saved = about(args.checkpoint)
         return saved.name or saved.architecture
     if args.data_path is not None or args.data_set not in (None, "SAMPLE"):
-        raise UsageError(f"--model is needed with --data-path; accepted: a published model, {EXAMPLE}")
+        reason = _why_not_saved(args.checkpoint or "")
+        raise UsageError(f"--model is needed with --data-path{reason}; accepted: a published model, {EXAMPLE}")
     return SAMPLE_MODEL
+
+
+def _why_not_saved(checkpoint: str) -> str:
+    """What is wrong with a checkpoint that by its name could be a file of `--save`, for the middle of a message."""
+    if "://" in checkpoint or Path(checkpoint).suffix != SAVED:
+        return ""
+    try:
+        about(checkpoint)
+    except SavedModelError as error:
+        return f" where --checkpoint does not say it ({error})"
+    return ""
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -169,7 +185,8 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
     if args.resume and mode not in (SEARCH, "eval", "visualize", "finetune"):
         raise UsageError("--resume goes with a search, --finetune, --eval or --visualize")
     if args.resume and mode != SEARCH and mode != "finetune" and (args.load_compression_rate or args.dense):
-        raise UsageError("--resume and --load_compression_rate name two schedules; accepted: one of them")
+        other = "--dense" if args.dense else "--load_compression_rate"
+        raise UsageError(f"--resume and {other} name two schedules; accepted: one of them")
     if args.blocks is not None and not args.visualize:
         raise UsageError("--blocks goes with --visualize")
     if args.compile and not (args.eval or args.finetune or args.benchmark in ("eval", "loading")):
@@ -179,10 +196,12 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
             raise UsageError("--save goes with a search, --eval and --finetune")
         if len(args.target_flops or ()) > 1:
             raise UsageError(f"--save: found {len(args.target_flops)} targets; accepted: one")
-        if args.save.suffix != ".safetensors":
-            raise UsageError(f"--save {args.save}: accepted: a name that ends in .safetensors")
+        if args.save.suffix != SAVED:
+            raise UsageError(f"--save {args.save}: accepted: a name that ends in {SAVED}")
         if not args.save.parent.is_dir():
             raise UsageError(f"--save {args.save}: no folder {args.save.parent}")
+        if args.save.is_dir():
+            raise UsageError(f"--save {args.save}: found a folder; accepted: the name of a file")
 
 
 def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):
@@ -212,6 +231,14 @@ def _target(text: str) -> Target:
     return Target(share=value / 100) if share else Target(gflops=value)
 
 
+def _path(text: str) -> str:
+    """An argparse type: a path or URL, with `~` for a user's folder also where the shell leaves it, as after `=`."""
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"found {text}; accepted: the folder of a user that there is") from error
+
+
 COUNT, WHOLE, FRACTION = _number(int, 1, MOST), _number(int, 0, MOST), _number(float, 0, 1)
 SEED, PIXELS = _number(int, 0, 2**32 - 1), _number(int, 1, LARGEST_INPUT)
 POSITIVE, NOT_NEGATIVE = _number(float, 0, LARGEST, open_low=True), _number(float, 0, LARGEST)
@@ -223,6 +250,7 @@ def _add_mode_flags(parser: Parser) -> None:
     group.add_argument(
         "--finetune",
         nargs="?",
+        type=_path,
         const=True,
         default=None,
         metavar="CHECKPOINT",
@@ -254,6 +282,7 @@ def _add_model_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--checkpoint",
+        type=_path,
         metavar="PATH_OR_URL",
         help=f"weights, or a file of --save; '{OFFICIAL}' are the published ones, which --eval takes on its own",
     )
@@ -291,7 +320,9 @@ def _add_model_flags(parser: Parser) -> None:
 
 def _add_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", metavar="DIR", help="folder of the data set; none: the digits that ship")
+    group.add_argument(
+        "--data-path", type=_path, metavar="DIR", help="folder of the data set; none: the digits that ship"
+    )
     group.add_argument("--data-set", choices=DATA_SETS, help="IMNET is any ImageFolder layout; CIFAR is CIFAR-100")
     group.add_argument(
         "--crop-pct", type=_number(float, 0, 1, open_low=True), help="part of the short side that is seen"
@@ -326,7 +357,7 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--blocks", type=WHOLE, nargs="+", help="blocks to draw with --visualize, counted from 0")
     group.add_argument("--quiet", action="store_true", help="no progress on the terminal: results and warnings alone")
     group.add_argument("--compile", action="store_true", help="run as one compiled graph; --benchmark times both")
-    group.add_argument("--rounds", type=COUNT, default=10, help="timed pairs of --benchmark")
+    group.add_argument("--rounds", type=COUNT, default=ROUNDS, help="timed pairs of --benchmark")
 
 
 def _add_search_flags(parser: Parser) -> None:
@@ -338,8 +369,8 @@ def _add_search_flags(parser: Parser) -> None:
         default=SearchSettings.learning_rate,
         help="learning rate of the rates, at the start",
     )
-    least, steps = SearchSettings.least_learning_rate, SearchSettings.granularity
-    group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, default=least, help="and in the last step")
+    steps = SearchSettings.granularity
+    group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, help="and in the last step, default a tenth of that")
     group.add_argument("--granularity", type=COUNT, default=steps, help="tokens between the candidates of a count")
     group.add_argument(
         "--flops_loss",
@@ -378,7 +409,7 @@ def _add_training_flags(parser: Parser) -> None:
     group.add_argument("--clip-grad", type=POSITIVE, metavar="NORM", help="clip the gradient's norm")
     group.add_argument("--model-ema", action="store_true", help="average the weights over steps, and save the average")
     group.add_argument("--model-ema-decay", type=FRACTION, default=0.99996)
-    group.add_argument("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=FRACTION, default=SMOOTHING, help="label smoothing")
 
 
 def _add_augmentation_flags(parser: Parser) -> None:

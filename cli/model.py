@@ -16,7 +16,7 @@ from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
 from diffrate.budgets.rounding import check_target
 from diffrate.budgets.schedule import ScheduleError, make_schedule
 from diffrate.saving.about import About, about, is_saved_model
-from models.zoo import ModelEntry
+from models.zoo import ModelEntry, find
 from processes.group import local_main_first
 from processes.runtime import Runtime
 from training.transforms import View
@@ -171,7 +171,8 @@ def _is_dense(schedule: diffrate.Schedule, model: diffrate.CompressedModel) -> b
     """Whether it removes nothing, in a model of as many tokens as it was made for."""
     blocks = len(model.compressible_blocks())
     rows = (schedule.merge[:blocks], (schedule.prune or ())[:blocks])
-    return all(count == schedule.tokens for row in rows for count in row)
+    tokens = schedule.tokens or model.compression.space.limits[0]
+    return all(count == tokens for row in rows for count in row)
 
 
 def _tell(named: NamedSchedule, model: diffrate.CompressedModel) -> None:
@@ -186,7 +187,7 @@ def _trained_at(state: models.StateDict, name: str) -> diffrate.Schedule | None:
     if found is None or found.numel() == 0:
         return None
     *prune, merge = found.tolist()
-    tokens = state["pos_embed"].shape[1] if "pos_embed" in state else max(merge)
+    tokens = state["pos_embed"].shape[1] if "pos_embed" in state else None  # CAFormer has no such embedding
     try:
         return replace(make_schedule(prune[0] if prune else None, merge), tokens=tokens)
     except ScheduleError as error:
@@ -194,8 +195,17 @@ def _trained_at(state: models.StateDict, name: str) -> diffrate.Schedule | None:
 
 
 def _entry_of(saved: About, name: str) -> ModelEntry:
-    """What a saved file says, as a row of the zoo."""
-    published = models.ZOO.get(name)
+    """What a saved file says, as a row of the zoo.
+
+    Raises:
+        UsageError: its images are none that the command line reads.
+    """
+    channels, height, width = saved.input_size
+    if channels != 3 or height != width:
+        raise UsageError(
+            f"{name}: the file's input_size is {list(saved.input_size)}; accepted here: square images of 3 channels"
+        )
+    published = find(name)
     inputs: dict[str, Any] = {
         "architecture": saved.architecture,
         "options": saved.arguments,

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import diffrate
 from cli.schedules import PROJECT_RATES
-from cli.settings import Settings
+from cli.settings import OFFICIAL, Settings
 from diffrate.budgets.rounding import BudgetError
-from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD, Schedule, save_schedule
+from diffrate.budgets.schedule import Schedule, fields_of, save_schedule
 from diffrate.budgets.uniform import baseline_schedule
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
@@ -81,7 +82,7 @@ def log_found(
     runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
     uniform = {"target_gflops": target, "uniform": _uniform(compressed, target)}
     runtime.append(_record("found", entry, compressed, schedule, found) | uniform, FOUND)
-    for name, counts in _counts(schedule).items():
+    for name, counts in fields_of(schedule).items():
         if counts is not None:
             log.info("found %s %s", name, list(counts))
     flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
@@ -100,11 +101,7 @@ def _record(
     dense = compressed.flops_at(compressed.dense_schedule())
     shape = {"tokens": compressed.compression.space.limits[0], "blocks": len(compressed.compressible_blocks())}
     named = {"mode": mode, "model": entry.name, "dense_gflops": dense / 1e9, **shape}
-    return named | scores.record(compressed.flops_at(schedule)) | _counts(schedule)
-
-
-def _counts(schedule: Schedule) -> dict[str, Sequence[int] | None]:
-    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+    return named | scores.record(compressed.flops_at(schedule)) | fields_of(schedule)
 
 
 def _uniform(compressed: diffrate.CompressedModel, target: float) -> dict[str, dict[str, Sequence[int] | None]]:
@@ -113,21 +110,23 @@ def _uniform(compressed: diffrate.CompressedModel, target: float) -> dict[str, d
     found = {}
     for kind in ("prune", "merge", "both") if space.prunes else ("merge",):
         with suppress(BudgetError):  # a search meets budgets that no constant share of the tokens meets
-            found[kind] = _counts(baseline_schedule(kind, space, compressed.flops_at, target * 1e9))
+            found[kind] = fields_of(baseline_schedule(kind, space, compressed.flops_at, target * 1e9))
     return found
 
 
 def next_command(settings: Settings, entry: ModelEntry, target: float, file: Path) -> str:
     """How to evaluate what was found, in as few words as there are."""
     own_data = entry.name != SAMPLE_MODEL or settings.data.path is not None
-    data = [f"--data-path {settings.data.path}"] if own_data else []
+    data = [f"--data-path {quote(str(settings.data.path))}"] if own_data else []
+    if settings.data.data_set not in ("IMNET", "SAMPLE"):
+        data.append(f"--data-set {settings.data.data_set}")
     if settings.run.save is not None:
-        return " ".join(["python main.py --eval", f"--checkpoint {settings.run.save}", *data])
+        return " ".join(["python main.py --eval", f"--checkpoint {quote(str(settings.run.save))}", *data])
     words = ["python main.py --eval --load_compression_rate", f"--target_flops {target:g}"]
     if file != PROJECT_RATES:
-        words.append(f"--compression_rate_file {file}")
-    if own_data:
-        words += [f"--model {entry.name}", *data, f"--checkpoint {settings.model.checkpoint}"]
+        words.append(f"--compression_rate_file {quote(str(file))}")
+    if own_data or settings.model.checkpoint != OFFICIAL:
+        words += [f"--model {entry.name}", *data, f"--checkpoint {quote(settings.model.checkpoint)}"]
     if settings.model.input_size is not None:
         words.append(f"--input-size {settings.model.input_size}")
     return " ".join(words)

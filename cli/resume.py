@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffrate
+from cli.schedules import fit_tokens
 from cli.settings import Settings
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from models.zoo import ModelEntry
@@ -16,7 +17,7 @@ from training.checkpoint import LAST, read_training
 from utils import UsageError
 
 AUTO = "auto"
-KEPT = "kept counts"  # no flag, but what several flags come to
+KEPT, STEPS = "kept counts", "updates an epoch"  # no flags, but what several come to
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
 FREE = (
@@ -69,12 +70,14 @@ def check_search(path: Path, identity: Mapping[str, Any]) -> None:
     log.info("going on from %s at epoch %d, step %d", path, content["epoch"], content["step"])
 
 
-def training_flags(settings: Settings, entry: ModelEntry, model: diffrate.CompressedModel) -> dict[str, Any]:
-    """The flags that decide how a training goes on, beside the kept counts, for its checkpoint."""
+def training_flags(
+    settings: Settings, entry: ModelEntry, model: diffrate.CompressedModel, steps: int
+) -> dict[str, Any]:
+    """The flags that decide how a training goes on, its kept counts and updates an epoch, for its checkpoint."""
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
     del flags["batch_sizes"]  # a list only for benchmarks
     kept = [list(counts or ()) for counts in model.get_kept_num()]
-    return flags | {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept}
+    return flags | {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
 
 
 def check_training(path: Path, flags: Mapping[str, Any]) -> None:
@@ -97,8 +100,13 @@ def use_searched(model: diffrate.CompressedModel, settings: Settings, entry: Mod
     path = resume_path(settings, runtime)
     if path is None:
         raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
-    _check(path, _read_search(path), {"model": entry.name})
+    content = _read_search(path)
+    _check(path, content, {"model": entry.name})
     schedule = searched_schedule(path)
+    if schedule.tokens is None and not settings.model.scale:  # older files do not say it
+        _check(path, content, {"input_size": settings.model.input_size})
+    if settings.model.scale:
+        schedule = fit_tokens(schedule, model)
     model.check(schedule, f"--resume {path}: ")
     model.set_kept_num(schedule.prune, schedule.merge)
 
@@ -114,7 +122,7 @@ def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) 
     found = content.get("flags", {})
     for name, value in expected.items():
         if found.get(name) != value:
-            called = name if name == KEPT else f"--{name}"
+            called = name if name in (KEPT, STEPS) else f"--{name}"
             raise UsageError(
                 f"--resume {path}: was made with {called} {found.get(name)}; accepted: {value}, as in this run"
             )

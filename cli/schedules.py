@@ -14,6 +14,7 @@ from cli.settings import PROJECT, ModelSettings, Target
 from diffrate.budgets.schedule import Schedule, find_schedule, scale_schedule
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
+from utils import UsageError
 
 PROJECT_RATES = PROJECT / "compression_rate.json"
 TARGET_OF_SAMPLE = 0.0242  # GFLOPs: half of the sample model's
@@ -59,8 +60,15 @@ def rate_file(settings: ModelSettings) -> Path:
 
 
 def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list[float]:
-    """The budgets to meet, in GFLOPs; the sample has one of its own."""
-    return [gflops_of(target, model) for target in settings.targets] or [TARGET_OF_SAMPLE]
+    """The budgets to meet, in GFLOPs; the sample has one of its own.
+
+    Raises:
+        UsageError: two of them are the same.
+    """
+    targets = [gflops_of(target, model) for target in settings.targets] or [TARGET_OF_SAMPLE]
+    if len(set(targets)) < len(targets):
+        raise UsageError(f"--target_flops {' '.join(map(str, settings.targets))}: accepted: each once")
+    return targets
 
 
 def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
@@ -95,9 +103,9 @@ def _find(
 
 
 def _own_tokens(entry: ModelEntry) -> int:
-    """Tokens of the model at the input that it was published for."""
+    """Tokens of the model at the input that it was published for, or made for where it was not."""
     with torch.device("meta"):  # shapes are enough
-        return diffrate.patch.vit(models.create(entry)).compression.space.limits[0]
+        return diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry))).compression.space.limits[0]
 
 
 def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:

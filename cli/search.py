@@ -28,7 +28,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     """Search, and leave schedules, checkpoints and plots in the output folder."""
     trained = trained_model(settings, runtime, drop_path_rate=settings.model.drop_path)
     check_targets(settings.model, trained.entry, trained.weights.head or len(trained.val.classes))
-    train = train_dataset(settings, trained.entry)
+    train = train_dataset(settings, trained.entry, trained.weights.head, trained.weights.classes)
     check_same_classes(train, trained.val)
     loaders = train_loader(train, settings, runtime), eval_loader(trained.val, settings, runtime)
     batches, accumulate = len(loaders[0]), settings.search.accumulate

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from typing import Any
 
 import diffrate
 from datasets import ImageLoader
-from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD
+from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
 from diffrate.running.evaluation import Tally
 from engine import shown_scores
@@ -53,19 +52,17 @@ class Reporter(diffrate.Observer):
             place = {"epoch": record.epoch, "step": record.step, "done": record.epoch * self.steps + record.step}
             costs = {"gflops": record.flops / 1e9, "target_gflops": self.target / 1e9}
             expected = self.model.compression.space.schedule(record.counts)  # type: ignore[arg-type]  # not rounded
-            self.runtime.append(place | _counts(expected) | costs, STEPS)
+            self.runtime.append(place | fields_of(expected) | costs, STEPS)
 
     def on_score_start(self) -> None:
-        self.show = shown_scores(self.val, self.runtime)
+        self.show = shown_scores(self.val, self.runtime, self._stop_scoring)
 
     def on_score(self, tally: Tally) -> None:
-        if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
-            raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
         self.show(tally)
 
     def on_epoch(self, record: diffrate.EpochRecord) -> None:
         assert record.scores is not None, "there is a validation split"
-        counts = _counts(record.schedule)
+        counts = fields_of(record.schedule)
         figures = {
             "train_loss": record.loss,
             "train_flops_loss": record.flops_loss,
@@ -87,6 +84,10 @@ class Reporter(diffrate.Observer):
             ):
                 shutil.copyfileobj(last, best)
 
+    def _stop_scoring(self) -> None:
+        if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
+            raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
+
     def _describe(self) -> str:
         """Means of the epoch so far."""
         count = len(self.epoch)
@@ -95,7 +96,3 @@ class Reporter(diffrate.Observer):
         gflops = sum(record.flops for record in self.epoch) / count / 1e9
         rate = self.epoch[-1].learning_rate
         return f"loss {loss:.4f}  cost loss {cost:.5f}  GFLOPs {gflops:.4f}  lr {rate:.2e}"
-
-
-def _counts(schedule: diffrate.Schedule) -> dict[str, Any]:
-    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}

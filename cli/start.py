@@ -19,7 +19,7 @@ from processes.heartbeat import LostProcessError
 from processes.runtime import Runtime, amp_dtype, open_board, resolve_device
 from reporting.log import setup_logging
 from reporting.progress import bar_fits
-from utils import StopRequestedError, UsageError, make_output_dir
+from utils import STOPPED, StopRequestedError, UsageError, make_output_dir
 
 # The file of each mode in this folder: only that of the one that is asked for is imported.
 MODES = {
@@ -49,7 +49,6 @@ INPUT_ERRORS = (
     diffrate.NonFiniteLossError,
     SearchSettingError,
 )
-STOPPED = 130  # the shell's code for a process that was interrupted
 
 
 def run(settings: Settings) -> None:
@@ -76,6 +75,9 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return f"error: loading: {line}", 2
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "error: out of memory; accepted: a smaller --batch-size or --input-size", 2
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"error: {where}{error.strerror}", 2
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second, which only an error has to spare
 
     if isinstance(error, BackendCompilerFailed):

@@ -12,9 +12,11 @@ from cli.data import check_data_root, eval_dataset
 from cli.model import Weights, chosen_entry, meta_model, plain_model, read_weights
 from cli.schedules import chosen_schedule
 from cli.settings import Settings
-from datasets import LabelledDataset
+from datasets import DataError, LabelledDataset
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
+from sample import MODEL as SAMPLE_MODEL
+from utils import UsageError
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ def trained_model(settings: Settings, runtime: Runtime, **options: Any) -> Train
     entry = chosen_entry(settings.model)
     check_inputs(settings, entry)
     weights = read_weights(settings.model, entry, runtime)
-    val = eval_dataset(settings, entry, weights.head, weights.classes)
+    try:
+        val = eval_dataset(settings, entry, weights.head, weights.classes)
+    except DataError as error:
+        if settings.data.path is not None or entry.name == SAMPLE_MODEL:
+            raise
+        raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name} ({error})") from error
     return Trained(entry, plain_model(settings.model, entry, weights, len(val.classes), **options), weights, val)
 
 

@@ -74,15 +74,16 @@ def _model_and_names(
 
 
 def _class_names(settings: Settings, entry: ModelEntry, weights: Weights, outputs: int) -> Sequence[str]:
-    """A name for each of `outputs`: ImageNet's words, else the weights' or the data's classes, else numbers.
+    """A name for each of `outputs`: the weights' classes, else ImageNet's words, the data's classes, or numbers.
 
     Raises:
         DataError: the data that the flags name are not there.
     """
-    if outputs == IMAGENET_CLASSES:
-        info = ImageNetInfo()
+    info = ImageNetInfo()
+    own = weights.classes if weights.classes is not None and set(weights.classes) != set(info.label_names()) else None
+    if own is None and outputs == IMAGENET_CLASSES:
         return [info.index_to_description(index).split(",")[0] for index in range(outputs)]
-    names = weights.classes
+    names = own
     if names is None and (settings.data.path is not None or entry.name == SAMPLE_MODEL):
         names = output_names(eval_dataset(settings, entry, None, None), outputs)
     return names if names is not None else [f"class {index}" for index in range(outputs)]

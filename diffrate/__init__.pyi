@@ -6,13 +6,15 @@ from .budgets.schedule import Schedule, ScheduleError, scale_schedule
 from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
-from .running.evaluation import Scores, evaluate
+from .running.evaluation import Scores, Tally, evaluate
 from .running.speed import Speed, benchmark
 from .saving.about import About, SavedModelError, about
 from .saving.files import load, save
 from .searching.checkpoint import SearchCheckpointError
 from .searching.find import Found, search
-from .searching.loop import EpochRecord, NonFiniteLossError, Observer, StepRecord, StoppedError
+from .searching.history import EpochRecord, StepRecord
+from .searching.loop import NonFiniteLossError, Observer, StoppedError
+from .searching.settings import SearchSettingError
 
 __version__: str
 
@@ -30,9 +32,11 @@ __all__ = [
     "ScheduleError",
     "Scores",
     "SearchCheckpointError",
+    "SearchSettingError",
     "Speed",
     "StepRecord",
     "StoppedError",
+    "Tally",
     "TokenState",
     "UnsupportedModelError",
     "VisualizationError",

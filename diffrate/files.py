@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+# What `torch.load` raises on files that are missing, cut short, damaged or something else, and what reading
+# fields that are not there raises.
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+    pickle.UnpicklingError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """The message of an error in one line, or what kind it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +22,15 @@ def all_sum(values: Tensor) -> Tensor:
     if _joined():
         dist.all_reduce(values)
     return values
+
+
+def least(value: int, device: torch.device) -> int:
+    """The smallest `value` of all processes, which meet on `device`."""
+    if not _joined():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return int(shared)
 
 
 def _joined() -> bool:

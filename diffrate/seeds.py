@@ -23,13 +23,13 @@ def step_seed(*numbers: int) -> int:
 
 
 @contextmanager
-def generators_kept(device: torch.device | None = None) -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Draw and seed freely inside the block; after it every generator goes on as before it.
 
-    Those of Python, NumPy and torch on the CPU, and of `device` where that is a GPU.
+    Those of Python, NumPy, and torch, on the CPU and on every GPU in use.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
-    gpus = [device] if device is not None and device.type == "cuda" else []
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=gpus):
             yield

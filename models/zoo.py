@@ -108,13 +108,18 @@ ZOO: Mapping[str, ModelEntry] = MappingProxyType({entry.name: entry for entry in
 _BY_NAME = {name: entry for entry in _ENTRIES for name in (entry.name, *entry.aliases)}
 
 
+def find(name: str) -> ModelEntry | None:
+    """The entry of a model, by its published name or by timm's; None where the zoo has no such name."""
+    return _BY_NAME.get(name.replace("-", "_"))
+
+
 def lookup(name: str) -> ModelEntry:
     """The entry of a model, by its published name or by timm's; `caformer-s36` means `caformer_s36`.
 
     Raises:
         UnknownModelError: the zoo has no such name; the message lists those it has.
     """
-    entry = _BY_NAME.get(name.replace("-", "_"))
+    entry = find(name)
     if entry is None:
         raise UnknownModelError(f"unknown model {name!r}; accepted: {', '.join(ZOO)}, or timm's names for them")
     return entry

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffrate.files import whole_file
-from diffrate.running.precision import Place, autocast
+from diffrate.running.precision import Place, autocast, default_precision
 from processes.group import Processes
 from utils import UsageError, make_output_dir
 
@@ -95,9 +95,7 @@ def resolve_device(name: str, processes: Processes) -> torch.device:
 
 def amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
     """What to autocast to: by default float16 on CUDA, as published, and nothing elsewhere."""
-    if name is None:
-        name = "fp16" if device.type == "cuda" else "off"
-    return AMP_DTYPES[name]
+    return default_precision(device) if name is None else AMP_DTYPES[name]
 
 
 def open_board(output_dir: Path | None, is_main: bool) -> Any:

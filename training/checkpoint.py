@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import diffrate
+from diffrate.files import UNREADABLE, first_line
 from processes.runtime import Runtime
 from training.recipe import Recipe
 from utils import UsageError
@@ -19,10 +19,6 @@ from utils import UsageError
 KIND = "finetune"
 LAST, BEST = "checkpoint.pth", "model_best.pth"
 SAVE_SECONDS = 600.0  # in the middle of an epoch: a checkpoint holds three times the weights
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
-    pickle.UnpicklingError,
-)
 
 
 @dataclass
@@ -84,8 +80,7 @@ class TrainingCheckpoint:
             for name, value in content["position"].items():
                 setattr(self.state, name, value)
         except UNREADABLE as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"--resume {path}: does not fit this training ({reason})") from error
+            raise UsageError(f"--resume {path}: does not fit this training ({first_line(error)})") from error
 
     def _weights(self) -> dict[str, Any]:
         content = {
@@ -108,8 +103,8 @@ def read_training(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--resume {path}: cannot be read ({reason}); accepted: the {LAST} of --finetune") from error
+        where = f"--resume {path}: cannot be read ({first_line(error)})"
+        raise UsageError(f"{where}; accepted: the {LAST} of --finetune") from error
     found = content.get("mode", "weights alone") if isinstance(content, dict) else type(content).__name__
     if found != KIND or "position" not in content:
         what = "weights alone" if found == KIND else found

@@ -58,6 +58,11 @@ def make_schedule(prune: Sequence[SupportsIndex] | None, merge: Sequence[Support
     )
 
 
+def fields_of(schedule: Schedule) -> dict[str, tuple[int, ...] | None]:
+    """The counts under the names that files give them."""
+    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+
+
 def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, where: str = "") -> None:
     """Refuse a schedule that does not fit a model with `limits[i]` tokens at most in block i.
 
@@ -161,8 +166,8 @@ def find_schedule(path: Path, key: str, target_flops: float | None) -> Schedule:
     if TOKENS_FIELD not in fields:
         return schedule
     tokens = fields[TOKENS_FIELD]
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ScheduleError(f"{where}{TOKENS_FIELD}: found {tokens!r}; accepted: a whole number from 1")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2:
+        raise ScheduleError(f"{where}{TOKENS_FIELD}: found {tokens!r}; accepted: a whole number from 2")
     return replace(schedule, tokens=tokens)
 
 
@@ -177,8 +182,7 @@ def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule)
     table = read_schedules(path) if path.exists() else {}
     targets = table.setdefault(key, {})
     name = next((name for name in targets if _number(name) == target_flops), f"{target_flops:g}")
-    counts = {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
-    targets[name] = {kind: list(kept) for kind, kept in counts.items() if kept is not None}
+    targets[name] = {kind: list(kept) for kind, kept in fields_of(schedule).items() if kept is not None}
     if schedule.tokens is not None:
         targets[name][TOKENS_FIELD] = schedule.tokens
     table[key] = dict(sorted(targets.items(), key=lambda item: _number(item[0]) or 0))

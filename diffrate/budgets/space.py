@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from diffrate.budgets.schedule import Schedule
 
+GRANULARITY = 4  # tokens between the candidates of a count, as published
+
 
 @dataclass(frozen=True)
 class SearchSpace:

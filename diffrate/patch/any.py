@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from diffrate.blocks.block import UnsupportedModelError
+from diffrate.budgets.space import GRANULARITY
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.caformer import caformer
 from diffrate.patch.deit import deit
@@ -18,7 +19,9 @@ DEFAULT_INPUT = (3, 224, 224)
 POOLS = {"token": deit, "avg": mae}
 
 
-def vit(model: nn.Module, prune_granularity: int = 4, merge_granularity: int = 4) -> CompressedModel:
+def vit(
+    model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY
+) -> CompressedModel:
     """Patch a timm ViT in place, by the family that its structure shows.
 
     A VisionTransformer that classifies from its class token is `deit`'s, one that pools by the mean `mae`'s, and

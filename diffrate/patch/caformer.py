@@ -13,7 +13,7 @@ from diffrate.blocks.block import BlockNames, ReductionRules, UnsupportedModelEr
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.flops import Count, StageShape, caformer_flops
 from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
-from diffrate.budgets.space import SearchSpace
+from diffrate.budgets.space import GRANULARITY, SearchSpace
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.state import CompressionState
 
@@ -99,7 +99,7 @@ def restore(state: TokenState) -> Tensor:
 
 
 def caformer(
-    model: nn.Module, prune_granularity: int = 4, merge_granularity: int = 4, input_size: int = 224
+    model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY, input_size: int = 224
 ) -> CompressedCaformer:
     """Patch a timm CAFormer for square images of `input_size`, in place.
 
@@ -122,7 +122,9 @@ def caformer(
         prunes=False,
         class_token=False,
     )
-    compression = CompressionState(space, prune_granularity, merge_granularity)
+    if not space.searchable:
+        raise UnsupportedModelError(f"found {depths[2]} blocks in stage 3; accepted: three at least")
+    compression = CompressionState(space, prune_granularity, merge_granularity).to(next(model.parameters()).device)
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
     model.head.fc.norm.eps = ORIGINAL_HEAD_EPS

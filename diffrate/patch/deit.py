@@ -6,6 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from diffrate.blocks.tokens import TokenState
+from diffrate.budgets.space import GRANULARITY
 from diffrate.patch.plain_vit import CompressedVit, patch_vit
 
 
@@ -18,7 +19,9 @@ class CompressedDeit(CompressedVit, VisionTransformer):
         return self.forward_head(self.norm(state.x))
 
 
-def deit(model: nn.Module, prune_granularity: int = 4, merge_granularity: int = 4) -> CompressedDeit:
+def deit(
+    model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY
+) -> CompressedDeit:
     """Patch a timm ViT with a class token, in place. The search leaves block 0 whole.
 
     The granularities are the steps between the candidates of a count.

@@ -6,6 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from diffrate.blocks.tokens import TokenState
+from diffrate.budgets.space import GRANULARITY
 from diffrate.patch.plain_vit import CompressedVit, patch_vit
 
 
@@ -31,7 +32,7 @@ def mean_patch(x: Tensor, size: Tensor, mask: Tensor | None) -> Tensor:
     return ((x[:, 1:] * weight).sum(1) / (total if mask is None else total.detach())).to(x.dtype)
 
 
-def mae(model: nn.Module, prune_granularity: int = 4, merge_granularity: int = 4) -> CompressedMae:
+def mae(model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY) -> CompressedMae:
     """Patch a timm ViT with mean pooling, in place. The search leaves the first and last block whole.
 
     The granularities are the steps between the candidates of a count.

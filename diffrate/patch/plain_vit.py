@@ -50,7 +50,7 @@ def patch_vit(
     `granularity` is that of pruning and of merging.
 
     Raises:
-        UnsupportedModelError: `model` is not a plain ViT that pools by `pool`.
+        UnsupportedModelError: `model` is not a plain ViT that pools by `pool`, or has too few blocks.
         RateError: a granularity below 1.
     """
     _check_vit(model, pool, compressed.names)
@@ -62,7 +62,9 @@ def patch_vit(
         prunes=True,
         class_token=True,
     )
-    compression = CompressionState(space, *granularity)
+    if not space.searchable:
+        raise UnsupportedModelError(f"found {depth} blocks; accepted: one at least that may reduce tokens")
+    compression = CompressionState(space, *granularity).to(next(model.parameters()).device)
     model.__class__ = compressed
     assert isinstance(model, CompressedVit)
     height, width = model.patch_embed.img_size

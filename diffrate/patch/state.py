@@ -40,9 +40,9 @@ class CompressionState(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Rate logits of zero, as a search starts: all candidates alike."""
+        """Rate logits of zero, as a search starts: all candidates alike. In float32, which small updates show in."""
         for rate in self.logits():
-            rate.zero_()
+            rate.data = torch.zeros_like(rate, dtype=torch.float32)
 
     def patches(self, block: int) -> int:
         """Tokens of `block` that can go."""
@@ -95,6 +95,16 @@ class CompressionState(nn.Module):
             float(expectation(rate, self.patches(block), self.granularity[kind])) + class_token
             for (block, kind), rate in zip(self.choices(), self.logits(), strict=True)
         ]
+
+    @torch.no_grad()
+    def expectations(self) -> list[float]:
+        """`expected_counts`, read from the device at once: for records, as the last bit may differ."""
+        rows: dict[str, Tensor] = {}
+        for kind in self.space.kinds:
+            logits = torch.stack([self.get_parameter(f"{kind}{block}") for block in self.space.searchable])
+            patches = self.patches(self.space.searchable[0])
+            rows[kind] = expectation(logits, patches, self.granularity[kind]) + self.space.class_token
+        return torch.stack([rows[kind] for kind in self.space.kinds], dim=1).flatten().tolist()
 
     def current(self) -> Schedule:
         """The fixed schedule, or before there is one that of the rate logits."""

@@ -80,8 +80,9 @@ def evaluate(
     place = place_of(model, device)
     options: dict[str, Any] = {"return_flop": False} if _is_compressed(model) else {}
     tally = Tally(place.device)
+    model.to(place.device)  # outside inference mode: the weights stay fit for training
     with torch.inference_mode(), modes_kept(model):
-        model.to(place.device).eval()
+        model.eval()
         for images, labels in loader:
             images, labels = to_place(images, labels, place)
             with autocast(place.device, precision):

@@ -26,6 +26,11 @@ def to_place(images: Tensor, labels: Tensor, place: Place) -> tuple[Tensor, Tens
     return images.to(place.device, place.dtype, non_blocking=True), labels.to(place.device, non_blocking=True)
 
 
+def default_precision(device: torch.device) -> torch.dtype | None:
+    """What to autocast to where nobody says: float16 on a GPU, as published, and nothing elsewhere."""
+    return torch.float16 if device.type == "cuda" else None
+
+
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
     """Mixed precision in `precision`; None and float32 are none."""
     enabled = precision is not None and precision != torch.float32

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.patch.base import CompressedModel
+from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model
 from diffrate.running.precision import place_of
 from diffrate.running.timing import PairedTimes, time_in_turn
-
-ROUNDS = 10
+from diffrate.seeds import generators_kept
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ def benchmark(
     place = place_of(model, device)
     current, whole = model.compression.current(), model.dense_schedule()
     sides = []
-    for schedule in (whole, current):
-        side = copy.deepcopy(model)
-        side.set_kept_num(schedule.prune, schedule.merge)
-        sides.append(forward_pass(side, batch_size, model.image_size, place.device, dtype, compile))
+    with generators_kept():
+        for schedule in (whole, current):
+            side = copy.deepcopy(model)
+            side.set_kept_num(schedule.prune, schedule.merge)
+            sides.append(forward_pass(side, batch_size, model.image_size, place.device, dtype, compile))
     times = time_in_turn(sides[0], sides[1], rounds, place.device)
     return speed_of(times, batch_size, precision_name(dtype), (model.flops_at(whole), model.flops_at(current)))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from diffrate.group import rank
+from diffrate.group import least, rank
 from diffrate.searching.settings import SearchSettingError
 from diffrate.seeds import seed_everything, step_seed
 
@@ -27,15 +28,21 @@ class Restartable(Protocol):
 def batches_from(loader: Any, epoch: int, batch: int, seed: int) -> Iterator[Batch]:
     """The batches of `epoch` from number `batch` on.
 
-    Any other loader than a `Restartable` begins anew, from a seed of its own for the epoch, and what
-    comes before is read and left out. A sampler that knows epochs is told (`set_epoch`).
+    Any other loader than a `Restartable` begins anew, from a seed of its own for the epoch, as do the
+    generators that it or its sampler holds, and what comes before is read and left out. A sampler that
+    knows epochs is told (`set_epoch`). Loader processes that persist have generators out of reach.
     """
     if isinstance(loader, Restartable):
         return loader.batches_from(epoch, batch)
     set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
     if set_epoch is not None:
         set_epoch(epoch)
-    seed_everything(step_seed(seed, epoch, rank()))
+    drawn = step_seed(seed, epoch, rank())
+    seed_everything(drawn)
+    for owner in (loader, getattr(loader, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(drawn)
     batches = iter(loader)
     # Now, not at the first step, which draws from a seed of its own: a shuffling sampler draws its order here.
     first = list(islice(batches, 1))
@@ -44,8 +51,8 @@ def batches_from(loader: Any, epoch: int, batch: int, seed: int) -> Iterator[Bat
     return chain(first, batches) if batch == 0 else batches
 
 
-def updates_of(loader: Any, steps: int | None, accumulate: int) -> int:
-    """Updates an epoch: `steps`, or as many as the loader has batches for.
+def updates_of(loader: Any, steps: int | None, accumulate: int, device: torch.device) -> int:
+    """Updates an epoch: `steps`, or as many as the loader has batches for; of several processes, the fewest.
 
     Raises:
         SearchSettingError: there is no batch, none for an update, or the loader does not tell and nobody else does.
@@ -54,20 +61,16 @@ def updates_of(loader: Any, steps: int | None, accumulate: int) -> int:
         batches = len(loader)
     except TypeError:  # a generator, or a data set that streams
         batches = None
+    if batches == 0:
+        raise SearchSettingError("loader: found no batch; accepted: batches of images and labels")
     if steps is None and batches is None:
         raise SearchSettingError("steps: found none, and the loader has no length; accepted: updates an epoch")
     if batches is not None and batches < accumulate:
         raise SearchSettingError(f"accumulate: found {accumulate}; accepted: up to {batches}, the batches of an epoch")
-    most = steps if batches is None else batches // accumulate
-    if steps is None:
-        assert most is not None
-        return most
-    if not 1 <= steps <= (most or 0):
-        raise SearchSettingError(f"steps: found {steps}; accepted: 1 to {most}, the updates of an epoch")
-    return steps
-
-
-def batch_size_of(loader: Iterable[Any]) -> int | None:
-    """Images of a batch, None where the loader does not tell."""
-    size = getattr(loader, "batch_size", None)
-    return size if isinstance(size, int) else None
+    most = None if batches is None else batches // accumulate
+    if steps is not None and not (steps >= 1 and (most is None or steps <= most)):
+        accepted = "from 1" if most is None else f"1 to {most}, the updates of an epoch"
+        raise SearchSettingError(f"steps: found {steps}; accepted: {accepted}")
+    chosen = most if steps is None else steps
+    assert chosen is not None
+    return least(chosen, device)

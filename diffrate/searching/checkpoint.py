@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ import torch
 from torch import nn
 
 from diffrate.budgets.schedule import Schedule, ScheduleError, make_schedule
-from diffrate.files import whole_file
+from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.running.evaluation import Scores
-from diffrate.searching.history import StepRecord, history_from_table, history_table
+from diffrate.searching.history import History
 from diffrate.searching.settings import Course
 
 KIND = "search"
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
-    pickle.UnpicklingError,
-)
 
 
 class SearchCheckpointError(ValueError):
@@ -40,12 +35,12 @@ class SearchState:
     step: int
     sums: list[float]
     best: tuple[Schedule, Scores | None] | None
-    history: list[StepRecord]
+    history: History
 
     @classmethod
-    def fresh(cls) -> SearchState:
+    def fresh(cls, choices: int) -> SearchState:
         """At the start."""
-        return cls(0, 0, [0.0, 0.0, 0.0], None, [])
+        return cls(0, 0, [0.0, 0.0, 0.0], None, History(choices))
 
 
 @dataclass
@@ -68,6 +63,7 @@ def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mappi
         "mode": KIND,
         "settings": {**asdict(course.settings), "target": course.target, "steps": course.steps},
         "rates": [rate.detach().cpu() for rate in search.rates],
+        "tokens": schedule.tokens,
         "schedule": _plain(schedule),
         "best_schedule": None if best is None else _plain(best),
         "best_scores": None if scores is None else asdict(scores),
@@ -83,7 +79,7 @@ def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mappi
         "sums": state.sums,
         # Every step draws from a seed made of this one and its position: no generator state is left over.
         "random": {"seed": course.settings.seed},
-        "history": history_table(state.history),
+        "history": state.history.table(),
     }
     with whole_file(path) as file:
         torch.save(content, file)
@@ -98,9 +94,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SearchCheckpointError(
-            f"{path}: cannot be read ({reason}); accepted: the checkpoint of a search"
+            f"{path}: cannot be read ({first_line(error)}); accepted: the checkpoint of a search"
         ) from error
     found = content.get("mode", "weights alone") if isinstance(content, dict) else type(content).__name__
     if found != KIND:
@@ -130,8 +125,7 @@ def restore(search: Parts, path: Path) -> None:
         search.scaler.load_state_dict(content["scaler"])
         search.state = _state(content)
     except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SearchCheckpointError(f"{path}: does not fit this search ({reason})") from error
+        raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
 
 
 def searched_schedule(path: Path) -> Schedule:
@@ -142,19 +136,22 @@ def searched_schedule(path: Path) -> Schedule:
     """
     content = read_checkpoint(path)
     try:
-        return make_schedule(*(content["best_schedule"] or content["schedule"]))
+        found = make_schedule(*(content["best_schedule"] or content["schedule"]))
+        return replace(found, tokens=content.get("tokens"))
     except (*UNREADABLE, ScheduleError) as error:
         raise SearchCheckpointError(f"{path}: no schedule in it ({error!r})") from error
 
 
 def _state(content: dict[str, Any]) -> SearchState:
     best, scores = content["best_schedule"], content["best_scores"]
+    history = History(len(content["rates"]))
+    history.load(content.get("history"))
     return SearchState(
         epoch=content["epoch"],
         step=content["step"],
         sums=content["sums"],
         best=None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores)),
-        history=history_from_table(content.get("history"), len(content["rates"])),
+        history=history,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +17,19 @@ from torch import Tensor, nn
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.budgets.rounding import check_target
 from diffrate.budgets.schedule import Schedule
+from diffrate.files import UNREADABLE, first_line
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.state import CompressionState
 from diffrate.rates.rate import RateError
 from diffrate.running.evaluation import Batches, Scores, modes_kept
-from diffrate.running.precision import place_of
+from diffrate.running.precision import default_precision, place_of
 from diffrate.searching.batches import updates_of
 from diffrate.searching.checkpoint import restore
 from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
-from diffrate.searching.settings import Course, SearchSettingError, SearchSettings
+from diffrate.searching.settings import SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
 from diffrate.seeds import generators_kept
 
-SMOOTHING = 0.1  # of labels, as in DeiT's recipe
 SAVE_EVERY = 10  # steps
 
 
@@ -94,7 +97,8 @@ def search(
         seed: of everything drawn; the generators go on as before afterwards.
         callback: called with a record after each step, or an `Observer`.
         checkpoint: file that is written every `save_every` steps and after each epoch, with the plain values
-            in `notes` beside the search's own; `resume` is a file to go on from, bit for bit on a CPU.
+            in `notes` beside the search's own; `resume` is a file to go on from, bit for bit on a CPU unless
+            loader processes that persist draw augmentation.
 
     Raises:
         UnsupportedModelError: the model is not patched.
@@ -103,38 +107,36 @@ def search(
         SearchCheckpointError: `resume` is missing, damaged, or another search's.
         NonFiniteLossError: the loss is no number.
         StoppedError: the observer asked to stop.
+        ValueError: the loader ends before an epoch does.
     """
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
     place = place_of(model, device)
-    before = model.compression.schedule
-    try:
-        with generators_kept(place.device), modes_kept(model), _gradients_kept(model):
-            model.to(place.device)
-            _fresh_rates(model, granularity, start)
-            settings = SearchSettings(
-                epochs=epochs,
-                flops_loss=flops_loss,
-                flops_weight=flops_weight,
-                warmup=warmup,
-                learning_rate=learning_rate,
-                least_learning_rate=learning_rate / 10 if least_learning_rate is None else least_learning_rate,
-                granularity=model.compression.granularity["merge"],
-                accumulate=accumulate,
-                seed=seed,
-            )
-            course = Course(settings, _target(model, target_flops, share), updates_of(loader, steps, accumulate))
-            means = Means(place, _precision(place.device, precision), criterion or default_criterion(), mixup, val)
-            saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
-            running = Search(model, course, means, _observer(callback))
-            if resume is not None:
-                restore(running.parts, Path(resume))
-            schedule, scores = running.run(loader, saved)
-    except BaseException:
-        model.compression.schedule = before
-        raise
+    settings = SearchSettings(
+        epochs=epochs,
+        flops_loss=flops_loss,
+        flops_weight=flops_weight,
+        warmup=warmup,
+        learning_rate=learning_rate,
+        least_learning_rate=least_rate(learning_rate) if least_learning_rate is None else least_learning_rate,
+        granularity=model.compression.granularity["merge"] if granularity is None else granularity,
+        accumulate=accumulate,
+        seed=seed,
+    )
+    course = Course(settings, _target(model, target_flops, share), updates_of(loader, steps, accumulate, place.device))
+    means = Means(place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val)
+    saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
+    with generators_kept(), modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
+        model.to(place.device)
+        _fresh_rates(model, granularity, start)
+        running = Search(model, course, means, _observer(callback))
+        if resume is not None:
+            restore(running.parts, Path(resume))
+        schedule, scores = running.run(loader, saved)
+    for rate in model.arch_parameters():
+        rate.grad = None
     model.set_kept_num(schedule.prune, schedule.merge)
-    return Found(schedule, model.flops_at(schedule), scores, tuple(running.state.history))
+    return Found(schedule, model.flops_at(schedule), scores, running.state.history.records())
 
 
 def default_criterion() -> Criterion:
@@ -176,17 +178,18 @@ def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedul
 
 
 def _checkpoint(path: Path, every: int, notes: Mapping[str, Any]) -> Checkpoint:
-    if not path.parent.is_dir():
+    if path.is_dir() or not path.parent.is_dir():
         raise SearchSettingError(f"checkpoint: found {path}; accepted: a file in a folder that is there")
     if every < 1:
         raise SearchSettingError(f"save_every: found {every}; accepted: from 1, in steps")
+    trial = io.BytesIO()
+    try:
+        torch.save(dict(notes), trial)
+        trial.seek(0)
+        torch.load(trial, weights_only=True)
+    except (*UNREADABLE, pickle.PicklingError) as error:
+        raise SearchSettingError(f"notes: {first_line(error)}; accepted: plain values and tensors") from error
     return Checkpoint(path, every, notes)
-
-
-def _precision(device: torch.device, chosen: torch.dtype | None) -> torch.dtype | None:
-    if chosen is None and device.type == "cuda":
-        return torch.float16
-    return chosen
 
 
 def _observer(callback: Callable[[StepRecord], None] | Observer | None) -> Observer:
@@ -196,6 +199,21 @@ def _observer(callback: Callable[[StepRecord], None] | Observer | None) -> Obser
     if callback is not None:
         observer.on_step = callback  # type: ignore[method-assign]
     return observer
+
+
+@contextmanager
+def _compression_kept(compression: CompressionState) -> Iterator[None]:
+    """The schedule, the granularity and the rates as before, after a block that fails."""
+    schedule, granularity = compression.schedule, compression.granularity
+    rates = {name: (rate, rate.detach().clone()) for name, rate in compression.named_parameters()}
+    try:
+        yield
+    except BaseException:
+        compression.schedule, compression.granularity = schedule, granularity
+        for name, (rate, values) in rates.items():
+            rate.data = values
+            compression.register_parameter(name, rate)
+        raise
 
 
 @contextmanager

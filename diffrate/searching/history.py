@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffrate.budgets.schedule import Schedule
 from diffrate.running.evaluation import Scores
+
+FIXED = 6  # figures of a step, beside a count for each choice
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,40 @@ class EpochRecord:
     best: bool
 
 
-def history_table(history: Sequence[StepRecord]) -> Tensor:
-    """The records as rows of a float64 tensor, `[steps, 6 + choices]`."""
-    rows = [
-        [record.epoch, record.step, record.loss, record.flops_loss, record.flops, record.learning_rate, *record.counts]
-        for record in history
-    ]
-    return torch.tensor(rows, dtype=torch.float64) if rows else torch.empty(0, 6, dtype=torch.float64)
+class History:
+    """The records of a search's steps, kept as rows of numbers: a checkpoint takes them as they lie."""
 
+    def __init__(self, choices: int) -> None:
+        self.columns = FIXED + choices
+        self.numbers = array("d")
 
-def history_from_table(table: Tensor | None, choices: int) -> list[StepRecord]:
-    """The records of a table; none from files that have no table.
+    def append(self, record: StepRecord) -> None:
+        """One more step."""
+        figures = record.loss, record.flops_loss, record.flops, record.learning_rate
+        self.numbers.extend((record.epoch, record.step, *figures, *record.counts))
 
-    Raises:
-        ValueError: the table is another search's.
-    """
-    if table is None or len(table) == 0:
-        return []
-    if table.shape[1] != 6 + choices:
-        raise ValueError(f"history: found {table.shape[1]} columns; accepted: {6 + choices}")
-    return [
-        StepRecord(int(epoch), int(step), loss, flops_loss, flops, rate, tuple(counts))
-        for epoch, step, loss, flops_loss, flops, rate, *counts in table.tolist()
-    ]
+    def table(self) -> Tensor:
+        """A float64 tensor, `[steps, 6 + choices]`."""
+        if not self.numbers:
+            return torch.empty(0, self.columns, dtype=torch.float64)
+        return torch.frombuffer(bytearray(self.numbers), dtype=torch.float64).reshape(-1, self.columns)
+
+    def load(self, table: Tensor | None) -> None:
+        """Take over the rows of `table`; None, from files that have no history, leaves it empty.
+
+        Raises:
+            ValueError: the table is another search's.
+        """
+        self.numbers = array("d")
+        if table is None:
+            return
+        if table.ndim != 2 or table.shape[1] != self.columns:
+            raise ValueError(f"history: found {list(table.shape)}; accepted: {self.columns} columns")
+        self.numbers.extend(table.double().flatten().tolist())
+
+    def records(self) -> tuple[StepRecord, ...]:
+        """A record per step, in order."""
+        return tuple(
+            StepRecord(int(epoch), int(step), loss, flops_loss, flops, rate, tuple(counts))
+            for epoch, step, loss, flops_loss, flops, rate, *counts in self.table().tolist()
+        )

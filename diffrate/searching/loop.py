@@ -32,7 +32,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """Somebody asked a search to stop, and it saved its state."""
+    """Somebody asked a search to stop, and it saved its state where it has a checkpoint."""
 
 
 class Observer:
@@ -95,7 +95,7 @@ class Search:
             rate.requires_grad_(True)
         optimizer = torch.optim.AdamW(rates, lr=course.settings.learning_rate, weight_decay=0)
         scaler = torch.amp.GradScaler(means.place.device.type, enabled=means.precision == torch.float16)
-        self.parts = Parts(course, rates, optimizer, scaler, SearchState.fresh())
+        self.parts = Parts(course, rates, optimizer, scaler, SearchState.fresh(len(rates)))
 
     @property
     def state(self) -> SearchState:
@@ -137,9 +137,14 @@ class Search:
         self.model.set_kept_num(chosen.prune, chosen.merge)
         self.observer.on_score_start()
         try:
-            return evaluate(self.model, self.means.val, precision=self.means.precision, callback=self.observer.on_score)
+            scores = evaluate(
+                self.model, self.means.val, precision=self.means.precision, callback=self.observer.on_score
+            )
         finally:
             self.model.compression.schedule = None  # back to searching
+        if not math.isfinite(scores.loss):
+            raise NonFiniteLossError(f"the loss is {scores.loss} on the images to score, epoch {self.state.epoch}")
+        return scores
 
     def _epoch(self, loader: Any, checkpoint: Checkpoint | None) -> None:
         """The steps of one epoch that are left."""
@@ -149,7 +154,11 @@ class Search:
         self.model.train()
         self.observer.on_start(state.epoch, state.step)
         for step in range(state.step, course.steps):
-            record, stop = self._step(batches, step)
+            try:
+                record, stop = self._step(batches, step)
+            except NonFiniteLossError as error:
+                good = "" if checkpoint is None else "; the last checkpoint is good"
+                raise NonFiniteLossError(f"{error}{good}") from None
             state.step = step + 1
             figures = record.loss, record.flops_loss, record.flops / 1e9
             state.sums = [total + value for total, value in zip(state.sums, figures, strict=True)]
@@ -171,7 +180,7 @@ class Search:
         learning_rate = course.learning_rate(epoch, step)
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
-        counts = tuple(self.model.compression.expected_counts())
+        counts = tuple(self.model.compression.expectations())
         self.parts.optimizer.zero_grad(set_to_none=True)
         totals = torch.tensor([0.0, 0.0, 0.0, float(self.observer.stop())], device=device)
         for _ in range(course.settings.accumulate):
@@ -179,7 +188,7 @@ class Search:
         average_gradients(self.parts.rates)
         loss, flops_loss, gflops, stop = (all_sum(totals) / world()).tolist()
         if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
-            raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}; the last checkpoint is good")
+            raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}")
         self.parts.scaler.step(self.parts.optimizer)
         self.parts.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0

@@ -6,7 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from diffrate.budgets.space import GRANULARITY
+
 FLOPS_LOSSES = ("absolute", "relative")
+SMOOTHING = 0.1  # of labels, as in DeiT's recipe
+
+
+def least_rate(learning_rate: float) -> float:
+    """The learning rate of the last step, where nobody says: a tenth of the first."""
+    return learning_rate / 10
 
 
 class SearchSettingError(ValueError):
@@ -31,8 +39,8 @@ class SearchSettings:
     flops_weight: float = 5.0
     warmup: bool = False
     learning_rate: float = 0.01
-    least_learning_rate: float = 0.001
-    granularity: int = 4
+    least_learning_rate: float = least_rate(0.01)
+    granularity: int = GRANULARITY
     accumulate: int = 1
     seed: int = 0
 

@@ -19,6 +19,7 @@ import main
 import training.checkpoint
 from cli.search_report import Reporter
 from tests.cli.test_errors import check
+from tests.cli.test_eval import scores
 from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records
 from tests.cli.test_search import same_rates
 from tests.cli.test_search import words as search_words
@@ -176,6 +177,7 @@ def test_a_training_that_is_done_is_scored_again(whole: Path, cli: Cli, folder: 
     assert (code, err) == (0, "")
     assert f"at epoch {EPOCHS}, step 0" in out
     assert "Epoch [" not in out
+    assert scores(out[: out.rindex("  best ")])[:2] == (records(whole)[-1]["acc1"], 100)
     assert content(whole)["position"] == before["position"]
 
 

@@ -48,6 +48,11 @@ NO_MEMORY = (
         (("--seed", "0x10"), ["--seed", "0x10"]),
         (("--output_dir", "/dev/null/out"), ["--output_dir /dev/null/out: "]),
         (("--checkpoint", "."), ["checkpoint .: no such file"]),
+        (
+            ("--checkpoint", "~nobody-here/a.pth"),
+            ["--checkpoint: found ~nobody-here/a.pth; accepted: the folder of a user"],
+        ),
+        (("--data-path", "~nobody-here", "--model", MODEL), ["--data-path: found ~nobody-here"]),
         (("--checkpoint", "file:///a.pth"), ["no such file"]),
         (("--compression_rate_file", "."), ["--compression_rate_file needs --load_compression_rate"]),
         (("--load_compression_rate", "--compression_rate_file", "."), [".: cannot be read"]),

@@ -13,7 +13,7 @@ from diffrate.budgets.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.cli.test_eval import PROJECT, scores
 from tests.cli.test_search import KEY, MODEL, words
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli
 
 TOKENS, TOKENS_AT_32 = 50, 65
 HALF = ("--load_compression_rate", "--target_flops", 0.0242)
@@ -147,9 +147,3 @@ def test_a_file_nested_too_deeply(content: str, cli: Cli, image_folder: Path, tm
     file.write_text(content)
     flags = ("--load_compression_rate", "--compression_rate_file", file)
     check(cli(*evaluation(image_folder, *flags)), f"{file}: nested too deeply; accepted: an object of models")
-
-
-def test_counts_nested_too_deeply(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    """Arrays inside strings, as in the published file."""
-    flags = rates(tmp_path / "a.json", 50, merge_kept_num="[" * 100_000)
-    check(cli(*evaluation(image_folder, *flags)), "merge_kept_num: found '[[[", "accepted: an array of counts")

@@ -288,7 +288,7 @@ def test_a_generator_runs_dry_and_says_so() -> None:
         diffrate.search(small(), (batch for batch in batches()), share=0.7)
     with pytest.raises(ValueError, match="loader: no batch left at epoch 1, step 0"):
         diffrate.search(small(), (batch for batch in batches()), share=0.7, steps=3, epochs=2)
-    with pytest.raises(SearchSettingError, match="accumulate: found 1; accepted: up to 0"):
+    with pytest.raises(SearchSettingError, match="loader: found no batch"):
         diffrate.search(small(), [], share=0.7)
 
 
