@@ -358,3 +358,83 @@ def test_the_benchmark_leaves_the_model_alone(dtype: torch.dtype) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="rounds: found 0"):
         diffrate.benchmark(model, rounds=0)
+
+
+# --- what a second look found ---------------------------------------------------------------------
+
+
+def test_a_failed_search_gives_back_rates_and_granularity() -> None:
+    model = small()
+    model.compression.start_at(diffrate.Schedule((17, 9, 9, 9), (17, 9, 7, 5)))
+    before, kept = rates(model), model.get_kept_num()
+    with pytest.raises(ZeroDivisionError):
+        diffrate.search(model, batches(), share=0.7, granularity=4, callback=lambda record: 1 / 0)
+    assert same(rates(model), before)
+    assert model.get_kept_num() == kept
+    assert model.compression.granularity == {"prune": 1, "merge": 1}
+    diffrate.search(model, batches(), share=0.7, granularity=4)
+    assert all(rate.grad is None for rate in model.arch_parameters())
+
+
+def test_a_model_that_was_evaluated_elsewhere_still_trains() -> None:
+    """Moving it is what must not happen in inference mode: here to another device and back."""
+    model = small().to("meta")
+    model.to_empty(device="cpu")
+    diffrate.evaluate(model.to("cpu"), batches(), device="cpu")
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_rates_are_where_the_model_is_and_search_in_float32() -> None:
+    assert {rate.device.type for rate in diffrate.patch.vit(_plain().to("meta")).arch_parameters()} == {"meta"}
+    model = small().to(torch.bfloat16)
+    diffrate.search(model, batches(), share=0.7)
+    assert {rate.dtype for rate in model.arch_parameters()} == {torch.float32}
+
+
+def _plain() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", **SMALL)
+
+
+def test_records_of_counts_are_those_that_schedules_are_rounded_from() -> None:
+    model = small()
+    model.compression.start_at(diffrate.Schedule((17, 9, 9, 9), (17, 9, 7, 5)))
+    assert model.compression.expectations() == pytest.approx(model.compression.expected_counts(), rel=1e-6)
+
+
+def test_a_loader_with_a_generator_of_its_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def own() -> DataLoader[Any]:
+        loader = shuffled()
+        return DataLoader(loader.dataset, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(7))
+
+    whole = diffrate.search(small(), own(), share=0.7, epochs=2)
+    file = tmp_path / "search.pth"
+
+    class Stop(diffrate.Observer):
+        stopping = False
+
+        def on_step(self, record: diffrate.StepRecord) -> None:
+            self.stopping = record.epoch == 1
+
+        def stop(self) -> bool:
+            return self.stopping
+
+    with pytest.raises(diffrate.StoppedError):
+        diffrate.search(small(), own(), share=0.7, epochs=2, checkpoint=file, callback=Stop())
+    assert diffrate.search(small(), own(), share=0.7, epochs=2, resume=file).history == whole.history
+
+
+def test_notes_that_no_checkpoint_can_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SearchSettingError, match="notes: "):
+        diffrate.search(small(), batches(), share=0.7, checkpoint=tmp_path / "a.pth", notes={"path": tmp_path})
+
+
+def test_a_validation_loss_that_is_no_number_is_refused() -> None:
+    broken = [(images * float("nan"), labels) for images, labels in batches(1)]
+    with pytest.raises(diffrate.NonFiniteLossError, match="on the images to score"):
+        diffrate.search(small(), batches(), share=0.7, val=broken)
+
+
+def test_a_model_without_a_block_to_reduce_in_is_refused() -> None:
+    plain = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 1})
+    with pytest.raises(diffrate.UnsupportedModelError, match="found 1 blocks"):
+        diffrate.patch.vit(plain)
