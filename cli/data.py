@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -99,6 +100,7 @@ def _loader(
     dataset: Samples, sampler: Sampler[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
 ) -> ImageLoader:
     workers = _workers(settings.data, runtime)
+    _check_memory(min(batch_size, len(dataset)), settings.model.input_size or 0)
     return ImageLoader(
         dataset,
         sampler=sampler,
@@ -110,6 +112,19 @@ def _loader(
         generator=torch.Generator().manual_seed(settings.run.seed + runtime.processes.rank),
         worker_init_fn=_leave_signals,
     )
+
+
+def _check_memory(batch_size: int, side: int) -> None:
+    """Refuse batches that no memory holds: asked for them, the system may end the process without a word.
+
+    Raises:
+        UsageError: the images of a batch alone take all memory.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    memory, image = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 3 * 4 * side**2
+    if batch_size * image > memory:
+        raise UsageError(f"--batch-size {batch_size}: accepted: below {memory // image} at --input-size {side}")
 
 
 def _leave_signals(worker: int) -> None:

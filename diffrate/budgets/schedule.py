@@ -19,6 +19,7 @@ from diffrate.files import whole_file
 PRUNE_FIELD = "prune_kept_num"
 MERGE_FIELD = "merge_kept_num"
 TOKENS_FIELD = "tokens"
+SHOWN = 60  # characters of what is refused
 
 
 class ScheduleError(ValueError):
@@ -218,8 +219,8 @@ def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
     if isinstance(values, str):
         try:
             values = json.loads(values)
-        except json.JSONDecodeError as error:
-            raise ScheduleError(f"{where}{name}: found {values!r}; accepted: an array of counts") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ScheduleError(f"{where}{name}: found {values[:SHOWN]!r}; accepted: an array of counts") from error
     try:
         items = list(values)
     except TypeError as error:

@@ -7,6 +7,7 @@ the gradient of the probabilities backward.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -18,7 +19,7 @@ STEEPEST = 3.0  # a slope at which one candidate has all but a twentieth of the 
 
 
 class RateError(ValueError):
-    """A granularity that leaves no choice."""
+    """A granularity that leaves no choice, or logits that are no numbers."""
 
 
 class Choice(NamedTuple):
@@ -80,10 +81,17 @@ def survival_probabilities(logits: Tensor, patches: int, granularity: int, class
 
 
 def draw(logits: Tensor, patches: int, granularity: int, class_token: bool) -> list[Choice]:
-    """The choices `[R]` of logits `[R, K]`. Reads the counts from the device, once for all."""
+    """The choices `[R]` of logits `[R, K]`. Reads the counts from the device, once for all.
+
+    Raises:
+        RateError: the logits are no numbers.
+    """
     expected = expected_counts(logits, patches, granularity, class_token)
     survival = survival_probabilities(logits, patches, granularity, class_token)
-    return [Choice(*item) for item in zip(expected, (int(c) for c in expected.tolist()), survival, strict=True)]
+    counts = expected.tolist()
+    if not all(map(math.isfinite, counts)):
+        raise RateError("rate logits: found no numbers; accepted: finite ones, as lower learning rates leave them")
+    return [Choice(*item) for item in zip(expected, map(int, counts), survival, strict=True)]
 
 
 def flattest_logits(mean: float, patches: int, granularity: int) -> Tensor:
