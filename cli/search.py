@@ -34,12 +34,10 @@ def run(settings: Settings, runtime: Runtime) -> None:
     batches, accumulate = len(loaders[0]), settings.search.accumulate
     if accumulate > batches:
         raise UsageError(f"--accum-steps {accumulate}: accepted: up to {batches}, the batches of an epoch")
-    left = max(1, len(settings.model.targets))
-    for index in range(left):
-        last = index == left - 1
-        model = (
-            trained.model if last else copy.deepcopy(trained.model)
-        )  # a huge model needs no second copy for the last
+    count = max(1, len(settings.model.targets))
+    for index in range(count):
+        # A huge model needs no second copy for the last.
+        model = trained.model if index == count - 1 else copy.deepcopy(trained.model)
         _search_one(index, settings, trained, model, loaders, runtime)
 
 

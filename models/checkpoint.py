@@ -34,7 +34,7 @@ COMPRESSION_PREFIX = "compression."
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading changed besides copying: for the log, and for evaluation to refuse."""
+    """What loading changed besides copying: the names of fresh tensors, and a note for the log on each."""
 
     reinitialized: tuple[str, ...]
     notes: tuple[str, ...]

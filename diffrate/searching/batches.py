@@ -51,20 +51,28 @@ def batches_from(loader: Any, epoch: int, batch: int, seed: int) -> Iterator[Bat
     return chain(first, batches) if batch == 0 else batches
 
 
-def updates_of(loader: Any, steps: int | None, accumulate: int, device: torch.device) -> int:
-    """Updates an epoch: `steps`, or as many as the loader has batches for; of several processes, the fewest.
+def with_length(loader: Any, steps: int | None) -> tuple[Any, int | None]:
+    """What to go through in every epoch, and its batches; None where only `steps` tell how far to go.
 
-    Raises:
-        SearchSettingError: there is no batch, none for an update, or the loader does not tell and nobody else does.
+    Where nobody tells, what can be gone through only once is kept in memory, and the rest is counted.
     """
     try:
-        batches = len(loader)
+        return loader, len(loader)
     except TypeError:  # a generator, or a data set that streams
-        batches = None
+        if steps is not None:
+            return loader, None
+    kept = list(loader) if isinstance(loader, Iterator) else loader
+    return kept, sum(1 for _ in kept)
+
+
+def updates_of(batches: int | None, steps: int | None, accumulate: int, device: torch.device) -> int:
+    """Updates an epoch: `steps`, or as many as there are batches for; of several processes, the fewest.
+
+    Raises:
+        SearchSettingError: there is no batch, or none for an update.
+    """
     if batches == 0:
         raise SearchSettingError("loader: found no batch; accepted: batches of images and labels")
-    if steps is None and batches is None:
-        raise SearchSettingError("steps: found none, and the loader has no length; accepted: updates an epoch")
     if batches is not None and batches < accumulate:
         raise SearchSettingError(f"accumulate: found {accumulate}; accepted: up to {batches}, the batches of an epoch")
     most = None if batches is None else batches // accumulate
@@ -72,5 +80,5 @@ def updates_of(loader: Any, steps: int | None, accumulate: int, device: torch.de
         accepted = "from 1" if most is None else f"1 to {most}, the updates of an epoch"
         raise SearchSettingError(f"steps: found {steps}; accepted: {accepted}")
     chosen = most if steps is None else steps
-    assert chosen is not None
+    assert chosen is not None, "one of the two is known"
     return least(chosen, device)

@@ -23,7 +23,7 @@ from diffrate.patch.state import CompressionState
 from diffrate.rates.rate import RateError
 from diffrate.running.evaluation import Batches, Scores, modes_kept
 from diffrate.running.precision import default_precision, place_of
-from diffrate.searching.batches import updates_of
+from diffrate.searching.batches import updates_of, with_length
 from diffrate.searching.checkpoint import restore
 from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
@@ -84,7 +84,8 @@ def search(
 
     Args:
         loader: batches of images `[B, 3, H, W]` and labels, gone through once an epoch: a DataLoader, a
-            list, anything that can be iterated again. Labels are classes `[B]`, or shares of classes `[B, K]`.
+            list, any iterable. Labels are classes `[B]`, or shares of classes `[B, K]`. Without `steps`, a
+            generator is kept in memory, and what has no length is counted first.
         target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's.
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
@@ -123,7 +124,9 @@ def search(
         accumulate=accumulate,
         seed=seed,
     )
-    course = Course(settings, _target(model, target_flops, share), updates_of(loader, steps, accumulate, place.device))
+    target = _target(model, target_flops, share)
+    loader, batches = with_length(loader, steps)
+    course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
     means = Means(place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val)
     saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
     with generators_kept(), modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):

@@ -283,9 +283,20 @@ def test_settings_that_make_no_sense(more: dict[str, Any], error: type[Exception
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+class Stream:
+    """Batches that can be gone through again, and tell no length."""
+
+    def __iter__(self) -> Any:
+        return iter(batches())
+
+
+@pytest.mark.parametrize("make", [Stream, lambda: (batch for batch in batches()), lambda: tuple(batches())])
+def test_any_iterable_is_a_loader(make: Any) -> None:
+    expected = diffrate.search(small(), batches(), share=0.7, epochs=2)
+    assert diffrate.search(small(), make(), share=0.7, epochs=2) == expected
+
+
 def test_a_generator_runs_dry_and_says_so() -> None:
-    with pytest.raises(SearchSettingError, match="the loader has no length"):
-        diffrate.search(small(), (batch for batch in batches()), share=0.7)
     with pytest.raises(ValueError, match="loader: no batch left at epoch 1, step 0"):
         diffrate.search(small(), (batch for batch in batches()), share=0.7, steps=3, epochs=2)
     with pytest.raises(SearchSettingError, match="loader: found no batch"):
