@@ -41,7 +41,7 @@ class Progress:
             speed = f"{self.images * self.position / self.total / spent:.1f} images/s"
             left = timedelta(seconds=round(spent / self.position * (self.total - self.position)))
             figures = describe()
-            self.bar.set_postfix_str(f"{speed}  {figures}", refresh=False)
+            self.bar.set_postfix_str(f"{speed}  {figures}", refresh=self.position == self.total)
             place = f"[{self.position:{len(str(self.total))}d}/{self.total}]"
             log.info("%s: %s  eta %s  %s  %s", self.header, place, left, speed, figures)
         if self.position == self.total:
