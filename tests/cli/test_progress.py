@@ -21,6 +21,8 @@ def test_lines_where_there_is_no_terminal(cli: Cli) -> None:
 
 def test_a_bar_on_a_terminal_and_lines_in_the_log(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    monkeypatch.setenv("COLUMNS", "160")  # a bar is cut at the terminal's width
+    monkeypatch.setenv("LINES", "40")
     code, out, err = cli(*EVAL, "--output_dir", tmp_path)
     assert code == 0
     assert "Test: 100%" in err
