@@ -19,7 +19,9 @@ UNREADABLE = (
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error in one line, or what kind it is."""
+    """The message of an error in one line, without the file that the caller names, or what kind it is."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -15,6 +15,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from diffrate.files import first_line
 from training.settings import Mixing, TrainingSettings
 from utils import UsageError
 
@@ -105,9 +106,8 @@ def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: in
     try:
         return create_optimizer(chosen, model)
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # it needs a GPU, or a momentum
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"--opt {settings.optimizer}: {reason}; accepted: one that runs here, at this --momentum"
+            f"--opt {settings.optimizer}: {first_line(error)}; accepted: one that runs here, at this --momentum"
         ) from error
 
 

@@ -19,6 +19,7 @@ from diffrate.budgets.schedule import (
     ScheduleError,
     check_schedule,
 )
+from diffrate.files import first_line
 
 FORMAT_FIELD = "format"
 FORMAT = "diffrate 1"
@@ -125,14 +126,6 @@ def is_saved_model(path: str | Path) -> bool:
             return (file.metadata() or {}).get(FORMAT_FIELD, "").startswith(FORMAT.split()[0])
     except (OSError, SafetensorError):
         return False
-
-
-def first_line(error: Exception) -> str:
-    """What an error of somebody else's says, for a message of one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 class _Field(NamedTuple):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import diffrate
 from diffrate.budgets.schedule import Schedule, ScheduleError
-from diffrate.files import whole_path
+from diffrate.files import first_line, whole_path
 from diffrate.patch.base import CompressedModel
 from diffrate.saving import hub
-from diffrate.saving.about import About, SavedModelError, about, first_line
+from diffrate.saving.about import About, SavedModelError, about
 from diffrate.saving.arguments import architecture_of, constructor_arguments
 from diffrate.saving.rebuild import check_alike, rebuild
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from diffrate.saving.about import SavedModelError, first_line
+from diffrate.files import first_line
+from diffrate.saving.about import SavedModelError
 
 PREFIX = "hf-hub:"
 DEFAULT_FILE = "model.safetensors"

@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from diffrate.saving.about import SavedModelError, first_line
+from diffrate.files import first_line
+from diffrate.saving.about import SavedModelError
 
 
 def plain_model(architecture: str, arguments: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> nn.Module:
