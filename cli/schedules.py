@@ -116,4 +116,4 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
         return schedule
     # All of them enter each block at most, but for the blocks that are never compressed: they keep all.
     limits = (schedule.tokens,) * blocks + schedule.merge[blocks:]
-    return scale_schedule(schedule, limits, space.limits, space.class_token)
+    return scale_schedule(schedule, limits, space.limits, space.prefix, space.least)

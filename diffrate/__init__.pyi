@@ -1,5 +1,5 @@
 from . import patch
-from .blocks.block import UnsupportedModelError
+from .blocks.forms import UnsupportedModelError
 from .blocks.tokens import TokenState
 from .budgets.rounding import BudgetError
 from .budgets.schedule import Schedule, ScheduleError, scale_schedule

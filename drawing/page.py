@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -15,10 +16,12 @@ import diffrate
 from diffrate.pictures import draw_groups, origin_groups
 from training.transforms import View, crop_view, eval_transform
 
-SIDE = 448  # pixels at least of the side of a picture with tokens: lines stay thin beside the patches
+SIDE = 448  # pixels at least of the short side of a picture with tokens: lines stay thin beside the patches
 SHOWN_CLASSES = 5
 MOST_BLOCKS = 12  # panels of a page, unless blocks are chosen
 COLUMNS = 4
+WIDTH, TITLE = 2.6, 0.2  # inches of a panel, and above its picture
+TALLEST = 2.0  # of a panel, against its width
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Seen:
     grid: rows and columns of the patches.
     origins: after each block, which kept token stands for each patch, `[rows * columns]`, -1 for pruned.
     kept: tokens after each block, class token included; `tokens` before the first.
-    dense, compressed: probabilities of the classes, `[K]`.
+    dense, compressed: probabilities of the classes, `[K]`; None of a model without a head.
     """
 
     view: Image.Image
@@ -37,8 +40,8 @@ class Seen:
     origins: tuple[Tensor, ...]
     kept: tuple[int, ...]
     tokens: int
-    dense: Tensor
-    compressed: Tensor
+    dense: Tensor | None
+    compressed: Tensor | None
 
     def tokens_after(self, block: int) -> Image.Image:
         """The view with the groups of patches after `block`, drawn in."""
@@ -53,22 +56,25 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
     images = torch.stack([transform(photograph) for photograph in photographs]).to(weight.device, weight.dtype)
     model.eval()
     states = model.forward_blocks(images)
-    compressed = _probabilities(model.classify(states[-1]))
-    dense = _probabilities(_dense_logits(model, images))
-    first = int(model.compression.space.class_token)
-    side = -(-SIDE // view.input_size) * view.input_size  # whole pixels for every pixel of the input
+    heads = bool(model.num_classes)
+    compressed = _probabilities(model.classify(states[-1])) if heads else None
+    dense = _probabilities(_dense_logits(model, images)) if heads else None
+    first = model.compression.space.prefix
+    zoom = -(-SIDE // min(view.size))  # whole pixels for every pixel of the input
+    rows, columns = (zoom * side for side in view.size)
+    below, right = (zoom * side for side in _covered(model, view.size))
     seen = []
     for index, photograph in enumerate(photographs):
         origins = tuple(state.origin[index, first:].cpu() for state in states if state.origin is not None)
         seen.append(
             Seen(
-                view=crop_view(photograph, view, side),
+                view=crop_view(photograph, view, (rows, columns)).crop((0, 0, right, below)),
                 grid=model.token_grid,
                 origins=origins,
                 kept=tuple(state.x.shape[1] for state in states),
                 tokens=model.compression.space.limits[0],
-                dense=dense[index],
-                compressed=compressed[index],
+                dense=None if dense is None else dense[index],
+                compressed=None if compressed is None else compressed[index],
             )
         )
     return seen
@@ -85,17 +91,20 @@ def shown_blocks(seen: Seen) -> list[int]:
 
 def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | None = None) -> Figure:
     """One page: the view, the tokens after the last block and after `blocks` (by default those that
-    remove tokens), and the predictions."""
+    remove tokens), and the predictions, if there are any."""
     shown = shown_blocks(seen) if blocks is None else blocks
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(2.6 * COLUMNS, 2.8 * (1 + rows) + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH * COLUMNS, _height(seen) * (1 + rows) + 0.3), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
     last = len(seen.kept) - 1
     _picture(view, seen.view, "input")
     _picture(end, seen.tokens_after(last), f"at the end: {_count(seen, last)}")
-    draw_predictions(predictions, seen, names)
+    if seen.dense is None or seen.compressed is None:
+        predictions.set_axis_off()
+    else:
+        draw_predictions(predictions, seen.dense, seen.compressed, names)
     for place, axes in enumerate(below.subplots(rows, COLUMNS, squeeze=False).flat):
         if place < len(shown):
             _picture(axes, seen.tokens_after(shown[place]), f"after block {shown[place]}: {_count(seen, shown[place])}")
@@ -104,12 +113,12 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     return figure
 
 
-def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
+def draw_predictions(axes: Axes, dense: Tensor, compressed: Tensor, names: Sequence[str]) -> None:
     """The likeliest classes of the dense model, with the compressed model's word on them beside."""
-    classes = seen.dense.topk(min(SHOWN_CLASSES, len(seen.dense))).indices.tolist()
+    classes = dense.topk(min(SHOWN_CLASSES, len(dense))).indices.tolist()
     for name, probabilities, offset, color, hatch in (
-        ("dense", seen.dense, -0.2, "#bbbbbb", ""),
-        ("compressed", seen.compressed, 0.2, "#0072b2", "///"),
+        ("dense", dense, -0.2, "#bbbbbb", ""),
+        ("compressed", compressed, 0.2, "#0072b2", "///"),
     ):
         values = [100 * float(probabilities[index]) for index in classes]
         places = [place + offset for place in range(len(classes))]
@@ -128,6 +137,22 @@ def likeliest(probabilities: Tensor, names: Sequence[str]) -> str:
     """The class that a model names first, and its probability."""
     best = int(probabilities.argmax())
     return f"{names[best]} {100 * float(probabilities[best]):.1f} %"
+
+
+def _height(seen: Seen) -> float:
+    """Inches of a panel whose picture is as high as the view."""
+    return WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
+
+
+def _covered(model: diffrate.CompressedModel, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of pixels that patches stand for: they leave some out where they do not tile the input."""
+    module: Any = model
+    embedding = getattr(module, "patch_embed", None) or getattr(module, "embeds", None)
+    patch = getattr(embedding, "patch_size", (1, 1))
+    rows, columns = (count * side for count, side in zip(model.token_grid, patch, strict=True))
+    # Where convolutions come first, what is called a patch is none of the input's.
+    left_out = (size[0] - rows, size[1] - columns)
+    return (rows, columns) if all(0 <= rest < side for rest, side in zip(left_out, patch, strict=True)) else size
 
 
 def _picture(axes: Axes, image: Image.Image, title: str) -> None:

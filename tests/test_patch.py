@@ -219,13 +219,13 @@ def test_a_block_that_removes_nothing_moves_nothing(monkeypatch: pytest.MonkeyPa
     import diffrate.blocks.block as block
 
     calls = []
-    for name in ("keep_tokens", "merge_tokens", "class_importance"):
+    for name in ("keep_tokens", "merge_tokens", "speakers_importance"):
         original = getattr(block, name)
         monkeypatch.setattr(block, name, lambda *a, _f=original, _n=name: calls.append(_n) or _f(*a))
     model = patched("deit")
     model.set_kept_num([65, 65, 60, 60, 60, 60], [65, 65, 50, 60, 60, 60])
     model(images("deit"))
-    assert calls == ["class_importance", "keep_tokens", "merge_tokens"]
+    assert calls == ["speakers_importance", "keep_tokens", "merge_tokens"]
 
 
 def test_drop_path_and_layer_scale_are_applied() -> None:
@@ -247,7 +247,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
         ({"dynamic_img_size": True}, "dynamic_img_size"),
         ({"patch_drop_rate": 0.5}, "patch_drop"),
         ({"block_fn": timm.models.vision_transformer.ParallelScalingBlock}, "ParallelScalingBlock"),
-        ({"attn_layer": "diff"}, "DiffAttention"),
+        ({"class_token": False, "global_pool": "avg"}, "num_prefix_tokens=0"),
     ],
 )
 def test_models_that_are_not_handled_are_refused_by_name(options: dict[str, object], expected: str) -> None:

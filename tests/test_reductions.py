@@ -42,7 +42,7 @@ def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data:
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     state = random_state(batch, tokens, seed)
-    merged = merge_tokens(state, kept, weigh_by_similarity=weigh)
+    merged = merge_tokens(state, kept, 1, weigh_by_similarity=weigh)
     assert state.size is not None
     assert merged.size is not None
     for image in range(batch):
@@ -58,7 +58,7 @@ def test_plain_sizes_are_conserved_and_follow_the_origins(shape: tuple[int, int,
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     ones = random_state(batch, tokens, seed)._replace(size=None)
-    merged = merge_tokens(ones, kept, weigh_by_similarity=False)
+    merged = merge_tokens(ones, kept, 1, weigh_by_similarity=False)
     assert merged.origin is not None
     assert merged.size is not None
     counts = F.one_hot(merged.origin, kept).sum(1)
@@ -105,14 +105,14 @@ def test_adding_by_index_and_by_product_is_the_same(shape: tuple[int, int, int],
 
 def test_position_zero_is_never_a_destination() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]])
-    destination, similarity = match(x, kept=2)
+    destination, similarity = match(x, kept=2, spared=1)
     assert destination.tolist() == [[1]]
     torch.testing.assert_close(similarity, F.cosine_similarity(x[:, 2], x[:, 1])[None])
 
 
 def test_merging_into_one_token_prunes() -> None:
     state = random_state(2, 6, seed=3)
-    merged = merge_tokens(state, 1, weigh_by_similarity=True)
+    merged = merge_tokens(state, 1, 1, weigh_by_similarity=True)
     torch.testing.assert_close(merged.x, state.x[:, :1])
     assert merged.origin is not None
     assert merged.origin.tolist() == [[0, -1, -1, -1, -1, -1]] * 2
@@ -121,21 +121,21 @@ def test_merging_into_one_token_prunes() -> None:
 def test_opposite_tokens_leave_a_positive_size() -> None:
     """Similarity -1 takes the whole size away: its logarithm must stay finite."""
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, -2.0]]])
-    merged = merge_tokens(TokenState(x), 2, weigh_by_similarity=True)
+    merged = merge_tokens(TokenState(x), 2, 1, weigh_by_similarity=True)
     assert merged.size is not None
     assert merged.size.log().isfinite().all()
     torch.testing.assert_close(merged.size[:, 0], torch.ones(1))
 
 
 def test_zero_tokens_match_without_nan() -> None:
-    merged = merge_tokens(TokenState(torch.zeros(1, 4, 3)), 2, weigh_by_similarity=True)
+    merged = merge_tokens(TokenState(torch.zeros(1, 4, 3)), 2, 1, weigh_by_similarity=True)
     assert merged.x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_type_and_float32_sizes(dtype: torch.dtype) -> None:
     state = TokenState(torch.randn(2, 9, 4, dtype=dtype))
-    merged = merge_tokens(state, 4, weigh_by_similarity=True)
+    merged = merge_tokens(state, 4, 1, weigh_by_similarity=True)
     assert merged.x.dtype == dtype
     assert merged.size is not None
     assert merged.size.dtype == torch.float32

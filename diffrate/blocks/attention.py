@@ -6,29 +6,29 @@ times, by adding `log(size)` to its scores.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.tokens import size_dtype
 
+CACHED_ELEMENTS = 3 * 2**19  # of the maps that are made at a time: 6 MiB in float32
+
 
 class Heads(NamedTuple):
-    """Queries, keys and values of one attention, each `[B, H, N, D]`; scores are times `scale`."""
+    """Queries and keys of one attention, each `[B, H, N, D]`, and values `[B, H, N, V]`; scores are times `scale`."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     scale: float
 
-
-def split_heads(attention: Any, x: Tensor) -> Heads:
-    """Project `x` `[B, N, C]` with the submodules of a timm attention."""
-    batch, tokens, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return Heads(_optional(attention, "q_norm", query), _optional(attention, "k_norm", key), value, attention.scale)
+    def asking(self, tokens: int | None) -> Heads:
+        """The same, with the queries of the first `tokens` alone; of all for None."""
+        return self if tokens is None else self._replace(query=self.query[:, :, :tokens])
 
 
 def size_bias(size: Tensor | None) -> Tensor | None:
@@ -36,48 +36,75 @@ def size_bias(size: Tensor | None) -> Tensor | None:
     return None if size is None else size.log()[:, None, None, :]
 
 
+def add_bias(bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
+    """The bias of keys `[B, 1, 1, N]` and that of pairs `[B or 1, H, Q, N]` together; None for neither."""
+    if bias is None or pairs is None:
+        return pairs if bias is None else bias
+    return bias + pairs
+
+
 def attend(heads: Heads, bias: Tensor | None, dropout: float) -> Tensor:
-    """Fused proportional attention, `[B, H, N, D]`: no attention map is kept."""
+    """Fused proportional attention, `[B, H, N, V]`: no attention map is kept."""
     query, key, value, scale = heads
     if bias is not None:
         bias = bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
-def attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Proportional attention `[B, H, N, D]` and its map `[B, H, N, N]`, for who needs all its rows."""
+def attend_and_receive(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+    """Proportional attention `[B, H, N, V]`, and the attention that each token receives from all: `[B, N]`.
+
+    The mean over heads and queries takes every element of the map, but not all at once: a few images are
+    treated at a time, so that on a CPU their maps stay in the cache. That costs no more than fused attention.
+    """
+    parts = list(_parts(heads))
+    if len(parts) == 1:
+        return _attend_with_map(heads, bias, dropout)
+    mixed, importance = [], []
+    for part in parts:
+        few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
+        attended, received = _attend_with_map(few, bias if bias is None or len(bias) == 1 else bias[part], dropout)
+        mixed.append(attended)
+        importance.append(received)
+    return torch.cat(mixed), torch.cat(importance)
+
+
+def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Tensor:
+    """The attention of the first `speakers` tokens to all, the mean over them and over heads: `[B, N]`."""
+    rows = [row_importance(heads, heads.query[:, :, row : row + 1], _row(bias, row)) for row in range(speakers)]
+    return rows[0] if speakers == 1 else torch.stack(rows).mean(0)
+
+
+def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
+    """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
+    # One row of scores: multiplying and adding up reads the keys where they lie. A matrix product
+    # first copies them, heads apart.
+    products = heads.key * (query * heads.scale)
+    scores = products.sum(-1, dtype=size_dtype(products))
+    return _softmax(scores, None if bias is None else bias[:, :, 0]).mean(dim=1)
+
+
+def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     # Weights in float32 at least: in half precision importances tie.
     scores = ((heads.query * heads.scale) @ heads.key.transpose(-2, -1)).to(size_dtype(heads.query))
     weights = _softmax(scores, bias)
     dropped = F.dropout(weights, dropout, training=dropout > 0)
-    return dropped.to(heads.value.dtype) @ heads.value, weights
+    return dropped.to(heads.value.dtype) @ heads.value, weights.mean(dim=(1, 2))
 
 
-def class_importance(heads: Heads, bias: Tensor | None) -> Tensor:
-    """The class token's attention to the other tokens, heads averaged: `[B, N - 1]`."""
-    # One row of scores: multiplying and adding up reads the keys where they lie. A matrix product
-    # first copies them, heads apart.
-    products = heads.key * (heads.query[:, :, :1] * heads.scale)
-    scores = products.sum(-1, dtype=size_dtype(products))
-    return _softmax(scores, None if bias is None else bias[:, 0]).mean(dim=1)[:, 1:]
+def _parts(heads: Heads) -> Iterator[slice]:
+    """The images in parts whose maps fit a CPU's cache; in one part on other devices, and for graphs of any batch."""
+    batch, count, tokens, _ = heads.key.shape
+    size = batch
+    if heads.key.device.type == "cpu" and not torch.compiler.is_compiling():
+        size = max(1, CACHED_ELEMENTS // (count * heads.query.shape[2] * tokens))
+    return (slice(start, start + size) for start in range(0, batch, size)) if size < batch else iter([slice(None)])
 
 
-def mean_importance(weights: Tensor) -> Tensor:
-    """The attention that each token receives, heads and queries averaged: `[B, N]`."""
-    return weights.mean(dim=(1, 2))
-
-
-def join_heads(attention: Any, mixed: Tensor) -> Tensor:
-    """Output projection of `mixed` `[B, H, N, D]` with the attention's submodules: `[B, N, C]`."""
-    batch, heads, tokens, width = mixed.shape
-    joined = mixed.transpose(1, 2).reshape(batch, tokens, heads * width)
-    return attention.proj_drop(attention.proj(_optional(attention, "norm", joined)))
+def _row(bias: Tensor | None, row: int) -> Tensor | None:
+    """The bias of one query, `[B, H, 1, N]`, of a bias that is the same for all queries or not."""
+    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, row : row + 1]
 
 
 def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias).softmax(dim=-1)
-
-
-def _optional(module: Any, name: str, value: Tensor) -> Tensor:
-    """`value` through the submodule `name` where there is one (CAFormer's attention has no norms)."""
-    return getattr(module, name)(value) if hasattr(module, name) else value

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import TokenState, follow, size_dtype
+from diffrate.blocks.tokens import TokenState, followed, size_dtype
 
 # Negative cosines can bring a similarity-weighted size to 0 or below, and its logarithm to NaN. The
 # floor lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
@@ -46,27 +46,28 @@ def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor
         return torch.baddbmm(start, goes_to.to(start.dtype), values)
 
 
-def match(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+def match(x: Tensor, kept: int, spared: int) -> tuple[Tensor, Tensor]:
     """For each token from position `kept` on: its destination and their cosine, both `[B, N - kept]`.
 
-    The destination is the most similar of the first `kept` tokens of `x` `[B, N, C]`, position 0
-    left out: it is the class token's, and the published code leaves it out in CAFormer as well.
+    The destination is the most similar of the first `kept` tokens of `x` `[B, N, C]`, the first
+    `spared` left out: nothing is merged into class tokens and registers.
     """
-    similarity, nearest = most_similar(x[:, kept:], x[:, 1:kept])
-    return nearest + 1, similarity
+    similarity, nearest = most_similar(x[:, kept:], x[:, spared:kept])
+    return nearest + spared, similarity
 
 
-def merge_tokens(state: TokenState, kept: int, weigh_by_similarity: bool) -> TokenState:
-    """The first `kept` tokens, each averaged with the later tokens that go to it.
+def merge_tokens(state: TokenState, kept: int, spared: int, weigh_by_similarity: bool) -> TokenState:
+    """The first `kept` tokens, each but the first `spared` averaged with the later tokens that go to it.
 
     Features are the plain mean of a destination and its sources, whatever their sizes. Sizes add
-    up, the sources' times their cosine with `weigh_by_similarity`. With `kept` 1 no destination is
-    left, and the sources are pruned.
+    up, the sources' times their cosine with `weigh_by_similarity`. Where none but spared tokens are
+    kept there is no destination, and the sources are pruned.
     """
     x, tokens = state.x, state.x.shape[1]
-    if kept == 1:
-        return _keep_first(state)
-    destination, similarity = match(x, kept)
+    place = None if state.place is None else state.place[:, :kept]
+    if kept <= spared:
+        return _keep_first(state, kept, place)
+    destination, similarity = match(x, kept, spared)
     sizes = state.sizes()
     source_size = sizes[:, kept:]
     if weigh_by_similarity:
@@ -74,19 +75,18 @@ def merge_tokens(state: TokenState, kept: int, weigh_by_similarity: bool) -> Tok
     size = add_up(sizes[:, :kept, None], destination, source_size[:, :, None]).squeeze(-1)
     ones = x.new_ones(1, 1, 1)
     joined = add_up(ones.expand(len(x), kept, 1), destination, ones.expand(len(x), tokens - kept, 1))
-    merged = add_up(x[:, :kept], destination, x[:, kept:]) / joined
-
-    origin = state.origin
-    if origin is not None:
-        stay = torch.arange(kept, device=x.device).expand(x.shape[0], kept)
-        origin = follow(origin, torch.cat([stay, destination], dim=1))
-    assert merged.shape[1] == kept < tokens
-    return TokenState(merged, size.clamp(min=SIZE_FLOOR), origin=origin)
+    merged = TokenState(add_up(x[:, :kept], destination, x[:, kept:]) / joined, size.clamp(min=SIZE_FLOOR), place=place)
+    assert merged.x.shape[1] == kept < tokens
+    if state.origin is None:
+        return merged
+    stay = torch.arange(kept, device=x.device).expand(x.shape[0], kept)
+    return followed(state, merged, torch.cat([stay, destination], dim=1))
 
 
-def _keep_first(state: TokenState) -> TokenState:
-    size = None if state.size is None else state.size[:, :1]
-    origin = state.origin
-    if origin is not None:
-        origin = torch.where(origin == 0, origin, -1)
-    return TokenState(state.x[:, :1], size, origin=origin)
+def _keep_first(state: TokenState, kept: int, place: Tensor | None) -> TokenState:
+    size = None if state.size is None else state.size[:, :kept]
+    first = TokenState(state.x[:, :kept], size, place=place)
+    if state.origin is None:
+        return first
+    position = torch.arange(state.x.shape[1], device=state.x.device).expand(state.x.shape[:2])
+    return followed(state, first, torch.where(position < kept, position, -1))

@@ -5,27 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffrate.blocks.tokens import TokenState, follow, take
+from diffrate.blocks.tokens import TokenState, followed, take
 
 
-def most_important(importance: Tensor, kept: int, class_token: bool) -> Tensor:
-    """Positions `[B, kept]` of the most important of N tokens, in falling order.
+def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
+    """Positions `[B, kept]` of the tokens to keep: the first `prefix`, then the most important of the others.
 
-    With `class_token`, `importance` `[B, N - 1]` leaves the class token out and it comes first;
-    else `importance` is `[B, N]`.
+    `importance` `[B, N - prefix]` leaves the prefix out; the others come in falling order.
     """
-    if not class_token:
-        return importance.topk(kept, dim=1).indices
-    others = importance.topk(kept - 1, dim=1).indices + 1
-    return torch.cat([others.new_zeros(others.shape[0], 1), others], dim=1)
+    others = importance.topk(kept - prefix, dim=1).indices
+    if not prefix:
+        return others
+    first = torch.arange(prefix, device=others.device).expand(len(others), prefix)
+    return torch.cat([first, others + prefix], dim=1)
 
 
 def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
     """The tokens at `index` `[B, K]`, in that order; the others are pruned."""
-    origin = state.origin
-    if origin is not None:
-        moved = torch.full(state.x.shape[:2], -1, device=index.device)
-        positions = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        origin = follow(origin, moved.scatter(1, index, positions))
     size = None if state.size is None else take(state.size, index)
-    return TokenState(take(state.x, index), size, origin=origin)
+    place = None if state.place is None else take(state.place, index)
+    kept = TokenState(take(state.x, index), size, place=place)
+    if state.origin is None:
+        return kept
+    gone = torch.full(state.x.shape[:2], -1, device=index.device)
+    positions = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    return followed(state, kept, gone.scatter(1, index, positions))

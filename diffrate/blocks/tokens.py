@@ -17,12 +17,18 @@ class TokenState(NamedTuple):
         gradient to the rates; None where tokens are really dropped.
     origin: the position in `x` of the token that stands for each input token, -1 where it was
         pruned, `[B, N0]`; None when nobody asked for it.
+    place: the input position that each token comes from, `[B, N]`, or `[1, N]` while all images have
+        the same. What belongs to a position (rotary angles, relative bias) is looked up by it, and so
+        goes with the token; a merged token has the place of its destination. None when nobody asked.
+    last: features of each input token when it was pruned, `[B, N0, C]`; None when nobody asked.
     """
 
     x: Tensor
     size: Tensor | None = None
     mask: Tensor | None = None
     origin: Tensor | None = None
+    place: Tensor | None = None
+    last: Tensor | None = None
 
     def sizes(self) -> Tensor:
         """`size` with the ones written out, `[B, N]`."""
@@ -35,6 +41,14 @@ class TokenState(NamedTuple):
         batch, tokens, _ = self.x.shape
         return self._replace(origin=torch.arange(tokens, device=self.x.device).expand(batch, tokens))
 
+    def placed(self) -> TokenState:
+        """The same tokens, each at its own place: from here on places go with them."""
+        return self._replace(place=torch.arange(self.x.shape[1], device=self.x.device)[None])
+
+    def remembered(self) -> TokenState:
+        """The same tokens, traced: from here on what pruned tokens last were is kept."""
+        return self.traced()._replace(last=torch.zeros_like(self.x))
+
 
 def size_dtype(x: Tensor) -> torch.dtype:
     """Sizes stay in float32 beside half-precision features: bfloat16 cannot tell 256 from 257."""
@@ -42,9 +56,9 @@ def size_dtype(x: Tensor) -> torch.dtype:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` `[B, K]` of `values` `[B, N]` or `[B, N, C]`."""
+    """Tokens `index` `[B, K]` of `values` `[B, N]`, `[1, N]` or `[B, N, C]`."""
     if values.ndim == 2:
-        return values.gather(1, index)
+        return values.expand(len(index), -1).gather(1, index)
     # Whole rows are copied at once, where gather would look up each of their elements.
     batch, tokens, width = values.shape
     first = torch.arange(0, batch * tokens, tokens, device=index.device)
@@ -55,3 +69,23 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 def follow(origin: Tensor, moved: Tensor) -> Tensor:
     """Origins `[B, N0]` after token i went to position `moved[:, i]` (`[B, N]`, -1 when removed)."""
     return torch.where(origin >= 0, moved.gather(1, origin.clamp(min=0)), origin)
+
+
+def followed(before: TokenState, after: TokenState, to: Tensor) -> TokenState:
+    """`after` with what `before` knew of the input tokens, when token i went to position `to[:, i]`.
+
+    `to` is `[B, N]`, -1 for tokens that were pruned. Only for tokens that are traced.
+    """
+    assert before.origin is not None
+    origin = follow(before.origin, to)
+    last = before.last
+    if last is not None:
+        pruned = (origin < 0) & (before.origin >= 0)
+        last = torch.where(pruned[:, :, None], standing(before.x, before.origin), last)
+    return after._replace(origin=origin, last=last)
+
+
+def standing(x: Tensor, origin: Tensor) -> Tensor:
+    """Features `[B, N0, C]` of the token in `x` `[B, N, C]` that stands for each input token, zeros for none."""
+    index = origin.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1])
+    return torch.where(origin[:, :, None] >= 0, x.gather(1, index), 0)

@@ -1,8 +1,8 @@
 """The cost model: multiply-accumulates as the paper counts them (section 4.1, "FLOPs").
 
-One formula for each kind of block. Token counts may be integers or tensors, so that the same lines
-cost a fixed schedule and, differentiably, an expected one. Left out, as in the paper: softmax,
-normalisation, activations, biases, and what pruning and merging themselves cost.
+One formula for all attention blocks, from the shapes of their layers. Token counts may be integers or
+tensors, so that the same lines cost a fixed schedule and, differentiably, an expected one. Left out, as
+in the paper: softmax, normalisation, activations, biases, and what pruning and merging themselves cost.
 """
 
 from __future__ import annotations
@@ -17,14 +17,42 @@ Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
-class VitShape:
-    """What the cost of a plain ViT depends on. `tokens` includes the class token."""
+class BlockShape:
+    """What the cost of an attention block depends on.
 
-    tokens: int
-    width: int
-    hidden: int
-    patch_inputs: int
-    classes: int
+    projections: weights of the linear layers into and out of the attention, each used once a token.
+    mixing: width of queries and of values, all heads together: two tokens cost that many.
+    mlp: weights of the linear layers of the MLP, whatever its form.
+    fixed: what does not depend on the tokens, as a network that makes relative biases.
+    """
+
+    projections: int
+    mixing: int
+    mlp: int
+    fixed: int = 0
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """What pooling costs: `token` for each patch token that is left, and `fixed`. Means cost nothing."""
+
+    token: int = 0
+    fixed: int = 0
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """What the cost of a ViT depends on.
+
+    embedding: multiply-accumulates of making the tokens of one image.
+    blocks: all that there are, in order.
+    left_out: the first tokens that pooling does not look at.
+    """
+
+    embedding: int
+    blocks: tuple[BlockShape, ...]
+    pool: PoolShape = PoolShape()
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,14 +66,16 @@ class StageShape:
     depth: int
 
 
-def attention_flops(tokens: Count, width: int) -> Count:
-    """Query, key, value and output projections, scores, and weighted sum: `4 N C^2 + 2 N^2 C`."""
-    return 4 * tokens * width**2 + 2 * tokens * tokens * width
+def plain_block(width: int, hidden: int) -> BlockShape:
+    """A block of the usual form: `4 C^2` of projections, twice C of mixing, `2 C hidden` of MLP."""
+    return BlockShape(projections=4 * width**2, mixing=2 * width, mlp=2 * width * hidden)
 
 
-def mlp_flops(tokens: Count, width: int, hidden: int) -> Count:
-    """Two linear layers: `2 N C hidden`, with the usual ratio of 4 `8 N C^2`."""
-    return 2 * tokens * width * hidden
+def block_flops(shape: BlockShape, entering: Count, leaving: Count) -> Count:
+    """One block: `N (4 C^2) + 2 N^2 C` of attention for the N tokens that enter, `2 N C hidden` of MLP for those
+    that leave, in a block of the usual form."""
+    attention = entering * shape.projections + entering * entering * shape.mixing
+    return attention + leaving * shape.mlp + shape.fixed
 
 
 def separable_flops(tokens: int, width: int, kernel: int) -> int:
@@ -53,15 +83,18 @@ def separable_flops(tokens: int, width: int, kernel: int) -> int:
     return 4 * tokens * width**2 + 2 * kernel**2 * tokens * width
 
 
-def blocks_flops(counts: Iterable[tuple[Count, Count]], width: int, hidden: int) -> Count | int:
+def blocks_flops(shapes: Iterable[BlockShape], counts: Iterable[tuple[Count, Count]]) -> Count | int:
     """Attention blocks; `counts` has for each the tokens that enter it and those its MLP sees."""
-    return sum(attention_flops(entering, width) + mlp_flops(leaving, width, hidden) for entering, leaving in counts)
+    pairs = zip(shapes, counts, strict=True)
+    return sum(block_flops(shape, entering, leaving) for shape, (entering, leaving) in pairs)
 
 
-def vit_flops(shape: VitShape, counts: Iterable[tuple[Count, Count]]) -> Count | int:
-    """A whole ViT. The patch embedding counts the class token too, as the published code does."""
-    embedding = shape.tokens * shape.width * shape.patch_inputs
-    return embedding + blocks_flops(counts, shape.width, shape.hidden) + shape.width * shape.classes
+def vit_flops(shape: VitShape, head: int, counts: Iterable[tuple[Count, Count]]) -> Count | int:
+    """A whole ViT whose head has `head` weights."""
+    counts = list(counts)
+    _, last = counts[-1]
+    pooling = (last - shape.left_out) * shape.pool.token if shape.pool.token else 0
+    return shape.embedding + blocks_flops(shape.blocks, counts) + pooling + shape.pool.fixed + head
 
 
 def caformer_flops(
@@ -77,12 +110,9 @@ def caformer_flops(
     *_, third, fourth = stages
     total = sum(stage.tokens * stage.width * stage.kernel**2 * stage.inputs for stage in stages)
     for stage in stages[:2]:
-        block = separable_flops(stage.tokens, stage.width, kernel) + _mlp4(stage.tokens, stage.width)
+        block = separable_flops(stage.tokens, stage.width, kernel) + 8 * stage.tokens * stage.width**2  # MLP of ratio 4
         total += stage.depth * block
+    third_block, fourth_block = (plain_block(stage.width, 4 * stage.width) for stage in (third, fourth))
     whole = [(fourth.tokens, fourth.tokens)] * fourth.depth
-    total += blocks_flops(whole, fourth.width, 4 * fourth.width) + 8 * fourth.width * classes
-    return total + blocks_flops(counts, third.width, 4 * third.width)
-
-
-def _mlp4(tokens: int, width: int) -> int:
-    return mlp_flops(tokens, width, 4 * width)
+    total += blocks_flops([fourth_block] * fourth.depth, whole) + 8 * fourth.width * classes
+    return total + blocks_flops([third_block] * third.depth, counts)

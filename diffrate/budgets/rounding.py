@@ -1,7 +1,7 @@
 """From counts that need not be whole to a schedule that meets a FLOPs budget.
 
 A search ends near its target, not on it. Its expected counts are scaled until the cost is right:
-towards keeping all tokens or towards keeping one, every block by the same share of its way. This
+towards keeping all tokens or towards keeping the fewest, every block by the same share of its way. This
 keeps what the search found about the blocks relative to each other, is the least change where the
 search ended close, and reaches every budget there is, whatever the rates say.
 """
@@ -38,7 +38,7 @@ def check_target(target: float, space: SearchSpace, cost: Cost) -> None:
         BudgetError: gives the reachable range in GFLOPs.
     """
     choices = len(space.searchable) * len(space.kinds)
-    least, most = cost(space.schedule([1] * choices)), cost(space.dense())
+    least, most = cost(space.schedule([space.least] * choices)), cost(space.dense())
     if not least <= target <= most:
         raise BudgetError(f"target_flops {target / 1e9:g} GFLOPs: accepted: {least / 1e9:.4g} to {most / 1e9:.4g}")
 
@@ -51,18 +51,23 @@ def round_to_budget(expected: Sequence[float], space: SearchSpace, cost: Cost, t
     """
 
     def scaled(share: float) -> list[float]:
-        """From all tokens (0) over the expected ones (1) to a single one (2)."""
+        """From all tokens (0) over the expected ones (1) to the fewest (2)."""
         if share <= 1:
             return [space.tokens + share * (count - space.tokens) for count in expected]
-        return [count + (share - 1) * (1 - count) for count in expected]
+        return [count + (share - 1) * (space.least - count) for count in expected]
 
-    return fit_budget(scaled, 2.0, space.schedule, cost, target)
+    return fit_budget(scaled, 2.0, space.schedule, cost, target, space.least)
 
 
 def fit_budget(
-    counts_at: Callable[[float], list[float]], end: float, assemble: Assemble, cost: Cost, target: float
+    counts_at: Callable[[float], list[float]],
+    end: float,
+    assemble: Assemble,
+    cost: Cost,
+    target: float,
+    least: int,
 ) -> Schedule:
-    """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets `target`.
+    """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets `target`, none below `least`.
 
     Bisection finds the two neighbours around the target; where one step of the family changes
     several counts at once, they change one after the other.
@@ -72,7 +77,7 @@ def fit_budget(
     """
 
     def whole(share: float) -> list[int]:
-        return [max(1, math.ceil(count - 1e-9)) for count in counts_at(share)]
+        return [max(least, math.ceil(count - 1e-9)) for count in counts_at(share)]
 
     low, high = 0.0, end  # cost above the target at `low`, unless that is the end; below at `high`
     for _ in range(BISECTIONS):
@@ -82,14 +87,14 @@ def fit_budget(
     steps = [above[:position] + below[position:] for position in range(len(above) + 1)]
     best = min(steps, key=lambda counts: abs(cost(assemble(counts)) - target))
     best = list(accumulate(best, min))  # what really happens, so that every single change has an effect
-    best = _polish(best, max(whole(0)), assemble, cost, target)
+    best = _polish(best, (least, max(whole(0))), assemble, cost, target)
     flops = cost(assemble(best))
     if not meets_budget(flops, target):
         raise BudgetError(f"target_flops {target / 1e9:g} GFLOPs: the nearest schedule costs {flops / 1e9:.4g}")
     return assemble(best)
 
 
-def _polish(counts: list[int], most: int, assemble: Assemble, cost: Cost, target: float) -> list[int]:
+def _polish(counts: list[int], limits: tuple[int, int], assemble: Assemble, cost: Cost, target: float) -> list[int]:
     """Change one or two counts by one while that brings the cost nearer to a target outside the band."""
 
     def distance(candidate: list[int]) -> tuple[float, float]:
@@ -100,20 +105,21 @@ def _polish(counts: list[int], most: int, assemble: Assemble, cost: Cost, target
 
     best = counts
     while not meets_budget(cost(assemble(best)), target):
-        single = _neighbours(best, most)
+        single = _neighbours(best, limits)
         nearest = min(single, key=distance)
         if distance(nearest) >= distance(best):
-            nearest = min((pair for one in single for pair in _neighbours(one, most)), key=distance)
+            nearest = min((pair for one in single for pair in _neighbours(one, limits)), key=distance)
         if distance(nearest) >= distance(best):
             break
         best = nearest
     return best
 
 
-def _neighbours(counts: list[int], most: int) -> list[list[int]]:
+def _neighbours(counts: list[int], limits: tuple[int, int]) -> list[list[int]]:
+    least, most = limits
     return [
         [*counts[:position], count + step, *counts[position + 1 :]]
         for position, count in enumerate(counts)
         for step in (-1, 1)
-        if 1 <= count + step <= most
+        if least <= count + step <= most
     ]

@@ -1,7 +1,7 @@
 """Kept counts as plain integers: check them, read them, find them. No torch here.
 
-A schedule says for each block how many tokens are kept after pruning and after merging, the class
-token included. Counts need not fall from block to block: the running minimum is the meaning.
+A schedule says for each block how many tokens are kept after pruning and after merging, class and
+register tokens included. Counts need not fall from block to block: the running minimum is the meaning.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def fields_of(schedule: Schedule) -> dict[str, tuple[int, ...] | None]:
     return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
 
 
-def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, where: str = "") -> None:
-    """Refuse a schedule that does not fit a model with `limits[i]` tokens at most in block i.
+def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, where: str = "", least: int = 1) -> None:
+    """Refuse a schedule that does not fit a model with `least` to `limits[i]` tokens in block i.
 
     Raises:
-        ScheduleError: made for another number of tokens, the wrong number of blocks, a count of 0 or
-            above the limit, or pruning counts for a model that only merges, or none for one that prunes.
+        ScheduleError: made for another number of tokens, the wrong number of blocks, a count below the
+            least or above the limit, or pruning counts for a model that only merges, or none for one that prunes.
     """
     if schedule.tokens is not None and schedule.tokens != limits[0]:
         raise ScheduleError(
@@ -85,22 +85,23 @@ def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, wher
         if len(counts) != len(limits):
             raise ScheduleError(f"{where}{name}: found {len(counts)} counts; accepted: {len(limits)}, one per block")
         for block, (count, limit) in enumerate(zip(counts, limits, strict=True)):
-            if not 1 <= count <= limit:
-                raise ScheduleError(f"{where}{name}[{block}]: found {count}; accepted: 1 to {limit}")
+            if not least <= count <= limit:
+                raise ScheduleError(f"{where}{name}[{block}]: found {count}; accepted: {least} to {limit}")
 
 
 def scale_schedule(
-    schedule: Schedule, old_limits: Sequence[int], new_limits: Sequence[int], class_token: bool
+    schedule: Schedule, old_limits: Sequence[int], new_limits: Sequence[int], class_token: int, least: int = 1
 ) -> Schedule:
     """`schedule` of a model with `old_limits[i]` tokens at most in block i for one with `new_limits[i]`.
 
-    The same share of the patches is kept, rounded; the class token stays one.
+    The same share of the patches is kept, rounded, but `least` tokens at all; class and register tokens, of
+    which there are `class_token` (True is one), stay as many.
     """
 
     def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
         blocks = zip(counts, old_limits, new_limits, strict=True)
         return tuple(
-            class_token + max(1 - class_token, round((count - class_token) * (new - class_token) / (old - class_token)))
+            max(least, class_token + round((count - class_token) * (new - class_token) / (old - class_token)))
             for count, old, new in blocks
         )
 

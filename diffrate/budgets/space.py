@@ -14,16 +14,18 @@ GRANULARITY = 4  # tokens between the candidates of a count, as published
 class SearchSpace:
     """The choices of a model.
 
-    limits: the most tokens of each block of a schedule, class token included.
+    limits: the most tokens of each block of a schedule, prefix included.
     searchable: the blocks with choices; the others stay whole.
     prunes: whether each has a pruning choice before its merging choice.
-    class_token: whether the first token is one.
+    prefix: the first tokens, which always stay: class, distillation, registers.
+    least: the fewest tokens that a block may keep: the prefix, and one more where no class token is in it.
     """
 
     limits: tuple[int, ...]
     searchable: tuple[int, ...]
     prunes: bool
-    class_token: bool
+    prefix: int
+    least: int = 1
 
     @property
     def kinds(self) -> tuple[str, ...]:

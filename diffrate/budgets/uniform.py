@@ -43,4 +43,4 @@ def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float) 
         pairs = [(whole, count) if kind == "merge" else (count, count) for count in kept]
         return space.schedule([count for pair in pairs for count in pair])
 
-    return fit_budget(counts_at, 1.0, assemble, cost, target)
+    return fit_budget(counts_at, 1.0, assemble, cost, target, space.least)

@@ -2,57 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
 
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.metaformer import MetaFormer
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from diffrate.blocks.block import UnsupportedModelError
+from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.space import GRANULARITY
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.beit import CompressedBeit
 from diffrate.patch.caformer import caformer
-from diffrate.patch.deit import deit
-from diffrate.patch.mae import mae
+from diffrate.patch.distilled import CompressedDistilled
+from diffrate.patch.eva import CompressedEva
+from diffrate.patch.naflex import CompressedNaFlex
+from diffrate.patch.plain_vit import CompressedVit, Size, patch_vit
+from diffrate.patch.relative import CompressedRelPos
+from diffrate.patch.sizes import configured_size
+from diffrate.patch.vision_transformer import CompressedVisionTransformer
 
-DEFAULT_INPUT = (3, 224, 224)
-POOLS = {"token": deit, "avg": mae}
+PLAIN: Mapping[type[nn.Module], type[CompressedVit]] = MappingProxyType(
+    {
+        VisionTransformer: CompressedVisionTransformer,
+        VisionTransformerDistilled: CompressedDistilled,
+        Eva: CompressedEva,
+        Beit: CompressedBeit,
+        VisionTransformerRelPos: CompressedRelPos,
+        NaFlexVit: CompressedNaFlex,
+    }
+)
+
+
+def families() -> tuple[type[nn.Module], ...]:
+    """timm's classes that `vit` knows; of some, models with certain parts are refused."""
+    return (*PLAIN, MetaFormer)
 
 
 def vit(
-    model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY
+    model: nn.Module,
+    prune_granularity: int = GRANULARITY,
+    merge_granularity: int = GRANULARITY,
+    input_size: Size | None = None,
 ) -> CompressedModel:
-    """Patch a timm ViT in place, by the family that its structure shows.
+    """Patch a timm ViT in place, by the family that its class shows.
 
-    A VisionTransformer that classifies from its class token is `deit`'s, one that pools by the mean `mae`'s, and
-    a MetaFormer `caformer`'s, for images of the size in its `pretrained_cfg` (224 pixels where there is
-    none). The granularities are the steps between the candidates of a count.
+    `input_size`, height and width, is for models that take images of any size: one size is what kept counts
+    are for; by default what the model was built for, or what its `pretrained_cfg` says. The granularities
+    are the steps between the candidates of a count.
 
     Raises:
-        UnsupportedModelError: no family handles `model`.
+        UnsupportedModelError: no family handles `model`, or it takes images of another size only.
         RateError: a granularity below 1.
     """
-    family = FAMILIES.get(type(model))
-    if family is None:
-        accepted = " or ".join(kind.__name__ for kind in FAMILIES)
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm {accepted} not yet patched")
-    return family(model, prune_granularity, merge_granularity)
-
-
-def _plain_vit(model: Any, prune_granularity: int, merge_granularity: int) -> CompressedModel:
-    family = POOLS.get(model.global_pool)
-    if family is None:
-        accepted = " or ".join(map(repr, POOLS))
-        raise UnsupportedModelError(f"found global_pool={model.global_pool!r}; accepted: {accepted}")
-    return family(model, prune_granularity, merge_granularity)
-
-
-def _metaformer(model: Any, prune_granularity: int, merge_granularity: int) -> CompressedModel:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    _, height, width = config.get("input_size") or DEFAULT_INPUT
-    if height != width:
-        raise UnsupportedModelError(f"found images of {height} by {width} pixels; accepted: square ones")
-    return caformer(model, prune_granularity, merge_granularity, input_size=height)
-
-
-FAMILIES = {VisionTransformer: _plain_vit, MetaFormer: _metaformer}
+    kind = type(model)
+    if kind is MetaFormer:
+        height, width = input_size or configured_size(model)
+        return caformer(model, prune_granularity, merge_granularity, (height, width))
+    if kind not in PLAIN:
+        accepted = ", ".join(sorted(known.__name__ for known in families()))
+        raise UnsupportedModelError(f"found {kind.__name__}; accepted: a model of timm not yet patched, {accepted}")
+    patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), input_size)
+    assert isinstance(model, CompressedModel)
+    return model

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
-from diffrate.blocks.block import BlockNames, ReductionRules, UnsupportedModelError, check_block, fixed_block
+from diffrate.blocks.block import fixed_block
+from diffrate.blocks.forms import UnsupportedModelError, check_block
+from diffrate.blocks.positions import NO_POSITIONS
+from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.flops import Count, StageShape, caformer_flops
 from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
 from diffrate.budgets.space import GRANULARITY, SearchSpace
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.grid import as_map, restore
 from diffrate.patch.state import CompressionState
 
 MIXERS = (SepConv, SepConv, Attention, Attention)
@@ -28,14 +31,8 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     """A CAFormer whose third stage merges tokens. `grids` are the rows and columns of each stage for
     images of `image_size`, height and width."""
 
-    names = BlockNames(
-        attention="token_mixer",
-        branch1=("drop_path1", "layer_scale1"),
-        branch2=("drop_path2", "layer_scale2"),
-        skip1=("res_scale1",),
-        skip2=("res_scale2",),
-    )
-    rules = ReductionRules(class_token=False, weigh_by_similarity=False)
+    # As published, the most important token is no destination.
+    rules = ReductionRules(prefix=0, speakers=0, spared=1, weigh_by_similarity=False, removed_speak=True)
     image_size: Grid
     grids: tuple[Grid, ...]
     stages: Any  # typed by timm as plain modules
@@ -48,9 +45,13 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     def token_grid(self) -> tuple[int, int]:
         return self.grids[2]
 
-    def needs_origins(self, schedule: Schedule | None) -> bool:
-        """To restore the grid before stage 4, unless nothing was removed."""
-        return schedule is None or min(schedule.merge[: len(self.stages[2].blocks)]) < _area(self.grids[2])
+    def grid_at(self, size: Grid) -> Grid:
+        return _grids(self, size)[2]
+
+    def followed(self, state: TokenState, schedule: Schedule | None) -> TokenState:
+        """Origins, to restore the grid before stage 4, unless nothing is removed."""
+        whole = schedule is not None and min(schedule.merge[: len(self.stages[2].blocks)]) == _area(self.grids[2])
+        return state if whole else state.traced()
 
     def check(self, schedule: Schedule, where: str = "") -> None:
         super().check(schedule, where)
@@ -67,41 +68,25 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
     def embed(self, images: Tensor) -> Tensor:
         x = self.stages[2].downsample(self.stages[1](self.stages[0](self.stem(images))))
-        if tuple(x.shape[-2:]) != self.grids[2]:
-            found, expected = list(x.shape[-2:]), list(self.grids[2])
-            raise ValueError(f"images of {list(images.shape[-2:])} make {found} tokens; accepted: {expected}")
         return x.flatten(2).transpose(1, 2)
 
     def classify(self, state: TokenState) -> Tensor:
         fourth = self.stages[3]
-        x = fourth.downsample(_as_grid(restore(state), self.grids[2]))
+        x = fourth.downsample(as_map(restore(state), self.grids[2]))
         state = TokenState(x.flatten(2).transpose(1, 2))
         tokens = state.x.shape[1]
         for block in fourth.blocks:
-            state = fixed_block(block, self.names, self.rules, state, Kept(tokens, tokens, tokens))
-        return self.forward_head(_as_grid(state.x, self.grids[3]))
-
-
-def restore(state: TokenState) -> Tensor:
-    """Features for every input position `[B, N0, C]`: those of the token that stands for it.
-
-    A position without one, which only a count of 1 leaves (`merge_tokens`), gets zeros. In search
-    tokens are still in place: a masked one gives way to the one that stands for it by the share
-    that its mask says, and so passes on how much its own features were worth.
-    """
-    if state.origin is None:
-        return state.x
-    index = state.origin.clamp(min=0).unsqueeze(-1).expand(-1, -1, state.x.shape[-1])
-    standing = torch.where((state.origin >= 0).unsqueeze(-1), state.x.gather(1, index), 0)
-    if state.mask is None:
-        return standing
-    return torch.lerp(standing, state.x, state.mask.to(state.x.dtype).unsqueeze(-1))
+            state = fixed_block(block, NO_POSITIONS, self.rules, state, Kept(tokens, tokens, tokens))
+        return self.forward_head(as_map(state.x, self.grids[3]))
 
 
 def caformer(
-    model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY, input_size: int = 224
+    model: nn.Module,
+    prune_granularity: int = GRANULARITY,
+    merge_granularity: int = GRANULARITY,
+    input_size: int | Grid = 224,
 ) -> CompressedCaformer:
-    """Patch a timm CAFormer for square images of `input_size`, in place.
+    """Patch a timm CAFormer for images of `input_size`, a side or height and width, in place.
 
     The search leaves the first and last block of stage 3 whole. CAFormer only merges: the pruning
     granularity is there because the three families are called alike. The head's norm gets the
@@ -112,7 +97,7 @@ def caformer(
         RateError: a granularity below 1.
     """
     _check_caformer(model)
-    image_size = (input_size, input_size)
+    image_size = (input_size, input_size) if isinstance(input_size, int) else input_size
     grids = _grids(model, image_size)
     stages: Any = model.stages
     depths = [len(stage.blocks) for stage in stages]
@@ -120,7 +105,7 @@ def caformer(
         limits=(_area(grids[2]),) * depths[2] + (_area(grids[3]),) * depths[3],
         searchable=tuple(range(1, depths[2] - 1)),
         prunes=False,
-        class_token=False,
+        prefix=0,
     )
     if not space.searchable:
         raise UnsupportedModelError(f"found {depths[2]} blocks in stage 3; accepted: three at least")
@@ -143,7 +128,7 @@ def _check_caformer(model: nn.Module) -> None:
         raise UnsupportedModelError(f"found stages of {found}; accepted: SepConv, SepConv, Attention, Attention")
     for index in (2, 3):
         for position, block in enumerate(stages[index].blocks):
-            check_block(block, CompressedCaformer.names, f"stages.{index}.blocks.{position}")
+            check_block(block, f"stages.{index}.blocks.{position}")
 
 
 def _stage_shapes(model: CompressedCaformer) -> tuple[StageShape, StageShape, StageShape, StageShape]:
@@ -180,8 +165,3 @@ def _grids(model: nn.Module, size: Grid) -> tuple[Grid, ...]:
 
 def _area(grid: Grid) -> int:
     return grid[0] * grid[1]
-
-
-def _as_grid(x: Tensor, grid: Grid) -> Tensor:
-    """`[B, N, C]` as `[B, C, rows, columns]`."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)

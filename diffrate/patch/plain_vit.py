@@ -1,104 +1,182 @@
-"""What DeiT and MAE share: a plain timm ViT with a class token."""
+"""What all plain ViTs of timm share: a patch embedding, blocks that are alike, a pooling, a head.
+
+A family is a subclass beside timm's class that states its differences; see the short files beside.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from diffrate.blocks.block import BlockNames, ReductionRules, UnsupportedModelError, check_block
+from diffrate.blocks.forms import UnsupportedModelError, check_block
+from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.flops import Count, VitShape, vit_flops
+from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.features import Features
+from diffrate.patch.grid import restore
+from diffrate.patch.pooling import POOLS, pool_parts, pooled
+from diffrate.patch.shapes import block_shape, pool_shape, stem_flops, weights
 from diffrate.patch.state import CompressionState
 
+Size = tuple[int, int]
 # Typed as a ViT for the reader and the type checker; at run time the families mix it in themselves.
 _Vit = VisionTransformer if TYPE_CHECKING else nn.Module
 
 
-class CompressedVit(CompressedModel, _Vit):
-    """Mixed in before timm's VisionTransformer by the families."""
+class CompressedVit(Features, CompressedModel, _Vit):
+    """Mixed in before timm's class by the families. `shape` is what its cost depends on, but for the head."""
 
-    names = BlockNames(attention="attn", branch1=("ls1", "drop_path1"), branch2=("ls2", "drop_path2"))
-    rules = ReductionRules(class_token=True, weigh_by_similarity=True)
     blocks: Any  # typed by timm as plain modules
+    shape: VitShape
 
     def compressible_blocks(self) -> Sequence[nn.Module]:
         return self.blocks
 
     @property
-    def token_grid(self) -> tuple[int, int]:
-        rows, columns = self.patch_embed.grid_size
+    def token_grid(self) -> Size:
+        return self.grid_at(self.image_size)
+
+    def grid_at(self, size: Size) -> Size:
+        """Rows and columns of patches of images of `size`, height and width."""
+        rows, columns = self.patch_embed.dynamic_feat_size(size)
         return rows, columns
 
+    def built_for(self) -> Size | None:
+        """Height and width of the only images that the model takes; None where it takes any."""
+        return None if getattr(self, "dynamic_img_size", False) else self.usual_size()
+
+    def usual_size(self) -> Size:
+        """Height and width of the images that are meant when nobody says."""
+        height, width = self.patch_embed.img_size
+        return height, width
+
+    def speakers(self) -> int:
+        """How many of the first tokens speak for the image: none where the model has no class token."""
+        return int(self.cls_token is not None)
+
+    def left_out(self) -> int:
+        """How many of the first tokens the pooling does not look at."""
+        return 0 if getattr(self, "pool_include_prefix", False) else self.num_prefix_tokens
+
+    @property
+    def read(self) -> int | None:
+        return 1 if self.global_pool == "token" else None
+
+    def embedding_flops(self, size: Size) -> int:
+        """Multiply-accumulates of making the tokens of an image of `size`, prefix counted too, as published."""
+        stem = self.patch_embed
+        if type(stem) is PatchEmbed:
+            return self.tokens_at(size) * stem.proj.weight.numel()
+        return stem_flops(stem, self.in_chans, size)
+
+    def tokens_at(self, size: Size) -> int:
+        """Tokens of an image of `size`, prefix included."""
+        rows, columns = self.grid_at(size)
+        return rows * columns + self.num_prefix_tokens
+
+    def fixed_flops(self) -> int:
+        """Multiply-accumulates of each block that do not depend on its tokens."""
+        return 0
+
+    def head_weights(self) -> int:
+        """Weights of the classifier: each is used once an image."""
+        return weights(self.head)
+
+    def refused(self) -> list[str]:
+        """What compression does not handle in this model, for a message."""
+        dropped = getattr(self, "patch_drop", None)
+        return pool_parts(self) + (["patch_drop"] if not isinstance(dropped, nn.Identity | None) else [])
+
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
-        return vit_flops(_shape(self), counts)
+        return vit_flops(self.shape, self.head_weights(), counts)
 
     def embed(self, images: Tensor) -> Tensor:
         return self.norm_pre(self._pos_embed(self.patch_embed(images)))
 
+    def followed(self, state: TokenState, schedule: Schedule | None) -> TokenState:
+        """Where there is no pooling, the head looks at every position of the grid."""
+        if self.global_pool:
+            return state
+        return state.traced() if schedule is None else state.remembered()
+
+    def classify(self, state: TokenState) -> Tensor:
+        normalised = state._replace(x=self.norm(state.x))
+        features = pooled(self, normalised, self.left_out()) if self.global_pool else self.norm(restore(state))
+        return self.head(self.head_drop(self.fc_norm(features)))
+
 
 def patch_vit(
-    model: nn.Module, compressed: type[CompressedVit], pool: str, whole: set[int], granularity: tuple[int, int]
+    model: Any, compressed: type[CompressedVit], granularity: tuple[int, int], input_size: Size | None = None
 ) -> None:
-    """Turn `model`, in place, into a `compressed`.
+    """Turn `model`, in place, into a `compressed`, for images of `input_size` where it takes any.
 
-    `whole` are the blocks that the search leaves alone, counted from the end when negative;
+    The search leaves the first block whole; also the last one where all that it leaves is read.
     `granularity` is that of pruning and of merging.
 
     Raises:
-        UnsupportedModelError: `model` is not a plain ViT that pools by `pool`, or has too few blocks.
+        UnsupportedModelError: a part of the model is not handled, or the size is not its own.
         RateError: a granularity below 1.
     """
-    _check_vit(model, pool, compressed.names)
-    assert isinstance(model, VisionTransformer)
-    depth = len(model.blocks)
-    space = SearchSpace(
-        limits=(model.patch_embed.num_patches + 1,) * depth,
-        searchable=tuple(block for block in range(depth) if not {block, block - depth} & whole),
-        prunes=True,
-        class_token=True,
-    )
-    if not space.searchable:
-        raise UnsupportedModelError(f"found {depth} blocks; accepted: one at least that may reduce tokens")
-    compression = CompressionState(space, *granularity).to(next(model.parameters()).device)
-    model.__class__ = compressed
-    assert isinstance(model, CompressedVit)
-    height, width = model.patch_embed.img_size
-    model.image_size = height, width
+    original = type(model)
+    model.__class__ = compressed  # the family's methods say what there is to know
+    try:
+        _check(model)
+        size = _image_size(model, input_size)
+        space, shape = _space(model, size), _shape(model, size)
+        compression = CompressionState(space, *granularity).to(next(model.parameters()).device)
+    except Exception:
+        model.__class__ = original  # nothing half-patched is left behind
+        raise
+    speakers, prefix = model.speakers(), model.num_prefix_tokens
+    model.rules = ReductionRules(prefix, speakers, spared=prefix, weigh_by_similarity=True)
+    model.image_size, model.shape = size, shape
     model.add_module("compression", compression)
 
 
-def _check_vit(model: Any, pool: str, names: BlockNames) -> None:
-    if type(model) is not VisionTransformer:
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm VisionTransformer not yet patched")
-    refused = {
-        f"global_pool={model.global_pool!r}": model.global_pool != pool,
-        "attn_pool": model.attn_pool is not None,
-        f"num_prefix_tokens={model.num_prefix_tokens}": model.num_prefix_tokens != 1 or model.cls_token is None,
-        "dynamic_img_size": model.dynamic_img_size,
-        "patch_drop": not isinstance(model.patch_drop, nn.Identity),
-    }
-    found = [name for name, is_there in refused.items() if is_there]
-    if found:
-        raise UnsupportedModelError(f"found {', '.join(found)}; accepted: a plain ViT with global_pool={pool!r}")
+def _check(model: CompressedVit) -> None:
+    refused = model.refused()
+    if refused:
+        pools = ", ".join(map(repr, ("", *POOLS)))
+        raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: global_pool of {pools}, and no patch_drop")
     for index, block in enumerate(model.blocks):
-        where = f"blocks.{index}"
-        if type(block) is not Block or type(block.attn) is not Attention:
-            kinds = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
-            raise UnsupportedModelError(f"{where}: found {kinds}; accepted: timm's Block with Attention")
-        check_block(block, names, where)
+        check_block(block, f"blocks.{index}")
 
 
-def _shape(model: CompressedVit) -> VitShape:
-    patch = model.patch_embed.proj
+def _image_size(model: CompressedVit, wanted: Size | None) -> Size:
+    built = model.built_for()
+    if built is not None and wanted is not None and wanted != built:
+        found, accepted = (" x ".join(map(str, size)) for size in (wanted, built))
+        raise UnsupportedModelError(f"input_size: found {found}; accepted: {accepted}, which the model is built for")
+    return wanted or built or model.usual_size()
+
+
+def _space(model: CompressedVit, size: Size) -> SearchSpace:
+    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    whole = {0} if model.read is not None else {0, depth - 1}
+    searchable = tuple(block for block in range(depth) if block not in whole)
+    if not searchable:
+        raise UnsupportedModelError(f"found {depth} blocks; accepted: one at least that may reduce tokens")
+    return SearchSpace(
+        limits=(model.tokens_at(size),) * depth,
+        searchable=searchable,
+        prunes=True,
+        prefix=prefix,
+        least=prefix if model.speakers() else prefix + 1,
+    )
+
+
+def _shape(model: CompressedVit, size: Size) -> VitShape:
+    fixed = model.fixed_flops()
     return VitShape(
-        tokens=model.compression.space.limits[0],
-        width=model.embed_dim,
-        hidden=model.blocks[0].mlp.fc1.out_features,
-        patch_inputs=patch.in_channels * patch.kernel_size[0] * patch.kernel_size[1],
-        classes=model.num_classes,
+        embedding=model.embedding_flops(size),
+        blocks=tuple(block_shape(block, fixed) for block in model.blocks),
+        pool=pool_shape(model),
+        left_out=model.left_out(),
     )

@@ -46,7 +46,7 @@ class CompressionState(nn.Module):
 
     def patches(self, block: int) -> int:
         """Tokens of `block` that can go."""
-        return self.space.limits[block] - self.space.class_token
+        return self.space.limits[block] - self.space.prefix
 
     def choices(self) -> list[tuple[int, str]]:
         """Block and kind of each choice: block order, prune before merge."""
@@ -62,7 +62,7 @@ class CompressionState(nn.Module):
         patches = self.patches(self.space.searchable[0])
         for kind in self.space.kinds:
             logits = torch.stack([self.get_parameter(f"{kind}{block}") for block in self.space.searchable])
-            choices = draw(logits, patches, self.granularity[kind], self.space.class_token)
+            choices = draw(logits, patches, self.granularity[kind], self.space.prefix)
             for block, choice in zip(self.space.searchable, choices, strict=True):
                 drawn[block][kind] = choice
         return drawn
@@ -84,15 +84,15 @@ class CompressionState(nn.Module):
         for (block, kind), rate in zip(self.choices(), self.logits(), strict=True):
             counts = rows[kind]
             assert counts is not None, "a schedule that the model's check has passed"
-            mean = counts[block] - self.space.class_token - 0.5  # rounded up, this is the count
+            mean = counts[block] - self.space.prefix - 0.5  # rounded up, this is the count
             rate.copy_(flattest_logits(mean, self.patches(block), self.granularity[kind]))
 
     @torch.no_grad()
     def expected_counts(self) -> list[float]:
         """The expected counts before rounding, one per choice in the order of `logits`."""
-        class_token = self.space.class_token
+        prefix = self.space.prefix
         return [
-            float(expectation(rate, self.patches(block), self.granularity[kind])) + class_token
+            float(expectation(rate, self.patches(block), self.granularity[kind])) + prefix
             for (block, kind), rate in zip(self.choices(), self.logits(), strict=True)
         ]
 
@@ -103,7 +103,7 @@ class CompressionState(nn.Module):
         for kind in self.space.kinds:
             logits = torch.stack([self.get_parameter(f"{kind}{block}") for block in self.space.searchable])
             patches = self.patches(self.space.searchable[0])
-            rows[kind] = expectation(logits, patches, self.granularity[kind]) + self.space.class_token
+            rows[kind] = expectation(logits, patches, self.granularity[kind]) + self.space.prefix
         return torch.stack([rows[kind] for kind in self.space.kinds], dim=1).flatten().tolist()
 
     def current(self) -> Schedule:

@@ -32,25 +32,37 @@ EPSILON = 1e-6
 CACHED_ELEMENTS = 2**18  # of one map: 1 MiB in float32
 
 
-def masked_attention(heads: Heads, bias: Tensor | None, mask: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
-    """Attention `[B, H, Q, D]` where masked tokens are seen by themselves alone, and importance `[B, N]`.
+def masked_attention(
+    heads: Heads,
+    bias: Tensor | None,
+    mask: Tensor,
+    speakers: int,
+    pairs: Tensor | None = None,
+    removed_speak: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention `[B, H, Q, V]` where masked tokens are seen by themselves alone, and importance `[B, N]`.
 
-    With a class token the queries may be those of the first Q tokens alone. `mask` is `[B, N]`, `bias`
-    `[B, 1, 1, N]` or None. Importance is the class token's attention, or without one the attention
-    received from all, heads averaged; it takes no gradient. Computed in float32 at least, also under
-    autocast.
+    The queries may be those of the first Q tokens alone, which must have the `speakers`. `mask` is
+    `[B, N]`, `bias` `[B, 1, 1, N]` or None, and `pairs` a bias of pairs `[1, H, Q, N]` or None, which takes
+    no gradient. Importance is the attention of the first `speakers` tokens, the mean over them, or with
+    none of them the attention received from all that are there, with `removed_speak` from the others
+    too, heads averaged; it takes no gradient. Computed in float32 at least, also under autocast.
     """
     query, key, value, scale = heads
     dtype = size_dtype(value)
     with torch.autocast(value.device.type, enabled=False):
         rows = None if bias is None else bias[:, 0, 0].to(dtype)
         items = (query.to(dtype), key.to(dtype), value.to(dtype))
-        mixed, importance = _MaskedAttention.apply(*items, rows, mask.to(dtype), scale, class_token)
+        table = None if pairs is None else pairs.detach().to(dtype)
+        speaking = torch.ones_like(mask) if removed_speak else (mask > 0).to(mask.dtype)
+        masks = (mask.to(dtype), speaking.to(dtype))
+        mixed, importance = _MaskedAttention.apply(*items, rows, *masks, table, scale, speakers)
     return mixed.to(value.dtype), importance
 
 
 class _MaskedAttention(torch.autograd.Function):
-    """Inputs: queries `[B, H, Q, D]`, keys and values `[B, H, N, D]`, bias and mask `[B, N]`."""
+    """Inputs: queries `[B, H, Q, D]`, keys `[B, H, N, D]`, values `[B, H, N, V]`, bias, mask and who
+    speaks `[B, N]`, pairs."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -60,19 +72,21 @@ class _MaskedAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         mask: Tensor,
+        speaking: Tensor,
+        pairs: Tensor | None,
         scale: float,
-        class_token: bool,
+        speakers: int,
     ) -> tuple[Tensor, Tensor]:
         batch, heads, rows, _ = query.shape
         tokens = key.shape[2]
         seen = mask[:, None, :, None]  # [B, 1, N, 1]
         hides = 1 - seen[:, :, :rows]
         visible = torch.cat([value * seen, seen.expand(-1, heads, -1, -1)], dim=-1)  # the last column gives P m
-        mixed, importance = torch.empty_like(query), torch.empty_like(mask)
+        mixed, importance = value.new_empty(*query.shape[:3], value.shape[3]), torch.empty_like(mask)
         totals, inverses = torch.empty_like(query[..., :1]), torch.empty_like(query[..., :1])
         positions, maps = torch.empty_like(totals, dtype=torch.int64), []
         for part in _parts(batch, heads * rows * tokens, query.device):
-            softmax = _softmax(query[part], key[part], scale, bias if bias is None else bias[part])
+            softmax = _softmax(query[part], key[part], scale, bias if bias is None else bias[part], pairs)
             inverse, highest = softmax.max(-1, keepdim=True)  # 1 / S, and where E is 1
             hidden = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * hides[part]  # d (1 - m)
             product = softmax @ visible[part]
@@ -81,7 +95,7 @@ class _MaskedAttention(torch.autograd.Function):
             everywhere = value[part].sum(-2, keepdim=True)
             mixed[part] = (product[..., :-1] + hidden * value[part, :, :rows] + spread * everywhere) / total
             totals[part] = total
-            importance[part] = _importance(softmax, mask[part], hidden, spread, total, class_token)
+            importance[part] = _importance(softmax, mask[part], speaking[part], hidden, spread, total, speakers)
             inverses[part], positions[part] = inverse, highest
             maps.append(softmax)
         ctx.save_for_backward(query, key, value, mask, mixed, totals, inverses, positions, *maps)
@@ -125,24 +139,32 @@ class _MaskedAttention(torch.autograd.Function):
             grads[0][part] *= ctx.scale
             grads[1][part] *= ctx.scale
         to_bias = mask * columns + (1 - mask) * diagonals - to_highest if ctx.has_bias else None
-        return *grads, to_bias, columns - diagonals, None, None
+        return *grads, to_bias, columns - diagonals, None, None, None, None
 
 
-def _softmax(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+def _softmax(query: Tensor, key: Tensor, scale: float, bias: Tensor | None, pairs: Tensor | None) -> Tensor:
     scores = (query @ key.transpose(-2, -1)).mul_(scale)
     if bias is not None:
         scores += bias[:, None, None]
+    if pairs is not None:
+        scores += pairs
     return scores.softmax(-1)
 
 
 def _importance(
-    softmax: Tensor, mask: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, class_token: bool
+    softmax: Tensor, mask: Tensor, speaking: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, speakers: int
 ) -> Tensor:
-    """The class token's row of the weights, or the mean of all rows, over heads: `[b, N]`."""
-    if class_token:  # itself always seen
+    """The mean over heads of the weights' first rows, or of all that speak: `[b, N]`."""
+    if speakers == 1:  # itself always seen
         return ((softmax[:, :, 0] * mask[:, None] + spread[:, :, 0]) / total[:, :, 0]).mean(1)
-    received = (softmax.transpose(-2, -1) @ (1 / total)).squeeze(-1) * mask[:, None]
-    return (received + (hidden / total).squeeze(-1) + (spread / total).sum(-2)).mean(1) / softmax.shape[-1]
+    if speakers:
+        first = slice(speakers)
+        rows = (softmax[:, :, first] * mask[:, None, None] + spread[:, :, first]) / total[:, :, first]
+        return rows.mean((1, 2))
+    voice = speaking[:, None, :, None] / total
+    received = (softmax.transpose(-2, -1) @ voice).squeeze(-1) * mask[:, None]
+    heard = (received + (hidden * voice).squeeze(-1) + (spread * voice).sum(-2)).mean(1)
+    return heard / speaking.sum(-1, keepdim=True)
 
 
 def _parts(batch: int, elements: int, device: torch.device) -> Iterator[slice]:

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.attention import join_heads, size_bias, split_heads
-from diffrate.blocks.block import BlockNames, ReductionRules, through
+from diffrate.blocks.attention import size_bias
+from diffrate.blocks.block import attention_branch, mlp_branch
+from diffrate.blocks.forms import form_of, through
 from diffrate.blocks.merge import most_similar
+from diffrate.blocks.positions import Positions
+from diffrate.blocks.projection import projection_of
+from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState, follow, take
 from diffrate.rates.masked_attention import masked_attention
 from diffrate.rates.rate import Choice
@@ -65,51 +69,58 @@ def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -
 
 
 def search_block(
-    block: Any, names: BlockNames, rules: ReductionRules, state: TokenState, plan: BlockPlan, class_only: bool
+    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, plan: BlockPlan, read: int | None
 ) -> TokenState:
     """Run one block of the search on `state`, whose mask is `[B, N]`.
 
-    With `class_only` nothing but the class token is read of what it leaves: the others need no
+    With `read` nothing but that many first tokens is read of what it leaves: the others need no
     reduction, which would come too late to be seen, and no MLP.
     """
     assert state.mask is not None
-    attention = getattr(block, names.attention)
-    heads = split_heads(attention, block.norm1(state.x))
-    if class_only:
-        heads = heads._replace(query=heads.query[:, :, :1])
-    mixed, importance = masked_attention(heads, size_bias(state.size), state.mask, rules.class_token)
-    if class_only:
-        state = TokenState(state.x[:, :1])
-    y = through(block, names.branch1, join_heads(attention, mixed))
-    state = state._replace(x=through(block, names.skip1, state.x) + y)
-    if not class_only and plan.merged < plan.entering:
+    form = form_of(block)
+    attention = getattr(block, form.attention)
+    entering = through(block, form.before1, state.x)
+    heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
+    pairs = positions.pairs(state.place)
+    if pairs is not None:
+        pairs = pairs[:, :, : heads.query.shape[2]]
+    mixed, importance = masked_attention(
+        heads, size_bias(state.size), state.mask, rules.speakers, pairs, rules.removed_speak
+    )
+    x = attention_branch(block, state.x, mixed, entering)
+    if read is not None:
+        return TokenState(mlp_branch(block, x))
+    state = state._replace(x=x)
+    if plan.merged < plan.entering:
         state = _reduce(state, importance, rules, plan)
-    x = state.x
-    y = through(block, ("norm2", "mlp", *names.branch2), x)
-    return state._replace(x=through(block, names.skip2, x) + y)
+    return state._replace(x=mlp_branch(block, state.x))
 
 
 def _reduce(state: TokenState, importance: Tensor, rules: ReductionRules, plan: BlockPlan) -> TokenState:
     assert state.mask is not None
-    order = _order(importance, state.mask, rules.class_token)
+    order = _order(importance, state.mask, rules.prefix)
     if plan.prune is not None and plan.pruned < plan.entering:
         state = state._replace(mask=_remove(state.mask, order, plan.prune, plan.entering))
     if plan.merge is not None and plan.merged < plan.pruned:
-        if plan.merged > 1:
-            state = _merge(state, order, plan, rules.weigh_by_similarity)
-        elif state.origin is not None:  # no destination is left: merging into one token prunes
-            state = state._replace(origin=torch.where(state.origin == order[:, :1], state.origin, -1))
+        if plan.merged > rules.spared:
+            state = _merge(state, order, plan, rules)
+        elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
+            kept = order[:, : plan.merged]
+            stays = (state.origin[:, :, None] == kept[:, None]).any(-1)
+            state = state._replace(origin=torch.where(stays, state.origin, -1))
         assert state.mask is not None
         state = state._replace(mask=_remove(state.mask, order, plan.merge, plan.pruned))
     return state
 
 
-def _order(importance: Tensor, mask: Tensor, class_token: bool) -> Tensor:
-    """Tokens `[B, N]` by falling importance `[B, N]`: the class token first, removed ones last."""
-    importance = importance.masked_fill(mask == 0, -1)
-    if class_token:
-        importance[:, 0] = torch.inf
-    return importance.argsort(dim=1, descending=True)
+def _order(importance: Tensor, mask: Tensor, prefix: int) -> Tensor:
+    """Tokens `[B, N]` by falling importance `[B, N]`: the prefix first and as it is, removed ones last."""
+    importance = importance.masked_fill(mask == 0, -1)[:, prefix:]
+    others = importance.argsort(dim=1, descending=True) + prefix
+    if not prefix:
+        return others
+    first = torch.arange(prefix, device=others.device).expand(len(others), prefix)
+    return torch.cat([first, others], dim=1)
 
 
 def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor:
@@ -119,14 +130,14 @@ def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor
     return mask.scatter(1, places, mask.gather(1, places) * surviving)
 
 
-def _merge(state: TokenState, order: Tensor, plan: BlockPlan, weigh_by_similarity: bool) -> TokenState:
+def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRules) -> TokenState:
     """Average sources into their destinations; the sources stay beside them, to be masked.
 
     A source's weighted size is clamped before it is added, and is what the source keeps (quirks).
     """
     x, tokens = state.x, state.x.shape[1]
     sources = order[:, plan.merged : plan.pruned]
-    kept = order[:, 1 : plan.merged]  # the first in order is never a destination
+    kept = order[:, rules.spared : plan.merged]
     moving = take(x, sources)
     similarity, nearest = most_similar(moving, take(x, kept))
     destination = kept.gather(1, nearest)
@@ -136,7 +147,7 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, weigh_by_similarit
 
     sizes = state.sizes()
     source_size = take(sizes, sources)
-    if weigh_by_similarity:
+    if rules.weigh_by_similarity:
         source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
     size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)
     size = size.scatter(1, sources, source_size)
@@ -144,4 +155,4 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, weigh_by_similarit
     if origin is not None:
         stay = torch.arange(tokens, device=x.device).expand(len(x), tokens)
         origin = follow(origin, stay.scatter(1, sources, destination))
-    return TokenState(merged.to(x.dtype), size, state.mask, origin)
+    return TokenState(merged.to(x.dtype), size, state.mask, origin, state.place)

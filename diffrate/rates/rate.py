@@ -25,7 +25,7 @@ class RateError(ValueError):
 class Choice(NamedTuple):
     """One choice as drawn for a step.
 
-    expected: kept tokens, class token included, a scalar that carries gradients.
+    expected: kept tokens, prefix tokens included, a scalar that carries gradients.
     count: the same as an integer.
     survival: probability that each token survives, most important first, `[N0]`.
     """
@@ -51,12 +51,12 @@ def candidate_count(patches: int, granularity: int) -> int:
     return (patches + granularity - 1) // granularity
 
 
-def expected_counts(logits: Tensor, patches: int, granularity: int, class_token: bool) -> Tensor:
-    """Kept tokens `[R]` of logits `[R, K]`, class token included, rounded up, with gradients.
+def expected_counts(logits: Tensor, patches: int, granularity: int, prefix: int) -> Tensor:
+    """Kept tokens `[R]` of logits `[R, K]`, prefix tokens included, rounded up, with gradients.
 
     In float32 at least, outside autocast: half precision would round another way.
     """
-    return ste_ceil(expectation(logits, patches, granularity)) + class_token
+    return ste_ceil(expectation(logits, patches, granularity)) + prefix
 
 
 def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
@@ -66,8 +66,8 @@ def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
         return (_probabilities(logits) * candidates).sum(-1)
 
 
-def survival_probabilities(logits: Tensor, patches: int, granularity: int, class_token: bool) -> Tensor:
-    """Probability `[R, N0]` that each token survives, for logits `[R, K]`; the class token's is 1.
+def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefix: int) -> Tensor:
+    """Probability `[R, N0]` that each token survives, for logits `[R, K]`; a prefix token's is 1.
 
     Candidate k keeps `patches - g k` tokens: token i survives under those with `k < (patches - i) / g`,
     so that its probability is a cumulative sum, and no loop over candidates is needed.
@@ -77,17 +77,17 @@ def survival_probabilities(logits: Tensor, patches: int, granularity: int, class
         token = torch.arange(patches, device=logits.device)
         keeping = (patches - token + granularity - 1) // granularity  # how many candidates keep it
         survival = cumulative[:, keeping - 1]
-        return torch.cat([survival.new_ones(len(logits), 1), survival], dim=1) if class_token else survival
+        return torch.cat([survival.new_ones(len(logits), prefix), survival], dim=1) if prefix else survival
 
 
-def draw(logits: Tensor, patches: int, granularity: int, class_token: bool) -> list[Choice]:
+def draw(logits: Tensor, patches: int, granularity: int, prefix: int) -> list[Choice]:
     """The choices `[R]` of logits `[R, K]`. Reads the counts from the device, once for all.
 
     Raises:
         RateError: the logits are no numbers.
     """
-    expected = expected_counts(logits, patches, granularity, class_token)
-    survival = survival_probabilities(logits, patches, granularity, class_token)
+    expected = expected_counts(logits, patches, granularity, prefix)
+    survival = survival_probabilities(logits, patches, granularity, prefix)
     counts = expected.tolist()
     if not all(map(math.isfinite, counts)):
         raise RateError("rate logits: found no numbers; accepted: finite ones, as lower learning rates leave them")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrate.blocks.block import UnsupportedModelError
+from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.patch.base import CompressedModel
 from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model

@@ -9,7 +9,8 @@ import torch
 from timm.layers.drop import DropPath
 from torch import nn
 
-from diffrate.blocks.block import ReductionRules, UnsupportedModelError
+from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.rules import ReductionRules
 from diffrate.patch.any import vit
 from diffrate.patch.base import CompressedModel
 from diffrate.rates.rate import RateError

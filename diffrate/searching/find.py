@@ -14,7 +14,7 @@ import torch
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from diffrate.blocks.block import UnsupportedModelError
+from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.rounding import check_target
 from diffrate.budgets.schedule import Schedule
 from diffrate.files import UNREADABLE, first_line

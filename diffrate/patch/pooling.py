@@ -1,0 +1,101 @@
+"""From the tokens that are left to one vector an image: timm's poolings, each token weighed by its size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.attention_pool import AttentionPoolLatent
+from torch import Tensor, nn
+
+from diffrate.blocks.attention import Heads
+from diffrate.blocks.tokens import TokenState
+
+MEANS = ("avg", "avgmax", "max")
+POOLS = ("token", *MEANS, "map")
+
+
+def pooled(model: Any, state: TokenState, left_out: int) -> Tensor:
+    """`[B, C]` of the normalised tokens in `state`, as `model.global_pool` says, the first `left_out` unseen."""
+    if model.global_pool == "token":
+        return state.x[:, 0]
+    if model.global_pool == "map":
+        return attention_pool(model.attn_pool, state, left_out)
+    mean = weighted_mean(state, left_out) if model.global_pool != "max" else None
+    if model.global_pool == "avg":
+        assert mean is not None
+        return mean
+    highest = highest_of(state, left_out)
+    return highest if mean is None else 0.5 * (highest + mean)
+
+
+def weighted_mean(state: TokenState, left_out: int) -> Tensor:
+    """The mean `[B, C]` of the tokens `[B, N, C]` but the first `left_out`, weighed by their sizes.
+
+    Where a schedule leaves nothing else, the class token stands in: there is no other token that has
+    seen the image. In search the mask weighs as well, and the sum of the weights takes no gradient, as
+    in the published code.
+    """
+    x, size, mask = state.x, state.sizes(), state.mask
+    if x.shape[1] == left_out:
+        return x[:, 0]
+    weight = (size if mask is None else size * mask)[:, left_out:, None]
+    total = weight.sum(1)
+    return ((x[:, left_out:] * weight).sum(1) / (total if mask is None else total.detach())).to(x.dtype)
+
+
+def highest_of(state: TokenState, left_out: int) -> Tensor:
+    """The highest value `[B, C]` of each channel among the tokens but the first `left_out` that are there."""
+    x = state.x
+    if x.shape[1] == left_out:
+        return x[:, 0]
+    if state.mask is not None:
+        x = torch.where(state.mask[:, :, None] > 0, x, -torch.inf)
+    return x[:, left_out:].amax(1)
+
+
+def attention_pool(pool: AttentionPoolLatent, state: TokenState, left_out: int) -> Tensor:
+    """timm's attention pooling with latent queries, proportional: a token counts `size` times.
+
+    In search masked tokens count by their mask, which takes the gradient.
+    """
+    x = state.x[:, left_out:]
+    key, value = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    latent = pool.q(pool.latent.expand(len(x), -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+    heads = Heads(pool.q_norm(latent), pool.k_norm(key), value, pool.scale)
+    mixed = pool.proj_drop(pool.proj(_weighed(heads, state, left_out).transpose(1, 2).flatten(2)))
+    if pool.mlp is not None:
+        mixed = mixed + pool.mlp(pool.norm(mixed))
+    return {"token": lambda: mixed[:, 0], "avg": lambda: mixed.mean(1)}[pool.pool]()
+
+
+def _weighed(heads: Heads, state: TokenState, left_out: int) -> Tensor:
+    """Attention `[B, H, L, D]` of a few queries to all tokens, each as often as its size and mask say."""
+    scores = (heads.query * heads.scale) @ heads.key.transpose(-2, -1)
+    weight = None if state.size is None else state.size[:, None, None, left_out:]
+    if state.mask is not None:
+        mask = state.mask[:, None, None, left_out:]
+        weight = mask if weight is None else weight * mask
+    shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    if weight is not None:
+        shares = shares * weight
+        shares = shares / shares.sum(-1, keepdim=True)
+    return shares.to(heads.value.dtype) @ heads.value
+
+
+def pool_parts(model: Any) -> list[str]:
+    """What `pooled` does not handle of the model's pooling, for a message; nothing where it handles all."""
+    found = []
+    pool: nn.Module | None = getattr(model, "attn_pool", None)
+    if model.global_pool and model.global_pool not in POOLS:
+        found.append(f"global_pool={model.global_pool!r}")
+    elif (model.global_pool == "map") != (pool is not None):
+        found.append("attn_pool")
+    elif isinstance(pool, AttentionPoolLatent):
+        if pool.pos_embed is not None:
+            found.append("attn_pool.pos_embed")
+        if pool.pool not in ("token", "avg"):
+            found.append(f"attn_pool.pool={pool.pool!r}")
+    elif pool is not None:
+        found.append(type(pool).__name__)
+    return found
