@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from timm.models.beit import Block as BeitBlock
@@ -56,18 +55,16 @@ _METAFORMER = BlockForm(
     skip1=("res_scale1",),
     skip2=("res_scale2",),
 )
-FORMS: Mapping[type[nn.Module], BlockForm] = MappingProxyType(
-    {
-        Block: _PLAIN,
-        RelPosBlock: _PLAIN,
-        ResPostBlock: _POST_NORM,
-        ResPostRelPosBlock: _POST_NORM,
-        EvaBlockPostNorm: _POST_NORM,
-        EvaBlock: _GAMMAS,
-        BeitBlock: _GAMMAS,
-        MetaFormerBlock: _METAFORMER,
-    }
-)
+FORMS: Mapping[type[nn.Module], BlockForm] = {
+    Block: _PLAIN,
+    RelPosBlock: _PLAIN,
+    ResPostBlock: _POST_NORM,
+    ResPostRelPosBlock: _POST_NORM,
+    EvaBlockPostNorm: _POST_NORM,
+    EvaBlock: _GAMMAS,
+    BeitBlock: _GAMMAS,
+    MetaFormerBlock: _METAFORMER,
+}
 
 
 def form_of(block: nn.Module) -> BlockForm:

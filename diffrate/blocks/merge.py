@@ -29,7 +29,7 @@ def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
     """`start` `[B, K, C]` plus each of `values` `[B, S, C]` at its `destination` `[B, S]`."""
-    if start.device.type == "cpu":
+    if start.device.type in ("cpu", "meta"):
         return add_by_index(start, destination, values)
     return add_by_product(start, destination, values)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -126,17 +125,15 @@ class Differential(Projection):
         return first.exp() - second.exp() + attention.lambda_init
 
 
-PROJECTIONS: Mapping[type[nn.Module], Projection] = MappingProxyType(
-    {
-        Attention: Fused(),
-        MetaFormerAttention: Fused(),
-        RelPosAttention: Fused(),
-        BeitAttention: FusedWithBiases(),
-        EvaAttention: Either(FusedWithBiases()),
-        AttentionRope: Either(Fused()),
-        DiffAttention: Differential(),
-    }
-)
+PROJECTIONS: Mapping[type[nn.Module], Projection] = {
+    Attention: Fused(),
+    MetaFormerAttention: Fused(),
+    RelPosAttention: Fused(),
+    BeitAttention: FusedWithBiases(),
+    EvaAttention: Either(FusedWithBiases()),
+    AttentionRope: Either(Fused()),
+    DiffAttention: Differential(),
+}
 
 
 def projection_of(attention: nn.Module) -> Projection:

@@ -19,7 +19,7 @@ def restore(state: TokenState) -> Tensor:
         return state.x
     found = standing(state.x, state.origin)
     if state.last is not None:
-        return torch.where(state.origin[:, :, None] >= 0, found, state.last)
+        found = torch.where(state.origin[:, :, None] >= 0, found, state.last)
     if state.mask is None:
         return found
     return torch.lerp(found, state.x, state.mask.to(state.x.dtype).unsqueeze(-1))

@@ -102,9 +102,7 @@ class CompressedVit(Features, CompressedModel, _Vit):
 
     def followed(self, state: TokenState, schedule: Schedule | None) -> TokenState:
         """Where there is no pooling, the head looks at every position of the grid."""
-        if self.global_pool:
-            return state
-        return state.traced() if schedule is None else state.remembered()
+        return state if self.global_pool else state.remembered()
 
     def classify(self, state: TokenState) -> Tensor:
         normalised = state._replace(x=self.norm(state.x))

@@ -39,7 +39,7 @@ def pool_shape(model: Any) -> PoolShape:
 
 def stem_flops(stem: nn.Module, channels: int, size: tuple[int, int]) -> int:
     """Multiply-accumulates of a convolutional stem for one image of `size`, rows and columns, by torch's counter."""
-    shapes = copy.deepcopy(stem).to("meta").eval()
+    shapes = copy.deepcopy(stem).to("meta").eval().requires_grad_(False)
     images = torch.empty(1, channels, *size, device="meta", dtype=next(shapes.parameters()).dtype)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         shapes(images)

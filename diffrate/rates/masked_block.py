@@ -21,7 +21,7 @@ from diffrate.blocks.merge import most_similar
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState, follow, take
+from diffrate.blocks.tokens import TokenState, follow, followed, take
 from diffrate.rates.masked_attention import masked_attention
 from diffrate.rates.rate import Choice
 from diffrate.rates.ste import ste_leaving
@@ -100,7 +100,7 @@ def _reduce(state: TokenState, importance: Tensor, rules: ReductionRules, plan: 
     assert state.mask is not None
     order = _order(importance, state.mask, rules.prefix)
     if plan.prune is not None and plan.pruned < plan.entering:
-        state = state._replace(mask=_remove(state.mask, order, plan.prune, plan.entering))
+        state = _prune(state, _remove(state.mask, order, plan.prune, plan.entering))
     if plan.merge is not None and plan.merged < plan.pruned:
         if plan.merged > rules.spared:
             state = _merge(state, order, plan, rules)
@@ -130,6 +130,16 @@ def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor
     return mask.scatter(1, places, mask.gather(1, places) * surviving)
 
 
+def _prune(state: TokenState, mask: Tensor) -> TokenState:
+    """`state` with a new mask; input tokens whose token is gone were pruned."""
+    assert state.mask is not None
+    masked = state._replace(mask=mask)
+    if state.last is None:
+        return masked
+    stay = torch.arange(mask.shape[1], device=mask.device)
+    return followed(state, masked, torch.where((state.mask > 0) & (mask == 0), -1, stay))
+
+
 def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRules) -> TokenState:
     """Average sources into their destinations; the sources stay beside them, to be masked.
 
@@ -155,4 +165,4 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRu
     if origin is not None:
         stay = torch.arange(tokens, device=x.device).expand(len(x), tokens)
         origin = follow(origin, stay.scatter(1, sources, destination))
-    return TokenState(merged.to(x.dtype), size, state.mask, origin, state.place)
+    return state._replace(x=merged.to(x.dtype), size=size, origin=origin)

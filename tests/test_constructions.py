@@ -1,0 +1,270 @@
+"""Every construction of timm's ViTs, small: compressed it is what timm's own blocks compute on the tokens left."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffrate
+from tests.constructions import CONSTRUCTIONS, build, images_for, side_of
+from tests.tiny_models import dense
+
+EXACT = {"atol": 1e-9, "rtol": 0.0}
+# One of each way in which tokens carry what they need.
+CARRYING = (
+    "class_token",
+    "no_class_token",
+    "registers",
+    "rope",
+    "rope_dinov3",
+    "rope_mixed",
+    "relative_table",
+    "relative_network",
+)
+
+
+def patched(name: str, **options: Any) -> diffrate.CompressedModel:
+    return diffrate.patch.vit(build(name, **options), 1, 1, (side_of(name), side_of(name)))
+
+
+def without_chance(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
+    """`model` with what training makes random at rest: dropout, and shifted rotary angles."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) or name == "rope":
+            module.eval()
+    return model
+
+
+def reduced(name: str, prune: tuple[float, ...], merge: tuple[float, ...]) -> diffrate.CompressedModel:
+    """Patched, and told to keep these shares of the patch tokens in its four blocks."""
+    model = patched(name)
+    space = model.compression.space
+    prefix, patches = space.prefix, space.limits[0] - space.prefix
+    model.set_kept_num(*([prefix + round(share * patches) for share in row] for row in (prune, merge)))
+    return model
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_with_nothing_removed_all_is_timms(name: str) -> None:
+    plain, images = build(name), images_for(name)
+    logits, features = plain(images), plain.forward_features(images)
+    middle = plain.forward_intermediates(images, indices=[1, 3], norm=True)
+    model = dense(patched(name))
+    torch.testing.assert_close(model(images, return_flop=False), logits, **EXACT)
+    torch.testing.assert_close(model.forward_features(images), features, **EXACT)
+    torch.testing.assert_close(model.forward_intermediates(images, indices=[1, 3], norm=True), middle, **EXACT)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_one_graph_gives_the_same_logits(name: str) -> None:
+    model, images = reduced(name, (1, 0.75, 0.6, 0.5), (1, 0.7, 0.5, 0.4)), images_for(name)
+    torch.compiler.reset()
+    graph = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(graph(images, return_flop=False), model(images, return_flop=False), **EXACT)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_pruning_alone_is_timms_blocks_on_the_tokens_left(name: str) -> None:
+    """Block 1 prunes: its MLP and all later blocks see the tokens that are left, at their own positions."""
+    model, images = reduced(name, (1, 0.5, 0.5, 0.5), (1, 0.5, 0.5, 0.5)), images_for(name, 1)
+    states = model.forward_blocks(images)
+    kept = places_of(states[1].origin)
+    x = TimmBlock(model, 1, images).attend(states[0].x)[:, kept]
+    x = TimmBlock(model, 1, images).mlp(x)
+    torch.testing.assert_close(states[1].x, x, **EXACT)
+    for index in (2, 3):
+        x = TimmBlock(model, index, images, kept).run(x)
+        torch.testing.assert_close(states[index].x, x, **EXACT)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_search_agrees_with_dropping_tokens_for_real(name: str) -> None:
+    """Masked, with hard counts: block 1 prunes, the last block that may merges. Sizes that are weighed by
+    similarity are clamped in search, as published, which poolings see: here they are not weighed."""
+    model = without_chance(patched(name).train())
+    model.rules = replace(model.rules, weigh_by_similarity=False)
+    patches, last = model.compression.patches(1), model.compression.space.searchable[-1]
+    with torch.no_grad():
+        for (block, kind), rate in zip(model.compression.choices(), model.arch_parameters(), strict=True):
+            kept = {(1, "prune"): patches - 5, (last, "merge"): patches - 9}.get((block, kind), patches)
+            rate.fill_(0)
+            rate[patches - kept] = 60
+    images = images_for(name)
+    masked = model(images, return_flop=False)
+    dropped = model.eval()(images, return_flop=False)
+    torch.testing.assert_close(masked, dropped, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_search_has_gradients_and_its_cost_is_that_of_its_counts(name: str) -> None:
+    model = patched(name).train()
+    model.compression.requires_grad_(True)
+    logits, flops = model(images_for(name))
+    (logits.square().sum() + flops / 1e9).backward()
+    for rate in model.arch_parameters():
+        assert rate.grad is not None
+        assert rate.grad.isfinite().all()
+        assert rate.grad.abs().max() > 0
+    assert flops.item() == pytest.approx(model.flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_prefix_tokens_stay_and_nothing_is_merged_into_them(name: str) -> None:
+    model, images = reduced(name, (1, 0.75, 0.5, 0.3), (1, 0.6, 0.4, 0.25)), images_for(name)
+    prefix, limits = model.compression.space.prefix, model.compression.space.limits
+    for state, merged in zip(model.forward_blocks(images), model.get_kept_num()[1], strict=True):
+        assert state.x.shape[1] == merged
+        assert state.origin is not None
+        for origin in state.origin:
+            assert origin[:prefix].tolist() == list(range(prefix))
+            assert not (0 <= origin[prefix:].min() < prefix) or prefix == 0
+            assert set(origin.tolist()) - {-1} == set(range(merged))
+    assert model(images, return_flop=False).isfinite().all()
+    assert model.forward_features(images).shape[1] == limits[0]
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_the_fewest_tokens_give_finite_logits(name: str) -> None:
+    model = patched(name)
+    least, limit = model.compression.space.least, model.compression.space.limits[0]
+    model.set_kept_num([limit, least, least, least], [limit, least, least, least])
+    assert model(images_for(name), return_flop=False).isfinite().all()
+    if least > 1:
+        with pytest.raises(diffrate.ScheduleError, match=f"accepted: {least} to {limit}"):
+            model.set_kept_num([limit] * 4, [limit, limit, limit, least - 1])
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_copies_and_states_give_the_same_logits(name: str) -> None:
+    model, images = reduced(name, (1, 0.75, 0.6, 0.5), (1, 0.7, 0.5, 0.4)), images_for(name)
+    logits = model(images, return_flop=False)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(images, return_flop=False), logits)
+    other = patched(name, num_classes=5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(images, return_flop=False), logits)
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_merged_tokens_keep_the_place_of_their_destination(name: str) -> None:
+    """Of the tokens that one stands for, the most important kept its place, and it is the first in the order."""
+    model, images = reduced(name, (1, 1, 1, 1), (1, 0.5, 0.5, 0.5)), images_for(name, 1)
+    before, after = model.run_blocks(model.enter(images).traced().placed())[:2]
+    assert after.place is not None
+    assert after.origin is not None
+    for token, place in enumerate(after.place[0].tolist()):
+        assert after.origin[0, place] == token
+    assert before.place is not None
+    assert before.place.flatten().tolist() == list(range(before.x.shape[1]))
+
+
+def test_a_size_is_weighed_by_every_pooling() -> None:
+    """Two equal tokens, and one that counts for two, give the same."""
+    from diffrate.blocks.tokens import TokenState
+    from diffrate.patch.pooling import pooled
+
+    for name in ("no_class_token", "avgmax", "max", "attention_pool"):
+        model = build(name)
+        x = torch.randn(1, 5, 48, dtype=torch.float64)
+        twice = TokenState(torch.cat([x, x[:, 4:]], dim=1))
+        weighed = TokenState(x, torch.tensor([[1.0, 1, 1, 1, 2]], dtype=torch.float64))
+        torch.testing.assert_close(pooled(model, weighed, 0), pooled(model, twice, 0))
+
+
+def test_importance_of_a_distilled_model_is_the_mean_of_its_two_tokens() -> None:
+    from diffrate.blocks.attention import Heads, speakers_importance
+
+    heads = Heads(*torch.randn(3, 2, 3, 7, 4, dtype=torch.float64), 0.5)
+    weights = (heads.query @ heads.key.transpose(-2, -1) * 0.5).softmax(-1).mean(1)
+    torch.testing.assert_close(speakers_importance(heads, None, 2), weights[:, :2].mean(1))
+
+
+def test_importance_without_a_class_token_is_the_attention_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether all maps are made at once or a few images at a time."""
+    from diffrate.blocks import attention
+
+    heads = attention.Heads(*torch.randn(3, 5, 3, 7, 4, dtype=torch.float64), 0.5)
+    bias = torch.randn(5, 1, 1, 7, dtype=torch.float64)
+    weights = (heads.query @ heads.key.transpose(-2, -1) * 0.5 + bias).softmax(-1)
+    for elements in (1, 300, 10**6):
+        monkeypatch.setattr(attention, "CACHED_ELEMENTS", elements)
+        mixed, importance = attention.attend_and_receive(heads, bias, 0.0)
+        torch.testing.assert_close(importance, weights.mean((1, 2)))
+        torch.testing.assert_close(mixed, weights @ heads.value)
+
+
+class TimmBlock:
+    """timm's own block number `index` of `model` for images of one size, on the input positions in `kept` alone."""
+
+    def __init__(self, model: Any, index: int, images: Tensor, kept: Tensor | None = None) -> None:
+        self.block = model.blocks[index]
+        tokens = model.compression.space.limits[0]
+        kept = torch.arange(tokens) if kept is None else kept
+        prefix = model.num_prefix_tokens
+        self.options: dict[str, Any] = {}
+        if getattr(model, "rope", None) is not None:
+            rope = model.rope.get_embed(shape=list(model.token_grid))
+            rope = rope[index] if rope.ndim == 4 else rope
+            self.options["rope"] = rope[..., kept[prefix:] - prefix, :]
+        if getattr(model, "rel_pos_bias", None) is not None:
+            self.options["shared_rel_pos_bias"] = model.rel_pos_bias()[:, kept][:, :, kept][None]
+        if getattr(model, "shared_rel_pos", None) is not None:
+            self.options["shared_rel_pos"] = model.shared_rel_pos.get_bias()[:, :, kept][:, :, :, kept]
+        self._narrow(self.block.attn, kept)
+
+    def _narrow(self, attention: Any, kept: Tensor) -> None:
+        """Give an attention with a bias of its own that of the kept positions."""
+        if getattr(attention, "rel_pos", None) is not None:
+            whole = type(attention.rel_pos).get_bias(attention.rel_pos)
+            attention.rel_pos.get_bias = lambda: whole[:, :, kept][:, :, :, kept]
+        if getattr(attention, "relative_position_bias_table", None) is not None:
+            whole = type(attention)._get_rel_pos_bias(attention)
+            attention._get_rel_pos_bias = lambda: whole[:, :, kept][:, :, :, kept]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The whole block."""
+        return self.block(x, **self.options)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The block without its MLP: silenced, it adds nothing."""
+        block = copy.copy(self.block)
+        block._modules = {**self.block._modules, "mlp": Silent()}
+        if not isinstance(self.block._modules.get("norm2"), nn.Identity) and is_post_norm(self.block):
+            block._modules["norm2"] = nn.Identity()
+        return block(x, **self.options)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The block without its attention."""
+        block = copy.copy(self.block)
+        block._modules = {**self.block._modules, "attn": Silent()}
+        if is_post_norm(self.block):
+            block._modules["norm1"] = nn.Identity()
+        return block(x, **self.options)
+
+
+class Silent(nn.Module):
+    """Adds nothing, whatever it is given."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def is_post_norm(block: nn.Module) -> bool:
+    """Whether norms come after attention and MLP: they would make something of nothing."""
+    return "Post" in type(block).__name__
+
+
+def places_of(origin: Tensor | None) -> Tensor:
+    """The input positions that stand for themselves, in the order of the tokens, for one image without merging."""
+    assert origin is not None
+    order = origin[0].argsort()
+    return order[(origin[0] < 0).sum() :]
