@@ -167,6 +167,19 @@ def test_merged_tokens_keep_the_place_of_their_destination(name: str) -> None:
     assert before.place.flatten().tolist() == list(range(before.x.shape[1]))
 
 
+@pytest.mark.parametrize("name", CARRYING)
+def test_a_pruned_position_keeps_what_its_token_last_was(name: str) -> None:
+    """At the full grid: block 1 prunes after its attention, and all that later blocks do is not for those tokens."""
+    model, images = reduced(name, (1, 0.5, 0.5, 0.5), (1, 0.5, 0.5, 0.5)), images_for(name, 1)
+    states = model.forward_blocks(images)
+    assert states[1].origin is not None
+    gone = states[1].origin[0] < 0
+    last = TimmBlock(model, 1, images).attend(states[0].x)
+    features = model.forward_features(images)
+    torch.testing.assert_close(features[:, gone], model.norm(last)[:, gone], **EXACT)
+    torch.testing.assert_close(features[:, ~gone], model.norm(standing(states[-1]))[:, ~gone], **EXACT)
+
+
 def test_a_size_is_weighed_by_every_pooling() -> None:
     """Two equal tokens, and one that counts for two, give the same."""
     from diffrate.blocks.tokens import TokenState
@@ -261,6 +274,12 @@ class Silent(nn.Module):
 def is_post_norm(block: nn.Module) -> bool:
     """Whether norms come after attention and MLP: they would make something of nothing."""
     return "Post" in type(block).__name__
+
+
+def standing(state: diffrate.TokenState) -> Tensor:
+    """Features of the token that stands for each input position, for one image; any where none does."""
+    assert state.origin is not None
+    return state.x[:, state.origin[0].clamp(min=0)]
 
 
 def places_of(origin: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import diffrate
 import models
 from diffrate.blocks.tokens import TokenState
-from diffrate.patch.caformer import restore
+from diffrate.patch.grid import restore
 from tests import recipe_weights
 from tests.tiny_models import (
     FAMILIES,
@@ -283,6 +283,21 @@ def test_caformers_last_stage_stays_whole() -> None:
 def test_caformer_refuses_images_of_another_size() -> None:
     with pytest.raises(ValueError, match=r"accepted: \[14, 14\]"):
         patched("caformer")(torch.zeros(1, 3, 256, 256))
+
+
+def test_caformers_features_are_timms() -> None:
+    plain_model = plain("caformer").double().eval()
+    plain_model.head.fc.norm.eps = 1e-5
+    batch = images("caformer").double()
+    with torch.inference_mode():
+        features, (_, maps) = plain_model.forward_features(batch), plain_model.forward_intermediates(batch, [0, 2])
+        model = dense(diffrate.patch.caformer(plain_model))
+        torch.testing.assert_close(model.forward_features(batch), features)
+        torch.testing.assert_close(model.forward_intermediates(batch, [0, 2], intermediates_only=True), maps)
+        model.set_kept_num(None, [196, 90, 50, 20, 1, 49, 49])
+        assert model.forward_features(batch).shape == features.shape
+    with pytest.raises(ValueError, match="output_fmt: found 'NLC'; accepted: 'NCHW'"):
+        model.forward_intermediates(batch, output_fmt="NLC")
 
 
 def test_restoring_gives_each_position_its_representative() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from timm.models._features import feature_take_indices
 from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
@@ -67,17 +68,54 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         return caformer_flops(_stage_shapes(self), self.num_classes, kernel, counts)
 
     def embed(self, images: Tensor) -> Tensor:
-        x = self.stages[2].downsample(self.stages[1](self.stages[0](self.stem(images))))
-        return x.flatten(2).transpose(1, 2)
+        return self.stages[2].downsample(self.stages[1](self.stages[0](self.stem(images)))).flatten(2).transpose(1, 2)
 
     def classify(self, state: TokenState) -> Tensor:
+        return self.forward_head(self._fourth_stage(self._third_map(state)))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Features `[B, C, rows, columns]` of images `[B, 3, H, W]`, as timm's: those of stage 4."""
+        *_, last = self.run_blocks(self.enter(images).remembered())
+        return self._fourth_stage(self._third_map(last))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What some stages leave of images `x` `[B, 3, H, W]`, each `[B, C, rows, columns]`, and `forward_features`
+        of them, as in timm: `norm` and `stop_early` change nothing here.
+
+        Raises:
+            ValueError: another format.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW'")
+        taken, _ = feature_take_indices(4, list(indices) if isinstance(indices, Sequence) else indices)
+        first = self.stages[0](self.stem(x))
+        maps = [first, self.stages[1](first)]
+        entering = self.stages[2].downsample(maps[1]).flatten(2).transpose(1, 2)
+        maps.append(self._third_map(self.run_blocks(TokenState(entering).remembered())[-1]))
+        maps.append(self._fourth_stage(maps[2]))
+        found = [maps[index] for index in taken]
+        return found if intermediates_only else (maps[3], found)
+
+    def _third_map(self, state: TokenState) -> Tensor:
+        """What stage 3 leaves, at its grid."""
+        return as_map(restore(state), self.grids[2])
+
+    def _fourth_stage(self, x: Tensor) -> Tensor:
+        """What stage 4 makes of what stage 3 left, `[B, C, rows, columns]`: it is never compressed."""
         fourth = self.stages[3]
-        x = fourth.downsample(as_map(restore(state), self.grids[2]))
-        state = TokenState(x.flatten(2).transpose(1, 2))
+        state = TokenState(fourth.downsample(x).flatten(2).transpose(1, 2))
         tokens = state.x.shape[1]
         for block in fourth.blocks:
             state = fixed_block(block, NO_POSITIONS, self.rules, state, Kept(tokens, tokens, tokens))
-        return self.forward_head(as_map(state.x, self.grids[3]))
+        return as_map(state.x, self.grids[3])
 
 
 def caformer(
