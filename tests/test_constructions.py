@@ -33,14 +33,6 @@ def patched(name: str, **options: Any) -> diffrate.CompressedModel:
     return diffrate.patch.vit(build(name, **options), 1, 1, (side_of(name), side_of(name)))
 
 
-def without_chance(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
-    """`model` with what training makes random at rest: dropout, and shifted rotary angles."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) or name == "rope":
-            module.eval()
-    return model
-
-
 def reduced(name: str, prune: tuple[float, ...], merge: tuple[float, ...]) -> diffrate.CompressedModel:
     """Patched, and told to keep these shares of the patch tokens in its four blocks."""
     model = patched(name)
@@ -87,7 +79,8 @@ def test_pruning_alone_is_timms_blocks_on_the_tokens_left(name: str) -> None:
 def test_search_agrees_with_dropping_tokens_for_real(name: str) -> None:
     """Masked, with hard counts: block 1 prunes, the last block that may merges. Sizes that are weighed by
     similarity are clamped in search, as published, which poolings see: here they are not weighed."""
-    model = without_chance(patched(name).train())
+    model = patched(name)
+    model.train_to_search()
     model.rules = replace(model.rules, weigh_by_similarity=False)
     patches, last = model.compression.patches(1), model.compression.space.searchable[-1]
     with torch.no_grad():
@@ -112,6 +105,49 @@ def test_search_has_gradients_and_its_cost_is_that_of_its_counts(name: str) -> N
         assert rate.grad.isfinite().all()
         assert rate.grad.abs().max() > 0
     assert flops.item() == pytest.approx(model.flops(), rel=1e-6)
+
+
+def test_a_search_leaves_batch_norms_as_they_are() -> None:
+    """Their statistics are frozen like weights; a plain training mode would move them."""
+    model = patched("hybrid_batch_norm")
+    before = copy.deepcopy(model.state_dict())
+    images = images_for("hybrid_batch_norm")
+    space = model.compression.space
+    fewest = model.flops_at(space.schedule([space.least] * 2 * len(space.searchable)))
+    target = (fewest + model.flops_at(space.dense())) / 2  # the stem has most of the cost
+    diffrate.search(model, [(images, torch.tensor([0, 1]))], target_flops=target, steps=1)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if not key.startswith("compression."))
+    model.train_to_search()
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["rope_fewer_keys", "naflex_rope"])
+def test_a_search_turns_by_the_angles_of_evaluation(name: str) -> None:
+    """timm shifts them in training where the model says so."""
+    model = patched(name)
+    shifted = copy.deepcopy(model).train()
+    for rope in (model.rope, shifted.rope):
+        rope.shift_coords, rope.aug_active = 0.5, True
+    model.train_to_search()
+    images = images_for(name)
+    first, again = (model(images, return_flop=False) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(shifted(images, return_flop=False), first)
+
+
+def test_without_a_head_labels_are_of_no_use() -> None:
+    model = patched("rope_dinov3", num_classes=0)
+    batches = [(images_for("rope_dinov3"), torch.tensor([0, 1]))]
+    with pytest.raises(
+        diffrate.UnsupportedModelError, match="found a model without a head; accepted: one with classes"
+    ):
+        diffrate.search(model, batches, share=0.5)
+    with pytest.raises(
+        diffrate.UnsupportedModelError, match="found a model without a head; accepted: one with classes"
+    ):
+        diffrate.evaluate(model, batches)
+    assert diffrate.benchmark(model, batch_size=1, dtype=torch.float64, rounds=1).compressed_gflops > 0
 
 
 @pytest.mark.parametrize("name", CONSTRUCTIONS)

@@ -1,4 +1,4 @@
-"""Every ViT that timm has a name for: patched, with a cost that torch's own counter confirms, or refused with a reason."""
+"""Every ViT that timm has a name for: patched, with a cost that torch's counter confirms, or refused with a reason."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def attend_and_receive(heads: Heads, bias: Tensor | None, dropout: float) -> tup
     mixed, importance = [], []
     for part in parts:
         few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
-        attended, received = _attend_with_map(few, bias if bias is None or len(bias) == 1 else bias[part], dropout)
+        attended, received = _attend_with_map(few, bias if bias is None or bias.shape[0] == 1 else bias[part], dropout)
         mixed.append(attended)
         importance.append(received)
     return torch.cat(mixed), torch.cat(importance)

@@ -74,7 +74,7 @@ def merge_tokens(state: TokenState, kept: int, spared: int, weigh_by_similarity:
         source_size = source_size * similarity
     size = add_up(sizes[:, :kept, None], destination, source_size[:, :, None]).squeeze(-1)
     ones = x.new_ones(1, 1, 1)
-    joined = add_up(ones.expand(len(x), kept, 1), destination, ones.expand(len(x), tokens - kept, 1))
+    joined = add_up(ones.expand(x.shape[0], kept, 1), destination, ones.expand(x.shape[0], tokens - kept, 1))
     merged = TokenState(add_up(x[:, :kept], destination, x[:, kept:]) / joined, size.clamp(min=SIZE_FLOOR), place=place)
     assert merged.x.shape[1] == kept < tokens
     if state.origin is None:

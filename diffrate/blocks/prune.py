@@ -16,7 +16,7 @@ def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
     others = importance.topk(kept - prefix, dim=1).indices
     if not prefix:
         return others
-    first = torch.arange(prefix, device=others.device).expand(len(others), prefix)
+    first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
     return torch.cat([first, others + prefix], dim=1)
 
 

@@ -58,7 +58,7 @@ def size_dtype(x: Tensor) -> torch.dtype:
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `[B, K]` of `values` `[B, N]`, `[1, N]` or `[B, N, C]`."""
     if values.ndim == 2:
-        return values.expand(len(index), -1).gather(1, index)
+        return values.expand(index.shape[0], -1).gather(1, index)
     # Whole rows are copied at once, where gather would look up each of their elements.
     batch, tokens, width = values.shape
     first = torch.arange(0, batch * tokens, tokens, device=index.device)

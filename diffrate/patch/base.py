@@ -29,6 +29,7 @@ class CompressedModel(nn.Module):
 
     rules: ReductionRules  # the family's, unless a baseline replaces them on its model
     compression: CompressionState
+    num_classes: int  # outputs; 0 for a model without a head
     pretrained_cfg: Any  # timm's: what the model's inputs are like
     image_size: tuple[int, int]  # height and width of the images that the model takes
 
@@ -56,6 +57,13 @@ class CompressedModel(nn.Module):
     @abstractmethod
     def classify(self, state: TokenState) -> Tensor:
         """Logits `[B, K]` from what the last compressible block left."""
+
+    def train_to_search(self) -> None:
+        """Training mode for a search: weights are frozen, and so are the statistics of batch norms."""
+        self.train()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def positions(self) -> Sequence[Positions]:
         """What the attention of each compressible block knows of positions."""

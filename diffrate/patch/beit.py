@@ -30,7 +30,7 @@ class CompressedBeit(CompressedVit, Beit):
 
     def embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
 
 

@@ -21,6 +21,12 @@ class CompressedEva(CompressedVit, Eva):
     def left_out(self) -> int:
         return 0 if self.global_pool == "map" else super().left_out()
 
+    def train_to_search(self) -> None:
+        """Without the shifted angles of training, which evaluation never has."""
+        super().train_to_search()
+        if self.rope is not None:
+            self.rope.eval()
+
     @property
     def looks_up_places(self) -> bool:
         return self.rope is not None

@@ -36,6 +36,12 @@ class CompressedNaFlex(CompressedVit, NaFlexVit):
     def embedding_flops(self, size: Size) -> int:
         return self.tokens_at(size) * self.embeds.proj.weight.numel()
 
+    def train_to_search(self) -> None:
+        """Without the shifted angles of training, which evaluation never has."""
+        super().train_to_search()
+        if self.rope is not None:
+            self.rope.eval()
+
     @property
     def looks_up_places(self) -> bool:
         return self.rope is not None

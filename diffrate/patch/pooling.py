@@ -61,7 +61,7 @@ def attention_pool(pool: AttentionPoolLatent, state: TokenState, left_out: int) 
     """
     x = state.x[:, left_out:]
     key, value = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    latent = pool.q(pool.latent.expand(len(x), -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+    latent = pool.q(pool.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
     heads = Heads(pool.q_norm(latent), pool.k_norm(key), value, pool.scale)
     mixed = pool.proj_drop(pool.proj(_weighed(heads, state, left_out).transpose(1, 2).flatten(2)))
     if pool.mlp is not None:

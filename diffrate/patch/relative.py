@@ -20,6 +20,16 @@ class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
 
     shared_rel_pos: Any
 
+    def train_to_search(self) -> None:
+        """Without the dropout of the networks that make biases."""
+        super().train_to_search()
+        for maker in self._makers():
+            maker.eval()
+
+    def _makers(self) -> set[Any]:
+        """What makes the biases: a module for each block, or one for all."""
+        return {block.attn.rel_pos or self.shared_rel_pos for block in self.blocks}
+
     @property
     def looks_up_places(self) -> bool:
         return True
@@ -32,12 +42,11 @@ class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
 
     def embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)
-        return x if self.cls_token is None else torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return x if self.cls_token is None else torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
     def embedding_flops(self, size: Size) -> int:
         """The networks that make biases are counted here: they run once for all tokens."""
-        makers = {block.attn.rel_pos or self.shared_rel_pos for block in self.blocks}
-        return super().embedding_flops(size) + sum(map(_network_flops, makers))
+        return super().embedding_flops(size) + sum(map(_network_flops, self._makers()))
 
 
 def _bias(maker: Any) -> Tensor:

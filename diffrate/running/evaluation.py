@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import autocast, place_of, to_place
@@ -75,8 +76,11 @@ def evaluate(
     initialised process group the images of all processes count. `callback` is told after each batch.
 
     Raises:
+        UnsupportedModelError: the model has no head.
         ValueError: there is no batch.
     """
+    if getattr(model, "num_classes", None) == 0:
+        raise UnsupportedModelError("found a model without a head; accepted: one with classes")
     place = place_of(model, device)
     options: dict[str, Any] = {"return_flop": False} if _is_compressed(model) else {}
     tally = Tally(place.device)

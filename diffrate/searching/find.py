@@ -102,7 +102,7 @@ def search(
             loader processes that persist draw augmentation.
 
     Raises:
-        UnsupportedModelError: the model is not patched.
+        UnsupportedModelError: the model is not patched, or has no head for the default loss.
         SearchSettingError, BudgetError, RateError, ScheduleError: a setting, the target, the granularity or
             the start makes no sense.
         SearchCheckpointError: `resume` is missing, damaged, or another search's.
@@ -112,6 +112,10 @@ def search(
     """
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    if criterion is None and not model.num_classes:
+        raise UnsupportedModelError(
+            "found a model without a head; accepted: one with classes, or a criterion of your own"
+        )
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,

@@ -151,7 +151,7 @@ class Search:
         state, course = self.state, self.course
         done = state.step * course.settings.accumulate
         batches = batches_from(loader, state.epoch, done, course.settings.seed)
-        self.model.train()
+        self.model.train_to_search()
         self.observer.on_start(state.epoch, state.step)
         for step in range(state.step, course.steps):
             try:
