@@ -40,8 +40,9 @@ AXES = {"input_size": "input size", "tokens_kept": "tokens kept", "batch_size": 
 class ScalingRow:
     """One model: `tokens_kept` of `tokens` go through the blocks after the first compressed one.
 
-    The times are medians over the rounds, the speed-up is the median of the rounds' ratios to the
-    plain model at the same input and batch size, against which it is timed in turn.
+    `input_size` is the input's side, or that of a square of as many pixels. The times are medians over the
+    rounds, the speed-up is the median of the rounds' ratios to the plain model at the same input and batch
+    size, against which it is timed in turn.
     """
 
     model: str
@@ -97,14 +98,14 @@ class Setting:
     device: torch.device
 
 
-def scaling_rows(subject: Subject, sizes: Iterable[int], setting: Setting) -> Iterator[ScalingRow]:
+def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Setting) -> Iterator[ScalingRow]:
     """The rows for every one of the input `sizes` that the model allows, batch size, and share of tokens."""
     for size in sizes:
         sized = replace(subject, input_size=size)
         try:
             sized.dense()
         except models.InputSizeError as error:
-            log.info("%d pixels left out: %s", size, error)
+            log.info("%d pixels left out: %s", _side(size), error)
             continue
         for batch_size in setting.batch_sizes:
             yield from _rows_at(sized, batch_size, setting)
@@ -135,7 +136,7 @@ def share_schedule(space: SearchSpace, share: float) -> Schedule:
 
 
 def _rows_at(subject: Subject, batch_size: int, setting: Setting) -> Iterator[ScalingRow]:
-    size, dtype, device = (subject.input_size,) * 2, setting.dtype, setting.device
+    size, dtype, device = subject.input_size, setting.dtype, setting.device
     dense = forward_pass(subject.dense(), batch_size, size, device, dtype)
     for share in SHARES:
         compressed = subject.compressed()
@@ -147,7 +148,7 @@ def _rows_at(subject: Subject, batch_size: int, setting: Setting) -> Iterator[Sc
         fixed = {
             "model": subject.entry.name,
             "precision": precision_name(dtype),
-            "input_size": subject.input_size,
+            "input_size": _side(size),
             "batch_size": batch_size,
             "tokens": space.tokens,
         }
@@ -156,6 +157,10 @@ def _rows_at(subject: Subject, batch_size: int, setting: Setting) -> Iterator[Sc
             yield ScalingRow(**fixed, **kept, **_figures(batch_size, times.baseline, whole, whole, 1.0))
         kept = {"tokens_kept": schedule.merge[space.searchable[0]], "kept_share": share}
         yield ScalingRow(**fixed, **kept, **_figures(batch_size, times.rival, flops, whole, times.ratio))
+
+
+def _side(size: models.Size) -> int:
+    return round(math.sqrt(size[0] * size[1]))
 
 
 def _figures(batch_size: int, seconds: Sequence[float], flops: int, whole: int, speedup: float) -> dict[str, float]:

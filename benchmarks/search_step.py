@@ -74,11 +74,12 @@ def search_cost(subject: Subject, batch_size: int, rounds: int, device: torch.de
 
 def build_step(kind: str, subject: Subject, batch_size: int, device: torch.device) -> Step:
     """One step on random images: `plain`, `search`, or a search that trains `weights` as well."""
-    size = subject.input_size
     model = subject.dense() if kind == "plain" else subject.compressed()
     model = model.requires_grad_(kind == "weights").train().to(device)
-    images = torch.randn(batch_size, 3, size, size, device=device)
-    labels = torch.randint(0, subject.entry.num_classes, (batch_size,), device=device)
+    images = torch.randn(batch_size, 3, *subject.input_size, device=device)
+    # Without a head, the features stand for classes: what a step costs is the same.
+    outputs = subject.entry.num_classes or model.num_features
+    labels = torch.randint(0, outputs, (batch_size,), device=device)
     if not isinstance(model, diffrate.CompressedModel):
         return _plain_step(model, images, labels)
     for rate in model.arch_parameters():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import diffrate
+import models
 from benchmarks.subject import Subject
 from diffrate.running.speed import forward_pass, precision_name, speed_of
 from diffrate.running.timing import peak_memory, time_in_turn
@@ -60,7 +61,7 @@ def speed_rows(
     device: torch.device,
 ) -> Iterator[SpeedRow]:
     """A row for each precision, mode (compiled or not) and batch size."""
-    with torch.device("meta"):
+    with models.shapes_alone():
         model = subject.compressed()
     costs = model.flops_at(model.dense_schedule()), model.flops()
     for dtype in dtypes:
@@ -74,8 +75,7 @@ def build_side(
 ) -> Callable[[], Tensor]:
     """A forward pass of the dense or the compressed model on random images."""
     model = subject.dense() if side == "dense" else subject.compressed()
-    size = subject.input_size
-    return forward_pass(model, batch_size, (size, size), torch.device(device), dtype, compiled)
+    return forward_pass(model, batch_size, subject.input_size, torch.device(device), dtype, compiled)
 
 
 def _row(

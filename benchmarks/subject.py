@@ -14,10 +14,10 @@ from models.zoo import ModelEntry
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at an input size; `schedule` is None where a benchmark has schedules of its own."""
+    """A model at an input size, rows and columns; `schedule` is None where a benchmark has schedules of its own."""
 
     entry: ModelEntry
-    input_size: int
+    input_size: models.Size
     schedule: diffrate.Schedule | None
     granularity: int
     seed: int

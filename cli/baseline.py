@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
+import diffrate
 from cli.data import eval_loader
-from cli.model import patched
+from cli.entry import chosen_entry, meta_model, patched
 from cli.results import report, save_schedules
 from cli.schedules import targets_of
-from cli.settings import Settings
+from cli.settings import OFFICIAL, Settings
 from cli.trained import trained_model
+from diffrate.budgets.schedule import Schedule, fields_of
 from diffrate.budgets.uniform import baseline_schedule
+from diffrate.saving.about import is_saved_model
 from engine import evaluate
+from models.zoo import ModelEntry
 from processes.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
-    """One schedule, one line of scores, for each target."""
+    """One schedule for each target, and one line of scores where the model has a head."""
+    entry, checkpoint = chosen_entry(settings.model), settings.model.checkpoint
+    if entry.num_classes == 0 and (checkpoint == OFFICIAL or is_saved_model(checkpoint)):
+        _list(settings, entry, runtime)
+    else:
+        _score(settings, runtime)
+
+
+def _score(settings: Settings, runtime: Runtime) -> None:
     kind = settings.run.baseline
-    assert kind is not None, "the mode that is asked for"
     trained = trained_model(settings, runtime)
     model = patched(trained.model, settings.model).to(runtime.device)
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":
         model.rules = replace(model.rules, random=True)
     for target in targets_of(settings.model, model):
-        schedule = baseline_schedule(kind, model.compression.space, model.flops_at, target * 1e9)
+        schedule = _schedule(settings, model, target)
         model.set_kept_num(schedule.prune, schedule.merge)
         report(f"baseline {kind}", trained.entry, model, evaluate(model, loader, runtime), runtime)
         save_schedules(settings, trained.entry, target, schedule, runtime)
+
+
+def _list(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
+    """Of a model without a head, the schedules alone: they need neither weights nor images."""
+    model = meta_model(settings.model, entry)
+    for target in targets_of(settings.model, model):
+        schedule = _schedule(settings, model, target)
+        for name, counts in fields_of(schedule).items():
+            if counts is not None:
+                log.info("%s %s", name, list(counts))
+        log.info("* flops %.3f (no head to score with)", model.flops_at(schedule) / 1e9)
+        save_schedules(settings, entry, target, schedule, runtime)
+
+
+def _schedule(settings: Settings, model: diffrate.CompressedModel, target: float) -> Schedule:
+    kind = settings.run.baseline
+    assert kind is not None, "the mode that is asked for"
+    return baseline_schedule(kind, model.compression.space, model.flops_at, target * 1e9)

@@ -17,9 +17,11 @@ from benchmarks.search_step import search_cost
 from benchmarks.subject import Subject
 from benchmarks.tables import table, write_rows
 from cli.data import eval_dataset, eval_loader
+from cli.entry import built, chosen_entry, input_size_of
 from cli.inference import for_inference
-from cli.model import Weights, chosen_entry, compressed, input_size_of
+from cli.model import compressed
 from cli.settings import DEFAULT_BATCH, Settings
+from cli.weights import Weights
 from datasets import DataError
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
@@ -48,9 +50,8 @@ def _search(settings: Settings, subject: Subject, runtime: Runtime) -> None:
 
 
 def _scaling(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    own = subject.entry.input_size
-    chosen = settings.model.input_size
-    sizes = [round(own * share) for share in scaling.SIZES] if chosen is None else [chosen]
+    (rows, columns), chosen = subject.entry.input_size, settings.model.input_size
+    sizes = [(round(rows * share), round(columns * share)) for share in scaling.SIZES] if chosen is None else [chosen]
     setting = scaling.Setting(
         settings.data.batch_sizes or (DEFAULT_BATCH,), _dtypes(settings)[0], settings.run.rounds, runtime.device
     )
@@ -88,9 +89,8 @@ def _subject(settings: Settings) -> Subject:
     entry, chosen = chosen_entry(settings.model), settings.model
     size = input_size_of(chosen, entry)
     schedule = about(chosen.checkpoint).schedule if is_saved_model(chosen.checkpoint) else None
-    with torch.device("meta"):  # shapes are enough
-        plain = models.create(entry, size)
-        model = compressed(plain, chosen, entry, Weights(None, chosen.checkpoint, schedule))
+    with models.shapes_alone():
+        model = compressed(built(chosen, entry), chosen, entry, Weights(None, chosen.checkpoint, schedule))
     return Subject(entry, size, model.compression.current(), chosen.granularity, settings.run.seed)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from cli.model import view_of
-from cli.settings import DataSettings, Settings
+from cli.entry import view_of
+from cli.settings import DataSettings, Settings, size_words
 from datasets import DataError, ImageLoader, LabelledDataset, Samples, SeededSamples, build_dataset, data_root
 from models.zoo import ModelEntry
 from processes.group import usable_cores
@@ -100,7 +100,7 @@ def _loader(
     dataset: Samples, sampler: Sampler[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
 ) -> ImageLoader:
     workers = _workers(settings.data, runtime)
-    _check_memory(min(batch_size, len(dataset)), settings.model.input_size or 0)
+    _check_memory(min(batch_size, len(dataset)), settings.model.input_size or (0, 0))
     return ImageLoader(
         dataset,
         sampler=sampler,
@@ -114,7 +114,7 @@ def _loader(
     )
 
 
-def _check_memory(batch_size: int, side: int) -> None:
+def _check_memory(batch_size: int, size: tuple[int, int]) -> None:
     """Refuse batches that no memory holds: asked for them, the system may end the process without a word.
 
     Raises:
@@ -122,9 +122,10 @@ def _check_memory(batch_size: int, side: int) -> None:
     """
     if not hasattr(os, "sysconf"):
         return
-    memory, image = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 3 * 4 * side**2
+    memory, image = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 3 * 4 * size[0] * size[1]
     if batch_size * image > memory:
-        raise UsageError(f"--batch-size {batch_size}: accepted: below {memory // image} at --input-size {side}")
+        at = f"--input-size {size_words(size)}"
+        raise UsageError(f"--batch-size {batch_size}: accepted: below {memory // image} at {at}")
 
 
 def _leave_signals(worker: int) -> None:

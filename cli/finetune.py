@@ -7,11 +7,13 @@ import logging
 import diffrate
 import models
 from cli.data import check_same_classes, eval_dataset, eval_loader, train_dataset, train_loader
-from cli.model import Weights, chosen_entry, compressed, input_size_of, read_weights
+from cli.entry import chosen_entry, input_size_of
+from cli.model import compressed
 from cli.results import save_model
 from cli.resume import check_training, resume_path, training_flags
 from cli.settings import Settings
 from cli.trained import check_inputs, output_names
+from cli.weights import Weights, read_weights
 from engine import Training, finetune
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
@@ -49,12 +51,12 @@ def run(settings: Settings, runtime: Runtime) -> None:
 
 
 def _model(settings: Settings, entry: ModelEntry, weights: Weights, classes: int) -> diffrate.CompressedModel:
-    """The model to train, with a fresh head where the data have other classes than the weights."""
+    """The model to train, with a fresh head where the weights have none or the data have other classes."""
     size, drop_path = input_size_of(settings.model, entry), settings.model.drop_path
     model = models.create(entry, size, num_classes=classes, drop_path_rate=drop_path)
     notes: tuple[str, ...] = ("training from scratch",)
     if weights.state is not None:
-        notes = models.fit_state(model, weights.state, weights.name).notes
+        notes = models.fit_state(model, weights.state, weights.name, fresh_head=True).notes
     for note in notes:
         log.info(note)
     return compressed(model, settings.model, entry, weights)

@@ -21,10 +21,11 @@ BENCHMARKS = ("eval", "search", "scaling", "loading")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
 SAVED = ".safetensors"
+ALL_NAMES = "*"
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
-EXAMPLE = "such as vit_deit_small_patch16_224, or a file that --save left as --checkpoint"
+EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
 SAMPLE_RECIPE = {
     **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
@@ -84,7 +85,8 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
     parser = get_args_parser()
     args = parser.parse_args(words)
     if sum(bool(getattr(args, mode)) for mode in MODES) > 1:
-        raise UsageError(f"accepted: one of {', '.join('--' + mode for mode in MODES)}, or none: a search")
+        flags = ", ".join("--" + mode.replace("_", "-") for mode in MODES)
+        raise UsageError(f"accepted: one of {flags}, or none: a search")
     if isinstance(args.finetune, str):
         if args.checkpoint is not None:
             raise UsageError("--finetune CHECKPOINT and --checkpoint name two files; accepted: one of them")
@@ -123,7 +125,7 @@ def _model_name(args: argparse.Namespace) -> str | None:
         return saved.name or saved.architecture
     if args.data_path is not None or args.data_set not in (None, "SAMPLE"):
         reason = _why_not_saved(args.checkpoint or "")
-        raise UsageError(f"--model is needed with --data-path{reason}; accepted: a published model, {EXAMPLE}")
+        raise UsageError(f"--model is needed with --data-path{reason}; accepted: a model's name, {EXAMPLE}")
     return SAMPLE_MODEL
 
 
@@ -139,6 +141,8 @@ def _why_not_saved(checkpoint: str) -> str:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
+    if args.input_size is not None and len(args.input_size) > 2:
+        raise UsageError(f"--input-size: found {len(args.input_size)} numbers; accepted: a side, or rows and columns")
     sizes = args.batch_sizes or [DEFAULT_BATCH]
     if len(sizes) > 1 and args.benchmark not in ("eval", "scaling"):
         raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
@@ -270,6 +274,14 @@ def _add_mode_flags(parser: Parser) -> None:
     group.add_argument(
         "--plot", type=Path, metavar="DIR", help="draw the plots of an output folder again, from its logs"
     )
+    group.add_argument(
+        "--list-models",
+        nargs="?",
+        type=lambda text: text or ALL_NAMES,
+        const=ALL_NAMES,
+        metavar="PATTERN",
+        help="print the names that --model takes, all or those that match, such as 'vit_*dinov2*'",
+    )
 
 
 def _add_model_flags(parser: Parser) -> None:
@@ -277,8 +289,8 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help="a published model by its published name or by timm's, such as vit_deit_small_patch16_224 or "
-        "deit_small_patch16_224 (README: Reproduce the paper); a file of --save as --checkpoint says it itself",
+        help="a published model (README: Reproduce the paper) such as vit_deit_small_patch16_224, any other ViT of "
+        "timm with or without a pretrained tag, or hf-hub:USER/NAME; a file of --save as --checkpoint says it itself",
     )
     group.add_argument(
         "--checkpoint",
@@ -291,8 +303,9 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--input-size",
         type=PIXELS,
+        nargs="+",
         metavar="PIXELS",
-        help="side of the input, default the model's own",
+        help="side of the input, or its rows and columns, default the model's own",
     )
     group.add_argument("--drop-path", type=FRACTION, default=0.1, metavar="RATE", help="stochastic depth in training")
     group.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffrate
 from cli.schedules import PROJECT_RATES
-from cli.settings import OFFICIAL, Settings
+from cli.settings import OFFICIAL, Settings, size_words
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule, fields_of, save_schedule
 from diffrate.budgets.uniform import baseline_schedule
@@ -128,5 +128,5 @@ def next_command(settings: Settings, entry: ModelEntry, target: float, file: Pat
     if own_data or settings.model.checkpoint != OFFICIAL:
         words += [f"--model {entry.name}", *data, f"--checkpoint {quote(settings.model.checkpoint)}"]
     if settings.model.input_size is not None:
-        words.append(f"--input-size {settings.model.input_size}")
+        words.append(f"--input-size {size_words(settings.model.input_size)}")
     return " ".join(words)

@@ -104,7 +104,7 @@ def use_searched(model: diffrate.CompressedModel, settings: Settings, entry: Mod
     _check(path, content, {"model": entry.name})
     schedule = searched_schedule(path)
     if schedule.tokens is None and not settings.model.scale:  # older files do not say it
-        _check(path, content, {"input_size": settings.model.input_size})
+        _check(path, content, {"input_size": settings.run.flags["input_size"]})
     if settings.model.scale:
         schedule = fit_tokens(schedule, model)
     model.check(schedule, f"--resume {path}: ")

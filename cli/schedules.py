@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 import diffrate
 import models
 from cli.settings import PROJECT, ModelSettings, Target
@@ -104,7 +102,7 @@ def _find(
 
 def _own_tokens(entry: ModelEntry) -> int:
     """Tokens of the model at the input that it was published for, or made for where it was not."""
-    with torch.device("meta"):  # shapes are enough
+    with models.shapes_alone():
         return diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry))).compression.space.limits[0]
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import diffrate
 from cli.data import check_same_classes, eval_loader, train_dataset, train_loader
-from cli.model import check_targets, patched
+from cli.entry import patched
+from cli.model import check_targets
 from cli.results import log_found, save_model, save_schedules
 from cli.resume import check_search, resume_path, search_identity
 from cli.schedules import start_schedule, targets_of

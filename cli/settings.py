@@ -20,7 +20,7 @@ FROM_SCRATCH = "scratch"
 SEARCH = "search"
 DEFAULT_BATCH = 64  # images
 # The modes that a flag asks for; without one, it is a search.
-MODES = ("eval", "finetune", "benchmark", "baseline", "visualize", "plot")
+MODES = ("eval", "finetune", "benchmark", "baseline", "visualize", "plot", "list_models")
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ class ModelSettings:
     """Which model, with which weights, at which kept counts.
 
     checkpoint: path, URL, or one of the words for the official weights and for none.
+    input_size: rows and columns in pixels, None for the model's own.
     load: take a schedule from the file of schedules; scale: to this model's number of tokens.
     dense: keep all tokens, whatever the checkpoint says. start: where a search begins.
     """
 
     name: str | None
     checkpoint: str
-    input_size: int | None
+    input_size: tuple[int, int] | None
     drop_path: float
     granularity: int
     load: bool
@@ -77,7 +78,7 @@ class ModelSettings:
 class RunSettings:
     """Where and how a run computes, and what it leaves.
 
-    images, folder, baseline, benchmark: what the mode is about. resume: a path or `auto`.
+    images, folder, baseline, benchmark, pattern: what the mode is about. resume: a path or `auto`.
     flags: all of them as plain values, for checkpoints.
     """
 
@@ -86,6 +87,7 @@ class RunSettings:
     folder: Path | None
     baseline: str | None
     benchmark: str | None
+    pattern: str | None
     output_dir: Path | None
     save: Path | None
     save_rates: bool
@@ -130,7 +132,7 @@ def settings_from(args: Namespace) -> Settings:
         model=ModelSettings(
             name=args.model,
             checkpoint=args.checkpoint,
-            input_size=args.input_size,
+            input_size=_rows_columns(args.input_size),
             drop_path=args.drop_path,
             granularity=args.granularity,
             load=args.load_compression_rate,
@@ -169,6 +171,16 @@ def mode_of(args: Namespace) -> str:
     return next((mode for mode in MODES if getattr(args, mode)), SEARCH)
 
 
+def size_words(size: tuple[int, int]) -> str:
+    """What to write after `--input-size`."""
+    return " ".join(map(str, dict.fromkeys(size)))
+
+
+def _rows_columns(sizes: list[int] | None) -> tuple[int, int] | None:
+    """Of one number or two."""
+    return None if sizes is None else (sizes[0], sizes[-1])
+
+
 def _run(args: Namespace) -> RunSettings:
     return RunSettings(
         mode=mode_of(args),
@@ -176,6 +188,7 @@ def _run(args: Namespace) -> RunSettings:
         folder=args.plot,
         baseline=args.baseline,
         benchmark=args.benchmark,
+        pattern=args.list_models,
         output_dir=args.output_dir,
         save=args.save,
         save_rates=args.save_compression_rate,
@@ -189,7 +202,7 @@ def _run(args: Namespace) -> RunSettings:
         compile=args.compile,
         rounds=args.rounds,
         tensorboard=args.tensorboard,
-        flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()}),
+        flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()} | _side(args.input_size)),
     )
 
 
@@ -223,6 +236,11 @@ def _augmentation(args: Namespace) -> Augmentation:
         affine=None if args.affine is None else (args.affine[0], args.affine[1], args.affine[2]),
         repeated=args.repeated_aug,
     )
+
+
+def _side(sizes: list[int] | None) -> dict[str, Any]:
+    """A square input's size as one number, as checkpoints have it."""
+    return {"input_size": sizes[0]} if sizes is not None and len(set(sizes)) == 1 else {}
 
 
 def _plain(value: Any) -> Any:

@@ -27,11 +27,12 @@ MODES = {
     "finetune": "finetune",
     "visualize": "visualize",
     "plot": "plot",
+    "list_models": "list_models",
     "benchmark": "benchmark",
     "baseline": "baseline",
     SEARCH: "search",
 }
-WITHOUT_PLOTS = ("visualize", "plot")
+WITHOUT_PLOTS = ("visualize", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
 NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
 INPUT_ERRORS = (

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from cli.data import check_data_root, eval_dataset
-from cli.model import Weights, chosen_entry, meta_model, plain_model, read_weights
+from cli.entry import chosen_entry, meta_model
+from cli.model import plain_model
 from cli.schedules import chosen_schedule
-from cli.settings import Settings
+from cli.settings import OFFICIAL, Settings
+from cli.weights import Weights, read_weights
 from datasets import DataError, LabelledDataset
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
@@ -42,7 +44,11 @@ def trained_model(settings: Settings, runtime: Runtime, **options: Any) -> Train
     """
     entry = chosen_entry(settings.model)
     check_inputs(settings, entry)
+    if entry.num_classes == 0 and settings.model.checkpoint == OFFICIAL:
+        raise _no_head(entry.name)  # before anything is downloaded
     weights = read_weights(settings.model, entry, runtime)
+    if weights.headless:
+        raise _no_head(f"{entry.name}, checkpoint {weights.name}")
     try:
         val = eval_dataset(settings, entry, weights.head, weights.classes)
     except DataError as error:
@@ -56,11 +62,20 @@ def check_inputs(settings: Settings, entry: ModelEntry) -> None:
     """Refuse what can be refused before any weights are downloaded or read.
 
     Raises:
-        DataError, ScheduleError: the data folder or the schedule is not there.
+        DataError, ScheduleError, UsageError: the data folder or the schedule is not there, or the model is
+            none that compression takes.
     """
     check_data_root(settings.data)
+    model = meta_model(settings.model, entry)
     if all(target.share is None for target in settings.model.targets):  # what a share means depends on the classes
-        chosen_schedule(settings.model, entry, meta_model(settings.model, entry))
+        chosen_schedule(settings.model, entry, model)
+
+
+def _no_head(name: str) -> UsageError:
+    return UsageError(
+        f"--model {name}: has no head, and so no classes to compare with labels; accepted: --checkpoint FILE with a "
+        f"head, such as --finetune {OFFICIAL} leaves"
+    )
 
 
 def output_names(data: LabelledDataset, outputs: int, weights: Weights | None = None) -> Sequence[str] | None:

@@ -12,10 +12,12 @@ from timm.data import ImageNetInfo
 
 import diffrate
 from cli.data import eval_dataset
-from cli.model import Weights, chosen_entry, compressed, plain_model, read_weights, view_of
+from cli.entry import chosen_entry, meta_model, view_of
+from cli.model import compressed, plain_model
 from cli.resume import use_searched
 from cli.settings import Settings
 from cli.trained import output_names
+from cli.weights import Weights, read_weights
 from datasets import IMAGENET_CLASSES, load_image
 from diffrate.files import whole_file
 from drawing.page import Seen, likeliest, page, see
@@ -52,9 +54,15 @@ def run(settings: Settings, runtime: Runtime) -> None:
             drawn.savefig(file, format="png", dpi=DPI)
         with whole_file(target.with_name(f"{name}_tokens.png")) as file:
             seen.tokens_after(len(seen.kept) - 1).save(file, format="PNG")
-        said = {"dense": likeliest(seen.dense, names), "compressed": likeliest(seen.compressed, names)}
+        said = _said(seen, names)
         runtime.record({"mode": "visualize", "model": entry.name, "image": str(path), "kept": seen.kept, **said})
-        log.info("%s: dense %s, compressed %s -> %s", path, said["dense"], said["compressed"], target)
+        log.info("%s: %s -> %s", path, ", ".join(f"{who} {what}" for who, what in said.items()) or "no head", target)
+
+
+def _said(seen: Seen, names: Sequence[str]) -> dict[str, str]:
+    """What each model takes an image for; nothing without a head."""
+    both = {"dense": seen.dense, "compressed": seen.compressed}
+    return {who: likeliest(found, names) for who, found in both.items() if found is not None}
 
 
 def _check_blocks(model: diffrate.CompressedModel, chosen: Sequence[int] | None) -> None:
@@ -67,6 +75,7 @@ def _check_blocks(model: diffrate.CompressedModel, chosen: Sequence[int] | None)
 def _model_and_names(
     settings: Settings, entry: ModelEntry, runtime: Runtime
 ) -> tuple[diffrate.CompressedModel, Sequence[str]]:
+    meta_model(settings.model, entry)  # what compression does not take, before anything is downloaded
     weights = read_weights(settings.model, entry, runtime)
     model = compressed(plain_model(settings.model, entry, weights, entry.num_classes), settings.model, entry, weights)
     use_searched(model, settings, entry, runtime)
@@ -79,6 +88,8 @@ def _class_names(settings: Settings, entry: ModelEntry, weights: Weights, output
     Raises:
         DataError: the data that the flags name are not there.
     """
+    if not outputs:
+        return []
     info = ImageNetInfo()
     own = weights.classes if weights.classes is not None and set(weights.classes) != set(info.label_names()) else None
     if own is None and outputs == IMAGENET_CLASSES:

@@ -31,20 +31,20 @@ class VisualizationError(ValueError):
 
 
 def make_visualization(
-    image: Image.Image, source: Tensor, patch_size: int = 16, class_token: bool = True
+    image: Image.Image, source: Tensor, patch_size: int = 16, class_token: bool | int = True
 ) -> Image.Image:
     """`image` with its tokens drawn in, at the image's own size.
 
     `source` says where input tokens went: origins `[N0]` or `[1, N0]` as in `TokenState.origin`, or
     the published form, a matrix `[1, K, N0]` that is positive where kept token k stands for input
-    token i. With `class_token` the first input token is no patch.
+    token i. With `class_token` the first input token is no patch; a number says how many are none,
+    where a model has register or distillation tokens.
 
     Raises:
         VisualizationError: the image has another number of patches than the tokens.
     """
     origin = _as_origin(source)
-    if class_token:
-        origin = origin[1:]
+    origin = origin[int(class_token) :]
     grid = (image.height // patch_size, image.width // patch_size)
     if grid[0] * grid[1] != len(origin):
         raise VisualizationError(

@@ -101,10 +101,7 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     last = len(seen.kept) - 1
     _picture(view, seen.view, "input")
     _picture(end, seen.tokens_after(last), f"at the end: {_count(seen, last)}")
-    if seen.dense is None or seen.compressed is None:
-        predictions.set_axis_off()
-    else:
-        draw_predictions(predictions, seen.dense, seen.compressed, names)
+    draw_predictions(predictions, seen, names)
     for place, axes in enumerate(below.subplots(rows, COLUMNS, squeeze=False).flat):
         if place < len(shown):
             _picture(axes, seen.tokens_after(shown[place]), f"after block {shown[place]}: {_count(seen, shown[place])}")
@@ -113,12 +110,16 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     return figure
 
 
-def draw_predictions(axes: Axes, dense: Tensor, compressed: Tensor, names: Sequence[str]) -> None:
-    """The likeliest classes of the dense model, with the compressed model's word on them beside."""
-    classes = dense.topk(min(SHOWN_CLASSES, len(dense))).indices.tolist()
+def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
+    """The likeliest classes of the dense model, with the compressed model's word on them beside; nothing of a
+    model without a head."""
+    if seen.dense is None or seen.compressed is None:
+        axes.set_axis_off()
+        return
+    classes = seen.dense.topk(min(SHOWN_CLASSES, len(seen.dense))).indices.tolist()
     for name, probabilities, offset, color, hatch in (
-        ("dense", dense, -0.2, "#bbbbbb", ""),
-        ("compressed", compressed, 0.2, "#0072b2", "///"),
+        ("dense", seen.dense, -0.2, "#bbbbbb", ""),
+        ("compressed", seen.compressed, 0.2, "#0072b2", "///"),
     ):
         values = [100 * float(probabilities[index]) for index in classes]
         places = [place + offset for place in range(len(classes))]

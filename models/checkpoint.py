@@ -1,35 +1,36 @@
-"""Read weights in every official layout into a timm model, dense or patched."""
+"""Read weights in every layout that timm knows into a timm model, dense or patched."""
 
 from __future__ import annotations
 
+import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from timm.models import load_state_dict
-from timm.models.metaformer import MetaFormer
-from timm.models.metaformer import checkpoint_filter_fn as convert_metaformer
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
+from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 from models.download import fetch
 from models.errors import CheckpointError
+from models.layouts import COMPRESSION_PREFIX, StateDict, convert
+from models.numpy_files import is_numpy_file, read_numpy
 
-StateDict = dict[str, Tensor]
-
-# The classifier's last layer in each layout: DeiT, MAE, timm ViT; timm CAFormer; original CAFormer.
-CLASSIFIERS = ("head.weight", "head.fc.fc2.weight", "head.fc2.weight")
+# The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm CAFormer;
+# original CAFormer. The first that is there says how many classes there are.
+CLASSIFIERS = ("head.weight", "head_dist.weight", "head.fc.fc2.weight", "head.fc2.weight")
 # What torch.load and safetensors raise on files that are cut short, damaged or something else.
 UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError),
     *(SafetensorError, pickle.UnpicklingError),
 )
 SHOWN_KEYS = 3
-# What a patched model adds to its state: absent from official files, skipped for dense models.
-COMPRESSION_PREFIX = "compression."
+# Words beside 'model' and 'state_dict' that tensors stand under: BEiT v2, I-JEPA.
+WRAPPERS = ("module", "encoder")
+# Parts that files have and a model may be built without: timm leaves them out, too.
+POOLING = "attn_pool."
 
 
 @dataclass(frozen=True)
@@ -43,34 +44,41 @@ class LoadReport:
 def load_weights(model: nn.Module, path_or_url: str | Path) -> LoadReport:
     """Copy the weights of a checkpoint into `model`, whatever layout the file has.
 
-    Reads DeiT's and MAE's files (`{"model": ...}`), the original CAFormer layout
-    (`downsample_layers.*`, `stages.*`), timm's files, safetensors, and what this project saves. A
-    head with another number of classes keeps the model's fresh weights, and the report says so;
-    position embeddings of another input size are interpolated.
+    Reads what timm's converter of the model's family reads (`models/layouts.py`): official files of
+    DeiT and DeiT III, MAE, CAFormer, BEiT, EVA, CLIP, DINOv2 and others, timm's own, safetensors, the NumPy
+    archives (`.npz`) of Google's ViTs, and what this project saves. A head with another number of
+    classes keeps the model's fresh weights, and the report says so; position embeddings, tables of
+    relative positions and patch kernels of another size are interpolated.
 
     Raises:
         CheckpointError: the file is missing or unreadable, or does not fit the model.
     """
-    return fit_state(model, read_state(path_or_url), str(path_or_url))
+    path = local_file(path_or_url)
+    state = read_numpy(path, copy.deepcopy(model)) if is_numpy_file(path) else read_state(path)
+    return fit_state(model, state, str(path_or_url))
 
 
-def fit_state(model: nn.Module, state: StateDict, name: str) -> LoadReport:
+def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = False) -> LoadReport:
     """`load_weights` for tensors that `read_state` has read; `name` stands for them in messages.
+
+    With `fresh_head`, tensors without any head leave the model's as it is.
 
     Raises:
         CheckpointError: the tensors do not fit the model.
     """
-    found = _convert(state, model, name)
+    found = convert(state, model, name)
     expected = model.state_dict()
     optional = {key for key in expected if key.startswith(COMPRESSION_PREFIX)}
     if not optional:
         found = {key: value for key, value in found.items() if not key.startswith(COMPRESSION_PREFIX)}
-    reinitialized = _drop_other_head(found, expected)
+    if not any(key.startswith(POOLING) for key in expected):
+        found = {key: value for key, value in found.items() if not key.startswith(POOLING)}
+    reinitialized, why = _drop_other_head(found, expected), "the head has another number of classes"
+    if fresh_head and head_classes(found) is None and not reinitialized:
+        reinitialized, why = _names_of_head(expected, expected), "there is no head"
     _check_fit(name, found, expected, optional=optional | set(reinitialized))
     model.load_state_dict(found, strict=False)
-    notes = []
-    if reinitialized:
-        notes.append(f"{name}: the head has another number of classes; {', '.join(reinitialized)} start fresh")
+    notes = [f"{name}: {why}; {', '.join(reinitialized)} start fresh"] if reinitialized else []
     return LoadReport(tuple(reinitialized), tuple(notes))
 
 
@@ -99,57 +107,52 @@ def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
     Raises:
         CheckpointError: the file is missing, cut short, or holds no tensors by name.
     """
-    path = _local(path_or_url, bar)
+    path = local_file(path_or_url, bar)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
-        state = load_state_dict(str(path), weights_only=True)
+        state: Mapping[str, Any] = load_state_dict(str(path), weights_only=True)
     except UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"checkpoint {path}: cannot be read, cut short or not a checkpoint ({reason}); "
-            "accepted: a file of torch.save with plain tensors, or safetensors"
+            "accepted: a file of torch.save with plain tensors, safetensors, or for Google's ViTs .npz"
         ) from error
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")
-    return tensors
+    inner = next((state[word] for word in WRAPPERS if isinstance(state.get(word), dict)), {})
+    for candidate in (state, clean_state_dict(inner)):
+        tensors = {key: value for key, value in candidate.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+    raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")
 
 
-def _local(path_or_url: str | Path, bar: bool) -> Path:
+def local_file(path_or_url: str | Path, bar: bool = True) -> Path:
+    """A file on this machine: downloaded once where it is a URL.
+
+    Raises:
+        CheckpointError: the URL cannot be reached.
+    """
     if str(path_or_url).startswith(("http://", "https://")):
         return fetch(str(path_or_url), bar)
     return Path(path_or_url).expanduser()
 
 
-def _convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
-    """Bring `state` to timm's names and to the model's input size, with timm's own converters."""
-    try:
-        if isinstance(model, VisionTransformer):
-            return convert_vit(state, model)
-        if isinstance(model, MetaFormer):
-            # The converter looks every key up in the model, ours it does not know.
-            ours = {key: value for key, value in state.items() if key.startswith(COMPRESSION_PREFIX)}
-            theirs = {key: value for key, value in state.items() if key not in ours}
-            return {**convert_metaformer(theirs, model), **ours}
-    except KeyError as error:
-        raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
-    except (RuntimeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"checkpoint {name} does not fit the model: {str(error).splitlines()[0]}") from error
-    raise CheckpointError(f"{type(model).__name__} is not handled; accepted: VisionTransformer, MetaFormer")
-
-
 def _drop_other_head(found: StateDict, expected: Mapping[str, Tensor]) -> list[str]:
-    """Remove the last layer from `found` when its class count differs; the names removed."""
+    """Remove the last layers from `found` whose class count differs; the names removed."""
     dropped = []
     for weight in CLASSIFIERS:
         if weight not in found or weight not in expected:
             continue
         ours, theirs = expected[weight].shape, found[weight].shape
         if ours[0] != theirs[0] and ours[1:] == theirs[1:]:
-            names = [weight, weight.removesuffix("weight") + "bias"]
-            dropped += [key for key in names if found.pop(key, None) is not None]
+            dropped += [key for key in _names_of_head([weight], found) if found.pop(key, None) is not None]
     return dropped
+
+
+def _names_of_head(weights: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
+    """The weights and biases in `state` of those of `weights` that are a classifier's last layer."""
+    pairs = [(weight, weight.removesuffix("weight") + "bias") for weight in weights if weight in CLASSIFIERS]
+    return [name for pair in pairs for name in pair if name in state]
 
 
 def _check_fit(name: str, found: StateDict, expected: Mapping[str, Tensor], optional: set[str]) -> None:

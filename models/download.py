@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg
 
 from models.errors import CheckpointError
@@ -28,7 +29,8 @@ def checkpoint_dir() -> Path:
 
 
 def official_file(entry: ModelEntry, bar: bool = True) -> Path:
-    """The official weights of `entry` as a local file, downloaded on first use, with a progress bar or a log line.
+    """The official weights of an entry of the zoo as a local file, downloaded on first use, with a progress bar
+    or a log line.
 
     Raises:
         CheckpointError: no source could be reached; the message names each source tried and the
@@ -36,8 +38,8 @@ def official_file(entry: ModelEntry, bar: bool = True) -> Path:
     """
     if isinstance(entry.weights, Path):
         return entry.weights
-    if entry.weights is None:
-        raise CheckpointError(f"{entry.name} has no official weights; accepted: a file with --checkpoint")
+    if not isinstance(entry.weights, OfficialWeights):
+        raise CheckpointError(f"--model {entry.name}: has no pretrained weights; accepted: a file with --checkpoint")
     target = checkpoint_dir() / entry.weights.file
     if target.is_file():
         return target
@@ -46,7 +48,7 @@ def official_file(entry: ModelEntry, bar: bool = True) -> Path:
         try:
             return download()
         except Exception as error:  # every source fails in its own way, and all mean: try the next
-            failures.append(f"{source} ({_first_line(error)})")
+            failures.append(f"{source} ({first_line(error)})")
     raise CheckpointError(
         f"cannot download the weights of {entry.name}: tried {'; '.join(failures)}. "
         f"Put the file by hand at {target}, or name one with --checkpoint"
@@ -64,7 +66,7 @@ def fetch(url: str, bar: bool = True) -> Path:
         return target if target.is_file() else _download_url(url, target, bar)
     except Exception as error:
         raise CheckpointError(
-            f"cannot download {url} ({_first_line(error)}). Put the file by hand at {target}, "
+            f"cannot download {url} ({first_line(error)}). Put the file by hand at {target}, "
             "or give its path instead of the URL"
         ) from error
 
@@ -78,29 +80,42 @@ def _sources(weights: OfficialWeights, target: Path, bar: bool) -> Iterator[tupl
     if url:
         yield url, lambda: _download_url(url, target, bar)
     if hub_id:
-        yield f"huggingface.co/{hub_id}", lambda: _download_hub(hub_id, bar)
+        yield f"huggingface.co/{hub_id}", lambda: download_hub(hub_id, "model.safetensors", None, bar)
 
 
 def _download_url(url: str, target: Path, bar: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     found = HASH_IN_NAME.search(target.name)
-    with _connection_timeout(CONNECT_SECONDS):
+    with connection_timeout():
         # Writes to a temporary file first, and renames when the hash agrees.
         _tell(url, bar)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=found and found.group(1), progress=bar)
     return target
 
 
-def _download_hub(hub_id: str, bar: bool) -> Path:
+def download_hub(repository: str, file: str, revision: str | None, bar: bool) -> Path:
+    """A file of a repository on the Hugging Face hub, from its cache where it is there already."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils.logging import set_verbosity_error
 
-    set_verbosity_error()  # each retry would warn; that all failed is told in one line
-    _tell(f"huggingface.co/{hub_id}", bar)
+    _tell(f"huggingface.co/{repository}", bar)
     if not bar:
         disable_progress_bars()
-    return Path(hf_hub_download(hub_id, "model.safetensors", etag_timeout=CONNECT_SECONDS))
+    with quiet_hub():
+        return Path(hf_hub_download(repository, file, revision=revision, etag_timeout=CONNECT_SECONDS))
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the hub's warnings on each retry: that all failed is told in one line."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def _tell(source: str, bar: bool) -> None:
@@ -109,16 +124,19 @@ def _tell(source: str, bar: bool) -> None:
 
 
 @contextmanager
-def _connection_timeout(seconds: float) -> Iterator[None]:
+def connection_timeout() -> Iterator[None]:
     """torch.hub takes no timeout, and without one a silent server hangs the command for ever."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(CONNECT_SECONDS)
     try:
         yield
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return "no connection, and nothing in the cache"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

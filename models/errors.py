@@ -7,3 +7,7 @@ class CheckpointError(ValueError):
 
 class InputSizeError(ValueError):
     """An input that a model's patches do not tile."""
+
+
+class UnknownModelError(ValueError):
+    """A model name that stands for no model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -15,9 +15,11 @@ from models.download import official_file
 from models.errors import InputSizeError
 from models.zoo import ModelEntry
 
+Size = tuple[int, int]  # rows and columns, in pixels
 
-def create(entry: ModelEntry, input_size: int | None = None, **options: Any) -> nn.Module:
-    """The dense timm model of a zoo entry with fresh weights, for square images of `input_size`.
+
+def create(entry: ModelEntry, input_size: int | Size | None = None, **options: Any) -> nn.Module:
+    """The dense timm model of an entry with fresh weights, for images of `input_size`: a side, or rows and columns.
 
     `options` override the entry's. What the model's inputs are like is in its `pretrained_cfg`.
 
@@ -27,25 +29,59 @@ def create(entry: ModelEntry, input_size: int | None = None, **options: Any) -> 
     # The class count is given always: timm's default for ViT-H has no head.
     options = {"num_classes": entry.num_classes, **entry.options, **options}
     given = options.pop("img_size", entry.input_size)
-    size = input_size or (given if isinstance(given, int) else given[0])
-    # timm's ViTs take their size from here, too; the convolutions of CAFormer take any.
+    size = _rows_columns(input_size or given)
     inputs = {
-        "input_size": (3, size, size),
+        "input_size": (3, *size),
         "crop_pct": entry.crop_pct,
+        "crop_mode": entry.crop_mode,
         "mean": entry.mean,
         "std": entry.std,
         "interpolation": entry.interpolation,
     }
-    model: Any = timm.create_model(entry.architecture, pretrained=False, pretrained_cfg_overlay=inputs, **options)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
-    if hasattr(model, "stem"):
-        conv = model.stem.conv
-        least = conv.kernel_size[0] - 2 * conv.padding[0]
-        if size < least:
-            raise InputSizeError(f"--input-size {size}: accepted: from {least}, what the first convolution takes")
-    if size % patch:
-        raise InputSizeError(f"--input-size {size}: accepted: a multiple of {patch}, the side of a patch")
+    model: Any = timm.create_model(
+        entry.architecture,
+        pretrained=False,
+        pretrained_cfg=None if entry.config is None else dict(entry.config),
+        pretrained_cfg_overlay=inputs,
+        **options,
+    )
+    # timm hands the size to models whose configuration says that it is fixed. Of the others, some are built for
+    # one all the same, and the convolutions of CAFormer and NaFlexViT take any.
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built is not None and tuple(built) != size and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
+    _check_size(model, size, entry.input_size)
     return model
+
+
+def _rows_columns(size: int | Sequence[int]) -> Size:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows, columns
+
+
+def _check_size(model: Any, size: Size, own: Size) -> None:
+    """Refuse a size that loses pixels, unless it is the model's `own`: some published ones do.
+
+    Raises:
+        InputSizeError: as `create`.
+    """
+    flag = f"--input-size {size[0]}" if size[0] == size[1] else f"--input-size {size[0]} {size[1]}"
+    conv = getattr(getattr(model, "stem", None), "conv", None)
+    if isinstance(conv, nn.Conv2d):
+        least = conv.kernel_size[0] - 2 * int(conv.padding[0])
+        if min(size) < least:
+            raise InputSizeError(f"{flag}: accepted: from {least}, what the first convolution takes")
+    patch = _rows_columns(_patch_size(model))
+    if size != own and (size[0] % patch[0] or size[1] % patch[1]):
+        if patch[0] == patch[1]:
+            raise InputSizeError(f"{flag}: accepted: a multiple of {patch[0]}, the side of a patch")
+        raise InputSizeError(f"{flag}: accepted: multiples of {patch[0]} and {patch[1]}, the sides of a patch")
+
+
+def _patch_size(model: Any) -> int | Sequence[int]:
+    """Sides of a patch in pixels, or of what a convolutional stem before the patches leaves of them: 1."""
+    embedding = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    return getattr(embedding, "patch_size", 1)
 
 
 def register(zoo: Mapping[str, ModelEntry]) -> None:

@@ -8,15 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from models.errors import UnknownModelError
 from sample import MODEL as SAMPLE_MODEL
 
 SAMPLE_DIR = Path(__file__).resolve().parent.parent / "sample"
 # What the published models were trained and are evaluated with (`timm.data`'s defaults).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class UnknownModelError(ValueError):
-    """A model name that the zoo does not have."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +30,43 @@ class OfficialWeights:
 
 
 @dataclass(frozen=True)
+class TimmWeights:
+    """Weights that timm's own loader fetches, when it builds the model by `name`.
+
+    `source` is where they are published. `hub` and `file` are the repository and the file that can be
+    fetched beforehand, None where timm downloads them by a URL, or has them on this machine.
+    """
+
+    name: str
+    source: str
+    hub: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelEntry:
-    """One row of the zoo: timm's architecture with `options`, and what its inputs are like.
+    """One row of the zoo, or what timm says of another model: its architecture with `options`, and what its
+    inputs are like.
 
     weights: None where there are no official ones. aliases: timm's names for the same model.
+    num_classes: 0 for a model without a head. input_size: rows and columns, in pixels.
+    config: timm's pretrained configuration, where it is not the one that goes with the architecture.
     """
 
     name: str
     architecture: str
     schedule_key: str
-    weights: OfficialWeights | Path | None
+    weights: OfficialWeights | TimmWeights | Path | None
     options: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
-    input_size: int = 224
+    input_size: tuple[int, int] = (224, 224)
     crop_pct: float = 224 / 256
+    crop_mode: str = "center"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     aliases: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
 
 
 def _deit(size: str, letter: str, digest: str) -> ModelEntry:
@@ -97,7 +113,7 @@ _ENTRIES = (
         weights=SAMPLE_DIR / "vit_sample_patch4_28.pth",
         options={"patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3},
         num_classes=10,
-        input_size=28,
+        input_size=(28, 28),
         crop_pct=1.0,
     ),
 )

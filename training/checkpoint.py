@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import diffrate
 from diffrate.files import UNREADABLE, first_line
@@ -110,3 +111,12 @@ def read_training(path: Path) -> dict[str, Any]:
         what = "weights alone" if found == KIND else found
         raise UsageError(f"--resume {path}: found a checkpoint of another kind ({what}); accepted: of --finetune")
     return content
+
+
+def flags_in(path: str | Path) -> Mapping[str, Any] | None:
+    """The flags of the training that left a file, None where it is no such file. Tensors are not read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (*UNREADABLE, SafetensorError):
+        return None
+    return content.get("flags") if isinstance(content, dict) and content.get("mode") == KIND else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torchvision import transforms
 
 from training.settings import Augmentation
@@ -19,47 +20,78 @@ LARGEST_SIDE = 16384  # pixels of a resized picture's short side: 800 MB
 
 @dataclass(frozen=True)
 class View:
-    """How a picture becomes a model's input: square, `crop_pct` of the short side, normalised."""
+    """How a picture becomes a model's input of `input_size`, a side or rows and columns.
 
-    input_size: int
+    crop_mode, as in timm: `center` resizes the picture until it covers the input at `crop_pct` and cuts
+    its centre out, `squash` resizes both sides to the input's at `crop_pct`, and `border` resizes it until
+    it fits and pads it.
+    """
+
+    input_size: int | tuple[int, int]
     crop_pct: float
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     @property
-    def resized(self) -> int:
-        """The short side in pixels before cropping.
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the input."""
+        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Rows and columns that the picture is resized to cover, to have, or to fit into, before cropping.
 
         Raises:
             UsageError: a picture of that size would not fit in memory.
         """
-        side = self.input_size / self.crop_pct
-        if side > LARGEST_SIDE:
-            least = self.input_size / LARGEST_SIDE
-            raise UsageError(f"--crop-pct {self.crop_pct:g}: accepted: {least:.3g} to 1 at {self.input_size} pixels")
-        return int(side)
+        rows, columns = self.size
+        longest = max(rows, columns)
+        if longest / self.crop_pct > LARGEST_SIDE:
+            least = longest / LARGEST_SIDE
+            raise UsageError(f"--crop-pct {self.crop_pct:g}: accepted: {least:.3g} to 1 at {longest} pixels")
+        return int(rows / self.crop_pct), int(columns / self.crop_pct)
 
 
 def eval_transform(view: View) -> transforms.Compose:
-    """Resize the short side, crop the centre, normalise."""
+    """Resize, crop the centre, normalise."""
+    return transforms.Compose([*_framing(view), transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
+
+
+def _framing(view: View) -> list[Any]:
+    """The steps from a picture of any size to one of the input's."""
     interpolation = transforms.InterpolationMode(view.interpolation)
-    return transforms.Compose(
-        [
-            transforms.Resize(view.resized, interpolation=interpolation),
-            transforms.CenterCrop(view.input_size),
-            transforms.ToTensor(),
-            transforms.Normalize(view.mean, view.std),
-        ]
-    )
+    rows, columns = view.resized
+    if view.crop_mode == "squash":
+        return [transforms.Resize((rows, columns), interpolation=interpolation), transforms.CenterCrop(view.size)]
+    if view.crop_mode == "border":
+        fill: Any = [round(255 * value) for value in view.mean]
+        fitting = ResizeKeepRatio(view.resized, interpolation=view.interpolation, longest=1.0)
+        return [fitting, CenterCropOrPad(list(view.size), fill=fill)]
+    if rows == columns:
+        return [transforms.Resize(rows, interpolation=interpolation), transforms.CenterCrop(view.size)]
+    return [ResizeKeepRatio(view.resized, interpolation=view.interpolation), transforms.CenterCrop(view.size)]
 
 
-def crop_view(photograph: Image.Image, view: View, side: int) -> Image.Image:
-    """The square of `photograph` that `eval_transform` makes the input of, `side` pixels wide."""
+def crop_view(photograph: Image.Image, view: View, size: int | tuple[int, int]) -> Image.Image:
+    """The part of `photograph` that `eval_transform` makes the input of, at `size`: a side, or rows and columns."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if view.crop_mode == "border":
+        larger = replace(view, input_size=(rows, columns), interpolation="bicubic")
+        for step in _framing(larger):
+            photograph = step(photograph)
+        return photograph
     width, height = photograph.size
-    cropped = min(width, height) * view.input_size / view.resized
-    left, top = (width - cropped) / 2, (height - cropped) / 2
-    return photograph.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cropped, top + cropped))
+    # The rows and columns of the photograph that become those of the input, if it were resized to fit in height,
+    # and in width.
+    heights, widths = (
+        [seen * side / whole for side, whole in zip((height, width), view.resized, strict=True)] for seen in view.size
+    )
+    cropped = (heights[0], widths[1]) if view.crop_mode == "squash" else (min(heights), min(widths))
+    left, top = (width - cropped[1]) / 2, (height - cropped[0]) / 2
+    box = (left, top, left + cropped[1], top + cropped[0])
+    return photograph.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
 
 
 def train_transform(view: View, augmentation: Augmentation) -> transforms.Compose:
@@ -70,7 +102,7 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     """
     try:
         composed: Any = create_transform(
-            input_size=view.input_size,
+            input_size=view.size,
             is_training=True,
             hflip=augmentation.hflip,
             color_jitter=augmentation.color_jitter,
@@ -85,8 +117,8 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
         raise UsageError(f"--aa {augmentation.auto_augment}: {error}; accepted: a policy of timm, or none") from error
     steps = list(composed.transforms)
-    if view.input_size <= SMALL:
-        steps[0] = transforms.RandomCrop(view.input_size, padding=SMALL_PADDING)
+    if max(view.size) <= SMALL:
+        steps[0] = transforms.RandomCrop(view.size, padding=SMALL_PADDING)
     if augmentation.affine is not None:
         degrees, shift, rescale = augmentation.affine
         steps.insert(

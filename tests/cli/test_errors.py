@@ -30,9 +30,9 @@ def check(result: tuple[int, str, str], *expected: str) -> None:
     [
         (
             ("--eval", "--finetune"),
-            ["accepted: one of --eval, --finetune, --benchmark, --baseline, --visualize, --plot, or none: a search"],
+            ["accepted: one of --eval, --finetune, --benchmark, ", "--plot, --list-models, or none: a search"],
         ),
-        (("--eval", "--model", "resnet50"), ["unknown model 'resnet50'", "vit_deit_tiny_patch16_224"]),
+        (("--eval", "--model", "resnet50"), ["--model resnet50: found ResNet; accepted: a model of timm"]),
         (("--eval", "--data-path", "/nowhere", "--model", "caformer_s36"), ["--data-path /nowhere: no such folder"]),
         (("--eval", "--data-path", "."), ["--model is needed with --data-path"]),
         (("--eval", "--data-set", "CIFAR", "--model", "caformer_s36"), ["--data-set CIFAR needs --data-path"]),

@@ -1,0 +1,84 @@
+"""From the layouts that weights are published in to timm's names, with timm's own converters."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from timm.models import is_model, model_entrypoint
+from torch import Tensor, nn
+
+from models.errors import CheckpointError
+
+StateDict = dict[str, Tensor]
+
+# What a patched model adds to its state: absent from official files, skipped for dense models.
+COMPRESSION_PREFIX = "compression."
+CONVERTER = "checkpoint_filter_fn"  # timm's name for what converts, in the file of each family
+TIMM = "timm.models."
+# Positions of another input size are interpolated as the weights were trained, which timm tells by the name.
+BILINEAR = ("flexi", "radio")
+ALIGNED_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
+
+
+def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
+    """Bring `state` to timm's names and to the patches and the input's size of `model`; `name` starts messages.
+
+    Tensors that are there in this form already stay as they are.
+
+    Raises:
+        CheckpointError: timm has no converter for this kind of model, or it does not take these tensors.
+    """
+    converter = _converter(model)
+    # timm's know nothing of ours, and some look every key up in the model.
+    ours = {key: value for key, value in state.items() if key.startswith(COMPRESSION_PREFIX)}
+    theirs = {key: value for key, value in state.items() if key not in ours}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on how timm interpolates relative positions
+            return {**converter(theirs, model), **ours}
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
+    except (RuntimeError, ValueError, AttributeError, IndexError, TypeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"checkpoint {name} does not fit the model: {reason}") from error
+
+
+def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
+    """timm's converter for `model`, as the function that builds its architecture would call it.
+
+    Raises:
+        CheckpointError: timm has none.
+    """
+    architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+    for module in _modules(model, architecture):
+        function: Any = getattr(module, CONVERTER, None)
+        if function is not None:
+            options = _options(function, architecture)
+            return lambda state, target: function(state, target, **options)
+    raise CheckpointError(f"{type(model).__name__}: timm has no {CONVERTER} for it; accepted: a model for which it has")
+
+
+def _modules(model: nn.Module, architecture: str) -> list[ModuleType]:
+    """timm's files that may know how to read weights of `model`: its architecture's, then its class's."""
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith(TIMM)]
+    modules = [sys.modules[kind.__module__] for kind in kinds]
+    if is_model(architecture):
+        own = sys.modules[model_entrypoint(architecture).__module__]
+        if any(getattr(own, kind.__name__, None) is kind for kind in kinds):  # it builds models of this class
+            modules.insert(0, own)
+    return modules
+
+
+def _options(function: Callable[..., Any], architecture: str) -> dict[str, Any]:
+    """What timm's builders give their converters beyond the tensors and the model."""
+    wanted: dict[str, Any] = {"adapt_layer_scale": True}  # DeiT III's names, which no other model has
+    if any(word in architecture for word in BILINEAR):
+        aligned = any(word in architecture for word in ALIGNED_CORNERS)
+        wanted |= {"interpolation": "bilinear", "antialias": False, "align_corners": aligned}
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in wanted.items() if name in known}

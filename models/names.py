@@ -1,0 +1,122 @@
+"""Any model by its name: the zoo's, timm's with or without a pretrained tag, or one of a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from timm.data.config import resolve_data_config
+from timm.models import (
+    get_arch_pretrained_cfgs,
+    get_deprecated_models,
+    is_model,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
+
+from models.download import first_line, quiet_hub
+from models.errors import UnknownModelError
+from models.zoo import ZOO, ModelEntry, TimmWeights, find
+
+HUB = "hf-hub:"
+SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
+CLOSE = 3  # names that a refusal suggests
+CHANNELS = 3
+
+
+def entry_of(name: str) -> ModelEntry:
+    """The entry of a model: the zoo's by its names there, any other as timm says.
+
+    A name of timm's that is no longer in use stands for what timm replaced it with, and one without a
+    pretrained tag for the one with timm's default tag.
+
+    Raises:
+        UnknownModelError: there is no such model, tag or repository; or it reads no colour images.
+    """
+    return find(name) or _entry_of_timm(name if name.startswith(SOURCES) else _full_name(name))
+
+
+def _full_name(name: str) -> str:
+    """timm's name in use for `name`, with a pretrained tag where timm has one.
+
+    Raises:
+        UnknownModelError: timm has no such model, or no such tag of it.
+    """
+    spelled = name if is_model(name) else name.replace("-", "_")
+    if not is_model(spelled):
+        raise UnknownModelError(f"--model {name}: unknown model; {_alternatives(name)}")
+    architecture, tag = split_model_name_tag(spelled)
+    replaced = get_deprecated_models()
+    if architecture in replaced:
+        current = replaced[architecture]
+        if current is None:
+            raise UnknownModelError(f"--model {name}: no longer in timm; {_alternatives(name)}")
+        architecture, own_tag = split_model_name_tag(current)
+        tag = tag or own_tag
+    configurations = get_arch_pretrained_cfgs(architecture)
+    full = next(iter(configurations), architecture) if not tag else f"{architecture}.{tag}"
+    if tag and full not in configurations:
+        known = ", ".join(configurations) or architecture
+        raise UnknownModelError(f"--model {name}: timm knows no {tag!r} of {architecture}; accepted: {known}")
+    return full
+
+
+def _alternatives(name: str) -> str:
+    """What is accepted instead of a name that is unknown, after the names nearest to it, if any."""
+    if "/" in name:
+        return f"accepted: {HUB}{name} for a repository, or the names of --list-models"
+    architecture, _ = split_model_name_tag(name)
+    close = get_close_matches(architecture.replace("-", "_"), {*ZOO, *timm.list_models()}, CLOSE)
+    nearest = f"nearest: {', '.join(close)}; " if close else ""
+    return f"{nearest}accepted: the names of --list-models"
+
+
+def _entry_of_timm(name: str) -> ModelEntry:
+    """The entry of a name that timm takes.
+
+    Raises:
+        UnknownModelError: nothing is there under this name, or the model reads no colour images.
+    """
+    try:
+        with quiet_hub():
+            options = resolve_model_input_args(name)
+    except Exception as error:  # no network, repository, file or architecture: an error of its own each
+        raise UnknownModelError(
+            f"--model {name}: cannot read its config.json ({first_line(error)}); accepted: a timm model's repository "
+            "that can be reached or is in the Hugging Face cache (HF_HOME), or a timm name with --checkpoint FILE"
+        ) from error
+    architecture, config = options.pop("model_name"), options.pop("pretrained_cfg")
+    classes = options.pop("num_classes", config["num_classes"])
+    for told_by_the_configuration in ("pretrained_model_args", "in_chans", "img_size"):
+        options.pop(told_by_the_configuration, None)
+    inputs = resolve_data_config({}, pretrained_cfg=config)
+    channels, rows, columns = inputs["input_size"]
+    if channels != CHANNELS:
+        raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: {CHANNELS}")
+    return ModelEntry(
+        name=name,
+        architecture=architecture,
+        schedule_key=name,
+        weights=_weights_of(name, config),
+        options=options,
+        num_classes=classes,
+        input_size=(rows, columns),
+        crop_pct=inputs["crop_pct"],
+        crop_mode=inputs["crop_mode"],
+        mean=tuple(inputs["mean"]),
+        std=tuple(inputs["std"]),
+        interpolation=inputs["interpolation"],
+        config=config,
+    )
+
+
+def _weights_of(name: str, config: Mapping[str, Any]) -> TimmWeights | None:
+    """Where timm finds the weights that go with a configuration, in the order in which it looks."""
+    hub, url, folder = (config.get(key) for key in ("hf_hub_id", "url", "file"))
+    if folder:
+        return TimmWeights(name, str(folder))
+    if hub:
+        return TimmWeights(name, f"huggingface.co/{hub}", hub, config.get("hf_hub_filename") or "model.safetensors")
+    return TimmWeights(name, str(url)) if url else None
