@@ -36,6 +36,9 @@ CONSTRUCTIONS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
         "swiglu": ("aimv2_large_patch14_224", _SIZED),
         "swiglu_packed": ("vit_giant_patch14_dinov2", _SIZED),
         "post_norm": ("vit_base_patch16_rpn_224", _SIZED | {"block_fn": ResPostBlock}),
+        "gated": ("vit_tiny_patch16_224", _SIZED),
+        "no_pool_class_token": ("vit_tiny_patch16_224", _SIZED | {"global_pool": ""}),
+        "attention_pool_class_token": ("vit_tiny_patch16_224", _SIZED | {"global_pool": "map"}),
         "differential": ("vit_dlittle_patch16_reg1_gap_256", _SIZED),
         "attention_pool": ("vit_base_patch16_siglip_224", _SIZED),
         "attention_pool_with_prefix": ("test_vit3", _SIZED),
@@ -63,6 +66,14 @@ CONSTRUCTIONS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
         "relative_shared_network": ("vit_srelpos_small_patch16_224", _SIZED),
         "relative_post_norm": ("vit_relpos_medium_patch16_rpn_224", _SIZED),
         "relative_bias": ("vit_relpos_small_patch16_224", _SIZED | {"rel_pos_type": "bias"}),
+        "relative_swin_network": ("vit_relpos_small_patch16_224", _SIZED | {"rel_pos_type": "mlp-swin"}),
+        "relative_class_token": ("beit_base_patch16_224", _SIZED | {"global_pool": "token"}),
+        "rope_multimodal": (
+            "vit_small_patch16_rope_224",
+            _SIZED | {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3), "rope_grid_indexing": "ij"},
+        ),
+        "oblong": ("vit_small_patch16_rope_ape_224", _SMALL | {"img_size": (32, 48), "patch_size": (8, 4)}),
+        "oblong_relative": ("beit_base_patch16_224", _SMALL | {"img_size": (48, 32), "patch_size": 8}),
         "naflex": ("naflexvit_base_patch16_gap", _NAFLEX),
         "naflex_attention_pool": ("naflexvit_so150m2_patch16_reg1_map", _NAFLEX),
         "naflex_rope": ("naflexvit_base_patch16_gap", _NAFLEX | {"rope_type": "axial"}),
@@ -76,7 +87,10 @@ def build(name: str, **options: Any) -> nn.Module:
     """The plain model of a construction, no two of its parts alike, in evaluation mode."""
     architecture, small = CONSTRUCTIONS[name]
     torch.manual_seed(0)
-    model = timm.create_model(architecture, **{**small, **options}).double().eval()
+    model: Any = timm.create_model(architecture, **{**small, **options}).double().eval()
+    if name == "gated":  # no name of timm's has one
+        for block in model.blocks:
+            block.attn.gate = nn.Linear(48, 48).double()
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases, scales and class tokens start at zero or one: then nobody would see one left out. Matrices
@@ -85,12 +99,13 @@ def build(name: str, **options: Any) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def side_of(name: str) -> int:
+def size_of(name: str) -> tuple[int, int]:
     """Height and width of its images."""
-    return CONSTRUCTIONS[name][1].get("img_size", SIDE)
+    size = CONSTRUCTIONS[name][1].get("img_size", SIDE)
+    return (size, size) if isinstance(size, int) else size
 
 
 def images_for(name: str, count: int = 2) -> Tensor:
-    """Images `[count, 3, side, side]`."""
+    """Images `[count, 3, H, W]`."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 3, side_of(name), side_of(name), generator=generator, dtype=torch.float64)
+    return torch.randn(count, 3, *size_of(name), generator=generator, dtype=torch.float64)

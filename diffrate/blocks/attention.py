@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from diffrate.blocks.tokens import size_dtype
 
-CACHED_ELEMENTS = 3 * 2**19  # of the maps that are made at a time: 6 MiB in float32
+CACHED_ELEMENTS = 2**19  # of the maps that are made at a time on a CPU: 2 MiB in float32
+HELD_ELEMENTS = 2**27  # and on other devices: 512 MiB
 
 
 class Heads(NamedTuple):
@@ -55,7 +56,7 @@ def attend_and_receive(heads: Heads, bias: Tensor | None, dropout: float) -> tup
     """Proportional attention `[B, H, N, V]`, and the attention that each token receives from all: `[B, N]`.
 
     The mean over heads and queries takes every element of the map, but not all at once: a few images are
-    treated at a time, so that on a CPU their maps stay in the cache. That costs no more than fused attention.
+    treated at a time, so that on a CPU their maps stay in the cache. That costs about as much as fused attention.
     """
     parts = list(_parts(heads))
     if len(parts) == 1:
@@ -93,12 +94,14 @@ def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple
 
 
 def _parts(heads: Heads) -> Iterator[slice]:
-    """The images in parts whose maps fit a CPU's cache; in one part on other devices, and for graphs of any batch."""
+    """The images in parts whose maps fit a CPU's cache, or a share of a GPU's memory; in one part for a graph that is
+    compiled or exported, which is for batches of any size."""
     batch, count, tokens, _ = heads.key.shape
-    size = batch
-    if heads.key.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(1, CACHED_ELEMENTS // (count * heads.query.shape[2] * tokens))
-    return (slice(start, start + size) for start in range(0, batch, size)) if size < batch else iter([slice(None)])
+    if torch.compiler.is_compiling():
+        return iter([slice(None)])
+    elements = CACHED_ELEMENTS if heads.key.device.type == "cpu" else HELD_ELEMENTS
+    size = max(1, elements // (count * heads.query.shape[2] * tokens))
+    return (slice(start, start + size) for start in range(0, max(1, batch), size))
 
 
 def _row(bias: Tensor | None, row: int) -> Tensor | None:

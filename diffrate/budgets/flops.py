@@ -23,13 +23,11 @@ class BlockShape:
     projections: weights of the linear layers into and out of the attention, each used once a token.
     mixing: width of queries and of values, all heads together: two tokens cost that many.
     mlp: weights of the linear layers of the MLP, whatever its form.
-    fixed: what does not depend on the tokens, as a network that makes relative biases.
     """
 
     projections: int
     mixing: int
     mlp: int
-    fixed: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,13 @@ class PoolShape:
 class VitShape:
     """What the cost of a ViT depends on.
 
-    embedding: multiply-accumulates of making the tokens of one image.
+    tokens: of one image before the first block, prefix included.
+    embedding: multiply-accumulates of making them, and what else an image costs once.
     blocks: all that there are, in order.
     left_out: the first tokens that pooling does not look at.
     """
 
+    tokens: int
     embedding: int
     blocks: tuple[BlockShape, ...]
     pool: PoolShape = PoolShape()
@@ -75,7 +75,7 @@ def block_flops(shape: BlockShape, entering: Count, leaving: Count) -> Count:
     """One block: `N (4 C^2) + 2 N^2 C` of attention for the N tokens that enter, `2 N C hidden` of MLP for those
     that leave, in a block of the usual form."""
     attention = entering * shape.projections + entering * entering * shape.mixing
-    return attention + leaving * shape.mlp + shape.fixed
+    return attention + leaving * shape.mlp
 
 
 def separable_flops(tokens: int, width: int, kernel: int) -> int:
@@ -90,7 +90,7 @@ def blocks_flops(shapes: Iterable[BlockShape], counts: Iterable[tuple[Count, Cou
 
 
 def vit_flops(shape: VitShape, head: int, counts: Iterable[tuple[Count, Count]]) -> Count | int:
-    """A whole ViT whose head has `head` weights."""
+    """A whole ViT whose head costs `head`."""
     counts = list(counts)
     _, last = counts[-1]
     pooling = (last - shape.left_out) * shape.pool.token if shape.pool.token else 0

@@ -22,9 +22,9 @@ from diffrate.patch.caformer import caformer
 from diffrate.patch.distilled import CompressedDistilled
 from diffrate.patch.eva import CompressedEva
 from diffrate.patch.naflex import CompressedNaFlex
-from diffrate.patch.plain_vit import CompressedVit, Size, patch_vit
+from diffrate.patch.plain_vit import CompressedVit, patch_vit
 from diffrate.patch.relative import CompressedRelPos
-from diffrate.patch.sizes import configured_size
+from diffrate.patch.sizes import Size, as_size, configured_size
 from diffrate.patch.vision_transformer import CompressedVisionTransformer
 
 PLAIN: Mapping[type[nn.Module], type[CompressedVit]] = MappingProxyType(
@@ -48,11 +48,11 @@ def vit(
     model: nn.Module,
     prune_granularity: int = GRANULARITY,
     merge_granularity: int = GRANULARITY,
-    input_size: Size | None = None,
+    input_size: int | Size | None = None,
 ) -> CompressedModel:
     """Patch a timm ViT in place, by the family that its class shows.
 
-    `input_size`, height and width, is for models that take images of any size: one size is what kept counts
+    `input_size`, height and width or a side, is for models that take images of any size: one size is what kept counts
     are for; by default what the model was built for, or what its `pretrained_cfg` says. The granularities
     are the steps between the candidates of a count.
 
@@ -61,12 +61,12 @@ def vit(
         RateError: a granularity below 1.
     """
     kind = type(model)
+    size = None if input_size is None else as_size(input_size)
     if kind is MetaFormer:
-        height, width = input_size or configured_size(model)
-        return caformer(model, prune_granularity, merge_granularity, (height, width))
+        return caformer(model, prune_granularity, merge_granularity, size or configured_size(model))
     if kind not in PLAIN:
         accepted = ", ".join(sorted(known.__name__ for known in families()))
         raise UnsupportedModelError(f"found {kind.__name__}; accepted: a model of timm not yet patched, {accepted}")
-    patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), input_size)
+    patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), size)
     assert isinstance(model, CompressedModel)
     return model

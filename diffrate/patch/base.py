@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from diffrate.budgets.flops import Count
 from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
 from diffrate.patch.state import CompressionState
 from diffrate.rates.masked_block import plan_search, search_block
+
+
+class Entry(NamedTuple):
+    """What enters the first compressible block: the tokens, and what the attention of each such block knows of
+    positions."""
+
+    state: TokenState
+    positions: Sequence[Positions]
 
 
 class CompressedModel(nn.Module):
@@ -51,35 +59,35 @@ class CompressedModel(nn.Module):
         """Multiply-accumulates of one image with these tokens entering and leaving each such block."""
 
     @abstractmethod
-    def embed(self, images: Tensor) -> Tensor:
-        """Tokens `[B, N0, C]` of images `[B, 3, H, W]` before the first compressible block."""
+    def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
+        """Tokens `[B, N0, C]` of images `[B, 3, H, W]` before the first compressible block, and what the attention of
+        each such block knows of positions."""
 
     @abstractmethod
     def classify(self, state: TokenState) -> Tensor:
-        """Logits `[B, K]` from what the last compressible block left."""
+        """Logits `[B, K]` from what the last compressible block left; `[B, N0, K]` of models without a pooling."""
+
+    def has_head(self) -> bool:
+        """Whether there are logits to compare with labels: a pooling, and a classifier."""
+        return has_classifier(self)
 
     def train_to_search(self) -> None:
-        """Training mode for a search: weights are frozen, and so are the statistics of batch norms."""
+        """Training mode for a search of rates alone: statistics of batch norms stay as they are, as weights do."""
         self.train()
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
-    def positions(self) -> Sequence[Positions]:
-        """What the attention of each compressible block knows of positions."""
+    def no_positions(self) -> Sequence[Positions]:
+        """That of models whose positions are in the features."""
         return [NO_POSITIONS] * len(self.compressible_blocks())
-
-    @property
-    def looks_up_places(self) -> bool:
-        """Whether `positions` are any, so that tokens have to keep their places."""
-        return False
 
     @property
     def read(self) -> int | None:
         """How many first tokens are all that is read of what the last compressible block leaves; None for all."""
         return None
 
-    def followed(self, state: TokenState, schedule: Schedule | None) -> TokenState:
+    def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
         """`state` before the first block, with what `classify` asks to be followed: nothing, by default.
 
         At a fixed schedule, or in search for None.
@@ -131,7 +139,7 @@ class CompressedModel(nn.Module):
         return self.flops_at(self.compression.current())
 
     def forward(self, images: Tensor, return_flop: bool = True) -> Any:
-        """Logits `[B, K]` of images `[B, 3, H, W]`, and with `return_flop` the cost of one image.
+        """Logits of images `[B, 3, H, W]`, as `classify` gives them, and with `return_flop` the cost of one image.
 
         The cost is in multiply-accumulates: an integer at fixed counts, in search a scalar tensor
         that carries the gradient to the rates.
@@ -140,68 +148,95 @@ class CompressedModel(nn.Module):
             logits, flops = self._search(images)
             return (logits, flops) if return_flop else logits
         schedule = self.compression.current()
-        state = self.followed(self.enter(images), schedule)
-        logits = self.classify(self._compress(state, schedule, self.read))
+        entry = self.enter(images)
+        state = self.prepared(entry.state, schedule)
+        logits = self.classify(self._compress(entry._replace(state=state), schedule, self.read))
         return (logits, self.flops_at(schedule)) if return_flop else logits
 
     def forward_tokens(self, images: Tensor) -> TokenState:
-        """The tokens left of `images` `[B, 3, H, W]`: features, sizes, and the origins they come from."""
-        state = self._compress(self.enter(images).traced(), self.compression.current(), None)
+        """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
+        entry = self.enter(images)
+        traced = entry._replace(state=entry.state.traced())
+        state = self._compress(traced, self.compression.current(), None)
         return state._replace(size=state.sizes())
 
     def forward_blocks(self, images: Tensor) -> list[TokenState]:
-        """The tokens of `images` `[B, 3, H, W]` after each compressible block, with their origins.
+        """The tokens of images `[B, 3, H, W]` after each compressible block, with their origins.
 
         `classify` makes logits of the last.
         """
-        return self.run_blocks(self.enter(images).traced())
+        entry = self.enter(images)
+        return self.run_blocks(entry._replace(state=entry.state.traced()))
 
-    def enter(self, images: Tensor) -> TokenState:
-        """The tokens of `images` `[B, 3, H, W]` before the first compressible block.
+    def enter(self, images: Tensor) -> Entry:
+        """What enters the first compressible block, of images `[B, 3, H, W]`.
 
         Raises:
-            ValueError: the images make another grid of tokens than the model was patched for.
+            TypeError: the images are no tensor.
+            ValueError: they make another grid of tokens than the model was patched for.
         """
+        self.check_grid(images)
+        x, positions = self.embed(images)
+        tokens, expected = x.shape[1], self.compression.space.limits[0]
+        if tokens != expected:  # of stems that round a size otherwise than they say
+            raise ValueError(f"images of {list(images.shape[-2:])} make {tokens} tokens; accepted: {expected}")
+        state = TokenState(x)
+        # Places are kept only where some attention looks something up by them.
+        anywhere = all(table is NO_POSITIONS for table in positions)
+        return Entry(state if anywhere else state.placed(), positions)
+
+    def check_grid(self, images: Tensor) -> None:
+        """Refuse images of another grid of tokens, as `enter` does."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: found {type(images).__name__}; accepted: a tensor [B, channels, H, W]")
         height, width = images.shape[-2:]
         found = self.grid_at((height, width))
         if found != self.token_grid:
-            raise ValueError(
-                f"images of {[height, width]} make {list(found)} tokens; accepted: {list(self.token_grid)}"
-            )
-        state = TokenState(self.embed(images))
-        return state.placed() if self.looks_up_places else state
+            grids = f"make {list(found)} tokens; accepted: {list(self.token_grid)}"
+            raise ValueError(f"images of {[height, width]} {grids}")
 
-    def run_blocks(self, state: TokenState, end: int | None = None) -> list[TokenState]:
-        """The tokens after each of the first `end` compressible blocks (all for None), from those that `enter` made."""
-        states = [state]
-        for block, positions, kept in self._blocks(self.compression.current(), state)[:end]:
+    def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
+        """The tokens after each of the first `end` compressible blocks, or after all."""
+        states = [entry.state]
+        for block, positions, kept in self._blocks(entry, self.compression.current())[:end]:
             states.append(fixed_block(block, positions, self.rules, states[-1], kept))
         return states[1:]
 
-    def _compress(self, state: TokenState, schedule: Schedule, read: int | None) -> TokenState:
+    def _compress(self, entry: Entry, schedule: Schedule, read: int | None) -> TokenState:
         """The tokens after the last compressible block at fixed counts, or the first `read` alone."""
-        *blocks, (last, where, final) = self._blocks(schedule, state)
+        state = entry.state
+        *blocks, (last, where, final) = self._blocks(entry, schedule)
         for block, positions, kept in blocks:
             state = fixed_block(block, positions, self.rules, state, kept)
         return fixed_block(last, where, self.rules, state, final, read)
 
-    def _blocks(self, schedule: Schedule, state: TokenState) -> list[tuple[nn.Module, Positions, Kept]]:
+    def _blocks(self, entry: Entry, schedule: Schedule) -> list[tuple[nn.Module, Positions, Kept]]:
         """The compressible blocks, what they know of positions, and what happens to the tokens in each."""
         blocks = self.compressible_blocks()
         # CAFormer's schedules go on with counts for the blocks after the compressible ones.
-        counts = running_counts(schedule, state.x.shape[1])[: len(blocks)]
-        return list(zip(blocks, self.positions(), counts, strict=True))
+        counts = running_counts(schedule, entry.state.x.shape[1])[: len(blocks)]
+        return list(zip(blocks, entry.positions, counts, strict=True))
 
     def _search(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the search: logits, and the expected cost with gradients."""
-        state, blocks = self.enter(images), self.compressible_blocks()
-        x = state.x
+        entry, blocks = self.enter(images), self.compressible_blocks()
+        x = entry.state.x
         plans = plan_search(self.compression.draw(), len(blocks), x.shape[1])
         mask = torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device)
-        state = self.followed(state._replace(mask=mask), None)
-        for index, (block, positions, plan) in enumerate(zip(blocks, self.positions(), plans, strict=True)):
+        state = self.prepared(entry.state._replace(mask=mask), None)
+        for index, (block, positions, plan) in enumerate(zip(blocks, entry.positions, plans, strict=True)):
             read = self.read if index == len(blocks) - 1 else None
             state = search_block(block, positions, self.rules, state, plan, read)
         flops = self.cost(plan.cost for plan in plans)
         assert isinstance(flops, Tensor)
         return self.classify(state), flops
+
+
+def has_classifier(model: nn.Module) -> bool:
+    """Whether a model has one, patched or not; True where it does not say."""
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    if get_classifier is None:
+        return True
+    found = get_classifier()
+    heads = found if isinstance(found, tuple) else (found,)
+    return not all(isinstance(head, nn.Identity) for head in heads)

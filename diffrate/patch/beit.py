@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.models.beit import Beit
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrate.blocks.positions import NO_POSITIONS, PairBias, Positions
 from diffrate.patch.plain_vit import CompressedVit
@@ -20,26 +20,26 @@ class CompressedBeit(CompressedVit, Beit):
     cls_token: Any
     rel_pos_bias: Any
 
-    @property
-    def looks_up_places(self) -> bool:
-        return any(_tables(block, self.rel_pos_bias) for block in self.blocks)
-
-    def positions(self) -> Sequence[Positions]:
-        tables = [_tables(block, self.rel_pos_bias) for block in self.blocks]
-        return [PairBias(partial(_bias, found)) if found else NO_POSITIONS for found in tables]
-
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
+        x = self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
+        shared = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return x, [_positions(block.attn, shared) for block in self.blocks]
 
 
-def _tables(block: Any, shared: nn.Module | None) -> list[Any]:
-    """The modules whose tables of biases are added up in `block`."""
-    return [item for item in (block.attn, shared) if getattr(item, "relative_position_bias_table", None) is not None]
+def _positions(attention: Any, shared: Tensor | None) -> Positions:
+    """The bias of one block: its own, the `shared` one `[H, N0, N0]`, both added up, or none."""
+    own = attention.relative_position_bias_table is not None
+    if not own and shared is None:
+        return NO_POSITIONS
+    return PairBias(partial(_bias, attention if own else None, shared))
 
 
-def _bias(modules: Sequence[Any]) -> Tensor:
+def _bias(attention: Any | None, shared: Tensor | None) -> Tensor:
     """The bias of all pairs of positions, `[H, N0, N0]`."""
-    biases = [item.relative_position_bias_table[item.relative_position_index] for item in modules]
-    return torch.stack(biases).sum(0).permute(2, 0, 1)
+    if attention is None:
+        assert shared is not None
+        return shared
+    own = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
+    return own if shared is None else own + shared

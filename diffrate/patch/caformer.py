@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from diffrate.blocks.block import fixed_block
 from diffrate.blocks.forms import UnsupportedModelError, check_block
-from diffrate.blocks.positions import NO_POSITIONS
+from diffrate.blocks.positions import NO_POSITIONS, Positions
 from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.flops import Count, StageShape, caformer_flops
 from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
 from diffrate.budgets.space import GRANULARITY, SearchSpace
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, Entry
 from diffrate.patch.grid import as_map, restore
 from diffrate.patch.state import CompressionState
 
@@ -49,7 +49,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     def grid_at(self, size: Grid) -> Grid:
         return _grids(self, size)[2]
 
-    def followed(self, state: TokenState, schedule: Schedule | None) -> TokenState:
+    def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
         """Origins, to restore the grid before stage 4, unless nothing is removed."""
         whole = schedule is not None and min(schedule.merge[: len(self.stages[2].blocks)]) == _area(self.grids[2])
         return state if whole else state.traced()
@@ -67,15 +67,19 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         kernel = self.stages[0].blocks[0].token_mixer.dwconv.kernel_size[0]
         return caformer_flops(_stage_shapes(self), self.num_classes, kernel, counts)
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.stages[2].downsample(self.stages[1](self.stages[0](self.stem(images)))).flatten(2).transpose(1, 2)
+    def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
+        return self._third_tokens(self.stages[1](self.stages[0](self.stem(images)))), self.no_positions()
 
     def classify(self, state: TokenState) -> Tensor:
         return self.forward_head(self._fourth_stage(self._third_map(state)))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Features `[B, C, rows, columns]` of images `[B, 3, H, W]`, as timm's: those of stage 4."""
-        *_, last = self.run_blocks(self.enter(images).remembered())
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Features `[B, C, rows, columns]` of images `x` `[B, 3, H, W]`, as timm's: those of stage 4.
+
+        Where a count of 1 has pruned, a position keeps what its token last was; logits have zeros there.
+        """
+        entry = self.enter(x)
+        *_, last = self.run_blocks(entry._replace(state=entry.state.remembered()))
         return self._fourth_stage(self._third_map(last))
 
     def forward_intermediates(
@@ -87,22 +91,31 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """What some stages leave of images `x` `[B, 3, H, W]`, each `[B, C, rows, columns]`, and `forward_features`
-        of them, as in timm: `norm` and `stop_early` change nothing here.
+        """What some stages leave of images `x` `[B, 3, H, W]`, each `[B, C, rows, columns]`, and what the last stage
+        leaves, as in timm: with `stop_early` the last one that was asked for. `norm` changes nothing here.
 
         Raises:
-            ValueError: another format.
+            ValueError: another format, or images of another grid.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW'")
-        taken, _ = feature_take_indices(4, list(indices) if isinstance(indices, Sequence) else indices)
-        first = self.stages[0](self.stem(x))
-        maps = [first, self.stages[1](first)]
-        entering = self.stages[2].downsample(maps[1]).flatten(2).transpose(1, 2)
-        maps.append(self._third_map(self.run_blocks(TokenState(entering).remembered())[-1]))
-        maps.append(self._fourth_stage(maps[2]))
+        taken, highest = feature_take_indices(4, list(indices) if isinstance(indices, Sequence) else indices)
+        maps = self._maps(x)[: highest + 1 if stop_early else None]
         found = [maps[index] for index in taken]
-        return found if intermediates_only else (maps[3], found)
+        return found if intermediates_only else (maps[-1], found)
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        """What each stage leaves of images `[B, 3, H, W]`."""
+        self.check_grid(x)
+        maps = [self.stages[0](self.stem(x))]
+        maps.append(self.stages[1](maps[0]))
+        state = TokenState(self._third_tokens(maps[1])).remembered()
+        maps.append(self._third_map(self.run_blocks(Entry(state, self.no_positions()))[-1]))
+        return [*maps, self._fourth_stage(maps[2])]
+
+    def _third_tokens(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, C]` that enter the blocks of stage 3, of what stage 2 left."""
+        return self.stages[2].downsample(x).flatten(2).transpose(1, 2)
 
     def _third_map(self, state: TokenState) -> Tensor:
         """What stage 3 leaves, at its grid."""
@@ -147,10 +160,15 @@ def caformer(
     )
     if not space.searchable:
         raise UnsupportedModelError(f"found {depths[2]} blocks in stage 3; accepted: three at least")
+    if _area(grids[2]) < 2:
+        raise UnsupportedModelError(f"input_size: found {input_size}; accepted: two tokens at least in stage 3")
     compression = CompressionState(space, prune_granularity, merge_granularity).to(next(model.parameters()).device)
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
-    model.head.fc.norm.eps = ORIGINAL_HEAD_EPS
+    classifier: Any = model.head.fc
+    if isinstance(classifier, MlpHead):
+        norm: Any = classifier.norm
+        norm.eps = ORIGINAL_HEAD_EPS
     model.image_size, model.grids = image_size, grids
     model.add_module("compression", compression)
     return model
@@ -161,9 +179,12 @@ def _check_caformer(model: nn.Module) -> None:
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm MetaFormer not yet patched")
     stages: Any = model.stages
     mixers = tuple(type(stage.blocks[0].token_mixer) for stage in stages)
-    if mixers != MIXERS or not isinstance(model.head.fc, MlpHead):
+    if mixers != MIXERS:
         found = ", ".join(mixer.__name__ for mixer in mixers)
         raise UnsupportedModelError(f"found stages of {found}; accepted: SepConv, SepConv, Attention, Attention")
+    head: Any = model.head
+    if not isinstance(head.fc, MlpHead | nn.Identity):
+        raise UnsupportedModelError(f"head.fc: found {type(head.fc).__name__}; accepted: MlpHead, or none")
     for index in (2, 3):
         for position, block in enumerate(stages[index].blocks):
             check_block(block, f"stages.{index}.blocks.{position}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+from diffrate.blocks.tokens import TokenState
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.grid import as_map, restore
 
@@ -24,10 +25,14 @@ class Features(_Model):
     norm: Any
     num_prefix_tokens: int
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised features `[B, N0, C]` of images `[B, 3, H, W]`, prefix tokens first."""
-        *_, last = self.run_blocks(self.enter(images).remembered())
-        return self.norm(restore(last))
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised features `[B, N0, C]` of images `x` `[B, 3, H, W]`, prefix tokens first.
+
+        Raises:
+            ValueError: a mask is asked for, or the images make another grid of tokens.
+        """
+        _refuse_masks(attn_mask, is_causal)
+        return self.norm(restore(self._remembering(x)[-1]))
 
     def forward_intermediates(
         self,
@@ -38,24 +43,37 @@ class Features(_Model):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
-        """What some blocks leave of images `x` `[B, 3, H, W]`, and `forward_features` of them, as in timm.
+        """What some blocks leave of images `x` `[B, 3, H, W]`, and normalised features of the last, as in timm.
 
         `indices` are the blocks, or how many of the last; `norm` normalises; maps are `[B, C, rows, columns]`,
-        or tokens `[B, N, C]` for the format "NLC", paired with the prefix tokens on request. Only the maps with
-        `intermediates_only`, and then no block after the last of them runs with `stop_early`.
+        or tokens `[B, N, C]` for the format "NLC", paired with the prefix tokens on request where there are any.
+        Only the maps with `intermediates_only`; no block after the last that was asked for runs with
+        `stop_early`; under timm's names with `output_dict`.
 
         Raises:
-            ValueError: another format.
+            ValueError: another format, a mask, or images of another grid of tokens.
         """
+        _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW' or 'NLC'")
         taken, highest = feature_take_indices(len(self.compressible_blocks()), _as_list(indices))
-        end = highest + 1 if stop_early else None
-        states = self.run_blocks(self.enter(x).remembered(), end)
-        found = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
-        maps = found if return_prefix_tokens else [features for features, _ in found]
-        return maps if intermediates_only else (self.norm(restore(states[-1])), maps)
+        states = self._remembering(x, highest + 1 if stop_early else None)
+        pairs = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
+        last = None if intermediates_only else self.norm(restore(states[-1]))
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            return _as_dict(last, pairs, with_prefix)
+        maps = pairs if with_prefix else [features for features, _ in pairs]
+        return maps if last is None else (last, maps)
+
+    def _remembering(self, x: Tensor, end: int | None = None) -> list[TokenState]:
+        """The tokens of images after each of the first `end` blocks, and what pruned ones last were."""
+        entry = self.enter(x)
+        return self.run_blocks(entry._replace(state=entry.state.remembered()), end)
 
     def _intermediate(self, x: Tensor, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor]:
         """Patch features in the format, and those of the prefix tokens, of tokens `[B, N0, C]`."""
@@ -66,3 +84,16 @@ class Features(_Model):
 
 def _as_list(indices: int | Sequence[int] | None) -> int | list[int] | None:
     return list(indices) if isinstance(indices, Sequence) else indices
+
+
+def _as_dict(last: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor]], with_prefix: bool) -> dict[str, Any]:
+    """Features under timm's names."""
+    found: dict[str, Any] = {"image_intermediates": [features for features, _ in pairs]}
+    if with_prefix:
+        found["image_intermediates_prefix"] = [prefix for _, prefix in pairs]
+    return found if last is None else found | {"image_features": last}
+
+
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask, is_causal: found a mask; accepted: none, tokens are compressed for whole images")

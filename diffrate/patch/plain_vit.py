@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError, check_block
+from diffrate.blocks.positions import Positions
 from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.flops import Count, VitShape, vit_flops
@@ -23,9 +24,10 @@ from diffrate.patch.features import Features
 from diffrate.patch.grid import restore
 from diffrate.patch.pooling import POOLS, pool_parts, pooled
 from diffrate.patch.shapes import block_shape, pool_shape, stem_flops, weights
+from diffrate.patch.sizes import Size
 from diffrate.patch.state import CompressionState
 
-Size = tuple[int, int]
+LEAST_PATCHES = 2  # one is nothing to choose from
 # Typed as a ViT for the reader and the type checker; at run time the families mix it in themselves.
 _Vit = VisionTransformer if TYPE_CHECKING else nn.Module
 
@@ -47,6 +49,15 @@ class CompressedVit(Features, CompressedModel, _Vit):
         """Rows and columns of patches of images of `size`, height and width."""
         rows, columns = self.patch_embed.dynamic_feat_size(size)
         return rows, columns
+
+    def patch_sides(self) -> Size:
+        """Height and width of a patch, or of what a convolutional stem before the patches leaves of one: 1."""
+        height, width = self.patch_embed.patch_size
+        return height, width
+
+    def pads(self) -> bool:
+        """Whether images that patches do not tile are padded."""
+        return bool(self.patch_embed.dynamic_img_pad)
 
     def built_for(self) -> Size | None:
         """Height and width of the only images that the model takes; None where it takes any."""
@@ -81,13 +92,17 @@ class CompressedVit(Features, CompressedModel, _Vit):
         rows, columns = self.grid_at(size)
         return rows * columns + self.num_prefix_tokens
 
-    def fixed_flops(self) -> int:
-        """Multiply-accumulates of each block that do not depend on its tokens."""
-        return 0
-
     def head_weights(self) -> int:
-        """Weights of the classifier: each is used once an image."""
+        """Weights of the classifier: each is used once an image, or once a position where there is no pooling."""
         return weights(self.head)
+
+    def fewest(self) -> int:
+        """The least that a block may keep: the prefix, and a patch where that says nothing of the image.
+
+        A class token does, unless attention pooling does not look at it.
+        """
+        unseen = self.global_pool == "map" and self.left_out() == self.num_prefix_tokens
+        return self.num_prefix_tokens + int(unseen or not self.speakers())
 
     def refused(self) -> list[str]:
         """What compression does not handle in this model, for a message."""
@@ -95,12 +110,16 @@ class CompressedVit(Features, CompressedModel, _Vit):
         return pool_parts(self) + (["patch_drop"] if not isinstance(dropped, nn.Identity | None) else [])
 
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
-        return vit_flops(self.shape, self.head_weights(), counts)
+        uses = 1 if self.global_pool else self.shape.tokens
+        return vit_flops(self.shape, self.head_weights() * uses, counts)
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
+    def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
+        return self.norm_pre(self._pos_embed(self.patch_embed(images))), self.no_positions()
 
-    def followed(self, state: TokenState, schedule: Schedule | None) -> TokenState:
+    def has_head(self) -> bool:
+        return bool(self.global_pool) and super().has_head()
+
+    def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
         """Where there is no pooling, the head looks at every position of the grid."""
         return state if self.global_pool else state.remembered()
 
@@ -149,10 +168,24 @@ def _check(model: CompressedVit) -> None:
 
 def _image_size(model: CompressedVit, wanted: Size | None) -> Size:
     built = model.built_for()
-    if built is not None and wanted is not None and wanted != built:
-        found, accepted = (" x ".join(map(str, size)) for size in (wanted, built))
-        raise UnsupportedModelError(f"input_size: found {found}; accepted: {accepted}, which the model is built for")
-    return wanted or built or model.usual_size()
+    if wanted is None:
+        return built or model.usual_size()
+    if built not in (None, wanted):
+        raise UnsupportedModelError(f"{_named(wanted)}; accepted: {_sides(built)}, which the model is built for")
+    if model.grid_at(wanted)[0] * model.grid_at(wanted)[1] < LEAST_PATCHES:
+        raise UnsupportedModelError(f"{_named(wanted)}; accepted: {LEAST_PATCHES} patches at least")
+    patch, pads = model.patch_sides(), model.pads()
+    if not pads and any(side % step for side, step in zip(wanted, patch, strict=True)):
+        raise UnsupportedModelError(f"{_named(wanted)}; accepted: multiples of {_sides(patch)}, a patch's sides")
+    return wanted
+
+
+def _named(size: Size) -> str:
+    return f"input_size: found {_sides(size)}"
+
+
+def _sides(size: Size) -> str:
+    return " x ".join(map(str, size))
 
 
 def _space(model: CompressedVit, size: Size) -> SearchSpace:
@@ -160,21 +193,21 @@ def _space(model: CompressedVit, size: Size) -> SearchSpace:
     whole = {0} if model.read is not None else {0, depth - 1}
     searchable = tuple(block for block in range(depth) if block not in whole)
     if not searchable:
-        raise UnsupportedModelError(f"found {depth} blocks; accepted: one at least that may reduce tokens")
+        raise UnsupportedModelError(f"blocks: found {depth}; accepted: from {len(whole) + 1}")
     return SearchSpace(
         limits=(model.tokens_at(size),) * depth,
         searchable=searchable,
         prunes=True,
         prefix=prefix,
-        least=prefix if model.speakers() else prefix + 1,
+        least=model.fewest(),
     )
 
 
 def _shape(model: CompressedVit, size: Size) -> VitShape:
-    fixed = model.fixed_flops()
     return VitShape(
+        tokens=model.tokens_at(size),
         embedding=model.embedding_flops(size),
-        blocks=tuple(block_shape(block, fixed) for block in model.blocks),
+        blocks=tuple(block_shape(block) for block in model.blocks),
         pool=pool_shape(model),
         left_out=model.left_out(),
     )

@@ -1,4 +1,4 @@
-"""The two plain forms that the paper compresses: `deit` and `mae` refuse all others."""
+"""The two plain forms that the paper compresses: a class token alone in front, and one of two poolings."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor
 
 from diffrate.blocks.positions import PairBias, Positions
-from diffrate.patch.plain_vit import CompressedVit, Size
+from diffrate.patch.plain_vit import CompressedVit
 from diffrate.patch.shapes import weights
+from diffrate.patch.sizes import Size
 
 
 class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
@@ -30,19 +31,14 @@ class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
         """What makes the biases: a module for each block, or one for all."""
         return {block.attn.rel_pos or self.shared_rel_pos for block in self.blocks}
 
-    @property
-    def looks_up_places(self) -> bool:
-        return True
-
-    def positions(self) -> Sequence[Positions]:
-        if self.shared_rel_pos is None:
-            return [PairBias(partial(_bias, block.attn.rel_pos)) for block in self.blocks]
-        shared = _bias(self.shared_rel_pos)
-        return [PairBias(lambda: shared)] * len(self.blocks)
-
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         x = self.patch_embed(images)
-        return x if self.cls_token is None else torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.shared_rel_pos is None:
+            return x, [PairBias(partial(_bias, block.attn.rel_pos)) for block in self.blocks]
+        shared = _bias(self.shared_rel_pos)
+        return x, [PairBias(lambda: shared)] * len(self.blocks)
 
     def embedding_flops(self, size: Size) -> int:
         """The networks that make biases are counted here: they run once for all tokens."""

@@ -15,15 +15,14 @@ from diffrate.blocks.projection import projection_of
 from diffrate.budgets.flops import BlockShape, PoolShape
 
 
-def block_shape(block: nn.Module, fixed: int = 0) -> BlockShape:
-    """The shape of one attention block; `fixed` multiply-accumulates do not depend on its tokens."""
+def block_shape(block: nn.Module) -> BlockShape:
+    """The shape of one attention block."""
     attention = getattr(block, form_of(block).attention)
     assert isinstance(block.mlp, nn.Module)
     return BlockShape(
         projections=sum(weights(layer) for layer in attention.children() if isinstance(layer, nn.Linear)),
         mixing=projection_of(attention).mixing(attention),
         mlp=weights(block.mlp),
-        fixed=fixed,
     )
 
 

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from torch import nn
 
+from diffrate.blocks.forms import UnsupportedModelError
+
 DEFAULT_INPUT = (3, 224, 224)
+Size = tuple[int, int]
 
 
-def configured_size(model: nn.Module) -> tuple[int, int]:
+def configured_size(model: nn.Module) -> Size:
     """Height and width in the model's `pretrained_cfg`; 224 pixels where it has none."""
     config = getattr(model, "pretrained_cfg", None) or {}
     _, height, width = config.get("input_size") or DEFAULT_INPUT
     return height, width
+
+
+def as_size(size: Any) -> Size:
+    """Height and width in pixels, of both or of one side.
+
+    Raises:
+        UnsupportedModelError: `size` is neither.
+    """
+    try:
+        sides = [operator.index(side) for side in (size if isinstance(size, list | tuple) else (size, size))]
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or min(sides) < 1:
+        raise UnsupportedModelError(f"input_size: found {size!r}; accepted: height and width in pixels, or a side")
+    return sides[0], sides[1]

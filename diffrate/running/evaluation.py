@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.group import all_sum
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, has_classifier
 from diffrate.running.precision import autocast, place_of, to_place
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -79,7 +79,7 @@ def evaluate(
         UnsupportedModelError: the model has no head.
         ValueError: there is no batch.
     """
-    if getattr(model, "num_classes", None) == 0:
+    if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
     place = place_of(model, device)
     options: dict[str, Any] = {"return_flop": False} if _is_compressed(model) else {}

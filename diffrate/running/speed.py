@@ -102,7 +102,8 @@ def forward_pass(
 ) -> Callable[[], Tensor]:
     """What runs `model`, plain or compressed, on random images of `size`, rows and columns; it is changed in place."""
     model = model.eval().requires_grad_(False).to(device, dtype)
-    images = torch.randn(batch_size, 3, *size, device=device, dtype=dtype)
+    channels = getattr(model, "in_chans", 3)
+    images = torch.randn(batch_size, channels, *size, device=device, dtype=dtype)
     forward = compile_model(model) if compiled else model
     options: dict[str, Any] = {"return_flop": False} if isinstance(model, CompressedModel) else {}
 

@@ -112,9 +112,9 @@ def search(
     """
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
-    if criterion is None and not model.num_classes:
+    if criterion is None and not model.has_head():
         raise UnsupportedModelError(
-            "found a model without a head; accepted: one with classes, or a criterion of your own"
+            "found a model without a head; accepted: one with classes and a pooling, or a criterion"
         )
     place = place_of(model, device)
     settings = SearchSettings(
