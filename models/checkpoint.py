@@ -71,6 +71,9 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
     optional = {key for key in expected if key.startswith(COMPRESSION_PREFIX)}
     if not optional:
         found = {key: value for key, value in found.items() if not key.startswith(COMPRESSION_PREFIX)}
+    # What this project saves has buffers that timm computes by itself, at this size of images.
+    computed = {key for key, _ in model.named_buffers()} - expected.keys()
+    found = {key: value for key, value in found.items() if key not in computed}
     if not any(key.startswith(POOLING) for key in expected):
         found = {key: value for key, value in found.items() if not key.startswith(POOLING)}
     reinitialized, why = _drop_other_head(found, expected), "the head has another number of classes"

@@ -25,6 +25,7 @@ FORMAT_FIELD = "format"
 FORMAT = "diffrate 1"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SHOWN = 60  # characters of a refused value in a message
+LONGEST = 65536  # pixels of a side: the counts of tokens that come of more are no numbers that torch takes
 
 
 class SavedModelError(ValueError):
@@ -36,7 +37,7 @@ class About:
     """What a saved file says of its model.
 
     architecture: timm's name of it.
-    arguments: what timm's constructor gets that differs from the architecture's own, JSON values.
+    arguments: what `timm.create_model` gets beside the architecture's name, JSON values.
     num_classes: outputs; 0 for a model without a head.
     input_size: channels, height and width of the images, in pixels.
     mean, std: what images in [0, 1] are normalised with, per channel.
@@ -128,6 +129,11 @@ def is_saved_model(path: str | Path) -> bool:
         return False
 
 
+def is_argument(value: Any) -> bool:
+    """Whether a value that JSON gives can be an argument: text, number, truth value or none, or an array of those."""
+    return _is_scalar(value) or _array_of(_is_scalar)(value)
+
+
 class _Field(NamedTuple):
     """The values that an entry of the header takes, in words and as a check, and how it is written."""
 
@@ -161,6 +167,10 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool | str) or _is_number(value)
 
 
+def _is_extent(value: Any) -> bool:
+    return _is_count(value) and value <= LONGEST
+
+
 def _array_of(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
     def fits_all(value: Any) -> bool:
         return isinstance(value, list) and length in (None, len(value)) and bool(value) and all(map(fits, value))
@@ -169,8 +179,7 @@ def _array_of(fits: Callable[[Any], bool], length: int | None = None) -> Callabl
 
 
 def _are_arguments(value: Any) -> bool:
-    each = _array_of(_is_scalar)
-    return isinstance(value, dict) and all(_is_scalar(argument) or each(argument) for argument in value.values())
+    return isinstance(value, dict) and all(map(is_argument, value.values()))
 
 
 def _are_texts(value: Any) -> bool:
@@ -181,7 +190,7 @@ _FIELDS: dict[str, _Field] = {
     "architecture": _Field("the name of a timm model", _is_line, plain=True),
     "arguments": _Field("an object of numbers, texts and arrays of them", _are_arguments),
     "num_classes": _Field("a whole number from 0", _is_whole),
-    "input_size": _Field("channels, height and width, whole numbers from 1", _array_of(_is_count, 3)),
+    "input_size": _Field(f"channels, height and width, whole numbers from 1 to {LONGEST}", _array_of(_is_extent, 3)),
     "mean": _Field("an array of numbers", _array_of(_is_number)),
     "std": _Field("an array of numbers above 0", _array_of(_is_positive)),
     "interpolation": _Field(f"one of {', '.join(INTERPOLATIONS)}", INTERPOLATIONS.__contains__, plain=True),

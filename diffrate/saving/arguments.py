@@ -1,125 +1,65 @@
 """The arguments that make timm's constructor build a model of the same structure.
 
-The model says by its parts what it was built with, also where they were changed afterwards, as by
-timm's `reset_classifier`.
+timm keeps what `timm.create_model` was given. What was changed afterwards, as by timm's `reset_classifier`,
+and what a configuration of pretrained weights decided, the model shows by its parts.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from timm.layers.drop import DropPath
-from timm.models.metaformer import MetaFormer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import is_model_in_modules
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 
-from diffrate.patch.base import CompressedModel
-from diffrate.saving.about import SavedModelError
+from diffrate.patch.any import families
+from diffrate.saving.about import SavedModelError, is_argument
 from diffrate.saving.plain import plain_model
+from diffrate.saving.readers import READERS
 
-Reader = Callable[[Any], Any]
-
-
-def _present(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, nn.Identity)
-
-
-def _side(sides: tuple[int, int]) -> int | list[int]:
-    return sides[0] if sides[0] == sides[1] else list(sides)
-
-
-def _mlp_ratio(model: Any) -> float:
-    """The ratio that timm, which rounds down, makes the hidden width from."""
-    width, hidden = model.embed_dim, model.blocks[0].mlp.fc1.out_features
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _drop_path_rate(model: nn.Module) -> float:
-    """The highest rate of all blocks. timm computes the rates in float32: rounded, they are as given."""
-    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
-    return round(float(max(rates, default=0.0)), 6)
-
-
-def _scales(model: Any, name: str) -> list[float | None]:
-    """For each stage what its scales start at, or None where it has none."""
-    return [1.0 if _present(getattr(stage.blocks[0], name)) else None for stage in model.stages]
-
-
-# How each argument is read off a model, by timm's names. Those that the constructor of the model's class
-# does not have are passed over, so that classes of one kind can share a table. Values are JSON's, and
-# never None, which `timm.create_model` takes for an argument that is not given.
-_ANY: dict[str, Reader] = {
-    "in_chans": lambda model: next(part for part in model.modules() if isinstance(part, nn.Conv2d)).in_channels,
-    "num_classes": lambda model: model.num_classes,
-    "drop_path_rate": _drop_path_rate,
+# Arguments that no single part shows: known by what `timm.create_model` was given. A file's arguments go on to
+# timm: here belongs nothing that makes timm fetch or read other files.
+_ATTENTION = {"num_kv_heads", "qkv_fused", "attn_type", "attn_layer", "attn_gated", "attn_only_layer_scale"}
+_MLP = {"swiglu_mlp", "swiglu_align_to"}
+_LAYERS = {"norm_layer", "embed_norm_layer", "act_layer", "use_post_norm"}
+_ROTARY = {
+    *("use_rot_pos_emb", "rope_type", "rope_temperature", "rope_grid_offset", "rope_grid_indexing"),
+    *("rope_rotate_half", "rope_mrope_section", "ref_feat_shape", "rope_ref_feat_shape"),
+    *("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
 }
-_VIT: dict[str, Reader] = _ANY | {
-    "img_size": lambda model: _side(model.patch_embed.img_size),
-    "patch_size": lambda model: _side(model.patch_embed.patch_size),
-    "global_pool": lambda model: model.global_pool,
-    "embed_dim": lambda model: model.embed_dim,
-    "depth": lambda model: len(model.blocks),
-    "num_heads": lambda model: model.blocks[0].attn.num_heads,
-    "mlp_ratio": _mlp_ratio,
-    "qkv_bias": lambda model: model.blocks[0].attn.qkv.bias is not None,
-    "qk_norm": lambda model: _present(model.blocks[0].attn.q_norm),
-    "scale_attn_norm": lambda model: _present(model.blocks[0].attn.norm),
-    "scale_mlp_norm": lambda model: _present(model.blocks[0].mlp.norm),
-    "proj_bias": lambda model: model.blocks[0].attn.proj.bias is not None,
-    "init_values": lambda model: float(getattr(model.blocks[0].ls1, "init_values", 0.0)),  # 0 is timm's "none"
-    "class_token": lambda model: model.cls_token is not None,
-    "pos_embed": lambda model: "none" if model.pos_embed is None else "learn",
-    "no_embed_class": lambda model: model.no_embed_class,
-    "reg_tokens": lambda model: model.num_reg_tokens,
-    "pre_norm": lambda model: _present(model.norm_pre),
-    "final_norm": lambda model: _present(model.norm) or _present(model.fc_norm),
-    "fc_norm": lambda model: _present(model.fc_norm),
-    "pool_include_prefix": lambda model: model.pool_include_prefix,
-    "dynamic_img_size": lambda model: model.dynamic_img_size,
-    "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
-    "drop_rate": lambda model: model.head_drop.p,
-    "pos_drop_rate": lambda model: model.pos_drop.p,
-    "proj_drop_rate": lambda model: model.blocks[0].attn.proj_drop.p,
-    "attn_drop_rate": lambda model: model.blocks[0].attn.attn_drop.p,
+_RELATIVE = {"use_rel_pos_bias", "use_shared_rel_pos_bias", "rel_pos_type", "rel_pos_dim", "shared_rel_pos"}
+_ANY_SIZE = {
+    *("use_naflex", "use_key_only_attn_mask", "embed_proj_type", "patchify_channels_last", "enable_patch_interpolator"),
+    *("pos_embed_interp_mode", "pos_embed_ar_preserving", "pos_embed_antialias", "pos_embed_align_corners"),
+    "pos_embed_use_grid_sample",
 }
-_METAFORMER: dict[str, Reader] = _ANY | {
-    "global_pool": lambda model: model.head.global_pool.pool_type,
-    "depths": lambda model: [len(stage.blocks) for stage in model.stages],
-    "dims": lambda model: [stage.blocks[0].norm1.weight.shape[0] for stage in model.stages],
-    "mlp_bias": lambda model: model.stages[0].blocks[0].mlp.fc1.bias is not None,
-    "layer_scale_init_values": lambda model: _scales(model, "layer_scale1"),
-    "res_scale_init_values": lambda model: _scales(model, "res_scale1"),
-    "use_mlp_head": lambda model: model.use_mlp_head,
-    "drop_rate": lambda model: model.head.drop.p,
-    "proj_drop_rate": lambda model: model.stages[0].blocks[0].mlp.drop1.p,
-}
-READERS: Mapping[type[nn.Module], Mapping[str, Reader]] = {VisionTransformer: _VIT, MetaFormer: _METAFORMER}
-ARGUMENTS = frozenset(name for table in READERS.values() for name in table)
+_POOLING = {"attn_pool_num_heads", "attn_pool_mlp_ratio"}
+_MIXERS = {"head_dim", "expansion_ratio", "kernel_size", "padding", "bias"}
+ARGUMENTS = frozenset(READERS) | _ATTENTION | _MLP | _LAYERS | _ROTARY | _RELATIVE | _ANY_SIZE | _POOLING | _MIXERS
 
 
 def constructor_arguments(model: nn.Module) -> dict[str, Any]:
     """What `timm.create_model` needs beyond the architecture's name to build a model like `model`.
 
-    JSON values; arguments that are the architecture's own are left out. Whether they are all it takes is
-    for a comparison of the two models to say: parts that no argument stands for are passed over here.
+    JSON values. Whether they are all it takes is for a comparison of the two models to say: what no argument
+    stands for, or one that is no JSON value, is passed over here.
 
     Raises:
         SavedModelError: `model` does not come from `timm.create_model`, or timm builds none like it.
     """
     architecture = architecture_of(model)
-    wanted = _readings(model)
-    arguments: dict[str, Any] = {}
+    arguments, shown = _given(model, architecture), _readings(model)
     while True:
         # Defaults depend on other arguments (the norm's place on the pooling): look again at what they make.
         made = _readings(plain_model(architecture, arguments))
-        differing = {name: value for name, value in wanted.items() if made.get(name) != value}
-        if differing.keys() <= arguments.keys():
-            return arguments
-        arguments |= differing
+        differing = {name: value for name, value in shown.items() if made.get(name) != value}
+        corrected = arguments | differing
+        if corrected == arguments:
+            return dict(sorted(arguments.items()))
+        arguments = corrected
 
 
 def architecture_of(model: nn.Module) -> str:
@@ -138,19 +78,37 @@ def architecture_of(model: nn.Module) -> str:
     return architecture
 
 
+def _given(model: nn.Module, architecture: str) -> dict[str, Any]:
+    """What `timm.create_model` was given for `model`, as far as a file can hold it."""
+    # timm's own get_model_args adds what was not given, which not every architecture takes, and leaves rates out.
+    given: Mapping[str, Any] = getattr(model, "_model_args", {})
+    as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    kept = {name: value for name, value in as_json.items() if name in ARGUMENTS and is_argument(value)}
+    if _timm_class(model) is NaFlexVit and not is_model_in_modules(architecture, "naflexvit"):
+        kept["use_naflex"] = True  # an environment variable of timm's may have said so instead
+    return kept
+
+
 def _readings(model: nn.Module) -> dict[str, Any]:
     """Every argument that `model` shows, whatever it is by default."""
-    timm_class = _timm_class(model)
-    readers = next((READERS[kind] for kind in timm_class.__mro__ if kind in READERS), _ANY)
     readings = {}
-    for name in readers.keys() & inspect.signature(timm_class).parameters.keys():
+    for name in READERS.keys() & _parameters(_timm_class(model)):
         try:
-            readings[name] = readers[name](model)
+            value = READERS[name](model)
         except AttributeError:  # a part of another kind, which the comparison of the models names
             continue
-    return dict(sorted(readings.items()))
+        if value is not None:  # which `timm.create_model` takes for an argument that is not given
+            readings[name] = value
+    return readings
+
+
+def _parameters(timm_class: type[nn.Module]) -> set[str]:
+    """The names of the arguments that timm's class takes, in its own name or its parents'."""
+    names = {field.name for field in fields(NaFlexVitCfg)} if timm_class is NaFlexVit else set()
+    kinds = timm_class.__mro__[: timm_class.__mro__.index(nn.Module)]
+    return names.union(*(inspect.signature(kind).parameters for kind in kinds))
 
 
 def _timm_class(model: nn.Module) -> type[nn.Module]:
     """The class of `model` before it was patched."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, CompressedModel))
+    return next((kind for kind in type(model).__mro__ if kind in families()), type(model))

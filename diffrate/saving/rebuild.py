@@ -22,9 +22,12 @@ CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "c
 # What passes its input on in evaluation, whatever its rate.
 PASSING = (nn.Identity, nn.Dropout, DropPath)
 # Attributes that only training, first weights, or timm's own attention read.
-UNREAD = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "fix_init", "init_values", "drop_rate"}
+UNREAD = {
+    *("training", "grad_checkpointing", "fused_attn", "drop_rate", "distilled_training"),
+    *("weight_init_mode", "fix_init", "init_values", "head_init_scale"),
+}
 LOADED = {"schedule"}  # attributes that are part of the state, as tensors are
-Plain = bool | int | float | str | ReductionRules | None
+Plain = bool | int | float | str | ReductionRules
 
 
 def rebuild(about: About, where: str = "") -> CompressedModel:
@@ -37,11 +40,14 @@ def rebuild(about: About, where: str = "") -> CompressedModel:
     if unknown:
         # Some would make timm fetch or read other files.
         raise SavedModelError(f"{where}arguments: found {unknown[0]!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
-    config = {name: getattr(about, name) for name in CONFIG_FIELDS}
+    _, height, width = about.input_size
     try:
-        model = plain_model(about.architecture, about.arguments, config)
+        model: Any = plain_model(about.architecture, about.arguments)
+        # Not before it is built: timm would take the images' size for that of the table of positions.
+        config = {name: getattr(about, name) for name in CONFIG_FIELDS}
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config}
         with torch.device("meta"):
-            return vit(model, *about.granularity)
+            return vit(model, *about.granularity, (height, width))
     except (SavedModelError, UnsupportedModelError, RateError) as error:
         raise SavedModelError(f"{where}{error}") from error
 
@@ -78,17 +84,18 @@ def _facts(module: nn.Module) -> dict[str, Any]:
         return {"": "Identity()"}
     settings = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in UNREAD | LOADED}
     tensors = {**module._parameters, **module._buffers}
+    # None is like nothing at all: where a part was taken away, timm leaves one or the other.
     return {
         "": f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})",
-        **{name: _as_list(value) for name, value in settings.items() if _is_plain(value)},
-        **{name: None if tensor is None else list(tensor.shape) for name, tensor in tensors.items()},
+        **{name: _as_list(value) for name, value in settings.items() if value is not None and _is_plain(value)},
+        **{name: list(tensor.shape) for name, tensor in tensors.items() if tensor is not None},
     }
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
-    return isinstance(value, Plain)
+    return value is None or isinstance(value, Plain)
 
 
 def _as_list(value: Any) -> Any:
