@@ -100,10 +100,11 @@ def _entry_of(saved: About, name: str) -> ModelEntry:
         )
     inputs: dict[str, Any] = {
         "architecture": saved.architecture,
-        "options": saved.arguments,
+        "options": {key: tuple(value) if isinstance(value, list) else value for key, value in saved.arguments.items()},
         "num_classes": saved.num_classes,
         "input_size": (rows, columns),
         "crop_pct": saved.crop_pct,
+        "crop_mode": saved.crop_mode,
         "mean": saved.mean,
         "std": saved.std,
         "interpolation": saved.interpolation,
@@ -112,12 +113,4 @@ def _entry_of(saved: About, name: str) -> ModelEntry:
     published = find(name)
     if published is not None:
         return replace(published, **inputs)
-    return ModelEntry(name=name, schedule_key=name, weights=None, crop_mode=_crop_mode(name), **inputs)
-
-
-def _crop_mode(name: str) -> str:
-    """How pictures are cropped for a saved model, which its file does not say: as timm does under its name."""
-    try:
-        return ModelEntry.crop_mode if ":" in name else models.entry_of(name).crop_mode
-    except models.UnknownModelError:  # of the user's own
-        return ModelEntry.crop_mode
+    return ModelEntry(name=name, schedule_key=name, weights=None, **inputs)

@@ -23,6 +23,7 @@ from diffrate.files import first_line
 
 FORMAT_FIELD = "format"
 FORMAT = "diffrate 1"
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SHOWN = 60  # characters of a refused value in a message
 LONGEST = 65536  # pixels of a side: the counts of tokens that come of more are no numbers that torch takes
@@ -42,6 +43,7 @@ class About:
     input_size: channels, height and width of the images, in pixels.
     mean, std: what images in [0, 1] are normalised with, per channel.
     interpolation, crop_pct: how photographs are resized, and the share of the side that is kept.
+    crop_mode: timm's word for how, with sides of another ratio: cut, squashed, or with a border.
     schedule: kept counts per block, with the tokens that enter the first.
     granularity: steps between the candidates of a count in search, pruning and merging.
     gflops: 10^9 multiply-accumulates of one image at the schedule.
@@ -62,6 +64,7 @@ class About:
     granularity: tuple[int, int]
     gflops: float
     versions: dict[str, str]
+    crop_mode: str = CROP_MODES[0]
     name: str | None = None
     classes: tuple[str, ...] | None = None
 
@@ -96,6 +99,7 @@ class About:
             check_schedule(schedule, (tokens,) * len(merge), prune is not None, where)
         except ScheduleError as error:
             raise SavedModelError(str(error)) from error
+        values["crop_mode"] = values["crop_mode"] or CROP_MODES[0]  # of files from before there was a choice
         arrays = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(schedule=schedule, **{**values, **arrays})
 
@@ -195,6 +199,7 @@ _FIELDS: dict[str, _Field] = {
     "std": _Field("an array of numbers above 0", _array_of(_is_positive)),
     "interpolation": _Field(f"one of {', '.join(INTERPOLATIONS)}", INTERPOLATIONS.__contains__, plain=True),
     "crop_pct": _Field("a number above 0", _is_positive),
+    "crop_mode": _Field(f"one of {', '.join(CROP_MODES)}", CROP_MODES.__contains__, plain=True, optional=True),
     PRUNE_FIELD: _Field("an array of whole numbers from 1", _array_of(_is_count), optional=True),
     MERGE_FIELD: _Field("an array of whole numbers from 1", _array_of(_is_count)),
     TOKENS_FIELD: _Field("a whole number from 1", _is_count),

@@ -19,7 +19,7 @@ from diffrate.budgets.schedule import Schedule, ScheduleError
 from diffrate.files import first_line, whole_path
 from diffrate.patch.base import CompressedModel
 from diffrate.saving import hub
-from diffrate.saving.about import About, SavedModelError, about
+from diffrate.saving.about import CROP_MODES, About, SavedModelError, about
 from diffrate.saving.arguments import architecture_of, constructor_arguments
 from diffrate.saving.rebuild import check_alike, rebuild
 
@@ -97,6 +97,7 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         std=config.get("std"),
         interpolation=config.get("interpolation"),
         crop_pct=config.get("crop_pct"),
+        crop_mode=config.get("crop_mode") or CROP_MODES[0],
         schedule=replace(schedule, tokens=model.compression.space.limits[0]),
         granularity=(model.compression.granularity["prune"], model.compression.granularity["merge"]),
         gflops=model.flops_at(schedule) / 1e9,

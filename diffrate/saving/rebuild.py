@@ -18,7 +18,7 @@ from diffrate.saving.about import About, SavedModelError
 from diffrate.saving.arguments import ARGUMENTS
 from diffrate.saving.plain import plain_model
 
-CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct")
+CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 # What passes its input on in evaluation, whatever its rate.
 PASSING = (nn.Identity, nn.Dropout, DropPath)
 # Attributes that only training, first weights, or timm's own attention read.

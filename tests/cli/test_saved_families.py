@@ -1,0 +1,33 @@
+"""Files of `diffrate.save` on the command line, of models whose buffers and arguments are of other kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffrate
+import models
+from cli.entry import chosen_entry
+from cli.flags import parse_flags
+from tests.constructions import build, size_of
+
+
+@pytest.mark.parametrize(
+    "name", ["rope_dinov3_biases", "rope_fewer_keys", "relative_table", "distilled", "naflex_rope"]
+)
+def test_a_saved_model_is_built_again_from_its_entry(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    model = diffrate.patch.vit(build(name).float(), 1, 1, size_of(name))
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": "squash"}
+    schedule = model.dense_schedule()
+    model.set_kept_num(schedule.prune, schedule.merge)
+    diffrate.save(model, file)
+    entry = chosen_entry(parse_flags(["--eval", "--checkpoint", str(file), "--data-path", str(tmp_path)]).model)
+    assert (entry.input_size, entry.crop_mode) == (size_of(name), "squash")
+    again = models.create(entry).eval()
+    models.load_weights(again, file)
+    images = torch.randn(2, 3, *size_of(name))
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model.eval()(images, return_flop=False), atol=1e-5, rtol=1e-4)
