@@ -45,7 +45,10 @@ def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
         raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
     except (RuntimeError, ValueError, AttributeError, IndexError, TypeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"checkpoint {name} does not fit the model: {reason}") from error
+        kind = next(base.__name__ for base in type(model).__mro__ if base.__module__.startswith(TIMM))
+        raise CheckpointError(
+            f"checkpoint {name} does not fit the model: timm does not read it as weights of {kind} ({reason})"
+        ) from error
 
 
 def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:

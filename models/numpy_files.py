@@ -43,6 +43,8 @@ def read_numpy(path: Path, model: nn.Module) -> StateDict:
             f"checkpoint {path}: timm's {type(model).__name__} reads no {SUFFIX} files; "
             "accepted: a file of torch.save with plain tensors, or safetensors"
         )
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"checkpoint {path}: found no NumPy archive; accepted: one of numpy.savez")
     try:
         reader.reset_classifier(_classes(path))  # a head is read where it has as many classes as the model's
         read = {name: value for name, value in model.named_parameters() if not name.startswith(COMPRESSION_PREFIX)}

@@ -226,7 +226,7 @@ def test_archives_that_are_none_or_of_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(models.CheckpointError, match=f"{file}: cannot be read into VisionTransformer"):
         models.read_file(entry, str(file), entry.input_size)
     file.write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(models.CheckpointError, match=f"{file}: cannot be read into VisionTransformer"):
+    with pytest.raises(models.CheckpointError, match=f"{file}: found no NumPy archive; accepted: one of numpy.savez"):
         models.read_file(entry, str(file), entry.input_size)
     with pytest.raises(models.CheckpointError, match="no such file"):
         models.read_file(entry, str(tmp_path / "gone.npz"), entry.input_size)
