@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffrate.blocks.positions import Positions
 from diffrate.patch.rotary import RotaryVit
-from diffrate.patch.sizes import Size, configured_size
+from diffrate.patch.sizes import Size, as_size, configured_size
 
 
 class CompressedNaFlex(RotaryVit, NaFlexVit):
@@ -29,8 +29,7 @@ class CompressedNaFlex(RotaryVit, NaFlexVit):
         return rows, columns
 
     def patch_sides(self) -> Size:
-        height, width = self.embeds.patch_size
-        return height, width
+        return as_size(self.embeds.patch_size, "patch_size")
 
     def pads(self) -> bool:
         return bool(self.embeds.dynamic_img_pad)

@@ -24,7 +24,7 @@ from diffrate.patch.features import Features
 from diffrate.patch.grid import restore
 from diffrate.patch.pooling import POOLS, pool_parts, pooled
 from diffrate.patch.shapes import block_shape, pool_shape, stem_flops, weights
-from diffrate.patch.sizes import Size
+from diffrate.patch.sizes import Size, as_size
 from diffrate.patch.state import CompressionState
 
 LEAST_PATCHES = 2  # one is nothing to choose from
@@ -52,8 +52,7 @@ class CompressedVit(Features, CompressedModel, _Vit):
 
     def patch_sides(self) -> Size:
         """Height and width of a patch, or of what a convolutional stem before the patches leaves of one: 1."""
-        height, width = self.patch_embed.patch_size
-        return height, width
+        return as_size(self.patch_embed.patch_size, "patch_size")
 
     def pads(self) -> bool:
         """Whether images that patches do not tile are padded."""

@@ -20,8 +20,8 @@ def configured_size(model: nn.Module) -> Size:
     return height, width
 
 
-def as_size(size: Any) -> Size:
-    """Height and width in pixels, of both or of one side.
+def as_size(size: Any, name: str = "input_size") -> Size:
+    """Height and width in pixels, of both or of one side; `name` stands for them in messages.
 
     Raises:
         UnsupportedModelError: `size` is neither.
@@ -31,5 +31,5 @@ def as_size(size: Any) -> Size:
     except TypeError:
         sides = []
     if len(sides) != 2 or min(sides) < 1:
-        raise UnsupportedModelError(f"input_size: found {size!r}; accepted: height and width in pixels, or a side")
+        raise UnsupportedModelError(f"{name}: found {size!r}; accepted: height and width in pixels, or a side")
     return sides[0], sides[1]
