@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,14 @@ def test_sizes_that_a_model_cannot_take_are_refused(name: str, size: Any, messag
         diffrate.patch.vit(model, 1, 1, size)
     assert not isinstance(model, diffrate.CompressedModel)
     assert not hasattr(model, "compression")
+
+
+def test_a_size_that_patches_do_not_tile_is_taken_where_the_model_is_built_for_it(tmp_path: Path) -> None:
+    """As timm's ViT-So400m of patches of 14 at 384 pixels, which drops what is left over; also from a file."""
+    model = diffrate.patch.vit(build("class_token", img_size=36), 1, 1, (36, 36))
+    assert model.token_grid == (4, 4)
+    diffrate.save(model, tmp_path / "model.safetensors")
+    assert diffrate.load(tmp_path / "model.safetensors").image_size == (36, 36)
 
 
 @pytest.mark.parametrize("size", [32, [32, 32], (40, 24)])

@@ -167,9 +167,9 @@ def _check(model: CompressedVit) -> None:
 
 def _image_size(model: CompressedVit, wanted: Size | None) -> Size:
     built = model.built_for()
-    if wanted is None:
+    if wanted is None or wanted == built:  # also where patches do not tile it: timm drops what is left over
         return built or model.usual_size()
-    if built not in (None, wanted):
+    if built is not None:
         raise UnsupportedModelError(f"{_named(wanted)}; accepted: {_sides(built)}, which the model is built for")
     if model.grid_at(wanted)[0] * model.grid_at(wanted)[1] < LEAST_PATCHES:
         raise UnsupportedModelError(f"{_named(wanted)}; accepted: {LEAST_PATCHES} patches at least")
