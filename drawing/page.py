@@ -56,7 +56,7 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
     images = torch.stack([transform(photograph) for photograph in photographs]).to(weight.device, weight.dtype)
     model.eval()
     states = model.forward_blocks(images)
-    heads = bool(model.num_classes)
+    heads = model.has_head()
     compressed = _probabilities(model.classify(states[-1])) if heads else None
     dense = _probabilities(_dense_logits(model, images)) if heads else None
     first = model.compression.space.prefix

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-from models.download import fetch
+from models.download import fetch, first_line
 from models.errors import CheckpointError
 from models.layouts import COMPRESSION_PREFIX, StateDict, convert
 from models.numpy_files import is_numpy_file, read_numpy
@@ -116,7 +116,7 @@ def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
     try:
         state: Mapping[str, Any] = load_state_dict(str(path), weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"checkpoint {path}: cannot be read, cut short or not a checkpoint ({reason}); "
             "accepted: a file of torch.save with plain tensors, safetensors, or for Google's ViTs .npz"

@@ -12,6 +12,7 @@ from typing import Any
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
+from models.download import first_line
 from models.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
@@ -44,7 +45,7 @@ def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
     except KeyError as error:
         raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
     except (RuntimeError, ValueError, AttributeError, IndexError, TypeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         kind = next(base.__name__ for base in type(model).__mro__ if base.__module__.startswith(TIMM))
         raise CheckpointError(
             f"checkpoint {name} does not fit the model: timm does not read it as weights of {kind} ({reason})"

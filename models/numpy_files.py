@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from models.download import first_line
 from models.errors import CheckpointError
 from models.layouts import COMPRESSION_PREFIX, StateDict
 
@@ -53,7 +54,7 @@ def read_numpy(path: Path, model: nn.Module) -> StateDict:
                 parameter.fill_(math.nan)  # what is not in the file shows
         reader.load_pretrained(str(path))
     except UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"checkpoint {path}: cannot be read into {type(model).__name__} ({reason})") from error
     missing = [name for name, parameter in read.items() if parameter.isnan().any()]
     if missing:

@@ -42,13 +42,11 @@ class PoolShape:
 class VitShape:
     """What the cost of a ViT depends on.
 
-    tokens: of one image before the first block, prefix included.
-    embedding: multiply-accumulates of making them, and what else an image costs once.
+    embedding: multiply-accumulates of making the tokens of one image, and what else it costs once.
     blocks: all that there are, in order.
     left_out: the first tokens that pooling does not look at.
     """
 
-    tokens: int
     embedding: int
     blocks: tuple[BlockShape, ...]
     pool: PoolShape = PoolShape()

@@ -26,6 +26,14 @@ class Entry(NamedTuple):
     state: TokenState
     positions: Sequence[Positions]
 
+    def traced(self) -> Entry:
+        """The same, with tokens that are traced."""
+        return self._replace(state=self.state.traced())
+
+    def remembered(self) -> Entry:
+        """The same, with tokens that are traced, and remembered where they are pruned."""
+        return self._replace(state=self.state.remembered())
+
 
 class CompressedModel(nn.Module):
     """A timm model whose blocks prune and merge tokens; a family fills in the abstract methods.
@@ -155,9 +163,7 @@ class CompressedModel(nn.Module):
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
-        entry = self.enter(images)
-        traced = entry._replace(state=entry.state.traced())
-        state = self._compress(traced, self.compression.current(), None)
+        state = self._compress(self.enter(images).traced(), self.compression.current(), None)
         return state._replace(size=state.sizes())
 
     def forward_blocks(self, images: Tensor) -> list[TokenState]:
@@ -165,8 +171,7 @@ class CompressedModel(nn.Module):
 
         `classify` makes logits of the last.
         """
-        entry = self.enter(images)
-        return self.run_blocks(entry._replace(state=entry.state.traced()))
+        return self.run_blocks(self.enter(images).traced())
 
     def enter(self, images: Tensor) -> Entry:
         """What enters the first compressible block, of images `[B, 3, H, W]`.
@@ -182,8 +187,8 @@ class CompressedModel(nn.Module):
             raise ValueError(f"images of {list(images.shape[-2:])} make {tokens} tokens; accepted: {expected}")
         state = TokenState(x)
         # Places are kept only where some attention looks something up by them.
-        anywhere = all(table is NO_POSITIONS for table in positions)
-        return Entry(state if anywhere else state.placed(), positions)
+        looked_up = any(table is not NO_POSITIONS for table in positions)
+        return Entry(state.placed() if looked_up else state, positions)
 
     def check_grid(self, images: Tensor) -> None:
         """Refuse images of another grid of tokens, as `enter` does."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timm.models._features import feature_take_indices
 from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
@@ -18,7 +17,9 @@ from diffrate.budgets.flops import Count, StageShape, caformer_flops
 from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
 from diffrate.budgets.space import GRANULARITY, SearchSpace
 from diffrate.patch.base import CompressedModel, Entry
+from diffrate.patch.features import taken_of
 from diffrate.patch.grid import as_map, restore
+from diffrate.patch.sizes import as_size
 from diffrate.patch.state import CompressionState
 
 MIXERS = (SepConv, SepConv, Attention, Attention)
@@ -78,9 +79,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
         Where a count of 1 has pruned, a position keeps what its token last was; logits have zeros there.
         """
-        entry = self.enter(x)
-        *_, last = self.run_blocks(entry._replace(state=entry.state.remembered()))
-        return self._fourth_stage(self._third_map(last))
+        return self._fourth_stage(self._third_map(self.run_blocks(self.enter(x).remembered())[-1]))
 
     def forward_intermediates(
         self,
@@ -99,7 +98,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW'")
-        taken, highest = feature_take_indices(4, list(indices) if isinstance(indices, Sequence) else indices)
+        taken, highest = taken_of(len(self.stages), indices)
         maps = self._maps(x)[: highest + 1 if stop_early else None]
         found = [maps[index] for index in taken]
         return found if intermediates_only else (maps[-1], found)
@@ -148,7 +147,7 @@ def caformer(
         RateError: a granularity below 1.
     """
     _check_caformer(model)
-    image_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    image_size = as_size(input_size)
     grids = _grids(model, image_size)
     stages: Any = model.stages
     depths = [len(stage.blocks) for stage in stages]

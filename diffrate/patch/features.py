@@ -60,7 +60,7 @@ class Features(_Model):
         _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW' or 'NLC'")
-        taken, highest = feature_take_indices(len(self.compressible_blocks()), _as_list(indices))
+        taken, highest = taken_of(len(self.compressible_blocks()), indices)
         states = self._remembering(x, highest + 1 if stop_early else None)
         pairs = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
         last = None if intermediates_only else self.norm(restore(states[-1]))
@@ -72,8 +72,7 @@ class Features(_Model):
 
     def _remembering(self, x: Tensor, end: int | None = None) -> list[TokenState]:
         """The tokens of images after each of the first `end` blocks, and what pruned ones last were."""
-        entry = self.enter(x)
-        return self.run_blocks(entry._replace(state=entry.state.remembered()), end)
+        return self.run_blocks(self.enter(x).remembered(), end)
 
     def _intermediate(self, x: Tensor, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor]:
         """Patch features in the format, and those of the prefix tokens, of tokens `[B, N0, C]`."""
@@ -82,8 +81,9 @@ class Features(_Model):
         return (as_map(patches, self.token_grid).contiguous() if output_fmt == "NCHW" else patches), prefix
 
 
-def _as_list(indices: int | Sequence[int] | None) -> int | list[int] | None:
-    return list(indices) if isinstance(indices, Sequence) else indices
+def taken_of(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Which of `count` parts `indices` mean, as timm reads them, and the highest of them."""
+    return feature_take_indices(count, list(indices) if isinstance(indices, Sequence) else indices)
 
 
 def _as_dict(last: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor]], with_prefix: bool) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class CompressedVit(Features, CompressedModel, _Vit):
         return pool_parts(self) + (["patch_drop"] if not isinstance(dropped, nn.Identity | None) else [])
 
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
-        uses = 1 if self.global_pool else self.shape.tokens
+        uses = 1 if self.global_pool else self.compression.space.limits[0]
         return vit_flops(self.shape, self.head_weights() * uses, counts)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
@@ -123,8 +123,10 @@ class CompressedVit(Features, CompressedModel, _Vit):
         return state if self.global_pool else state.remembered()
 
     def classify(self, state: TokenState) -> Tensor:
-        normalised = state._replace(x=self.norm(state.x))
-        features = pooled(self, normalised, self.left_out()) if self.global_pool else self.norm(restore(state))
+        if self.global_pool:
+            features = pooled(self, state._replace(x=self.norm(state.x)), self.left_out())
+        else:
+            features = self.norm(restore(state))
         return self.head(self.head_drop(self.fc_norm(features)))
 
 
@@ -204,7 +206,6 @@ def _space(model: CompressedVit, size: Size) -> SearchSpace:
 
 def _shape(model: CompressedVit, size: Size) -> VitShape:
     return VitShape(
-        tokens=model.tokens_at(size),
         embedding=model.embedding_flops(size),
         blocks=tuple(block_shape(block) for block in model.blocks),
         pool=pool_shape(model),

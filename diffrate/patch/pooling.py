@@ -66,7 +66,7 @@ def attention_pool(pool: AttentionPoolLatent, state: TokenState, left_out: int) 
     mixed = pool.proj_drop(pool.proj(_weighed(heads, state, left_out).transpose(1, 2).flatten(2)))
     if pool.mlp is not None:
         mixed = mixed + pool.mlp(pool.norm(mixed))
-    return {"token": lambda: mixed[:, 0], "avg": lambda: mixed.mean(1)}[pool.pool]()
+    return mixed[:, 0] if pool.pool == "token" else mixed.mean(1)
 
 
 def _weighed(heads: Heads, state: TokenState, left_out: int) -> Tensor:
