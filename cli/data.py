@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 
 from cli.entry import view_of
 from cli.settings import DataSettings, Settings, size_words
@@ -56,6 +56,22 @@ def train_dataset(
     data = settings.data
     transform = train_transform(view_of(settings, entry), settings.augmentation)
     return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar_fits(settings.run.quiet))
+
+
+def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> Any:
+    """Up to `images` images of the training split, spread evenly over it, as an evaluation sees them.
+
+    Their labels count for nothing, and need not fit the model.
+
+    Raises:
+        DataError: as `build_dataset`.
+    """
+    data = settings.data
+    transform = eval_transform(view_of(settings, entry))
+    dataset: Any = build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
+    found = len(dataset)
+    chosen = min(images, found)
+    return Subset(dataset, [place * found // chosen for place in range(chosen)])  # files are in the order of classes
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:

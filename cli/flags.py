@@ -24,6 +24,7 @@ SAVED = ".safetensors"
 ALL_NAMES = "*"
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
+CALIBRATION = 256  # images that --sensitivity measures on
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
@@ -104,9 +105,9 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
     if args.epochs is None:
         args.epochs = SearchSettings.epochs if mode == SEARCH else 30
-    if mode in (SEARCH, "visualize") and args.output_dir is None:
+    if mode in (SEARCH, "visualize", "sensitivity") and args.output_dir is None:
         args.output_dir = Path("output")
-    _check_numbers(args)
+    _check_numbers(args, mode)
     _check_targets(args, mode)
     _check_combinations(args, mode)
     return settings_from(args)
@@ -140,7 +141,7 @@ def _why_not_saved(checkpoint: str) -> str:
     return ""
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check_numbers(args: argparse.Namespace, mode: str) -> None:
     if args.input_size is not None and len(args.input_size) > 2:
         raise UsageError(f"--input-size: found {len(args.input_size)} numbers; accepted: a side, or rows and columns")
     sizes = args.batch_sizes or [DEFAULT_BATCH]
@@ -148,7 +149,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
-    if not args.eval and not args.benchmark and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
+    if mode in (SEARCH, "finetune") and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
         raise UsageError(f"--batch-size {sizes[0]}: accepted: an even number with --mixup or --cutmix")
     if args.affine is not None:
         degrees, shift, rescale = args.affine
@@ -170,7 +171,7 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
             raise UsageError(f"--target_flops: found {len(args.target_flops)} targets; accepted: one, or a search")
     if args.target_flops is not None and len(set(args.target_flops)) < len(args.target_flops):
         raise UsageError(f"--target_flops {' '.join(map(str, args.target_flops))}: accepted: each once")
-    if meeting and args.load_compression_rate:
+    if (meeting or mode == "sensitivity") and args.load_compression_rate:
         raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize and --benchmark")
     if meeting and args.target_flops is None and args.model != SAMPLE_MODEL:
         raise UsageError("--target_flops is needed: the GFLOPs that the schedule is to meet, or a share such as 50%")
@@ -268,6 +269,14 @@ def _add_mode_flags(parser: Parser) -> None:
         help="time dense against compressed; a search step; scaling with the input's and the batch's size; or loading",
     )
     group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
+    group.add_argument(
+        "--sensitivity",
+        nargs="?",
+        type=COUNT,
+        const=CALIBRATION,
+        metavar="IMAGES",
+        help=f"what each block can lose alone, on training images without their labels, default {CALIBRATION}",
+    )
     group.add_argument(
         "--visualize", type=Path, nargs="+", metavar="IMAGE", help="draw which tokens merge and go, block by block"
     )

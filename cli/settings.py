@@ -20,7 +20,7 @@ FROM_SCRATCH = "scratch"
 SEARCH = "search"
 DEFAULT_BATCH = 64  # images
 # The modes that a flag asks for; without one, it is a search.
-MODES = ("eval", "finetune", "benchmark", "baseline", "visualize", "plot", "list_models")
+MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "plot", "list_models")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class ModelSettings:
 class RunSettings:
     """Where and how a run computes, and what it leaves.
 
-    images, folder, baseline, benchmark, pattern: what the mode is about. resume: a path or `auto`.
+    images, folder, baseline, benchmark, pattern: what the mode is about, and sensitivity: on how many images.
+    resume: a path or `auto`.
     flags: all of them as plain values, for checkpoints.
     """
 
@@ -87,6 +88,7 @@ class RunSettings:
     folder: Path | None
     baseline: str | None
     benchmark: str | None
+    sensitivity: int | None
     pattern: str | None
     output_dir: Path | None
     save: Path | None
@@ -188,6 +190,7 @@ def _run(args: Namespace) -> RunSettings:
         folder=args.plot,
         baseline=args.baseline,
         benchmark=args.benchmark,
+        sensitivity=args.sensitivity,
         pattern=args.list_models,
         output_dir=args.output_dir,
         save=args.save,

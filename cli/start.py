@@ -30,6 +30,7 @@ MODES = {
     "list_models": "list_models",
     "benchmark": "benchmark",
     "baseline": "baseline",
+    "sensitivity": "sensitivity",
     SEARCH: "search",
 }
 WITHOUT_PLOTS = ("visualize", "plot", "list_models")

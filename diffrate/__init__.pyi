@@ -14,6 +14,7 @@ from .searching.checkpoint import SearchCheckpointError
 from .searching.find import Found, search
 from .searching.history import EpochRecord, StepRecord
 from .searching.loop import NonFiniteLossError, Observer, StoppedError
+from .searching.sensitivity import Sensitivity, sensitivity
 from .searching.settings import SearchSettingError
 
 __version__: str
@@ -33,6 +34,7 @@ __all__ = [
     "Scores",
     "SearchCheckpointError",
     "SearchSettingError",
+    "Sensitivity",
     "Speed",
     "StepRecord",
     "StoppedError",
@@ -49,4 +51,5 @@ __all__ = [
     "save",
     "scale_schedule",
     "search",
+    "sensitivity",
 ]

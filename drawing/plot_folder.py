@@ -12,8 +12,17 @@ from matplotlib.figure import Figure
 
 from diffrate.budgets.schedule import ScheduleError
 from diffrate.files import whole_file
-from drawing.plots import Record, accuracy_figure, kept_tokens_figure, scaling_figure, search_figure, speed_figure
-from reporting.records import FOUND, LOG, SCALING, SPEED, STEPS
+from drawing.plots import (
+    Record,
+    accuracy_figure,
+    kept_tokens_figure,
+    scaling_figure,
+    search_figure,
+    sensitivity_figure,
+    speed_figure,
+    work_figure,
+)
+from reporting.records import FOUND, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK
 from utils import UsageError
 
 DPI = 110
@@ -55,6 +64,8 @@ def _draw_folder(folder: Path) -> list[Path]:
         ("accuracy.png", accuracy_figure, records),
         ("kept_tokens.png", kept_tokens_figure, records),
         ("search_counts.png", search_figure, steps),
+        ("search_work.png", work_figure, _lines(folder / WORK)),
+        ("sensitivity.png", sensitivity_figure, _lines(folder / SENSITIVITY)),
         ("speed.png", speed_figure, speed),
         ("scaling.png", scaling_figure, scaling),
     ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD, Kept, make_schedule, running_counts
@@ -23,6 +25,9 @@ STYLES = {
     "uniform both": ("#cc79a7", "D"),
     "uniform random": ("#999999", "X"),
 }
+WORK_STYLES = {"gradient": ("#0072b2", "o"), "calibrated": ("#d55e00", "^")}
+ALONE = {"prune": "pruning", "merge": "merging"}
+LEAST_LOSS = 1e-6  # where lower ones are drawn
 Record = dict[str, Any]
 
 
@@ -150,6 +155,79 @@ def scaling_figure(rows: Sequence[Record]) -> Figure | None:
     return figure
 
 
+def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
+    """What the outputs lose where one block alone prunes, or merges: a curve per block, a row per architecture."""
+    latest = {(r["model"], r["kind"], r["block"], r["kept"]): r for r in records}  # the last counts
+    names = list(dict.fromkeys(name for name, *_ in latest))
+    kinds = [kind for kind in ALONE if any(kind == of for _, of, *_ in latest)]
+    blocks = sorted({block for _, _, block, _ in latest})
+    if not kinds:
+        return None
+    figure = Figure(figsize=(5 * len(kinds) + 1, 4 * len(names)), layout="constrained")
+    handles: dict[int, Line2D] = {}
+    for name, row in zip(names, figure.subplots(len(names), len(kinds), squeeze=False, sharey="row"), strict=True):
+        losses = [r["loss"] for key, r in latest.items() if key[0] == name and r["loss"] > LEAST_LOSS]
+        floor = max(LEAST_LOSS, min(losses, default=LEAST_LOSS) / 2)  # logarithms have no zero
+        for axes, kind in zip(row, kinds, strict=True):
+            here = {key[2:]: r for key, r in latest.items() if key[:2] == (name, kind)}
+            for block in sorted({block for block, _ in here}):
+                points = sorted((r["share"], max(r["loss"], floor)) for (of, _), r in here.items() if of == block)
+                color = colormaps["viridis"](blocks.index(block) / max(1, len(blocks) - 1))
+                (handles[block],) = axes.plot(
+                    *zip(*points, strict=True), color=color, marker=".", label=f"block {block}"
+                )
+                axes.annotate(str(block), points[0], fontsize=7, xytext=(-4, 0), textcoords="offset points", ha="right")
+            axes.set(title=f"{name}, {ALONE[kind]} alone", xlabel="share of the tokens kept", yscale="log")
+            axes.set(xlim=(0, 1), ylim=(floor / 1.2, None))
+            _finish(axes, legend=False)
+        row[0].set_ylabel("loss against the dense outputs")
+    shown = [handles[block] for block in sorted(handles)]
+    figure.legend(handles=shown, loc="outside right center", fontsize=8, ncols=1 + (len(shown) - 1) // 24)
+    return figure
+
+
+def work_figure(records: Sequence[Record]) -> Figure | None:
+    """The loss that searches came to against the work that they had spent: gradient and calibrated in one picture."""
+    runs = {search: _last_run([r for r in records if r["search"] == search]) for search in ("gradient", "calibrated")}
+    uniform = {r["stage"]: r["loss"] for r in records if r["search"] == "uniform"}  # the last of each counts
+    if not any(runs.values()):
+        return None
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for search, course in runs.items():
+        if course:
+            color, marker = WORK_STYLES[search]
+            work, losses = [r["work"] for r in course], [r["loss"] for r in course]
+            best = list(accumulate(losses, min))
+            if search == "calibrated":
+                axes.plot(work, losses, "none", color=color, marker=marker, markersize=4, label="calibrated, tried")
+                axes.step(work, best, color=color, where="post", label="calibrated, best so far")
+            else:
+                axes.plot(work, losses, color=color, marker=marker, markersize=4, label=search)
+    for stage, loss in uniform.items():
+        label = stage if stage.startswith("uniform") else f"uniform {stage}".strip()
+        color, _ = STYLES.get(label, ("#000000", ""))
+        axes.axhline(loss, color=color, linestyle="--", label=label)
+    drawn = [r for course in runs.values() for r in course]
+    axes.set(xlabel="work (forward passes of the dense model on one image)", ylabel="loss against the dense outputs")
+    axes.set_xscale(_scale([r["work"] for r in drawn]))
+    axes.set_yscale(_scale([r["loss"] for r in drawn] + list(uniform.values())))
+    _finish(axes)
+    return figure
+
+
+def _last_run(records: Sequence[Record]) -> Sequence[Record]:
+    """Those of the last search alone: work only grows in one."""
+    pairs = pairwise(records)
+    start = max((index for index, (one, then) in enumerate(pairs, 1) if then["work"] < one["work"]), default=0)
+    return records[start:]
+
+
+def _scale(values: Sequence[float]) -> str:
+    """Logarithmic where they span more than a decade."""
+    return "log" if min(values) > 0 and max(values) > 10 * min(values) else "linear"
+
+
 def _kind(record: Record) -> str | None:
     """Which curve of the accuracy plot a record belongs to, None for one without a score."""
     mode = record.get("mode", "")
@@ -166,8 +244,9 @@ def _kept(counts: Record, record: Record) -> list[Kept]:
     return running_counts(schedule, record["tokens"])[: record["blocks"]]
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, legend: bool = True) -> None:
     axes.grid(color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8)
+    if legend:
+        axes.legend(fontsize=8)

@@ -3,5 +3,7 @@
 LOG = "log.txt"  # a JSON line for each epoch, score and timing
 STEPS = "search_steps.txt"  # how the expected counts of a search moved, a JSON line every few steps
 FOUND = "found.txt"  # what searches ended with, JSON lines
+WORK = "search_work.txt"  # what searches had spent and come to, stage by stage, JSON lines
+SENSITIVITY = "sensitivity.txt"  # what each block loses alone, JSON lines
 SPEED, SCALING = "benchmark.json", "benchmark_scaling.json"
 RATES = "compression_rate.json"

@@ -207,6 +207,18 @@ class CompressedModel(nn.Module):
             states.append(fixed_block(block, positions, self.rules, states[-1], kept))
         return states[1:]
 
+    def run_from(self, entry: Entry, schedule: Schedule, start: int, state: TokenState) -> list[TokenState]:
+        """The tokens after each compressible block from number `start` on at `schedule`, where `state` enters that one.
+
+        `classify` makes logits of the last, of which only what it reads is left. The blocks before are to have left
+        what `schedule` says, of `prepared` tokens.
+        """
+        steps, states = self._blocks(entry, schedule), [state]
+        for index, (block, positions, kept) in enumerate(steps[start:], start):
+            read = self.read if index == len(steps) - 1 else None
+            states.append(fixed_block(block, positions, self.rules, states[-1], kept, read))
+        return states[1:]
+
     def _compress(self, entry: Entry, schedule: Schedule, read: int | None) -> TokenState:
         """The tokens after the last compressible block at fixed counts, or the first `read` alone."""
         state = entry.state

@@ -1,0 +1,96 @@
+"""`--sensitivity`: what each block can lose alone, as a table, as records, and as a plot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffrate
+from benchmarks.tables import table
+from cli.data import calibration_dataset, eval_loader
+from cli.entry import chosen_entry, patched
+from cli.inference import for_inference
+from cli.model import plain_model
+from cli.settings import Settings
+from cli.trained import check_inputs
+from cli.weights import Weights, read_weights
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+from reporting.progress import Progress
+from reporting.records import SENSITIVITY
+from sample import MODEL as SAMPLE_MODEL
+from utils import UsageError
+
+log = logging.getLogger(__name__)
+HEADINGS = {"block": "block", "kind": "kind", "kept": "tokens", "share": "kept %", "loss": "loss"}
+AGREEMENT = {"agreement": "top-1 as dense, %"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table, as it is written."""
+
+    block: int
+    kind: str
+    kept: int
+    share: float
+    loss: str
+    agreement: float | None
+
+
+def run(settings: Settings, runtime: Runtime) -> None:
+    """Measure, and leave a table in the log and a record of each reduction in the output folder.
+
+    Raises:
+        CheckpointError, DataError, UsageError: the model, its weights or the images are not there or do not fit.
+        NonFiniteLossError: a loss is no number.
+    """
+    images = settings.run.sensitivity
+    assert images is not None, "the mode that is asked for"
+    entry = chosen_entry(settings.model)
+    check_inputs(settings, entry)
+    dataset = calibration_dataset(settings, entry, images)  # before anything is downloaded
+    weights = read_weights(settings.model, entry, runtime)
+    classes = len(dataset.dataset.classes)
+    _check_digits(settings, entry, weights, classes)
+    model = patched(plain_model(settings.model, entry, weights, classes), settings.model)
+    running, inside = for_inference(model, False, settings.data.batch_size, runtime)
+    assert isinstance(running, diffrate.CompressedModel), "it was not compiled"
+    loader = eval_loader(dataset, settings, inside)
+    blocks = len(running.compression.space.searchable)
+    progress = Progress(len(loader) * blocks, "Sensitivity", len(dataset), inside)
+    found = diffrate.sensitivity(
+        running,
+        loader,
+        device=inside.device,
+        precision=inside.amp,
+        callback=lambda block: progress.advance(lambda: f"block {block}"),
+    )
+    for one in found:
+        runtime.append({"model": entry.name, **one.record()}, SENSITIVITY)
+    for line in _lines(found):
+        log.info(line)
+
+
+def _check_digits(settings: Settings, entry: ModelEntry, weights: Weights, classes: int) -> None:
+    """Refuse the digits that ship for a model that is none of theirs.
+
+    Raises:
+        UsageError: it has no data of its own.
+    """
+    fits = weights.state is None or weights.head == classes
+    if settings.data.path is None and entry.name != SAMPLE_MODEL and not fits:
+        raise UsageError(
+            f"--data-path is needed: the digits that ship do not fit {entry.name}; accepted: a folder with train/"
+        )
+
+
+def _lines(found: Sequence[diffrate.Sensitivity]) -> list[str]:
+    """The table, headings first."""
+    classes = found[0].agreement is not None
+    rows: list[Any] = [
+        _Row(one.block, one.kind, one.kept, one.share, f"{one.loss:.2e}", one.agreement) for one in found
+    ]
+    return table(rows, HEADINGS | AGREEMENT if classes else HEADINGS)

@@ -1,0 +1,168 @@
+"""How much each block can lose alone: the loss against the dense model's outputs, on images without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.budgets.schedule import Schedule
+from diffrate.budgets.space import SearchSpace
+from diffrate.group import all_sum
+from diffrate.patch.base import CompressedModel
+from diffrate.running.evaluation import modes_kept
+from diffrate.running.precision import autocast, place_of
+from diffrate.searching.loop import NonFiniteLossError
+from diffrate.searching.settings import SearchSettingError
+from diffrate.searching.teacher import angle, divergence
+
+SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of a block's tokens, kept
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one block costs that reduces tokens where no other does.
+
+    kind: how it does, `prune` or `merge`. kept: what it leaves of its `tokens`, prefix included.
+    loss: the mean over `images` images of how far the outputs are from the dense model's.
+    agreement: the share of these images with the dense model's likeliest class; None without classes.
+    """
+
+    block: int
+    kind: str
+    kept: int
+    tokens: int
+    loss: float
+    agreement: float | None
+    images: int
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, kept."""
+        return self.kept / self.tokens
+
+    def record(self) -> dict[str, Any]:
+        """The same for a JSON line."""
+        place = {"block": self.block, "kind": self.kind, "kept": self.kept, "tokens": self.tokens, "share": self.share}
+        return {**place, "loss": self.loss, "agreement": self.agreement, "images": self.images}
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One reduction in one block."""
+
+    block: int
+    kind: str
+    kept: int
+    schedule: Schedule
+
+
+def sensitivity(
+    model: CompressedModel,
+    loader: Iterable[Any],
+    *,
+    shares: Sequence[float] = SHARES,
+    device: torch.device | str | None = None,
+    precision: torch.dtype | None = None,
+    callback: Callable[[int], None] | None = None,
+) -> tuple[Sensitivity, ...]:
+    """What the outputs of a patched `model` lose where one block alone prunes, or merges, down to each of `shares`.
+
+    Tokens are really dropped: all later blocks have as many as the block leaves. The dense blocks before it run
+    once a batch. The loss is Kullback and Leibler's divergence from the dense outputs, and for models without a
+    head one less the cosine of the features that they pool. In the order of the blocks, falling shares in each.
+
+    The model runs in evaluation mode, on `device` (by default where it is) and under autocast to `precision` (by
+    default in its weights' own); its training mode and its schedule are as before afterwards. Inside an
+    initialised process group the images of all processes count.
+
+    Args:
+        loader: batches of images `[B, 3, H, W]`, alone or before labels, which are not looked at.
+        shares: of a block's tokens, kept; those that round to the same number of tokens count once.
+        callback: told the block, after each block of each batch.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+        SearchSettingError: a share that keeps all, or nothing.
+        NonFiniteLossError: a loss is no number.
+        ValueError: there is no batch.
+    """
+    if not isinstance(model, CompressedModel):
+        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    candidates = _candidates(model.compression.space, shares)
+    place = place_of(model, device)
+    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=place.device)  # of losses, of agreements
+    images = torch.zeros((), dtype=torch.float64, device=place.device)
+    model.to(place.device)  # outside inference mode: the weights stay fit for training
+    with torch.inference_mode(), modes_kept(model):
+        model.eval()
+        for batch in loader:
+            batch = (batch if isinstance(batch, Tensor) else batch[0]).to(*place, non_blocking=True)
+            with autocast(place.device, precision):
+                sums += _batch_sums(model, batch, candidates, callback)
+            images += len(batch)
+    total = float(all_sum(images))
+    if total == 0:
+        raise ValueError("loader: found no batch; accepted: batches of images")
+    means = (all_sum(sums) / total).tolist()
+    classes = model.has_head()
+    return tuple(
+        _finite(candidate, loss, agreement if classes else None, model.compression.space, int(total))
+        for candidate, (loss, agreement) in zip(candidates, means, strict=True)
+    )
+
+
+def _candidates(space: SearchSpace, shares: Sequence[float]) -> list[_Candidate]:
+    """Every reduction there is to try, in the order of the blocks."""
+    wrong = [share for share in shares if not 0 < share < 1]
+    if wrong or not shares:
+        raise SearchSettingError(f"shares: found {wrong[0] if wrong else 'none'}; accepted: above 0 and below 1")
+    choices = [(block, kind) for block in space.searchable for kind in space.kinds]
+    whole = [space.limits[block] for block, _ in choices]
+    found = []
+    for index, (block, kind) in enumerate(choices):
+        tokens = whole[index]
+        counts = {max(space.least, round(share * tokens)) for share in shares}
+        for kept in sorted(counts - {tokens}, reverse=True):
+            schedule = space.schedule([*whole[:index], kept, *whole[index + 1 :]])
+            found.append(_Candidate(block, kind, kept, schedule))
+    if not found:
+        raise SearchSettingError(f"shares: found {max(shares)}, all of {space.tokens} tokens; accepted: a smaller one")
+    return found
+
+
+def _batch_sums(
+    model: CompressedModel, images: Tensor, candidates: Sequence[_Candidate], callback: Callable[[int], None] | None
+) -> Tensor:
+    """Sums over a batch of the loss and of the agreement of each candidate, `[candidates, 2]`."""
+    measure = divergence if model.has_head() else angle
+    entry = model.enter(images)
+    state = model.prepared(entry.state, candidates[0].schedule)  # followed where anything is removed, in any block
+    entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
+    taught = model.classify(entering[-1]).float()
+    sums = []
+    for index, candidate in enumerate(candidates):
+        left = model.run_from(entry, candidate.schedule, candidate.block, entering[candidate.block])[-1]
+        outputs = model.classify(left).float()
+        agreeing = outputs.argmax(-1) == taught.argmax(-1)
+        sums.append(torch.stack([measure(outputs, taught).double().sum(), agreeing.double().sum()]))
+        last = index + 1 == len(candidates) or candidates[index + 1].block != candidate.block
+        if last and callback is not None:
+            callback(candidate.block)
+    return torch.stack(sums)
+
+
+def _finite(
+    candidate: _Candidate, loss: float, agreement: float | None, space: SearchSpace, images: int
+) -> Sensitivity:
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(
+            f"the loss is {loss} on the calibration images; accepted: weights, and a precision, that give numbers"
+        )
+    block, kept = candidate.block, candidate.kept
+    return Sensitivity(block, candidate.kind, kept, space.limits[block], loss, agreement, images)
