@@ -180,7 +180,7 @@ def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
             axes.set(title=f"{name}, {ALONE[kind]} alone", xlabel="share of the tokens kept", yscale="log")
             axes.set(xlim=(0, 1), ylim=(floor / 1.2, None))
             _finish(axes, legend=False)
-        row[0].set_ylabel("loss against the dense outputs")
+        row[0].set_ylabel(f"loss against the dense outputs, from {floor:.1g}")
     shown = [handles[block] for block in sorted(handles)]
     figure.legend(handles=shown, loc="outside right center", fontsize=8, ncols=1 + (len(shown) - 1) // 24)
     return figure
@@ -200,7 +200,7 @@ def work_figure(records: Sequence[Record]) -> Figure | None:
             work, losses = [r["work"] for r in course], [r["loss"] for r in course]
             best = list(accumulate(losses, min))
             if search == "calibrated":
-                axes.plot(work, losses, "none", color=color, marker=marker, markersize=4, label="calibrated, tried")
+                axes.scatter(work, losses, 16, color=color, marker=marker, label="calibrated, each stage")
                 axes.step(work, best, color=color, where="post", label="calibrated, best so far")
             else:
                 axes.plot(work, losses, color=color, marker=marker, markersize=4, label=search)
