@@ -157,33 +157,44 @@ def scaling_figure(rows: Sequence[Record]) -> Figure | None:
 
 def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
     """What the outputs lose where one block alone prunes, or merges: a curve per block, a row per architecture."""
-    latest = {(r["model"], r["kind"], r["block"], r["kept"]): r for r in records}  # the last counts
-    names = list(dict.fromkeys(name for name, *_ in latest))
-    kinds = [kind for kind in ALONE if any(kind == of for _, of, *_ in latest)]
-    blocks = sorted({block for _, _, block, _ in latest})
+    latest = {(r["model"], r["kind"], r["block"], r["kept"]): r for r in records}.values()  # the last counts
+    names = list(dict.fromkeys(r["model"] for r in latest))
+    kinds = [kind for kind in ALONE if any(r["kind"] == kind for r in latest)]
     if not kinds:
         return None
-    figure = Figure(figsize=(5 * len(kinds) + 1, 4 * len(names)), layout="constrained")
+    blocks = sorted({r["block"] for r in latest})
+    colors = {block: colormaps["viridis"](place / max(1, len(blocks) - 1)) for place, block in enumerate(blocks)}
     handles: dict[int, Line2D] = {}
-    for name, row in zip(names, figure.subplots(len(names), len(kinds), squeeze=False, sharey="row"), strict=True):
-        losses = [r["loss"] for key, r in latest.items() if key[0] == name and r["loss"] > LEAST_LOSS]
-        floor = max(LEAST_LOSS, min(losses, default=LEAST_LOSS) / 2)  # logarithms have no zero
+    figure = Figure(figsize=(5 * len(kinds) + 1, 4 * len(names)), layout="constrained")
+    for name, row in zip(names, figure.subplots(len(names), len(kinds), squeeze=False), strict=True):
+        losses = [LEAST_LOSS, *(r["loss"] for r in latest if r["model"] == name)]
+        floor = max(LEAST_LOSS, min((loss for loss in losses if loss > LEAST_LOSS), default=0) / 2)  # there is no log 0
         for axes, kind in zip(row, kinds, strict=True):
-            here = {key[2:]: r for key, r in latest.items() if key[:2] == (name, kind)}
-            for block in sorted({block for block, _ in here}):
-                points = sorted((r["share"], max(r["loss"], floor)) for (of, _), r in here.items() if of == block)
-                color = colormaps["viridis"](blocks.index(block) / max(1, len(blocks) - 1))
-                (handles[block],) = axes.plot(
-                    *zip(*points, strict=True), color=color, marker=".", label=f"block {block}"
-                )
-                axes.annotate(str(block), points[0], fontsize=7, xytext=(-4, 0), textcoords="offset points", ha="right")
-            axes.set(title=f"{name}, {ALONE[kind]} alone", xlabel="share of the tokens kept", yscale="log")
-            axes.set(xlim=(0, 1), ylim=(floor / 1.2, None))
+            here = [r for r in latest if (r["model"], r["kind"]) == (name, kind)]
+            if not here:  # of a model that only merges, beside one that also prunes
+                axes.remove()
+                continue
+            handles |= _draw_blocks(axes, here, colors, floor)
+            axes.set(title=f"{name}, {ALONE[kind]} alone", xlabel="share of the tokens kept", xlim=(0, 1))
+            axes.set(ylabel=f"loss against the dense outputs (bottom: up to {floor:.1g})", yscale="log")
+            axes.set_ylim(floor / 1.2, 1.5 * max(losses))
             _finish(axes, legend=False)
-        row[0].set_ylabel(f"loss against the dense outputs, from {floor:.1g}")
-    shown = [handles[block] for block in sorted(handles)]
+    shown = [handles[block] for block in blocks if block in handles]
     figure.legend(handles=shown, loc="outside right center", fontsize=8, ncols=1 + (len(shown) - 1) // 24)
     return figure
+
+
+def _draw_blocks(
+    axes: Axes, records: Sequence[Record], colors: dict[int, tuple[float, ...]], floor: float
+) -> dict[int, Line2D]:
+    """The loss against the share kept, none below `floor`: a curve for each block, with its number."""
+    handles = {}
+    for block in sorted({r["block"] for r in records}):
+        points = sorted((r["share"], max(r["loss"], floor)) for r in records if r["block"] == block)
+        style: Record = {"color": colors[block], "marker": ".", "label": f"block {block}"}
+        (handles[block],) = axes.plot(*zip(*points, strict=True), **style)
+        axes.annotate(str(block), points[0], fontsize=7, xytext=(-4, 0), textcoords="offset points", ha="right")
+    return handles
 
 
 def work_figure(records: Sequence[Record]) -> Figure | None:

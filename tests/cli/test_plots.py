@@ -13,7 +13,16 @@ from PIL import Image
 from cli import results
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
-from drawing.plots import accuracy_figure, kept_tokens_figure, scaling_figure, search_figure, speed_figure
+from drawing.plots import (
+    LEAST_LOSS,
+    accuracy_figure,
+    kept_tokens_figure,
+    scaling_figure,
+    search_figure,
+    sensitivity_figure,
+    speed_figure,
+    work_figure,
+)
 from tests.conftest import Cli
 from tests.test_patch import patched
 
@@ -112,6 +121,83 @@ def test_speed_and_scaling_show_every_row() -> None:
     }
 
 
+def lost(model: str, kind: str, block: int, kept: int, loss: float) -> dict[str, Any]:
+    return {"model": model, "kind": kind, "block": block, "kept": kept, "tokens": 50, "share": kept / 50, "loss": loss}
+
+
+def test_sensitivity_has_a_panel_for_pruning_and_one_for_merging() -> None:
+    records = [
+        *(
+            lost("m", kind, block, kept, block / kept)
+            for kind in ("merge", "prune")
+            for block in (1, 2)
+            for kept in (5, 25)
+        ),
+        lost("m", "prune", 2, 25, 0.01),  # measured again
+        lost("m", "prune", 3, 5, 0.0),
+        lost("only merges", "merge", 7, 10, 0.0),
+    ]
+    figure = sensitivity_figure(records)
+    assert figure is not None
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["m, pruning alone", "m, merging alone", "only merges, merging alone"]
+    assert curves(figure, 0) == {
+        "block 1": [(0.1, 1 / 5), (0.5, 1 / 25)],
+        "block 2": [(0.1, 2 / 5), (0.5, 0.01)],
+        "block 3": [(0.1, 0.01 / 2)],  # there is no zero: half of the least
+    }
+    assert set(curves(figure, 1)) == {"block 1", "block 2"}
+    assert curves(figure, 2) == {"block 7": [(0.2, LEAST_LOSS)]}
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block 1", "block 2", "block 3", "block 7"]
+
+
+def spent(search: str, work: float, loss: float, stage: str = "") -> dict[str, Any]:
+    return {"search": search, "stage": stage, "work": work, "loss": loss, "seconds": work / 100}
+
+
+def test_work_has_both_searches_and_the_best_so_far() -> None:
+    records = [
+        spent("gradient", 5000, 3.0),
+        spent("gradient", 1000, 2.0),  # a second search
+        spent("calibrated", 100, 0.9),
+        spent("calibrated", 200, 0.4),
+        spent("gradient", 2000, 0.5),
+        spent("calibrated", 300, 0.6),
+        spent("calibrated", 400, 0.1),
+        spent("uniform", 0, 5.0, "merge"),
+        spent("uniform", 0, 0.7, "merge"),
+    ]
+    figure = work_figure(records)
+    assert figure is not None
+    (axes,) = figure.axes
+    drawn = curves(figure)
+    assert drawn["gradient"] == [(1000, 2.0), (2000, 0.5)]
+    assert drawn["calibrated, best so far"] == [(100, 0.9), (200, 0.4), (300, 0.4), (400, 0.1)]
+    assert drawn["uniform merge"] == [(0, 0.7), (1, 0.7)]  # from side to side
+    points: Any = axes.collections[0].get_offsets()
+    assert points.tolist() == [[100, 0.9], [200, 0.4], [300, 0.6], [400, 0.1]]
+    (line,) = (line for line in axes.get_lines() if line.get_label() == "calibrated, best so far")
+    assert line.get_drawstyle() == "steps-post"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_work_has_plain_axes_within_a_decade() -> None:
+    figure = work_figure([spent("calibrated", 0, 0.9), spent("calibrated", 500, 0.4), spent("uniform", 0, 0.0)])
+    assert figure is not None
+    assert (figure.axes[0].get_xscale(), figure.axes[0].get_yscale()) == ("linear", "linear")
+    assert "uniform" in curves(figure)
+    assert work_figure([spent("uniform", 0, 0.7)]) is None
+
+
+def test_work_is_drawn_from_its_log(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "search_work.txt").write_text(json.dumps(spent("calibrated", 100, 0.9)) + "\n")
+    code, text, err = cli("--plot", tmp_path)
+    assert (code, err) == (0, "")
+    assert str(tmp_path / "search_work.png") in text
+    assert [path.name for path in tmp_path.glob("*.png")] == ["search_work.png"]
+
+
 def test_a_folder_is_drawn_again_from_its_logs(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words in (("--eval",), ("--baseline", "merge", "--target_flops", 0.03)):
@@ -137,6 +223,8 @@ def test_a_folder_is_drawn_again_from_its_logs(cli: Cli, tmp_path: Path) -> None
         ({"benchmark.json": "{}"}, "benchmark.json: accepted: rows of a benchmark"),
         ({"benchmark.json": "[{}]"}, "no figures for speed.png"),
         ({"search_steps.txt": '{"epoch": 0}'}, "no figures for search_counts.png"),
+        ({"search_work.txt": '{"search": "gradient"}'}, "no figures for search_work.png"),
+        ({"sensitivity.txt": '{"model": "m"}'}, "no figures for sensitivity.png"),
     ],
 )
 def test_damaged_logs_are_named(files: dict[str, str], expected: str, cli: Cli, tmp_path: Path) -> None:
