@@ -13,9 +13,9 @@ from cli.data import calibration_dataset, eval_loader
 from cli.entry import chosen_entry, patched
 from cli.inference import for_inference
 from cli.model import plain_model
-from cli.settings import Settings
+from cli.settings import OFFICIAL, Settings
 from cli.trained import check_inputs
-from cli.weights import Weights, read_weights
+from cli.weights import read_weights
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
 from reporting.progress import Progress
@@ -52,9 +52,11 @@ def run(settings: Settings, runtime: Runtime) -> None:
     entry = chosen_entry(settings.model)
     check_inputs(settings, entry)
     dataset = calibration_dataset(settings, entry, images)  # before anything is downloaded
-    weights = read_weights(settings.model, entry, runtime)
     classes = len(dataset.dataset.classes)
-    _check_digits(settings, entry, weights, classes)
+    if settings.model.checkpoint == OFFICIAL:
+        _check_digits(settings, entry, entry.num_classes, classes)
+    weights = read_weights(settings.model, entry, runtime)
+    _check_digits(settings, entry, classes if weights.state is None else weights.head, classes)
     model = patched(plain_model(settings.model, entry, weights, classes), settings.model)
     running, inside = for_inference(model, False, settings.data.batch_size, runtime)
     assert isinstance(running, diffrate.CompressedModel), "it was not compiled"
@@ -74,14 +76,13 @@ def run(settings: Settings, runtime: Runtime) -> None:
         log.info(line)
 
 
-def _check_digits(settings: Settings, entry: ModelEntry, weights: Weights, classes: int) -> None:
-    """Refuse the digits that ship for a model that is none of theirs.
+def _check_digits(settings: Settings, entry: ModelEntry, head: int | None, classes: int) -> None:
+    """Refuse the digits that ship for a model with another `head`, which was never shown any.
 
     Raises:
         UsageError: it has no data of its own.
     """
-    fits = weights.state is None or weights.head == classes
-    if settings.data.path is None and entry.name != SAMPLE_MODEL and not fits:
+    if settings.data.path is None and entry.name != SAMPLE_MODEL and head != classes:
         raise UsageError(
             f"--data-path is needed: the digits that ship do not fit {entry.name}; accepted: a folder with train/"
         )

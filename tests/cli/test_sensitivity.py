@@ -61,6 +61,7 @@ def test_images_come_from_all_over_the_training_split(cli: Cli, image_folder: Pa
 def test_a_model_without_a_head(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     torch.save(models.create(models.entry_of("test_vit"), 64, num_classes=0).state_dict(), tmp_path / "bare.pth")
     flags = ("--model", "test_vit", "--input-size", 64, "--checkpoint", tmp_path / "bare.pth", *FAST)
+    flags = (*flags, "--batch-size", 5)
     code, text, err = cli("--sensitivity", *flags, "--data-path", image_folder, "--output_dir", tmp_path)
     assert (code, err) == (0, "")
     assert "top-1" not in text
@@ -79,6 +80,7 @@ def test_a_model_without_a_head(cli: Cli, image_folder: Path, tmp_path: Path) ->
         (("--sensitivity", "--target_flops", 0.02), ["--target_flops needs --load_compression_rate"]),
         (("--sensitivity", "--save", "small.safetensors"), ["--save goes with"]),
         (("--sensitivity", "--model", "test_vit", "--data-path", "gone"), ["--data-path gone: no such folder"]),
+        (("--sensitivity", "--model", "vit_small_patch14_reg4_dinov2.lvd142m"), ["--data-path is needed"]),
         (("--sensitivity", "--batch-size", 1, 2), ["--batch-size: found 2 sizes"]),
     ],
 )
