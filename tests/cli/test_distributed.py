@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Cli
+
 PROJECT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
@@ -68,6 +70,22 @@ def test_evaluation_counts_every_image_once(launcher: str, tmp_path: Path) -> No
     assert {name: two[name] for name in ("acc1", "acc5")} == {name: one[name] for name in ("acc1", "acc5")}
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert done.stdout.count("* Acc@1") == 1
+
+
+def test_sensitivity_is_that_of_all_images(cli: Cli, tmp_path: Path) -> None:
+    words = ("--sensitivity", 3, "--output_dir")
+    done = launch("torchrun", *words, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert cli(*words, tmp_path / "one", "--num_workers", 0)[0] == 0
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "sensitivity.txt").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two)
+    for alone, both in zip(one, two, strict=True):
+        assert both.pop("loss") == pytest.approx(alone.pop("loss"), abs=1e-5)
+        assert both.pop("agreement") == pytest.approx(alone.pop("agreement"))
+        assert both == alone
 
 
 def test_training_leaves_one_log_and_one_checkpoint(image_folder: Path, tmp_path: Path) -> None:
