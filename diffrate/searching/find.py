@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from diffrate.searching.checkpoint import restore
 from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
 from diffrate.searching.settings import SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
+from diffrate.searching.teacher import Teacher
 from diffrate.seeds import generators_kept
 
 SAVE_EVERY = 10  # steps
@@ -49,7 +50,7 @@ class Found:
 
 def search(
     model: CompressedModel,
-    loader: Batches,
+    loader: Iterable[Any],
     *,
     target_flops: float | None = None,
     share: float | None = None,
@@ -58,6 +59,8 @@ def search(
     steps: int | None = None,
     criterion: Criterion | None = None,
     mixup: Mixup | None = None,
+    loss: str = SearchSettings.loss,
+    budget: str = SearchSettings.budget,
     flops_loss: str = SearchSettings.flops_loss,
     flops_weight: float = SearchSettings.flops_weight,
     warmup: bool = SearchSettings.warmup,
@@ -90,6 +93,11 @@ def search(
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
         criterion: loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1.
+        loss: `labels`; or what needs none, and takes batches of images alone: `distill`, how far the outputs are
+            from the dense model's (the pooled features of a model without a head), or `tokens`, how far the
+            features of every patch are.
+        budget: `penalty`, the cost in the loss, as `flops_loss` and `flops_weight` say; or `held`, on the target by
+            a multiplier that is learnt, which those two have no part in.
         mixup: mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does.
         least_learning_rate: of the last step; by default a tenth of `learning_rate`.
         granularity: tokens between the candidates of a count; by default that of the patch.
@@ -112,9 +120,11 @@ def search(
     """
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
-    if criterion is None and not model.has_head():
+    if criterion is not None and loss != SearchSettings.loss:
+        raise SearchSettingError(f"criterion: found one with the loss {loss!r}; accepted: none, or the loss 'labels'")
+    if criterion is None and loss == SearchSettings.loss and not model.has_head():
         raise UnsupportedModelError(
-            "found a model without a head; accepted: one with classes and a pooling, or a criterion"
+            "found a model without a head; accepted: one with classes and a pooling, a criterion, or the loss 'distill'"
         )
     place = place_of(model, device)
     settings = SearchSettings(
@@ -127,11 +137,16 @@ def search(
         granularity=model.compression.granularity["merge"] if granularity is None else granularity,
         accumulate=accumulate,
         seed=seed,
+        loss=loss,
+        budget=budget,
     )
+    teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
     target = _target(model, target_flops, share)
     loader, batches = with_length(loader, steps)
     course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
-    means = Means(place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val)
+    means = Means(
+        place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val, teacher
+    )
     saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
     with generators_kept(), modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
         model.to(place.device)
