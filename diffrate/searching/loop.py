@@ -98,6 +98,7 @@ class Search:
             rate.requires_grad_(True)
         optimizer = torch.optim.AdamW(rates, lr=course.settings.learning_rate, weight_decay=0)
         scaler = torch.amp.GradScaler(means.place.device.type, enabled=means.precision == torch.float16)
+        self.slopes: tuple[Tensor, ...] = ()  # of the cost's excess at the present rates, where the budget is held
         self.parts = Parts(course, rates, optimizer, scaler, SearchState.fresh(len(rates)))
 
     @property
@@ -196,7 +197,8 @@ class Search:
         if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}")
         if course.settings.held:
-            self.state.multiplier.update(gflops * 1e9, course.target, loss)
+            excess = gflops * 1e9 / course.target - 1
+            self.state.multiplier.add(self.parts.rates, self.slopes, excess, self.parts.scaler.get_scale())
         self.parts.scaler.step(self.parts.optimizer)
         self.parts.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
@@ -208,7 +210,9 @@ class Search:
         classification, flops = self._classification(images, labels)
         cost = self.course.distance(flops)
         if settings.held:
-            loss = classification + self.state.multiplier.cost(flops, self.course.target, classification)
+            excess = flops / self.course.target  # the same for every batch of a step
+            self.slopes = torch.autograd.grad(excess, self.parts.rates, retain_graph=True, materialize_grads=True)
+            loss = classification
         else:
             loss = classification + self.course.weight(self.state.epoch) * cost
         self.parts.scaler.scale(loss / settings.accumulate).backward()
