@@ -84,7 +84,7 @@ def training_flags(
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
     del flags["batch_sizes"]  # a list only for benchmarks
     for name in EARLIER:  # of searches alone
-        del flags[name]
+        flags.pop(name)
     kept = [list(counts or ()) for counts in model.get_kept_num()]
     return flags | {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
 

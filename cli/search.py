@@ -14,7 +14,7 @@ from cli.results import log_found, save_model, save_schedules
 from cli.resume import check_search, resume_path, search_identity
 from cli.schedules import targets_of
 from cli.search_report import Reporter
-from cli.searched import Searched, searched_model, start_of
+from cli.searched import START_SPREAD, Searched, searched_model, start_of
 from cli.settings import Settings
 from datasets import ImageLoader
 from diffrate.searching.teacher import losses_at
@@ -75,6 +75,7 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
             least_learning_rate=search.least_learning_rate,
             accumulate=accumulate,
             start=start,
+            start_spread=START_SPREAD if settings.recipe.start == "uniform" else None,
             precision=runtime.amp or torch.float32,
             seed=search.seed,
             callback=Reporter(model, target * 1e9, (train, val), accumulate, inner, signals),

@@ -27,6 +27,7 @@ from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 STARTING_IMAGES = 512  # that the uniform schedules are compared on
+START_SPREAD = 0.05  # of the rates around it
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 class Searched:
     """A plain model with its weights, the settings with its recipe, and loaders.
 
-    val: None where nothing can be scored. start: a part of the images, as in evaluation.
+    val: None where nothing can be scored. part: a part of the images, as in evaluation.
     """
 
     settings: Settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def search(
     granularity: int | None = None,
     accumulate: int = SearchSettings.accumulate,
     start: Schedule | None = None,
+    start_spread: float | None = None,
     device: torch.device | str | None = None,
     precision: torch.dtype | None = None,
     seed: int = SearchSettings.seed,
@@ -101,6 +103,8 @@ def search(
         mixup: mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does.
         least_learning_rate: of the last step; by default a tenth of `learning_rate`.
         granularity: tokens between the candidates of a count; by default that of the patch.
+        start_spread: how wide the candidates around `start` are in play, a deviation as a share of the patches; by
+            default as wide as the counts of `start` allow.
         device: where to search and leave the model; by default where it is.
         precision: of autocast; by default float16 on a GPU and none elsewhere.
         seed: of everything drawn; the generators go on as before afterwards.
@@ -126,6 +130,8 @@ def search(
         raise UnsupportedModelError(
             "found a model without a head; accepted: one with classes and a pooling, a criterion, or the loss 'distill'"
         )
+    if start_spread is not None and not 0 < start_spread < math.inf:
+        raise SearchSettingError(f"start_spread: found {start_spread!r}; accepted: above 0, or none")
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,
@@ -150,7 +156,7 @@ def search(
     saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
     with generators_kept(), modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
         model.to(place.device)
-        _fresh_rates(model, granularity, start)
+        _fresh_rates(model, granularity, start, start_spread)
         running = Search(model, course, means, _observer(callback))
         if resume is not None:
             restore(running.parts, Path(resume))
@@ -183,7 +189,7 @@ def _target(model: CompressedModel, target_flops: float | None, share: float | N
     return target
 
 
-def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedule | None) -> None:
+def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedule | None, spread: float | None) -> None:
     """Rates as a search begins with them, searching."""
     compression = model.compression
     if granularity is not None:
@@ -196,7 +202,7 @@ def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedul
     compression.reset()
     if start is not None:
         model.check(start, "start: ")
-        compression.start_at(start)
+        compression.start_at(start, spread)
 
 
 def _checkpoint(path: Path, every: int, notes: Mapping[str, Any]) -> Checkpoint:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 GAIN = 0.2  # of the value, a step, for each whole excess
-STIFFNESS = 20.0  # an excess of 5 % weighs as much as the classification loss
+STIFFNESS = 60.0  # an excess of 2 % weighs about as much as the classification loss
+MOST = 0.1  # of an excess that the value takes in: far from the target, it would rise without end
 MEMORY = 0.9  # of the running mean
 
 
@@ -40,7 +41,7 @@ class Multiplier:
             return
         self.unit = MEMORY * self.unit + (1 - MEMORY) * unit if self.unit else unit
         weight = self.unit * (self.value + STIFFNESS * excess)
-        self.value += GAIN * excess
+        self.value += GAIN * max(-MOST, min(MOST, excess))
         for gradient, slope in zip(_gradients(rates), slopes, strict=True):
             gradient.add_(slope, alpha=weight * scale)
 
