@@ -78,7 +78,8 @@ class CompressionState(nn.Module):
         """Set the logits so that the expected counts, rounded up, are those of `schedule`.
 
         Of all distributions over the candidates with that mean, the flattest: it leaves the search
-        the most freedom; or bells of deviation `spread`, a share of the patches. Counts beyond the candidates' range go to its ends.
+        the most freedom; or bells of deviation `spread`, a share of the patches. Counts beyond the
+        candidates' range go to its ends.
         """
         rows = {"prune": schedule.prune, "merge": schedule.merge}
         for (block, kind), rate in zip(self.choices(), self.logits(), strict=True):
