@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import lzma
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from diffrate.seeds import generators_kept, seed_everything
 from sample.unpack import ARCHIVE as SAMPLE_ARCHIVE
@@ -77,6 +79,35 @@ def build_dataset(
     return dataset
 
 
+def build_images(name: str, root: str | Path | None, transform: Transform, bar: bool = False) -> LabelledDataset:
+    """The images of the data set `name` to search on, whatever their labels.
+
+    Of a folder, every image file below its `train/`, or below itself where it has no splits.
+
+    Raises:
+        DataError: as `build_dataset`, or there is no image.
+    """
+    if not in_folders(name):
+        return build_dataset(name, root, "train", transform)
+    given = data_root(name, root)
+    folder = _unpacked(SAMPLE_ARCHIVE, bar) if given is None else given
+    train = folder / "train"
+    if not train.is_dir() and (folder / "val").is_dir():
+        raise DataError(f"--data-path {folder}: val/ and no folder train/; accepted: both, or images without splits")
+    return ImageFiles(train if train.is_dir() else folder, transform)
+
+
+def has_validation(name: str, root: str | Path | None) -> bool:
+    """Whether the data set `name` has a validation split where it lies."""
+    given = data_root(name, root)
+    return not in_folders(name) or given is None or (given / "val").is_dir()
+
+
+def in_folders(name: str) -> bool:
+    """Whether the data set `name` lies in folders of images."""
+    return name in ("IMNET", "SAMPLE")
+
+
 def data_root(name: str, root: str | Path | None) -> Path | None:
     """The folder of the data set `name`; None for SAMPLE from its archive.
 
@@ -124,6 +155,27 @@ class ClassFolder(ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         classes, order = super().find_classes(directory)
         return classes, order if self.head is None else label_outputs(classes, self.head, directory, self.names)
+
+
+class ImageFiles(Dataset[tuple[Any, int]]):
+    """Every image file below a folder, in the order of their paths, without labels: each has label 0."""
+
+    classes: Sequence[str] = ()
+
+    def __init__(self, root: Path, transform: Transform) -> None:
+        walked = os.walk(root, followlinks=True)
+        found = (Path(folder) / name for folder, _, names in walked for name in names)
+        files = sorted(path for path in found if path.suffix.lower() in IMG_EXTENSIONS)
+        if not files:
+            raise DataError(f"--data-path {root}: no image files; accepted: {', '.join(IMG_EXTENSIONS)}, at any depth")
+        self.samples, self.transform = [(str(path), 0) for path in files], transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return self.transform(load_image(path)), label
 
 
 class Samples(Dataset[tuple[Any, int]]):

@@ -13,13 +13,23 @@ from torch.utils.data import Sampler, Subset
 
 from cli.entry import view_of
 from cli.settings import DataSettings, Settings, size_words
-from datasets import DataError, ImageLoader, LabelledDataset, Samples, SeededSamples, build_dataset, data_root
+from datasets import (
+    DataError,
+    ImageLoader,
+    LabelledDataset,
+    Samples,
+    SeededSamples,
+    build_dataset,
+    build_images,
+    data_root,
+)
+from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
 from processes.group import usable_cores
 from processes.runtime import Runtime
 from reporting.progress import bar_fits
 from samplers import eval_sampler, train_sampler
-from training.transforms import eval_transform, train_transform
+from training.transforms import eval_transform, mirrored_transform, train_transform
 from utils import UsageError
 
 log = logging.getLogger(__name__)
@@ -68,10 +78,31 @@ def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> A
     """
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
-    dataset: Any = build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
+    dataset: Any = build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet))
     found = len(dataset)
     chosen = min(images, found)
     return Subset(dataset, [place * found // chosen for place in range(chosen)])  # files are in the order of classes
+
+
+def search_dataset(
+    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None, augmented: bool = True
+) -> LabelledDataset:
+    """The images to search on, labelled as `train_dataset` where the recipe asks for labels, else anyhow.
+
+    `augmented` as the recipe says, or else as in evaluation.
+
+    Raises:
+        UsageError, DataError: as `train_dataset`, or there are no images.
+    """
+    data, view = settings.data, view_of(settings, entry)
+    if augmented and settings.recipe.transform == "train":
+        transform = train_transform(view, settings.augmentation)
+    else:
+        transform = mirrored_transform(view, settings.augmentation.hflip if augmented else 0.0)
+    bar = bar_fits(settings.run.quiet)
+    if settings.search.loss != SearchSettings.loss:
+        return build_images(data.data_set, data.path, transform, bar)
+    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar)
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
@@ -92,6 +123,13 @@ def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) 
     sampler = eval_sampler(len(dataset), runtime.processes.rank, runtime.processes.world)
     batch_size = settings.data.batch_size
     return _loader(Samples(dataset), sampler, batch_size, settings, runtime, drop_last=False)
+
+
+def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime: Runtime) -> ImageLoader:
+    """Up to `most` images from all over `dataset`, each once, over all processes."""
+    count = min(most, len(dataset))
+    part: Any = Subset(dataset, [index * len(dataset) // count for index in range(count)])  # type: ignore[arg-type]
+    return eval_loader(part, settings, runtime)
 
 
 def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:

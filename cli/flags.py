@@ -13,11 +13,12 @@ from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, MODES, OFFICIAL, SEARCH, S
 from diffrate.budgets.uniform import BASELINES
 from diffrate.running import ROUNDS
 from diffrate.saving.about import SavedModelError, about, is_saved_model
-from diffrate.searching.settings import FLOPS_LOSSES, SMOOTHING, SearchSettings, least_rate
+from diffrate.searching.settings import BUDGETS, FLOPS_LOSSES, LOSSES, SMOOTHING, SearchSettings, least_rate
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 BENCHMARKS = ("eval", "search", "scaling", "loading")
+TRANSFORMS, STARTS = ("train", "eval"), ("flat", "uniform")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
 SAVED = ".safetensors"
@@ -32,8 +33,9 @@ SAMPLE_RECIPE = {
     **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
     **{"drop_path": 0.0, "affine": (10.0, 0.0, 0.1), "repeated_aug": False},
     # Fewer steps than on ImageNet, and fewer tokens: larger strides, finer candidates.
-    **{"flops_loss": "relative", "flops_weight": 1.0, "arch_lr": 0.1, "granularity": 1},
+    **{"arch_lr": 0.1, "granularity": 1},
 }
+SAMPLE_COST = {"flops_loss": "relative", "flops_weight": 1.0}  # where its budget is no more than a penalty
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +105,7 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
         args.arch_min_lr = least_rate(args.arch_lr)
     if args.checkpoint is None:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
+    _fill_search(args)
     if args.epochs is None:
         args.epochs = SearchSettings.epochs if mode == SEARCH else 30
     if mode in (SEARCH, "visualize", "sensitivity") and args.output_dir is None:
@@ -111,6 +114,29 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
     _check_targets(args, mode)
     _check_combinations(args, mode)
     return settings_from(args)
+
+
+def _fill_search(args: argparse.Namespace) -> None:
+    """What some flags of a search say of others; what is left open, the model decides.
+
+    Raises:
+        UsageError: two of them contradict each other.
+    """
+    penalty = {name: getattr(args, name) for name in ("flops_loss", "flops_weight")}
+    given = [name for name, value in penalty.items() if value is not None]
+    given += ["warmup_compression_rate"] if args.warmup_compression_rate else []
+    if given and args.budget == "held":
+        raise UsageError(f"--{given[0]} goes with a penalty; accepted: --budget penalty, or none of both")
+    if given:
+        args.budget = "penalty"
+    own = SAMPLE_COST if args.model == SAMPLE_MODEL else {}
+    for name, value in penalty.items():
+        if value is None:
+            setattr(args, name, own.get(name, getattr(SearchSettings, name)))
+    if args.init_compression_rate is not None:
+        if args.init is not None:
+            raise UsageError("--init and --init_compression_rate name two starts; accepted: one of them")
+        args.init = "flat"
 
 
 def _model_name(args: argparse.Namespace) -> str | None:
@@ -149,7 +175,8 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
-    if mode in (SEARCH, "finetune") and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
+    # A search may mix nothing, whatever these say: `cli/recipe.py`.
+    if mode == "finetune" and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
         raise UsageError(f"--batch-size {sizes[0]}: accepted: an even number with --mixup or --cutmix")
     if args.affine is not None:
         degrees, shift, rescale = args.affine
@@ -395,13 +422,37 @@ def _add_search_flags(parser: Parser) -> None:
     group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, help="and in the last step, default a tenth of that")
     group.add_argument("--granularity", type=COUNT, default=steps, help="tokens between the candidates of a count")
     group.add_argument(
-        "--flops_loss",
-        choices=FLOPS_LOSSES,
-        default=SearchSettings.flops_loss,
-        help="in GFLOPs (paper), or as a share of the target",
+        "--search_loss",
+        choices=LOSSES,
+        help="hold the compressed model against labels (the paper, default of its models); the dense model's outputs, "
+        "default of all others; or its features of every patch: the last two need no labels, and take any folder of "
+        "images",
     )
     group.add_argument(
-        "--flops_weight", type=NOT_NEGATIVE, default=SearchSettings.flops_weight, help="weight of the cost in the loss"
+        "--search_transform",
+        choices=TRANSFORMS,
+        help="images as in training (the paper, default of its models), or as in evaluation, mirrored by --hflip",
+    )
+    group.add_argument(
+        "--init",
+        choices=STARTS,
+        help="start with all candidates alike (the paper, default of its models), or at the best uniform schedule",
+    )
+    group.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        help="the cost is a penalty in the loss (the paper, default of its models; so are --flops_loss, --flops_weight "
+        "and --warmup_compression_rate), or held on its target",
+    )
+    group.add_argument(
+        "--flops_loss",
+        choices=FLOPS_LOSSES,
+        help=f"the penalty in GFLOPs (paper), or as a share of the target; default {SearchSettings.flops_loss}",
+    )
+    group.add_argument(
+        "--flops_weight",
+        type=NOT_NEGATIVE,
+        help=f"weight of the penalty in the loss, default {SearchSettings.flops_weight:g}",
     )
     group.add_argument("--warmup_compression_rate", action="store_true", help="no cost in the first epoch's loss")
     group.add_argument(

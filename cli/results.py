@@ -73,23 +73,32 @@ def log_found(
     target: float,
     compressed: diffrate.CompressedModel,
     schedule: Schedule,
-    scores: tuple[diffrate.Scores, diffrate.Scores],
+    scores: tuple[diffrate.Scores, diffrate.Scores] | None,
     file: Path | None,
     runtime: Runtime,
+    apart: float | None = None,
 ) -> None:
-    """The end of a search: schedule, accuracy against dense, and the next command to type."""
-    found, dense = scores
-    runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
-    uniform = {"target_gflops": target, "uniform": _uniform(compressed, target)}
-    runtime.append(_record("found", entry, compressed, schedule, found) | uniform, FOUND)
+    """The end of a search: schedule, accuracy against dense or the loss against its outputs, the next command to type.
+
+    scores: of the schedule and of the dense model; None where there was nothing to score on. apart: how far the outputs
+    are from the dense ones; None where the search did not look at them.
+    """
     for name, counts in fields_of(schedule).items():
         if counts is not None:
             log.info("found %s %s", name, list(counts))
     flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
-    log.info("dense: %s", dense.line(whole))
-    log.info(
-        "found: %s (%.0f %% of dense, top-1 %+.3f)", found.line(flops), 100 * flops / whole, found.acc1 - dense.acc1
-    )
+    if apart is not None:
+        log.info(
+            "found: loss against dense %.4f flops %.3f (%.0f %% of dense)", apart, flops / 1e9, 100 * flops / whole
+        )
+    if scores is not None:
+        found, dense = scores
+        runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
+        uniform = {"target_gflops": target, "uniform": _uniform(compressed, target)}
+        runtime.append(_record("found", entry, compressed, schedule, found) | uniform, FOUND)
+        top1 = found.acc1 - dense.acc1
+        log.info("dense: %s", dense.line(whole))
+        log.info("found: %s (%.0f %% of dense, top-1 %+.3f)", found.line(flops), 100 * flops / whole, top1)
     if file is not None:
         log.info("next: %s", next_command(settings, entry, target, file))
 

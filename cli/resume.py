@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffrate
+from cli.recipe import PAPER
 from cli.schedules import fit_tokens
 from cli.settings import Settings
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
@@ -18,6 +19,8 @@ from utils import UsageError
 
 AUTO = "auto"
 KEPT, STEPS = "kept counts", "updates an epoch"  # no flags, but what several come to
+# The flags of searches from before there was a choice.
+EARLIER = {"search_loss": PAPER.loss, "search_transform": PAPER.transform, "init": PAPER.start, "budget": PAPER.budget}
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
 FREE = (
@@ -56,6 +59,10 @@ def search_identity(settings: Settings, entry: ModelEntry, target: float, batch_
         "batch-size": batch_size,
         "accum-steps": search.accumulate,
         "seed": search.seed,
+        "search_loss": search.loss,
+        "search_transform": settings.recipe.transform,
+        "init": settings.recipe.start,
+        "budget": search.budget,
     }
 
 
@@ -76,6 +83,8 @@ def training_flags(
     """The flags that decide how a training goes on, its kept counts and updates an epoch, for its checkpoint."""
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
     del flags["batch_sizes"]  # a list only for benchmarks
+    for name in EARLIER:  # of searches alone
+        flags.pop(name)
     kept = [list(counts or ()) for counts in model.get_kept_num()]
     return flags | {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
 
@@ -121,8 +130,7 @@ def _read_search(path: Path) -> dict[str, Any]:
 def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     found = content.get("flags", {})
     for name, value in expected.items():
-        if found.get(name) != value:
+        made = found.get(name, EARLIER.get(name))
+        if made != value:
             called = name if name in (KEPT, STEPS) else f"--{name}"
-            raise UsageError(
-                f"--resume {path}: was made with {called} {found.get(name)}; accepted: {value}, as in this run"
-            )
+            raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")

@@ -27,7 +27,7 @@ class Reporter(diffrate.Observer):
         self,
         model: diffrate.CompressedModel,
         target: float,
-        loaders: tuple[ImageLoader, ImageLoader],
+        loaders: tuple[ImageLoader, ImageLoader | None],
         accumulate: int,
         runtime: Runtime,
         signals: StopSignals,
@@ -55,13 +55,13 @@ class Reporter(diffrate.Observer):
             self.runtime.append(place | fields_of(expected) | costs, STEPS)
 
     def on_score_start(self) -> None:
+        assert self.val is not None, "there is something to score on"
         self.show = shown_scores(self.val, self.runtime, self._stop_scoring)
 
     def on_score(self, tally: Tally) -> None:
         self.show(tally)
 
     def on_epoch(self, record: diffrate.EpochRecord) -> None:
-        assert record.scores is not None, "there is a validation split"
         counts = fields_of(record.schedule)
         figures = {
             "train_loss": record.loss,
@@ -70,12 +70,15 @@ class Reporter(diffrate.Observer):
             "lr": record.learning_rate,
             "target_gflops": self.target / 1e9,
         }
-        scores = record.scores.record(record.flops)
+        scores = {"gflops": record.flops / 1e9} if record.scores is None else record.scores.record(record.flops)
         self.runtime.record({"mode": "search", "epoch": record.epoch, **figures, **scores, **counts})
         for name, values in counts.items():
             if values is not None:
                 log.info("%s %s", name, list(values))
-        log.info(record.scores.line(record.flops))
+        if record.scores is not None:
+            log.info(record.scores.line(record.flops))
+        else:
+            log.info("* loss %.4f flops %.3f", record.loss, record.flops / 1e9)
         if record.best and self.runtime.writes:
             assert self.runtime.output_dir is not None
             with (

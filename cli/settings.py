@@ -75,6 +75,20 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class RecipeSettings:
+    """How a search goes about it; None where the model decides.
+
+    loss: `labels`, `distill` or `tokens`. transform: `train` or `eval`. start: `flat` or `uniform`.
+    budget: `penalty` or `held`.
+    """
+
+    loss: str | None
+    transform: str | None
+    start: str | None
+    budget: str | None
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Where and how a run computes, and what it leaves.
 
@@ -114,6 +128,7 @@ class Settings:
     data: DataSettings
     model: ModelSettings
     search: SearchSettings
+    recipe: RecipeSettings
     training: TrainingSettings
     augmentation: Augmentation
     mixing: Mixing
@@ -155,6 +170,7 @@ def settings_from(args: Namespace) -> Settings:
             accumulate=args.accum_steps,
             seed=args.seed,
         ),
+        recipe=RecipeSettings(args.search_loss, args.search_transform, args.init, args.budget),
         training=_training(args),
         augmentation=_augmentation(args),
         mixing=Mixing(

@@ -51,6 +51,7 @@ class ModelEntry:
     weights: None where there are no official ones. aliases: timm's names for the same model.
     num_classes: 0 for a model without a head. input_size: rows and columns, in pixels.
     config: timm's pretrained configuration, where it is not the one that goes with the architecture.
+    published: whether it is one of the paper's models.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ModelEntry:
     interpolation: str = "bicubic"
     aliases: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
+    published: bool = False
 
 
 def _deit(size: str, letter: str, digest: str) -> ModelEntry:
@@ -77,6 +79,7 @@ def _deit(size: str, letter: str, digest: str) -> ModelEntry:
         schedule_key=f"ViT-{letter}-DeiT",
         weights=OfficialWeights(f"{architecture}-{digest}.pth", timm_config=f"{architecture}.fb_in1k"),
         aliases=(architecture, f"{architecture}.fb_in1k"),
+        published=True,
     )
 
 
@@ -89,6 +92,7 @@ def _mae(size: str, letter: str, patch: int) -> ModelEntry:
         # Listed under "Fine-tuning" in FINETUNE.md of the MAE project.
         weights=OfficialWeights(file, url=f"https://dl.fbaipublicfiles.com/mae/finetune/{file}"),
         options={"global_pool": "avg"},
+        published=True,
     )
 
 
@@ -105,6 +109,7 @@ _ENTRIES = (
         schedule_key="CAFormer-S36",
         weights=OfficialWeights("caformer_s36.pth", timm_config="caformer_s36.sail_in1k"),
         aliases=("caformer_s36.sail_in1k",),
+        published=True,
     ),
     ModelEntry(
         name=SAMPLE_MODEL,

@@ -59,6 +59,12 @@ def eval_transform(view: View) -> transforms.Compose:
     return transforms.Compose([*_framing(view), transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
 
 
+def mirrored_transform(view: View, hflip: float) -> transforms.Compose:
+    """That of evaluation, with images mirrored at probability `hflip`."""
+    flips = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
+    return transforms.Compose([*flips, *eval_transform(view).transforms])
+
+
 def _framing(view: View) -> list[Any]:
     """The steps from a picture of any size to one of the input's."""
     interpolation = transforms.InterpolationMode(view.interpolation)

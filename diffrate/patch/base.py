@@ -153,13 +153,23 @@ class CompressedModel(nn.Module):
         that carries the gradient to the rates.
         """
         if self.training and self.compression.schedule is None:
-            logits, flops = self._search(images)
+            logits, flops = self.search_step(images)
             return (logits, flops) if return_flop else logits
         schedule = self.compression.current()
+        logits = self.outputs_at(images, schedule)
+        return (logits, self.flops_at(schedule)) if return_flop else logits
+
+    def outputs_at(self, images: Tensor, schedule: Schedule) -> Tensor:
+        """What `classify` gives of images `[B, 3, H, W]` at `schedule`, whatever the model is set to."""
         entry = self.enter(images)
         state = self.prepared(entry.state, schedule)
-        logits = self.classify(self._compress(entry._replace(state=state), schedule, self.read))
-        return (logits, self.flops_at(schedule)) if return_flop else logits
+        return self.classify(self._compress(entry._replace(state=state), schedule, self.read))
+
+    def search_step(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the search: what `classify` gives, and the expected cost with gradients, in whatever mode."""
+        entry = self.enter(images)
+        state, flops = self._search(entry._replace(state=self.prepared(masked(entry.state), None)), self.read)
+        return self.classify(state), flops
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
@@ -234,19 +244,22 @@ class CompressedModel(nn.Module):
         counts = running_counts(schedule, entry.state.x.shape[1])[: len(blocks)]
         return list(zip(blocks, entry.positions, counts, strict=True))
 
-    def _search(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the search: logits, and the expected cost with gradients."""
-        entry, blocks = self.enter(images), self.compressible_blocks()
-        x = entry.state.x
-        plans = plan_search(self.compression.draw(), len(blocks), x.shape[1])
-        mask = torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device)
-        state = self.prepared(entry.state._replace(mask=mask), None)
+    def _search(self, entry: Entry, read: int | None) -> tuple[TokenState, Tensor]:
+        """The masked tokens after the last block, or the first `read` alone, and the expected cost with gradients."""
+        state, blocks = entry.state, self.compressible_blocks()
+        plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
         for index, (block, positions, plan) in enumerate(zip(blocks, entry.positions, plans, strict=True)):
-            read = self.read if index == len(blocks) - 1 else None
-            state = search_block(block, positions, self.rules, state, plan, read)
+            last = index == len(blocks) - 1
+            state = search_block(block, positions, self.rules, state, plan, read if last else None)
         flops = self.cost(plan.cost for plan in plans)
         assert isinstance(flops, Tensor)
-        return self.classify(state), flops
+        return state, flops
+
+
+def masked(state: TokenState) -> TokenState:
+    """The same tokens as they enter a search: with a mask that says that all of them are there."""
+    x = state.x
+    return state._replace(mask=torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device))
 
 
 def has_classifier(model: nn.Module) -> bool:

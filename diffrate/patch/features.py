@@ -9,7 +9,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.patch.base import CompressedModel
+from diffrate.budgets.schedule import Schedule
+from diffrate.patch.base import CompressedModel, masked
 from diffrate.patch.grid import as_map, restore
 
 _Model = CompressedModel if TYPE_CHECKING else object
@@ -33,6 +34,16 @@ class Features(_Model):
         """
         _refuse_masks(attn_mask, is_causal)
         return self.norm(restore(self._remembering(x)[-1]))
+
+    def features_at(self, images: Tensor, schedule: Schedule) -> Tensor:
+        """Normalised features `[B, N0, C]` of the patches alone at `schedule`, whatever the model is set to."""
+        return self._patches(self._compress(self.enter(images).remembered(), schedule, None))
+
+    def search_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in a step of the search, with the expected cost; both carry gradients."""
+        entry = self.enter(images)
+        state, flops = self._search(entry._replace(state=masked(entry.state).remembered()), None)
+        return self._patches(state), flops
 
     def forward_intermediates(
         self,
@@ -69,6 +80,9 @@ class Features(_Model):
             return _as_dict(last, pairs, with_prefix)
         maps = pairs if with_prefix else [features for features, _ in pairs]
         return maps if last is None else (last, maps)
+
+    def _patches(self, state: TokenState) -> Tensor:
+        return self.norm(restore(state))[:, self.num_prefix_tokens :]
 
     def _remembering(self, x: Tensor, end: int | None = None) -> list[TokenState]:
         """The tokens of images after each of the first `end` blocks, and what pruned ones last were."""

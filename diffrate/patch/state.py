@@ -74,18 +74,19 @@ class CompressionState(nn.Module):
         return self.space.schedule([choice.count for block in drawn.values() for choice in block.values()])
 
     @torch.no_grad()
-    def start_at(self, schedule: Schedule) -> None:
+    def start_at(self, schedule: Schedule, spread: float | None = None) -> None:
         """Set the logits so that the expected counts, rounded up, are those of `schedule`.
 
         Of all distributions over the candidates with that mean, the flattest: it leaves the search
-        the most freedom. Counts beyond the candidates' range go to its ends.
+        the most freedom; or bells of deviation `spread`, a share of the patches. Counts beyond the
+        candidates' range go to its ends.
         """
         rows = {"prune": schedule.prune, "merge": schedule.merge}
         for (block, kind), rate in zip(self.choices(), self.logits(), strict=True):
             counts = rows[kind]
             assert counts is not None, "a schedule that the model's check has passed"
             mean = counts[block] - self.space.prefix - 0.5  # rounded up, this is the count
-            rate.copy_(flattest_logits(mean, self.patches(block), self.granularity[kind]))
+            rate.copy_(flattest_logits(mean, self.patches(block), self.granularity[kind], spread))
 
     @torch.no_grad()
     def expected_counts(self) -> list[float]:

@@ -94,19 +94,21 @@ def draw(logits: Tensor, patches: int, granularity: int, prefix: int) -> list[Ch
     return [Choice(*item) for item in zip(expected, map(int, counts), survival, strict=True)]
 
 
-def flattest_logits(mean: float, patches: int, granularity: int) -> Tensor:
+def flattest_logits(mean: float, patches: int, granularity: int, spread: float | None = None) -> Tensor:
     """Logits `[K]` with the given expectation whose distribution has the greatest entropy.
 
     These are linear in the candidates; the slope is found by bracketing. A mean at or beyond the
-    ends of the candidates gets the steepest slope allowed.
+    ends of the candidates gets the steepest slope allowed. With a `spread`, a share of the patches, the
+    distribution is a bell of that deviation around the mean, which the slope then balances.
     """
     from scipy.optimize import brentq  # a quarter of a second, which only a chosen start has to spare
 
     candidates = patches - granularity * torch.arange(candidate_count(patches, granularity), dtype=torch.float64)
     centred = candidates - candidates.mean()
+    bell = 0 * centred if spread is None else -(((candidates - mean) / (spread * patches)) ** 2) / 2
 
     def excess(slope: float) -> float:
-        return float((candidates * (slope * centred).softmax(0)).sum()) - mean
+        return float((candidates * (bell + slope * centred).softmax(0)).sum()) - mean
 
     if excess(-STEEPEST) >= 0:
         slope = -STEEPEST
@@ -114,7 +116,7 @@ def flattest_logits(mean: float, patches: int, granularity: int) -> Tensor:
         slope = STEEPEST
     else:
         slope = cast(float, brentq(excess, -STEEPEST, STEEPEST))
-    return (slope * centred).float()
+    return (bell + slope * centred).float()
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from diffrate.budgets.schedule import Schedule, ScheduleError, make_schedule
 from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.running.evaluation import Scores
 from diffrate.searching.history import History
+from diffrate.searching.multiplier import Multiplier
 from diffrate.searching.settings import Course
 
 KIND = "search"
+EARLIER = {"loss": "labels", "budget": "penalty"}  # of files from before there was a choice
 
 
 class SearchCheckpointError(ValueError):
@@ -29,6 +31,7 @@ class SearchState:
 
     step: updates done in this epoch. sums: losses and GFLOPs of this epoch, added up.
     best: schedule and scores of the best epoch, None for scores where none were taken.
+    multiplier: of the cost's excess, where the budget is held.
     """
 
     epoch: int
@@ -36,6 +39,7 @@ class SearchState:
     sums: list[float]
     best: tuple[Schedule, Scores | None] | None
     history: History
+    multiplier: Multiplier = field(default_factory=Multiplier)
 
     @classmethod
     def fresh(cls, choices: int) -> SearchState:
@@ -80,6 +84,7 @@ def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mappi
         # Every step draws from a seed made of this one and its position: no generator state is left over.
         "random": {"seed": course.settings.seed},
         "history": state.history.table(),
+        "multiplier": state.multiplier.plain() if course.settings.held else None,
     }
     with whole_file(path) as file:
         torch.save(content, file)
@@ -112,7 +117,9 @@ def restore(search: Parts, path: Path) -> None:
     content = read_checkpoint(path)
     course = search.course
     for name, expected in {**asdict(course.settings), "target": course.target, "steps": course.steps}.items():
-        found = content.get("settings", {}).get(name, expected)  # older files have no settings of their own
+        found = content.get("settings", {}).get(
+            name, EARLIER.get(name, expected)
+        )  # older files have no settings of their own
         if found != expected:
             raise SearchCheckpointError(
                 f"{path}: was made with {name} {found}; accepted: {expected}, as in this search"
@@ -152,6 +159,7 @@ def _state(content: dict[str, Any]) -> SearchState:
         sums=content["sums"],
         best=None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores)),
         history=history,
+        multiplier=Multiplier.from_plain(content.get("multiplier")),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from diffrate.searching.checkpoint import restore
 from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
 from diffrate.searching.settings import SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
+from diffrate.searching.teacher import Teacher
 from diffrate.seeds import generators_kept
 
 SAVE_EVERY = 10  # steps
@@ -49,7 +51,7 @@ class Found:
 
 def search(
     model: CompressedModel,
-    loader: Batches,
+    loader: Iterable[Any],
     *,
     target_flops: float | None = None,
     share: float | None = None,
@@ -58,6 +60,8 @@ def search(
     steps: int | None = None,
     criterion: Criterion | None = None,
     mixup: Mixup | None = None,
+    loss: str = SearchSettings.loss,
+    budget: str = SearchSettings.budget,
     flops_loss: str = SearchSettings.flops_loss,
     flops_weight: float = SearchSettings.flops_weight,
     warmup: bool = SearchSettings.warmup,
@@ -66,6 +70,7 @@ def search(
     granularity: int | None = None,
     accumulate: int = SearchSettings.accumulate,
     start: Schedule | None = None,
+    start_spread: float | None = None,
     device: torch.device | str | None = None,
     precision: torch.dtype | None = None,
     seed: int = SearchSettings.seed,
@@ -90,9 +95,16 @@ def search(
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
         criterion: loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1.
+        loss: `labels`; or what needs none, and takes batches of images alone: `distill`, how far the outputs are
+            from the dense model's (the pooled features of a model without a head), or `tokens`, how far the
+            features of every patch are.
+        budget: `penalty`, the cost in the loss, as `flops_loss` and `flops_weight` say; or `held`, on the target by
+            a multiplier that is learnt, which those two have no part in.
         mixup: mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does.
         least_learning_rate: of the last step; by default a tenth of `learning_rate`.
         granularity: tokens between the candidates of a count; by default that of the patch.
+        start_spread: how wide the candidates around `start` are in play, a deviation as a share of the patches; by
+            default as wide as the counts of `start` allow.
         device: where to search and leave the model; by default where it is.
         precision: of autocast; by default float16 on a GPU and none elsewhere.
         seed: of everything drawn; the generators go on as before afterwards.
@@ -112,10 +124,14 @@ def search(
     """
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
-    if criterion is None and not model.has_head():
+    if criterion is not None and loss != SearchSettings.loss:
+        raise SearchSettingError(f"criterion: found one with the loss {loss!r}; accepted: none, or the loss 'labels'")
+    if criterion is None and loss == SearchSettings.loss and not model.has_head():
         raise UnsupportedModelError(
-            "found a model without a head; accepted: one with classes and a pooling, or a criterion"
+            "found a model without a head; accepted: one with classes and a pooling, a criterion, or the loss 'distill'"
         )
+    if start_spread is not None and not 0 < start_spread < math.inf:
+        raise SearchSettingError(f"start_spread: found {start_spread!r}; accepted: above 0, or none")
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,
@@ -127,15 +143,20 @@ def search(
         granularity=model.compression.granularity["merge"] if granularity is None else granularity,
         accumulate=accumulate,
         seed=seed,
+        loss=loss,
+        budget=budget,
     )
+    teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
     target = _target(model, target_flops, share)
     loader, batches = with_length(loader, steps)
     course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
-    means = Means(place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val)
+    means = Means(
+        place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val, teacher
+    )
     saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
     with generators_kept(), modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
         model.to(place.device)
-        _fresh_rates(model, granularity, start)
+        _fresh_rates(model, granularity, start, start_spread)
         running = Search(model, course, means, _observer(callback))
         if resume is not None:
             restore(running.parts, Path(resume))
@@ -168,7 +189,7 @@ def _target(model: CompressedModel, target_flops: float | None, share: float | N
     return target
 
 
-def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedule | None) -> None:
+def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedule | None, spread: float | None) -> None:
     """Rates as a search begins with them, searching."""
     compression = model.compression
     if granularity is not None:
@@ -181,7 +202,7 @@ def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedul
     compression.reset()
     if start is not None:
         model.check(start, "start: ")
-        compression.start_at(start)
+        compression.start_at(start, spread)
 
 
 def _checkpoint(path: Path, every: int, notes: Mapping[str, Any]) -> Checkpoint:

@@ -21,6 +21,7 @@ from diffrate.searching.batches import Batch, batches_from
 from diffrate.searching.checkpoint import Parts, SearchState, write_checkpoint
 from diffrate.searching.history import EpochRecord, StepRecord
 from diffrate.searching.settings import Course
+from diffrate.searching.teacher import Teacher
 from diffrate.seeds import seed_everything, step_seed
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -73,6 +74,7 @@ class Means:
 
     place: the model's device and the type of its weights. precision: of autocast, None for none.
     criterion: the loss of logits against labels, mixed or not. mixup: mixes a batch, None for nothing.
+    teacher: the dense model, where its outputs take the place of labels.
     val: what to score each epoch on, None for nothing.
     """
 
@@ -81,6 +83,7 @@ class Means:
     criterion: Criterion
     mixup: Mixup | None
     val: Batches | None
+    teacher: Teacher | None = None
 
 
 class Search:
@@ -95,6 +98,7 @@ class Search:
             rate.requires_grad_(True)
         optimizer = torch.optim.AdamW(rates, lr=course.settings.learning_rate, weight_decay=0)
         scaler = torch.amp.GradScaler(means.place.device.type, enabled=means.precision == torch.float16)
+        self.slopes: tuple[Tensor, ...] = ()  # of the cost's excess at the present rates, where the budget is held
         self.parts = Parts(course, rates, optimizer, scaler, SearchState.fresh(len(rates)))
 
     @property
@@ -151,7 +155,10 @@ class Search:
         state, course = self.state, self.course
         done = state.step * course.settings.accumulate
         batches = batches_from(loader, state.epoch, done, course.settings.seed)
-        self.model.train_to_search()
+        if self.means.teacher is None:
+            self.model.train_to_search()
+        else:
+            self.model.eval()  # nothing is dropped at random in the one that is held against the other
         self.observer.on_start(state.epoch, state.step)
         for step in range(state.step, course.steps):
             try:
@@ -189,32 +196,55 @@ class Search:
         loss, flops_loss, gflops, stop = (all_sum(totals) / world()).tolist()
         if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}")
+        if course.settings.held:
+            excess = gflops * 1e9 / course.target - 1
+            self.state.multiplier.add(self.parts.rates, self.slopes, excess, self.parts.scaler.get_scale())
         self.parts.scaler.step(self.parts.optimizer)
         self.parts.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
 
     def _backward(self, batches: Iterator[Batch]) -> Tensor:
         """Gradients of one batch; classification loss, cost loss and GFLOPs, `[3]`."""
-        means, settings = self.means, self.course.settings
-        images, labels = to_place(*self._next(batches), means.place)
-        if means.mixup is not None:
-            images, labels = means.mixup(images, labels)
-        with autocast(means.place.device, means.precision):
-            logits, flops = self.model(images)
-        classification = means.criterion(logits.float(), labels)
+        settings = self.course.settings
+        images, labels = self._next(batches)
+        classification, flops = self._classification(images, labels)
         cost = self.course.distance(flops)
-        loss = classification + self.course.weight(self.state.epoch) * cost
+        if settings.held:
+            excess = flops / self.course.target  # the same for every batch of a step
+            self.slopes = torch.autograd.grad(excess, self.parts.rates, retain_graph=True, materialize_grads=True)
+            loss = classification
+        else:
+            loss = classification + self.course.weight(self.state.epoch) * cost
         self.parts.scaler.scale(loss / settings.accumulate).backward()
         return torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9])
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _classification(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss against labels or against the dense model, and the expected cost."""
+        means = self.means
+        if means.mixup is not None:
+            images, labels = means.mixup(images, labels)
+        with autocast(means.place.device, means.precision):
+            if means.teacher is not None:
+                return means.teacher.searching(images)
+            logits, flops = self.model(images)
+        return means.criterion(logits.float(), labels), flops
+
+    def _next(self, batches: Iterator[Any]) -> Batch:
+        """The next images and labels where they are computed; zeros where there are none, and none are needed.
+
+        Raises:
+            ValueError: there is no batch left, or there are no labels to hold the outputs against.
+        """
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
                 f"loader: no batch left at epoch {self.state.epoch}, step {self.state.step}; accepted: "
                 f"{self.course.steps * self.course.settings.accumulate} batches in every epoch"
             )
-        return batch
+        images, *labels = [batch] if isinstance(batch, Tensor) else batch
+        if not labels and self.means.teacher is None:
+            raise ValueError("loader: found images alone; accepted: images and labels, or the loss 'distill'")
+        return to_place(images, labels[0] if labels else torch.zeros(len(images), dtype=torch.int64), self.means.place)
 
     def _save(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None and rank() == 0:

@@ -9,6 +9,8 @@ from typing import Any
 from diffrate.budgets.space import GRANULARITY
 
 FLOPS_LOSSES = ("absolute", "relative")
+LOSSES = ("labels", "distill", "tokens")
+BUDGETS = ("penalty", "held")
 SMOOTHING = 0.1  # of labels, as in DeiT's recipe
 
 
@@ -32,6 +34,10 @@ class SearchSettings:
     learning_rate, least_learning_rate: of the rate logits, in the first step and in the last.
     granularity: tokens between the candidates of a count.
     accumulate: batches an update.
+    loss: what the compressed model is held against: `labels` (the paper), the dense model's outputs
+        (`distill`), or its features of every patch (`tokens`).
+    budget: how the cost is: a `penalty` in the loss (the paper), or `held` on its target by a multiplier that
+        the search learns.
     """
 
     epochs: int = 3
@@ -43,11 +49,21 @@ class SearchSettings:
     granularity: int = GRANULARITY
     accumulate: int = 1
     seed: int = 0
+    loss: str = "labels"
+    budget: str = "penalty"
+
+    @property
+    def held(self) -> bool:
+        """Whether a multiplier holds the cost on its target."""
+        return self.budget == "held"
 
     def __post_init__(self) -> None:
         accepted = {
             "epochs": (self.epochs >= 1, "from 1"),
             "flops_loss": (self.flops_loss in FLOPS_LOSSES, " or ".join(FLOPS_LOSSES)),
+            "loss": (self.loss in LOSSES, ", ".join(LOSSES)),
+            "budget": (self.budget in BUDGETS, " or ".join(BUDGETS)),
+            "warmup": (not (self.warmup and self.held), "False where the budget is held"),
             "flops_weight": (0 <= self.flops_weight < math.inf, "from 0"),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
             "least_learning_rate": (0 <= self.least_learning_rate <= self.learning_rate, "0 to learning_rate"),
@@ -81,5 +97,5 @@ class Course:
 
     def distance(self, flops: Any) -> Any:
         """How far a cost is from the target, squared (paper, equation 9)."""
-        unit = 1e9 if self.settings.flops_loss == "absolute" else self.target
+        unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target
         return ((flops - self.target) / unit) ** 2

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.budgets.schedule import Schedule
+from diffrate.group import all_sum
+from diffrate.patch.base import CompressedModel, has_classifier
+from diffrate.patch.features import Features
+from diffrate.running.evaluation import modes_kept
+from diffrate.running.precision import Place, autocast, place_of
 
 
 def divergence(outputs: Tensor, taught: Tensor) -> Tensor:
@@ -23,3 +35,65 @@ def angle(outputs: Tensor, taught: Tensor) -> Tensor:
     """
     apart = 1 - F.cosine_similarity(outputs.float(), taught.float(), dim=-1)
     return apart if apart.ndim == 1 else apart.mean(1)
+
+
+class Teacher:
+    """The dense model, held against itself compressed: by its outputs (`distill`), or by its patches' features
+    (`tokens`).
+
+    Raises:
+        UnsupportedModelError: features are asked for, and the model's family has none for every patch.
+    """
+
+    def __init__(self, model: CompressedModel, loss: str = "distill") -> None:
+        self.model = model
+        if loss != "tokens":
+            self.at, self.step = model.outputs_at, model.search_step
+            self.apart = divergence if has_classifier(model) else angle
+        elif isinstance(model, Features):
+            self.at, self.step, self.apart = model.features_at, model.search_features, angle
+        else:
+            raise UnsupportedModelError(
+                f"loss: found 'tokens' for {type(model).__name__}, which has no features of every patch; accepted: "
+                "'distill'"
+            )
+
+    def taught(self, images: Tensor) -> Tensor:
+        """What the dense model makes of images; without gradients."""
+        with torch.no_grad():
+            return self.at(images, self.model.dense_schedule())
+
+    def searching(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """How far a step of the search is from that, a mean that carries gradients, and its expected cost."""
+        outputs, flops = self.step(images)
+        return self.apart(outputs, self.taught(images)).mean(), flops
+
+
+@torch.no_grad()
+def losses_at(
+    model: CompressedModel, schedules: Sequence[Schedule], loader: Iterable[Any], precision: torch.dtype | None = None
+) -> list[float]:
+    """How far the outputs of `model` at each of the `schedules` are from the dense ones, a mean over all images.
+
+    The batches are images `[B, 3, H, W]`, or pairs of them and labels, which are not looked at.
+    """
+    teacher, place = Teacher(model), place_of(model)
+    sums = torch.zeros(len(schedules) + 1, dtype=torch.float64, device=place.device)
+    with modes_kept(model):
+        model.eval()
+        for batch in loader:
+            images = images_of(batch, place)
+            with autocast(place.device, precision):
+                dense = teacher.taught(images)
+                found = [teacher.at(images, schedule) for schedule in schedules]
+            apart = [teacher.apart(outputs, dense) for outputs in found]
+            rows = [values.flatten(1).mean(1).sum() if values.ndim > 1 else values.sum() for values in apart]
+            sums += torch.stack([*rows, rows[0].new_tensor(len(images))]).double()
+    *totals, count = all_sum(sums).tolist()
+    return [total / count for total in totals]
+
+
+def images_of(batch: Any, place: Place) -> Tensor:
+    """The images of a batch, alone or before labels, where they are computed."""
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    return images.to(place.device, place.dtype, non_blocking=True)

@@ -21,7 +21,18 @@ LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
     "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"],
 }
-SEARCH = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--target_flops", 0.025, "--print-freq", 1)
+PAPER = ("--search_loss", "labels", "--search_transform", "train", "--init", "flat", "--budget", "penalty")
+SEARCH = (
+    "--model",
+    "vit_sample_patch4_28",
+    "--checkpoint",
+    "scratch",
+    "--target_flops",
+    0.025,
+    "--print-freq",
+    1,
+    *PAPER,
+)
 
 
 def free_port() -> int:
@@ -108,7 +119,7 @@ def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path:
 
 def test_two_processes_are_one_with_twice_the_batch(image_folder: Path, tmp_path: Path) -> None:
     """The first step's update of the rates; without drop path, which draws per process."""
-    words = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder)
+    words = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder, *PAPER)
     words = (*words, "--epochs", 1, "--target_flops", 0.025, "--drop-path", 0, "--affine", 0, 0, 0)
     done = launch("launch", *words, "--batch-size", 6, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr

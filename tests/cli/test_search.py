@@ -26,12 +26,16 @@ MODEL = "vit_sample_patch4_28"
 KEY = "ViT-Sample"
 
 
+PAPER = ("--search_loss", "labels", "--search_transform", "train", "--budget", "penalty")
+
+
 def words(folder: Path, out: Path, *more: object) -> list[str]:
     """A search of three steps an epoch on a small image folder, with the published rates."""
     base = ("--model", MODEL, "--checkpoint", "scratch", "--data-path", folder, "--output_dir", out, "--batch-size", 4)
     published = ("--arch-lr", 0.01, "--arch-min-lr", 0.001, "--granularity", 4)
     run = ("--num_workers", 0, "--target_flops", 0.025, "--print-freq", 1)
-    return [str(word) for word in (*base, *published, *run, *more)]
+    own = [] if "--init_compression_rate" in more else ["--init", "flat"]
+    return [str(word) for word in (*base, *published, *run, *PAPER, *own, *more)]
 
 
 def checkpoint(out: Path, name: str = "checkpoint.pth") -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""What a search works with: the model, the images it is searched on, and those it is scored on, if any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+import diffrate
+from cli.data import check_same_classes, eval_dataset, eval_loader, part_loader, search_dataset, train_loader
+from cli.entry import chosen_entry
+from cli.model import plain_model
+from cli.recipe import with_recipe
+from cli.schedules import start_schedule
+from cli.settings import Settings
+from cli.trained import check_inputs, output_names, trained_model
+from cli.weights import Weights, read_weights
+from datasets import DataError, ImageLoader, LabelledDataset, has_validation
+from diffrate.budgets.schedule import Schedule
+from diffrate.searching.settings import SearchSettings
+from diffrate.searching.starts import best_uniform
+from models.zoo import ModelEntry
+from processes.runtime import Runtime
+from sample import MODEL as SAMPLE_MODEL
+from utils import UsageError
+
+STARTING_IMAGES = 512  # that the uniform schedules are compared on
+START_SPREAD = 0.05  # of the rates around it
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A plain model with its weights, the settings with its recipe, and loaders.
+
+    val: None where nothing can be scored. part: a part of the images, as in evaluation.
+    """
+
+    settings: Settings
+    entry: ModelEntry
+    model: nn.Module
+    classes: Sequence[str] | None
+    outputs: int
+    train: ImageLoader
+    val: ImageLoader | None
+    part: ImageLoader
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the search itself looks at labels."""
+        return self.settings.search.loss == SearchSettings.loss
+
+
+def searched_model(settings: Settings, runtime: Runtime) -> Searched:
+    """The model that the flags name, and its data, as its recipe asks for them.
+
+    Raises:
+        CheckpointError, DataError, ScheduleError, UsageError: one of them is not there or does not fit.
+    """
+    entry = chosen_entry(settings.model)
+    settings = with_recipe(settings, entry)
+    dropping = {"drop_path_rate": settings.model.drop_path}
+    val: LabelledDataset | None
+    if settings.search.loss == SearchSettings.loss:
+        trained = trained_model(settings, runtime, **dropping)
+        model, weights, val = trained.model, trained.weights, trained.val
+        outputs = weights.head or len(val.classes)
+    else:
+        check_inputs(settings, entry)
+        if settings.data.path is None and entry.name != SAMPLE_MODEL:
+            raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name}")
+        weights = read_weights(settings.model, entry, runtime)
+        val = _validation(settings, entry, weights)
+        fresh = entry.num_classes if val is None else len(val.classes)
+        outputs = fresh if weights.state is None else weights.head or 0
+        model = plain_model(settings.model, entry, weights, outputs, **dropping)
+    train, plain = (
+        search_dataset(settings, entry, weights.head, weights.classes, augmented) for augmented in (True, False)
+    )
+    if settings.search.loss == SearchSettings.loss:
+        assert val is not None
+        check_same_classes(train, val)
+    return Searched(
+        settings,
+        entry,
+        model,
+        weights.classes if val is None else output_names(val, outputs, weights),
+        outputs,
+        train_loader(train, settings, runtime),
+        None if val is None else eval_loader(val, settings, runtime),
+        part_loader(plain, STARTING_IMAGES, settings, runtime),
+    )
+
+
+def start_of(searched: Searched, model: diffrate.CompressedModel, target: float, runtime: Runtime) -> Schedule | None:
+    """Where the search of `model` for `target` multiply-accumulates begins, None for all candidates alike."""
+    settings = searched.settings
+    if settings.recipe.start == "uniform":
+        return best_uniform(model, target, searched.part, runtime.amp)
+    named = start_schedule(settings.model, searched.entry, model)
+    return None if named is None else named.schedule
+
+
+def _validation(settings: Settings, entry: ModelEntry, weights: Weights) -> LabelledDataset | None:
+    """The validation split, where there is one whose classes are the model's."""
+    headless = entry.num_classes == 0 if weights.state is None else weights.headless
+    if headless or not has_validation(settings.data.data_set, settings.data.path):
+        return None
+    try:
+        return eval_dataset(settings, entry, weights.head, weights.classes)
+    except DataError as error:
+        log.info("no accuracy: %s", error)
+        return None
