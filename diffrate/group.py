@@ -24,6 +24,15 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def from_first(values: Tensor, device: torch.device) -> Tensor:
+    """The first process's `values`, of the same shape in all, which meet on `device`."""
+    if not _joined():
+        return values
+    shared = values.to(device)
+    dist.broadcast(shared, src=0)
+    return shared.cpu()
+
+
 def least(value: int, device: torch.device) -> int:
     """The smallest `value` of all processes, which meet on `device`."""
     if not _joined():

@@ -1,0 +1,259 @@
+"""The search at hard counts: schedules on the budget are tried on calibration images, tokens really dropped.
+
+A surrogate (`surrogate.py`) learns from all that was measured, and says which schedules near the best ones to
+try next, on a few images each. In phases the best one so far becomes the reference that others are held
+against, on images drawn afresh. No gradient is computed, and nothing is known of what is budgeted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import torch
+
+from diffrate.budgets.schedule import Schedule
+from diffrate.group import from_first
+from diffrate.searching.calibration import Calibration, Draw, Reference
+from diffrate.searching.moves import Counts, Moves
+from diffrate.searching.surrogate import Surrogate
+from diffrate.seeds import step_seed
+
+CHUNKS = 24  # of images in a phase
+PHASES = 5
+LOOKS = 6  # chunks on which starts, and the best of a phase, are compared
+FIRST = 30  # schedules drawn at random before the surrogate is asked
+TOGETHER = 8  # schedules that are chosen at a time
+NEW, KEPT, GENERATIONS = 16, 16, 3  # schedules that the surrogate looks at, for each that it chooses
+SCALED_EVERY = 10  # rounds
+DARING = 1.0  # how many deviations better than the mean a schedule is hoped to be, as they are drawn
+PATIENCE = 40  # rounds without a better schedule
+LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """The best schedule after a round of trials: loss estimated over all images, forward passes of the dense model
+    on one image so far, seconds, schedules measured."""
+
+    schedule: Schedule
+    loss: float
+    work: float
+    seconds: float
+    trials: int
+
+
+@dataclass
+class Trials:
+    """All that changes while the search runs: plain values and tensors, from which it goes on.
+
+    measured: counts, how much worse than the first reference as a share of its loss, the variance of that.
+    offset: the reference's own place on that scale. scale: the first reference's loss.
+    """
+
+    round: int = 0
+    phase: int = 0
+    work: float = 0.0
+    seconds: float = 0.0
+    measured: list[tuple[Counts, float, float]] = field(default_factory=list)
+    reference: Counts = ()
+    offset: float = 0.0
+    scale: float = 0.0
+    order: list[int] = field(default_factory=list)
+    draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ((), ())  # type: ignore[assignment]
+    known: dict[int, torch.Tensor] = field(default_factory=dict)
+    felt: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    scales: list[float] = field(default_factory=list)
+    best: float = 0.0
+    quiet: int = 0
+
+
+class CalibratedSearch:
+    """A search with `work` forward passes of the dense model, from the better ones of `starts`."""
+
+    def __init__(self, moves: Moves, calibration: Calibration, work: float, seed: int, trials: Trials | None) -> None:
+        self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
+        self.trials = trials or Trials(work=calibration.work)
+        self.surrogate = Surrogate(moves.groups())
+        self.begun = time.monotonic() - self.trials.seconds
+        if trials is not None:
+            self._go_on(trials)
+
+    def run(
+        self, starts: list[Schedule], after: Callable[[TrialRecord], None], save: Callable[[Trials], None]
+    ) -> list[Schedule]:
+        """The best schedules that were found, the best first.
+
+        `after` is called with a record after each round, `save` with all that is needed to go on; either may raise
+        to end the search.
+        """
+        if not self.trials.measured:
+            self._begin(starts)
+        while not self._over():
+            self._round()
+            after(self._record())
+            save(self.state())
+        self._fit()
+        return [self.moves.schedule(counts) for counts, _ in self._best(3)]
+
+    def state(self) -> Trials:
+        """What there is to go on from."""
+        trials = self.trials
+        trials.work, trials.seconds = self.calibration.work, time.monotonic() - self.begun
+        trials.felt, trials.seen = self.calibration.felt, self.calibration.seen
+        trials.known, trials.scales = self.reference.losses, self.surrogate.scales.tolist()
+        return trials
+
+    def _go_on(self, trials: Trials) -> None:
+        assert trials.felt is not None
+        assert trials.seen is not None
+        calibration = self.calibration
+        calibration.work, calibration.felt, calibration.seen = trials.work, trials.felt, trials.seen
+        self.surrogate.scales = np.array(trials.scales)
+        self._refer(trials.reference, Draw(*map(list, trials.draw)))
+        self.reference.losses.update(trials.known)
+
+    def _begin(self, starts: list[Schedule]) -> None:
+        """The best start becomes the reference; schedules drawn around it are the first to be measured."""
+        rng, trials = self._rng(), self.trials
+        fitted = [counts for start in starts if (counts := self.moves.fitted(start, rng)) is not None]
+        if not fitted:
+            raise ValueError("starts: none of them can be brought onto the budget")
+        first = self.calibration.drawn(LOOKS, rng)
+        index = torch.cat(first.images)
+        losses = [self.calibration.mean(self.moves.schedule(counts), index) for counts in fitted]
+        trials.scale = max(min(losses), 1e-12)
+        best = fitted[int(np.argmin(losses))]
+        self._redraw(best, rng)
+        trials.measured.append((best, 0.0, 1e-4))
+        for counts in fitted:
+            for _ in range(2 if counts != best else 0):
+                self._measure(counts, rng)
+        for _ in range(4 * FIRST):
+            if len(trials.measured) >= FIRST:
+                break
+            near = self.moves.changed(rng.choice([best, best, *fitted]), rng)
+            farther = None if near is None else self.moves.changed(near, rng)
+            if near is not None:
+                self._measure(farther or near, rng)
+
+    def _round(self) -> None:
+        """Measure what the surrogate hopes for; at the end of a phase, change the reference."""
+        trials = self.trials
+        trials.round += 1
+        rng = self._rng()
+        if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
+            self.surrogate.choose_scales(*self._arrays(), seed=step_seed(self.seed, trials.round))
+        self._fit()
+        best = self._best(TOGETHER)
+        for counts in self._hoped([counts for counts, _ in best], rng):
+            self._measure(counts, rng)
+        if self.calibration.work - self._start_work() > (trials.phase + 1) / PHASES * self._span():
+            trials.phase += 1
+            self._change(rng)
+        self._fit()
+        leader = self._best(1)[0][1]
+        improved = leader < trials.best - 0.005
+        trials.quiet = 0 if improved else trials.quiet + 1
+        trials.best = min(trials.best, leader)
+
+    def _change(self, rng: Random) -> None:
+        """Compare the leaders on fresh images; the best of them is the next reference."""
+        self._fit()
+        before = self.trials.reference
+        leaders = [counts for counts, _ in self._best(4)]
+        self._redraw(before, rng, self.trials.offset)
+        for chunk in range(min(LOOKS, len(self.reference))):
+            for counts in leaders:
+                if counts != before:
+                    self._measure(counts, rng, chunk)
+        self._fit()
+        leader = self._best(1)[0][0]
+        if leader == before:
+            return
+        for chunk in range(LOOKS, min(2 * LOOKS + 4, len(self.reference))):
+            self._measure(leader, rng, chunk)
+        self._fit()
+        leader, value = self._best(1)[0]
+        self.trials.offset = value
+        self._refer(leader, Draw(*map(list, self.trials.draw)))
+
+    def _hoped(self, leaders: list[Counts], rng: Random) -> list[Counts]:
+        """Schedules near the `leaders` that the surrogate expects to be good, or knows little of."""
+        chosen: list[Counts] = []
+        for _ in range(TOGETHER):
+            daring, pool = abs(rng.gauss(0, DARING)), list(leaders)
+            for _ in range(GENERATIONS):
+                near = (self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW))
+                pool = list(dict.fromkeys([*pool, *(counts for counts in near if counts is not None)]))
+                mean, deviation = self.surrogate.predict(self._features(pool))
+                pool = [pool[place] for place in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
+            chosen.append(next((counts for counts in pool if counts != self.trials.reference), pool[0]))
+        return self._same_everywhere(chosen)
+
+    def _measure(self, counts: Counts, rng: Random, chunk: int | None = None) -> None:
+        """How much worse than the reference `counts` are, on the next chunk of images."""
+        trials = self.trials
+        if chunk is None:
+            if not trials.order:
+                trials.order = rng.sample(range(len(self.reference)), len(self.reference))
+            chunk = trials.order.pop()
+        mean, variance = self.reference.difference(self.moves.schedule(counts), chunk)
+        value, variance = mean / trials.scale, variance / trials.scale**2
+        if value > LINEAR:  # how bad the bad ones are is of no interest
+            value, variance = LINEAR * (1 + np.log(value / LINEAR)), variance * (LINEAR / value) ** 2
+        trials.measured.append((counts, float(value) + trials.offset, float(variance) + 1e-6))
+
+    def _redraw(self, counts: Counts, rng: Random, offset: float = 0.0) -> None:
+        draw = self.calibration.drawn(CHUNKS, rng)
+        self.trials.draw, self.trials.order, self.trials.offset = (draw.images, draw.weights), [], offset
+        self._refer(counts, draw)
+
+    def _refer(self, counts: Counts, draw: Draw) -> None:
+        self.trials.reference = counts
+        self.reference = Reference(self.calibration, self.moves.schedule(counts), draw)
+
+    def _fit(self) -> None:
+        self.surrogate.fit(*self._arrays())
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        counts, values, variances = zip(*self.trials.measured, strict=True)
+        return self._features(counts), np.array(values), np.array(variances)
+
+    def _features(self, counts: tuple[Counts, ...] | list[Counts]) -> np.ndarray:
+        return np.stack([self.moves.features(one) for one in counts])
+
+    def _best(self, count: int) -> list[tuple[Counts, float]]:
+        """The measured schedules that are surely good, with what the surrogate makes of them."""
+        tried = list(dict.fromkeys(counts for counts, _, _ in self.trials.measured))
+        mean, deviation = self.surrogate.predict(self._features(tried))
+        return [(tried[place], float(mean[place])) for place in np.argsort(mean + deviation, kind="stable")[:count]]
+
+    def _same_everywhere(self, chosen: list[Counts]) -> list[Counts]:
+        """The first process's choice: others may round otherwise."""
+        table = from_first(torch.tensor(chosen), self.calibration.place.device)
+        return [tuple(row) for row in table.tolist()]
+
+    def _record(self) -> TrialRecord:
+        counts, value = self._best(1)[0]
+        trials = self.trials
+        loss = max(0.0, trials.scale * (1 + value))
+        seconds = time.monotonic() - self.begun
+        return TrialRecord(self.moves.schedule(counts), loss, self.calibration.work, seconds, len(trials.measured))
+
+    def _over(self) -> bool:
+        return self.calibration.work >= self.limit or self.trials.quiet >= PATIENCE
+
+    def _start_work(self) -> float:
+        return float(len(self.calibration.images))
+
+    def _span(self) -> float:
+        return max(1.0, self.limit - self._start_work())
+
+    def _rng(self) -> Random:
+        """Of this round alone, so that a search goes on as if it had not stopped."""
+        return Random(step_seed(self.seed, self.trials.round))

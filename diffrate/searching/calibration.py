@@ -1,0 +1,201 @@
+"""Calibration images: what the dense model makes of them, and how much of that is lost at fixed counts.
+
+Tokens are really dropped. Images on which more is lost are looked at more often, and count less each time, so
+that means stay what they are and become certain sooner. Two schedules are compared on the same images, and blocks
+before the first in which they differ are run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrate.blocks.tokens import TokenState
+from diffrate.budgets.schedule import Kept, Schedule, running_counts
+from diffrate.group import all_sum, world
+from diffrate.patch.base import CompressedModel
+from diffrate.running.precision import Place, autocast
+from diffrate.searching.teacher import Teacher, images_of
+
+CHUNK = 64  # images that are compared at a time, over all processes
+MOST_BYTES = 2**30  # of images, and of the tokens that are kept between blocks
+FLOOR = 0.3  # of the mean loss, which the odds of an image never fall below
+
+
+def gather_images(loader: Iterable[Any], count: int) -> Tensor:
+    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    cpu, found, there = Place(torch.device("cpu"), torch.float32), [], 0
+    for batch in loader:
+        images = images_of(batch, cpu)
+        most = min(count, max(CHUNK, MOST_BYTES // max(1, images[0].numel() * images.element_size())))
+        found.append(images[: max(0, most - there)])
+        there += len(found[-1])
+        if there >= most:
+            break
+    if there < 2:
+        raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
+    return torch.cat(found)
+
+
+@dataclass
+class Draw:
+    """Images in chunks: which they are, and what each counts, `[n]` both."""
+
+    images: list[Tensor]
+    weights: list[Tensor]
+
+
+class Calibration:
+    """`images` `[M, 3, H, W]`, and what the dense model makes of them.
+
+    work: forward passes so far, in those of the dense model on one image, over all processes.
+    """
+
+    def __init__(self, teacher: Teacher, images: Tensor, place: Place, precision: torch.dtype | None) -> None:
+        self.model: CompressedModel = teacher.model
+        self.teacher, self.images, self.place, self.precision = teacher, images, place, precision
+        self.dense = self.model.flops_at(self.model.dense_schedule())
+        self.felt, self.seen = torch.zeros(len(images)), torch.zeros(len(images))
+        self.work = 0.0
+        parts = []
+        for part in images.split(CHUNK):
+            with torch.inference_mode(), autocast(place.device, precision):
+                parts.append(teacher.taught(self._to(part)).cpu())
+        self.taught = torch.cat(parts)
+        self._worked(len(images), 1.0)
+
+    def whole(self) -> Tensor:
+        """All images."""
+        return torch.arange(len(self.images))
+
+    def drawn(self, most: int, rng: Random) -> Draw:
+        """Up to `most` chunks of images, each as likely as what was lost on it so far.
+
+        One after the other at equal steps through all odds, so that none is drawn more often than it should be.
+        """
+        size = max(1, min(CHUNK // world(), (len(self.images) + 1) // 2))
+        count = size * max(2, min(most, len(self.images) // size))
+        mean = (self.felt.sum() / self.seen.sum()).item() if self.seen.any() else 1.0
+        likely = (self.felt + mean) / (self.seen + 1)
+        odds = likely + FLOOR * likely.mean()
+        odds = odds / odds.sum() if odds.sum() > 0 else torch.full_like(odds, 1 / len(odds))
+        order = torch.tensor(rng.sample(range(len(odds)), len(odds)))
+        steps = (torch.arange(count) + rng.random()) / count
+        places = torch.searchsorted(odds[order].cumsum(0), steps).clamp(max=len(odds) - 1)
+        picked = order[places][torch.tensor(rng.sample(range(count), count))]
+        return Draw(list(picked.split(size)), list((1 / (len(odds) * odds[picked])).split(size)))
+
+    def losses(self, schedule: Schedule, index: Tensor) -> Tensor:
+        """What is lost at `schedule` on the images `index` `[n]`, each, `[n]` on the CPU."""
+        return self.outputs(schedule, index, None)[0]
+
+    def mean(self, schedule: Schedule, index: Tensor | None = None) -> float:
+        """The mean over all images, or over `index`, of all processes."""
+        chosen = self.whole() if index is None else index
+        parts = [self.losses(schedule, part) for part in chosen.split(CHUNK)]
+        total, count = self.shared(torch.stack([torch.cat(parts).double().sum(), torch.tensor(len(chosen)).double()]))
+        return total / count
+
+    def shared(self, values: Tensor) -> list[float]:
+        """Sums over all processes."""
+        return all_sum(values.double().to(self.place.device)).tolist()
+
+    def outputs(
+        self, schedule: Schedule, index: Tensor, known: tuple[int, TokenState | None] | None
+    ) -> tuple[Tensor, list[TokenState]]:
+        """Losses, and where blocks may be resumed the tokens after each; `known` is the block to go on at and what
+        enters it."""
+        model, images = self.model, self._to(self.images[index])
+        with torch.inference_mode(), autocast(self.place.device, self.precision):
+            if self.resumable:
+                entry = model.enter(images)
+                start, state = known or (0, None)
+                if state is None:
+                    state = model.prepared(entry.state, schedule)
+                states = model.run_from(entry, schedule, start, state)
+                outputs = model.classify(states[-1])
+            else:
+                start, states = 0, []
+                outputs = self.teacher.at(images, schedule)
+            apart = self.teacher.apart(outputs, self.taught[index].to(outputs.device))
+        losses = (apart if apart.ndim == 1 else apart.flatten(1).mean(1)).float().cpu()
+        self.felt.index_add_(0, index, losses)
+        self.seen.index_add_(0, index, torch.ones(len(index)))
+        self._worked(len(index), self._share(schedule, start))
+        return losses, states
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the loss is of what `classify` gives, which blocks may be resumed for."""
+        return self.teacher.at == self.model.outputs_at
+
+    def kept(self, schedule: Schedule) -> list[Kept]:
+        """What happens in each compressible block."""
+        blocks = len(self.model.compressible_blocks())
+        return running_counts(schedule, self.model.compression.space.limits[0])[:blocks]
+
+    def _share(self, schedule: Schedule, start: int) -> float:
+        """Of a dense pass's work: that of the blocks from `start` on goes by the tokens that enter them."""
+        entering = [kept.entering for kept in self.kept(schedule)]
+        return self.model.flops_at(schedule) / self.dense * sum(entering[start:]) / sum(entering)
+
+    def _worked(self, images: int, share: float) -> None:
+        self.work += images * world() * share
+
+    def _to(self, images: Tensor) -> Tensor:
+        return images.to(self.place.device, self.place.dtype, non_blocking=True)
+
+
+class Reference:
+    """A schedule that others are held against, on a draw of images."""
+
+    def __init__(self, calibration: Calibration, schedule: Schedule, draw: Draw) -> None:
+        self.calibration, self.schedule, self.draw = calibration, schedule, draw
+        self.kept = calibration.kept(schedule)
+        self.losses: dict[int, Tensor] = {}
+        self.states: dict[int, list[TokenState]] = {}
+        space = calibration.model.compression.space
+        images = sum(len(part) for part in draw.images)
+        width = getattr(calibration.model, "num_features", 1024)
+        size = images * width * 4 * sum(kept.merged for kept in self.kept)
+        self.keeps_states = calibration.resumable and size <= MOST_BYTES and len(space.searchable) > 1
+
+    def __len__(self) -> int:
+        return len(self.draw.images)
+
+    def difference(self, schedule: Schedule, chunk: int) -> tuple[float, float]:
+        """How much more is lost at `schedule`, a mean over the images that a chunk stands for; and its variance."""
+        ours = self.at(chunk)
+        theirs = self._losses(schedule, chunk)
+        apart = (self.draw.weights[chunk] * (theirs - ours)).double()
+        sums = torch.stack([apart.sum(), (apart**2).sum(), apart.new_tensor(len(apart))])
+        total, squares, count = self.calibration.shared(sums)
+        mean = total / count
+        return mean, max(squares / count - mean**2, 0.0) / max(1.0, count - 1)
+
+    def at(self, chunk: int) -> Tensor:
+        """What the reference itself loses on a chunk, each image, `[n]`."""
+        if chunk not in self.losses:
+            losses, states = self.calibration.outputs(self.schedule, self.draw.images[chunk], None)
+            self.losses[chunk] = losses
+            if self.keeps_states:
+                self.states[chunk] = states
+        return self.losses[chunk]
+
+    def _losses(self, schedule: Schedule, chunk: int) -> Tensor:
+        states, known = self.states.get(chunk), None
+        if states:
+            kept = self.calibration.kept(schedule)
+            start = next((i for i, (ours, theirs) in enumerate(zip(self.kept, kept, strict=True)) if ours != theirs), 0)
+            start = min(start, len(kept) - 1)
+            known = (start, states[start - 1]) if start else None
+        return self.calibration.outputs(schedule, self.draw.images[chunk], known)[0]
