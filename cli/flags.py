@@ -24,6 +24,7 @@ SAVED = ".safetensors"
 ALL_NAMES = "*"
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
+DISTILL = 0.5  # of the loss
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
@@ -191,6 +192,10 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
     if args.resume and mode != SEARCH and mode != "finetune" and (args.load_compression_rate or args.dense):
         other = "--dense" if args.dense else "--load_compression_rate"
         raise UsageError(f"--resume and {other} name two schedules; accepted: one of them")
+    if args.distill and mode != "finetune":
+        raise UsageError("--distill goes with --finetune")
+    if args.distill and args.checkpoint == FROM_SCRATCH:
+        raise UsageError("--distill needs weights to start from; accepted: --finetune CHECKPOINT, such as official")
     if args.blocks is not None and not args.visualize:
         raise UsageError("--blocks goes with --visualize")
     if args.compile and not (args.eval or args.finetune or args.benchmark in ("eval", "loading")):
@@ -423,6 +428,15 @@ def _add_training_flags(parser: Parser) -> None:
     group.add_argument("--model-ema", action="store_true", help="average the weights over steps, and save the average")
     group.add_argument("--model-ema-decay", type=FRACTION, default=0.99996)
     group.add_argument("--smoothing", type=FRACTION, default=SMOOTHING, help="label smoothing")
+    group.add_argument(
+        "--distill",
+        nargs="?",
+        type=FRACTION,
+        const=DISTILL,
+        metavar="WEIGHT",
+        help="the dense model, with the weights to start from, as a teacher beside the labels: how much it counts, "
+        f"{DISTILL} where nothing is said; 0 for none",
+    )
 
 
 def _add_augmentation_flags(parser: Parser) -> None:
