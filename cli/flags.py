@@ -24,7 +24,7 @@ SAVED = ".safetensors"
 ALL_NAMES = "*"
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
-DISTILL = 0.5  # of the loss
+DISTILL = 0.9  # of the loss
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
@@ -34,6 +34,8 @@ SAMPLE_RECIPE = {
     # Fewer steps than on ImageNet, and fewer tokens: larger strides, finer candidates.
     **{"flops_loss": "relative", "flops_weight": 1.0, "arch_lr": 0.1, "granularity": 1},
 }
+# What gives its compressed model most back within minutes, where weights are there to start from.
+SAMPLE_TUNING = {"epochs": 15, "lr": 8e-3, "warmup_epochs": 0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +96,8 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
         args.checkpoint = args.finetune
     model = _model_name(args)
     if model == SAMPLE_MODEL:
-        parser.set_defaults(**SAMPLE_RECIPE)
+        tuned = args.finetune and args.checkpoint not in (None, FROM_SCRATCH) and args.data_path is None
+        parser.set_defaults(**SAMPLE_RECIPE, **(SAMPLE_TUNING if tuned else {}))
         args = parser.parse_args(words, argparse.Namespace(checkpoint=args.checkpoint))
     args.model = model
     mode = mode_of(args)
