@@ -27,6 +27,7 @@ from reporting.progress import Progress
 from training.checkpoint import TrainingCheckpoint, TrainingState
 from training.recipe import Recipe, build_recipe
 from training.settings import Mixing, TrainingSettings
+from training.teacher import Teacher
 from utils import StopRequestedError, StopSignals
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,10 @@ def shown_scores(loader: ImageLoader, runtime: Runtime, between: Callable[[], No
 
 @dataclass(frozen=True)
 class Training:
-    """What a training works with besides the model; `compiled` runs it as one graph."""
+    """What a training works with besides the model; `compiled` runs it as one graph.
+
+    teacher: the dense model, frozen, where the settings weigh one beside the labels.
+    """
 
     settings: TrainingSettings
     mixing: Mixing
@@ -74,6 +78,7 @@ class Training:
     seed: int
     compiled: bool
     runtime: Runtime
+    teacher: diffrate.CompressedModel | None = None
 
     @property
     def batch_size(self) -> int:
@@ -112,6 +117,7 @@ def finetune(
         len(training.train),
         runtime.amp,
         training.seed,
+        _teacher(training),
     )
     state = TrainingState()
     checkpoint = TrainingCheckpoint(model, recipe, state, flags, runtime)
@@ -207,7 +213,10 @@ def _train_step(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor
         images, labels = recipe.mixup(images, labels)
     with runtime.autocast():
         logits = model(images, return_flop=False)
+        taught = None if recipe.teacher is None else recipe.teacher.outputs(images)
     loss = recipe.criterion(logits.float(), labels)
+    if recipe.teacher is not None and taught is not None:
+        loss = recipe.teacher.mixed(loss, logits, taught)
     recipe.optimizer.zero_grad(set_to_none=True)
     recipe.scaler.scale(loss).backward()
     if recipe.clip_grad is not None:
@@ -216,6 +225,14 @@ def _train_step(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor
     recipe.scaler.step(recipe.optimizer)
     recipe.scaler.update()
     return loss.detach()
+
+
+def _teacher(training: Training) -> Teacher | None:
+    """The dense model beside the labels, if there is to be one."""
+    model, weight = training.teacher, training.settings.distill
+    if model is None or weight is None:
+        return None
+    return Teacher(compile_model(model) if training.compiled else model, weight)
 
 
 def _so_far(scores: diffrate.Scores) -> str:

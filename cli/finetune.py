@@ -17,6 +17,8 @@ from cli.weights import Weights, read_weights
 from engine import Training, finetune
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
+from training.teacher import dense_copy
+from utils import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ def run(settings: Settings, runtime: Runtime) -> None:
     classes = len(train.classes)
     model = _model(settings, entry, weights, classes).to(runtime.device)
     loader = train_loader(train, settings, runtime)
-    flags = training_flags(settings, entry, model, len(loader))
+    teacher = None if settings.training.distill is None else dense_copy(model)
+    flags = training_flags(settings, entry, model, len(loader), teacher)
     resume = resume_path(settings, runtime)
     if resume is not None:
         check_training(resume, flags)
@@ -45,18 +48,26 @@ def run(settings: Settings, runtime: Runtime) -> None:
         seed=settings.run.seed,
         compiled=settings.run.compile,
         runtime=runtime,
+        teacher=teacher,
     )
     trained = finetune(model, training, flags, resume)
     save_model(settings, entry, trained, output_names(val, classes), runtime)
 
 
 def _model(settings: Settings, entry: ModelEntry, weights: Weights, classes: int) -> diffrate.CompressedModel:
-    """The model to train, with a fresh head where the weights have none or the data have other classes."""
+    """The model to train, with a fresh head where the weights have none or the data have other classes.
+
+    Raises:
+        UsageError: a fresh head, where it is to be taught by the dense model.
+    """
     size, drop_path = input_size_of(settings.model, entry), settings.model.drop_path
     model = models.create(entry, size, num_classes=classes, drop_path_rate=drop_path)
     notes: tuple[str, ...] = ("training from scratch",)
     if weights.state is not None:
-        notes = models.fit_state(model, weights.state, weights.name, fresh_head=True).notes
+        report = models.fit_state(model, weights.state, weights.name, fresh_head=True)
+        notes = report.notes
+        if settings.training.distill is not None and report.reinitialized:
+            raise UsageError(f"--distill: {notes[0]}, and teach nothing; accepted: weights with the data's classes")
     for note in notes:
         log.info(note)
     return compressed(model, settings.model, entry, weights)

@@ -26,6 +26,7 @@ ALL_NAMES = "*"
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 CALIBRATION = 256  # images that --sensitivity measures on
+DISTILL = 0.9  # of the loss
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
@@ -36,6 +37,8 @@ SAMPLE_RECIPE = {
     **{"arch_lr": 0.1, "granularity": 1},
 }
 SAMPLE_COST = {"flops_loss": "relative", "flops_weight": 1.0}  # where its budget is no more than a penalty
+# What gives its compressed model most back within minutes, where weights are there to start from.
+SAMPLE_TUNING = {"epochs": 15, "lr": 8e-3, "warmup_epochs": 0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +99,8 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
         args.checkpoint = args.finetune
     model = _model_name(args)
     if model == SAMPLE_MODEL:
-        parser.set_defaults(**SAMPLE_RECIPE)
+        tuned = args.finetune and args.checkpoint not in (None, FROM_SCRATCH) and args.data_path is None
+        parser.set_defaults(**SAMPLE_RECIPE, **(SAMPLE_TUNING if tuned else {}))
         args = parser.parse_args(words, argparse.Namespace(checkpoint=args.checkpoint))
     args.model = model
     mode = mode_of(args)
@@ -219,6 +223,10 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
     if args.resume and mode != SEARCH and mode != "finetune" and (args.load_compression_rate or args.dense):
         other = "--dense" if args.dense else "--load_compression_rate"
         raise UsageError(f"--resume and {other} name two schedules; accepted: one of them")
+    if args.distill and mode != "finetune":
+        raise UsageError("--distill goes with --finetune")
+    if args.distill and args.checkpoint == FROM_SCRATCH:
+        raise UsageError("--distill needs weights to start from; accepted: --finetune CHECKPOINT, such as official")
     if args.blocks is not None and not args.visualize:
         raise UsageError("--blocks goes with --visualize")
     if args.compile and not (args.eval or args.finetune or args.benchmark in ("eval", "loading")):
@@ -483,6 +491,15 @@ def _add_training_flags(parser: Parser) -> None:
     group.add_argument("--model-ema", action="store_true", help="average the weights over steps, and save the average")
     group.add_argument("--model-ema-decay", type=FRACTION, default=0.99996)
     group.add_argument("--smoothing", type=FRACTION, default=SMOOTHING, help="label smoothing")
+    group.add_argument(
+        "--distill",
+        nargs="?",
+        type=FRACTION,
+        const=DISTILL,
+        metavar="WEIGHT",
+        help="the dense model, with the weights to start from, as a teacher beside the labels: how much it counts, "
+        f"{DISTILL} where nothing is said; 0 for none",
+    )
 
 
 def _add_augmentation_flags(parser: Parser) -> None:

@@ -15,10 +15,12 @@ from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
 from training.checkpoint import LAST, read_training
+from training.teacher import digest
 from utils import UsageError
 
 AUTO = "auto"
-KEPT, STEPS = "kept counts", "updates an epoch"  # no flags, but what several come to
+# No flags, but what several come to.
+KEPT, STEPS, STARTED = "kept counts", "updates an epoch", "starting weights"
 # The flags of searches from before there was a choice.
 EARLIER = {"search_loss": PAPER.loss, "search_transform": PAPER.transform, "init": PAPER.start, "budget": PAPER.budget}
 log = logging.getLogger(__name__)
@@ -78,15 +80,24 @@ def check_search(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def training_flags(
-    settings: Settings, entry: ModelEntry, model: diffrate.CompressedModel, steps: int
+    settings: Settings,
+    entry: ModelEntry,
+    model: diffrate.CompressedModel,
+    steps: int,
+    teacher: diffrate.CompressedModel | None = None,
 ) -> dict[str, Any]:
-    """The flags that decide how a training goes on, its kept counts and updates an epoch, for its checkpoint."""
+    """The flags that decide how a training goes on, its kept counts and updates an epoch, for its checkpoint.
+
+    With a teacher, the weights that it started from, too: it is made of them again.
+    """
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
     del flags["batch_sizes"]  # a list only for benchmarks
     for name in EARLIER:  # of searches alone
         flags.pop(name)
     kept = [list(counts or ()) for counts in model.get_kept_num()]
-    return flags | {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
+    started = {} if teacher is None else {STARTED: digest(teacher)}
+    identity = {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
+    return flags | {"distill": settings.training.distill} | identity | started
 
 
 def check_training(path: Path, flags: Mapping[str, Any]) -> None:
@@ -132,5 +143,5 @@ def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) 
     for name, value in expected.items():
         made = found.get(name, EARLIER.get(name))
         if made != value:
-            called = name if name in (KEPT, STEPS) else f"--{name}"
+            called = name if name in (KEPT, STEPS, STARTED) else f"--{name}"
             raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")

@@ -240,6 +240,7 @@ def _training(args: Namespace) -> TrainingSettings:
         clip_grad=args.clip_grad,
         average=args.model_ema,
         average_decay=args.model_ema_decay,
+        distill=args.distill or None,
     )
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from diffrate.files import first_line
 from training.settings import Mixing, TrainingSettings
+from training.teacher import Teacher
 from utils import UsageError
 
 SCALED_BATCH = 512  # DeiT scales the learning rate by images per step / 512
@@ -33,6 +34,7 @@ class Recipe:
     ema: ModelEmaV3 | None
     scaler: torch.amp.GradScaler
     clip_grad: float | None
+    teacher: Teacher | None = None
 
     def learning_rate(self) -> float:
         """The rate of the last update."""
@@ -48,6 +50,7 @@ def build_recipe(
     steps: int,
     amp: torch.dtype | None,
     seed: int,
+    teacher: Teacher | None = None,
 ) -> Recipe:
     """The recipe of `steps` steps an epoch at `images_per_step` images over all processes.
 
@@ -64,6 +67,7 @@ def build_recipe(
         ema=ModelEmaV3(model, decay=settings.average_decay, use_warmup=True) if settings.average else None,
         scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
         clip_grad=settings.clip_grad,
+        teacher=teacher,
     )
 
 

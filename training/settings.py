@@ -54,3 +54,4 @@ class TrainingSettings:
     clip_grad: float | None
     average: bool
     average_decay: float
+    distill: float | None  # how much the dense outputs count beside the labels, None for labels alone

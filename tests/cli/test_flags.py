@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cli.flags import get_args_parser, parse_flags
+from cli.flags import SAMPLE_TUNING, get_args_parser, parse_flags
 from cli.settings import MODES, DataSettings, ModelSettings, RunSettings, Settings
 from diffrate.searching.settings import SearchSettings
+from sample import MODEL as SAMPLE
 from training.settings import Augmentation, Mixing, TrainingSettings
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -96,3 +97,16 @@ def test_finetuning_starts_from_scratch_or_a_checkpoint() -> None:
     assert parse_flags(["--finetune"]).model.checkpoint == "scratch"
     assert parse_flags(["--finetune", "a.pth"]).model.checkpoint == "a.pth"
     assert parse_flags(["--finetune", "--checkpoint", "official"]).model.checkpoint == "official"
+
+
+def test_the_samples_weights_are_finetuned_within_minutes() -> None:
+    """From scratch, and with data of one's own, a training is what it is for all models."""
+    usual = parse_flags(["--finetune"]).training
+    assert (usual.epochs, usual.learning_rate, usual.warmup_epochs) == (30, 1e-5, None)
+    for words in (["--finetune", "scratch"], ["--finetune", "official", "--data-path", "x", "--model", SAMPLE]):
+        assert parse_flags(words).training == usual
+    for words in (["--finetune", "official"], ["--finetune", "--checkpoint", "official"]):
+        found = parse_flags(words).training
+        expected = (SAMPLE_TUNING["epochs"], SAMPLE_TUNING["lr"], SAMPLE_TUNING["warmup_epochs"])
+        assert (found.epochs, found.learning_rate, found.warmup_epochs) == expected
+    assert parse_flags(["--finetune", "official", "--epochs", "1"]).training.epochs == 1
