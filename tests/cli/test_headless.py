@@ -40,7 +40,11 @@ def test_labels_need_a_head(mode: tuple[str, ...], cli: Cli, image_folder: Path,
 
 @pytest.mark.parametrize(
     "mode",
-    [("--eval",), ("--target_flops", 1, "--search_loss", "labels"), ("--baseline", "merge", "--target_flops", 1)],
+    [
+        ("--eval",),
+        ("--target_flops", 1, "--search_loss", "labels"),
+        ("--baseline", "merge", "--target_flops", 1),
+    ],
 )
 def test_so_do_files_without_one(
     mode: tuple[object, ...], cli: Cli, bare: Path, image_folder: Path, tmp_path: Path

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate
+import models
 from diffrate.budgets.rounding import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.settings import SearchSettingError
@@ -139,7 +140,7 @@ def test_a_second_search_starts_afresh() -> None:
 def test_the_dense_model_takes_the_place_of_labels(loss: str, pool: str) -> None:
     model = small(pool)
     bare = diffrate.search(model, [images for images, _ in batches()], share=0.7, loss=loss, flops_weight=0.0)
-    assert all(rate.abs().sum() > 0 for rate in rates(model)[:2])  # without a cost, it is the loss that moves them
+    assert rates(model)[0].abs().sum() > 0  # without a cost, it is the loss that moves it
     paired = diffrate.search(small(pool), batches(), share=0.7, loss=loss, flops_weight=0.0)
     assert bare.history == paired.history
     assert all(record.loss > 0 for record in bare.history)
@@ -226,8 +227,8 @@ def test_the_best_uniform_schedule_and_its_spread() -> None:
 
 
 def test_features_of_every_patch_are_not_every_familys() -> None:
-    options: dict[str, Any] = {"depths": (1, 1, 3, 1), "dims": (8, 16, 32, 64), "num_classes": 5}
-    model = diffrate.patch.caformer(timm.create_model("caformer_s18", **options))
+    with models.shapes_alone():
+        model = diffrate.patch.vit(timm.create_model("caformer_s18"))
     with pytest.raises(diffrate.UnsupportedModelError, match="loss: found 'tokens' for CompressedCaformer"):
         diffrate.search(model, batches(), share=0.9, loss="tokens")
 
