@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from diffrate.budgets.rounding import BudgetError
-from diffrate.budgets.schedule import Schedule
+from diffrate.budgets.schedule import Schedule, running_counts
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.patch.base import CompressedModel
 from diffrate.searching.teacher import losses_at
@@ -24,7 +25,15 @@ def best_uniform(
     for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
         with suppress(BudgetError):
             found.append(baseline_schedule(kind, space, model.flops_at, target))
-    if len(found) < 2:
-        return found[0] if found else None
-    losses = losses_at(model, found, loader, precision)
-    return found[losses.index(min(losses))]
+    if not found:
+        return None
+    losses = losses_at(model, found, loader, precision) if len(found) > 1 else [0.0]
+    return _within_reach(found[losses.index(min(losses))])
+
+
+def _within_reach(schedule: Schedule) -> Schedule:
+    """The same reductions with no count above the tokens that are there: from so far off, rates would learn nothing."""
+    if schedule.prune is None:
+        return schedule
+    kept = running_counts(schedule, schedule.merge[0])
+    return replace(schedule, prune=tuple(count.pruned for count in kept), merge=tuple(count.merged for count in kept))

@@ -31,19 +31,40 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path / "bare.pth"
 
 
-@pytest.mark.parametrize("mode", [("--eval",), ("--target_flops", "50%"), ()])
+@pytest.mark.parametrize("mode", [("--eval",), ("--target_flops", "50%", "--search_loss", "labels"), ()])
 def test_labels_need_a_head(mode: tuple[str, ...], cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     mode = mode or ("--eval", "--checkpoint", "official")
     result = cli(*mode, *MODEL, "--data-path", image_folder, "--output_dir", tmp_path / "out")
     check(result, f"--model {NAME}: has no head", "accepted: --checkpoint FILE with a head")
 
 
-@pytest.mark.parametrize("mode", [("--eval",), ("--target_flops", 1), ("--baseline", "merge", "--target_flops", 1)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("--eval",),
+        ("--target_flops", 1, "--search_loss", "labels"),
+        ("--baseline", "merge", "--target_flops", 1),
+    ],
+)
 def test_so_do_files_without_one(
     mode: tuple[object, ...], cli: Cli, bare: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     flags = ("--model", "test_vit", "--input-size", 64, "--checkpoint", bare, "--data-path", image_folder)
     check(cli(*mode, *flags, "--output_dir", tmp_path / "out"), f"checkpoint {bare}: has no head")
+
+
+@pytest.mark.parametrize("loss", ["distill", "tokens"])
+def test_the_dense_model_takes_the_place_of_labels(
+    loss: str, cli: Cli, bare: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    flags = ("--model", "test_vit", "--input-size", 64, "--checkpoint", bare, "--data-path", image_folder / "train")
+    out = tmp_path / "out"
+    run = ("--target_flops", "70%", "--granularity", 1, "--epochs", 1, "--batch-size", 4, "--output_dir", out, *FAST)
+    code, text, err = cli(*flags, *run, "--search_loss", loss, "--save", tmp_path / "found.safetensors")
+    assert (code, err) == (0, "")
+    assert "found: loss against dense " in text
+    assert "Acc@1" not in text
+    assert diffrate.about(tmp_path / "found.safetensors").num_classes == 0
 
 
 def test_fine_tuning_starts_a_fresh_head(cli: Cli, bare: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate
+import models
 from diffrate.budgets.rounding import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.settings import SearchSettingError
+from diffrate.searching.starts import best_uniform
+from diffrate.searching.teacher import losses_at
 
 Batch = tuple[Tensor, Tensor]
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -127,6 +130,112 @@ def test_a_second_search_starts_afresh() -> None:
     first = diffrate.search(model, batches(), share=0.7)
     again = diffrate.search(model, batches(), share=0.7)
     assert first == again
+
+
+# --- search: against the dense model, on a held budget --------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["distill", "tokens"])
+@pytest.mark.parametrize("pool", ["token", "avg", ""])
+def test_the_dense_model_takes_the_place_of_labels(loss: str, pool: str) -> None:
+    model = small(pool)
+    bare = diffrate.search(model, [images for images, _ in batches()], share=0.7, loss=loss, flops_weight=0.0)
+    assert rates(model)[0].abs().sum() > 0  # without a cost, it is the loss that moves it
+    paired = diffrate.search(small(pool), batches(), share=0.7, loss=loss, flops_weight=0.0)
+    assert bare.history == paired.history
+    assert all(record.loss > 0 for record in bare.history)
+    mixing = diffrate.search(small(pool), batches(), share=0.7, loss=loss, mixup=lambda x, y: (x.flip(0) + x, y))
+    assert mixing.history[0].loss != bare.history[0].loss
+
+
+def test_nothing_is_apart_at_the_dense_counts() -> None:
+    model, images = small(), batches()[0][0]
+    model.eval()
+    dense, kept = model.dense_schedule(), diffrate.Schedule((17, 9, 9, 9), (17, 9, 9, 9))
+    apart = losses_at(model, [dense, kept], batches())
+    assert apart[0] == pytest.approx(0, abs=1e-6)
+    assert apart[1] > 0
+    model.set_kept_num(kept.prune or (), kept.merge)
+    assert torch.equal(model.outputs_at(images, kept), model(images, return_flop=False))
+    assert torch.equal(model.features_at(images, kept), model.forward_features(images)[:, 1:])
+    model.set_kept_num(dense.prune or (), dense.merge)
+    assert torch.equal(model.outputs_at(images, dense), model(images, return_flop=False))
+
+
+def test_models_without_a_head_are_searched_by_their_features() -> None:
+    plain = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 0})
+    model = diffrate.patch.vit(plain, prune_granularity=1, merge_granularity=1)
+    with pytest.raises(diffrate.UnsupportedModelError, match="or the loss 'distill'"):
+        diffrate.search(model, batches(), share=0.7)
+    found = diffrate.search(model, batches(), share=0.7, loss="distill")
+    assert all(0 < record.loss < 2 for record in found.history)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_held_budget_ends_on_its_target(accumulate: int) -> None:
+    model = small()
+    target = 0.6 * model.flops_at(model.dense_schedule())
+    more: dict[str, Any] = {"epochs": 30, "learning_rate": 0.1, "accumulate": accumulate, "loss": "distill"}
+    found = diffrate.search(model, batches(6), target_flops=target, budget="held", **more)
+    assert found.history[-1].flops == pytest.approx(target, rel=0.06)  # of 16 patches, one is about that much
+
+
+def test_a_held_budget_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"share": 0.6, "epochs": 3, "budget": "held", "loss": "tokens", "learning_rate": 0.1}
+    whole = diffrate.search(small(), batches(), **more)
+    file = tmp_path / "search.pth"
+
+    class Stop(diffrate.Observer):
+        steps = 0
+
+        def on_step(self, record: diffrate.StepRecord) -> None:
+            self.steps += 1
+
+        def stop(self) -> bool:
+            return self.steps == 4
+
+    with pytest.raises(diffrate.StoppedError):
+        diffrate.search(small(), batches(), checkpoint=file, callback=Stop(), **more)
+    assert read_checkpoint(file)["multiplier"][1] > 0
+    assert diffrate.search(small(), batches(), resume=file, **more) == whole
+
+
+def test_checkpoints_from_before_there_was_a_choice(tmp_path: Path) -> None:
+    file = tmp_path / "search.pth"
+    expected = diffrate.search(small(), batches(), share=0.7, checkpoint=file)
+    content = torch.load(file, weights_only=True)
+    del content["multiplier"], content["settings"]["loss"], content["settings"]["budget"]
+    torch.save(content, file)
+    assert diffrate.search(small(), batches(), share=0.7, resume=file) == expected
+    with pytest.raises(diffrate.SearchCheckpointError, match="was made with loss labels; accepted: distill"):
+        diffrate.search(small(), batches(), share=0.7, resume=file, loss="distill")
+    with pytest.raises(diffrate.SearchCheckpointError, match="was made with budget penalty; accepted: held"):
+        diffrate.search(small(), batches(), share=0.7, resume=file, budget="held")
+
+
+def test_the_best_uniform_schedule_and_its_spread() -> None:
+    model = small().eval()
+    target = 0.7 * model.flops_at(model.dense_schedule())
+    best = best_uniform(model, target, batches())
+    assert best is not None
+    assert meets_budget(model.flops_at(best), target)
+    first = {}
+    for spread in (None, 0.05):
+        found = diffrate.search(small(), batches(), target_flops=target, start=best, start_spread=spread)
+        first[spread] = found.history[0]
+    assert first[0.05].counts == pytest.approx(first[None].counts, abs=0.05)
+
+
+def test_features_of_every_patch_are_not_every_familys() -> None:
+    with models.shapes_alone():
+        model = diffrate.patch.vit(timm.create_model("caformer_s18"))
+    with pytest.raises(diffrate.UnsupportedModelError, match="loss: found 'tokens' for CompressedCaformer"):
+        diffrate.search(model, batches(), share=0.9, loss="tokens")
+
+
+def test_images_alone_have_no_labels() -> None:
+    with pytest.raises(ValueError, match="loader: found images alone"):
+        diffrate.search(small(), [images for images, _ in batches()], share=0.7)
 
 
 # --- search: what it leaves as it was -------------------------------------------------------------
@@ -270,6 +379,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         ({"share": 0.7, "steps": 9}, SearchSettingError, "steps: found 9; accepted: 1 to 3"),
         ({"share": 0.7, "granularity": 16}, diffrate.RateError, "granularity: found 16; accepted: from 1 to 15"),
         ({"share": 0.7, "granularity": 0}, diffrate.RateError, "granularity: found 0"),
+        ({"share": 0.7, "loss": "words"}, SearchSettingError, "loss: found 'words'; accepted: labels, distill, tokens"),
+        ({"share": 0.7, "budget": "tight"}, SearchSettingError, "budget: found 'tight'; accepted: penalty or held"),
+        ({"share": 0.7, "budget": "held", "warmup": True}, SearchSettingError, "warmup: found True"),
+        ({"share": 0.7, "loss": "tokens", "criterion": len}, SearchSettingError, "criterion: found one with the loss"),
+        ({"share": 0.7, "start_spread": 0.0}, SearchSettingError, "start_spread: found 0.0"),
         ({"share": 0.7, "seed": -1}, SearchSettingError, "seed: found -1"),
         ({"share": 0.7, "checkpoint": "/nowhere/at/all.pth"}, SearchSettingError, "checkpoint: found"),
         ({"share": 0.7, "start": diffrate.Schedule((17,), (17,))}, diffrate.ScheduleError, "start: "),
