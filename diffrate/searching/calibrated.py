@@ -25,12 +25,14 @@ from diffrate.seeds import step_seed
 CHUNKS = 24  # of images in a phase
 PHASES = 5
 LOOKS = 6  # chunks on which starts, and the best of a phase, are compared
-FIRST = 30  # schedules drawn at random before the surrogate is asked
+FIRST, SECOND = 72, 20  # schedules drawn at random before the surrogate is asked; those that are looked at again
+GLANCE = 0.5  # of a chunk, for a first look
 TOGETHER = 8  # schedules that are chosen at a time
-NEW, KEPT, GENERATIONS = 16, 16, 3  # schedules that the surrogate looks at, for each that it chooses
+NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate looks at, for each that it chooses
 SCALED_EVERY = 10  # rounds
 DARING = 1.0  # how many deviations better than the mean a schedule is hoped to be, as they are drawn
 PATIENCE = 40  # rounds without a better schedule
+FINALISTS = 6  # schedules among which images held back decide
 LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
 
 
@@ -98,7 +100,7 @@ class CalibratedSearch:
             after(self._record())
             save(self.state())
         self._fit()
-        return [self.moves.schedule(counts) for counts, _ in self._best(3)]
+        return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
 
     def state(self) -> Trials:
         """What there is to go on from."""
@@ -111,11 +113,11 @@ class CalibratedSearch:
     def _go_on(self, trials: Trials) -> None:
         assert trials.felt is not None
         assert trials.seen is not None
-        calibration = self.calibration
-        calibration.work, calibration.felt, calibration.seen = trials.work, trials.felt, trials.seen
         self.surrogate.scales = np.array(trials.scales)
         self._refer(trials.reference, Draw(*map(list, trials.draw)))
-        self.reference.losses.update(trials.known)
+        for chunk in trials.known:  # the tokens between its blocks are not saved
+            self.reference.at(chunk)
+        self.calibration.work, self.calibration.felt, self.calibration.seen = trials.work, trials.felt, trials.seen
 
     def _begin(self, starts: list[Schedule]) -> None:
         """The best start becomes the reference; schedules drawn around it are the first to be measured."""
@@ -133,13 +135,19 @@ class CalibratedSearch:
         for counts in fitted:
             for _ in range(2 if counts != best else 0):
                 self._measure(counts, rng)
-        for _ in range(4 * FIRST):
-            if len(trials.measured) >= FIRST:
-                break
-            near = self.moves.changed(rng.choice([best, best, *fitted]), rng)
-            farther = None if near is None else self.moves.changed(near, rng)
-            if near is not None:
-                self._measure(farther or near, rng)
+        found = [self._first(trial, best, fitted, rng) for trial in range(FIRST)]
+        for counts in dict.fromkeys(counts for counts in found if counts is not None):
+            self._measure(counts, rng, part=GLANCE)
+        for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
+            if counts != best:
+                self._measure(counts, rng)
+
+    def _first(self, trial: int, best: Counts, fitted: list[Counts], rng: Random) -> Counts | None:
+        """A schedule to begin with: one near a start in three, else of a few steps."""
+        if trial % 3:
+            return self.moves.stepped(rng)
+        near = self.moves.changed(rng.choice([best, *fitted]), rng)
+        return near and (self.moves.changed(near, rng) or near)
 
     def _round(self) -> None:
         """Measure what the surrogate hopes for; at the end of a phase, change the reference."""
@@ -188,21 +196,22 @@ class CalibratedSearch:
         for _ in range(TOGETHER):
             daring, pool = abs(rng.gauss(0, DARING)), list(leaders)
             for _ in range(GENERATIONS):
-                near = (self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW))
-                pool = list(dict.fromkeys([*pool, *(counts for counts in near if counts is not None)]))
+                near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW)]
+                far = [self.moves.stepped(rng) for _ in range(FAR)]
+                pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
                 mean, deviation = self.surrogate.predict(self._features(pool))
                 pool = [pool[place] for place in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
             chosen.append(next((counts for counts in pool if counts != self.trials.reference), pool[0]))
         return self._same_everywhere(chosen)
 
-    def _measure(self, counts: Counts, rng: Random, chunk: int | None = None) -> None:
+    def _measure(self, counts: Counts, rng: Random, chunk: int | None = None, part: float = 1.0) -> None:
         """How much worse than the reference `counts` are, on the next chunk of images."""
         trials = self.trials
         if chunk is None:
             if not trials.order:
                 trials.order = rng.sample(range(len(self.reference)), len(self.reference))
             chunk = trials.order.pop()
-        mean, variance = self.reference.difference(self.moves.schedule(counts), chunk)
+        mean, variance = self.reference.difference(self.moves.schedule(counts), chunk, part)
         value, variance = mean / trials.scale, variance / trials.scale**2
         if value > LINEAR:  # how bad the bad ones are is of no interest
             value, variance = LINEAR * (1 + np.log(value / LINEAR)), variance * (LINEAR / value) ** 2
@@ -222,7 +231,10 @@ class CalibratedSearch:
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counts, values, variances = zip(*self.trials.measured, strict=True)
-        return self._features(counts), np.array(values), np.array(variances)
+        # Few images are lost badly: a look that happens to miss them must not seem surer than the others.
+        near = np.array(values) < LINEAR
+        usual = np.array(variances)[near].mean()
+        return self._features(counts), np.array(values), np.maximum(np.array(variances), usual)
 
     def _features(self, counts: tuple[Counts, ...] | list[Counts]) -> np.ndarray:
         return np.stack([self.moves.features(one) for one in counts])

@@ -24,7 +24,7 @@ from diffrate.searching.teacher import Teacher, images_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
 MOST_BYTES = 2**30  # of images, and of the tokens that are kept between blocks
-FLOOR = 0.3  # of the mean loss, which the odds of an image never fall below
+FLOOR = 1.0  # of the mean loss, which the odds of an image never fall below
 
 
 def gather_images(loader: Iterable[Any], count: int) -> Tensor:
@@ -172,11 +172,14 @@ class Reference:
     def __len__(self) -> int:
         return len(self.draw.images)
 
-    def difference(self, schedule: Schedule, chunk: int) -> tuple[float, float]:
-        """How much more is lost at `schedule`, a mean over the images that a chunk stands for; and its variance."""
-        ours = self.at(chunk)
-        theirs = self._losses(schedule, chunk)
-        apart = (self.draw.weights[chunk] * (theirs - ours)).double()
+    def difference(self, schedule: Schedule, chunk: int, part: float = 1.0) -> tuple[float, float]:
+        """How much more is lost at `schedule`, a mean over the images that a chunk stands for; and its variance.
+
+        `part` of the chunk is looked at.
+        """
+        count = max(1, round(part * len(self.draw.images[chunk])))
+        ours, theirs = self.at(chunk)[:count], self._losses(schedule, chunk, count)
+        apart = (self.draw.weights[chunk][:count] * (theirs - ours)).double()
         sums = torch.stack([apart.sum(), (apart**2).sum(), apart.new_tensor(len(apart))])
         total, squares, count = self.calibration.shared(sums)
         mean = total / count
@@ -191,11 +194,22 @@ class Reference:
                 self.states[chunk] = states
         return self.losses[chunk]
 
-    def _losses(self, schedule: Schedule, chunk: int) -> Tensor:
-        states, known = self.states.get(chunk), None
+    def _losses(self, schedule: Schedule, chunk: int, count: int) -> Tensor:
+        """What is lost at another schedule on the first `count` images of a chunk, each."""
+        index, states, known = self.draw.images[chunk][:count], self.states.get(chunk), None
         if states:
-            kept = self.calibration.kept(schedule)
-            start = next((i for i, (ours, theirs) in enumerate(zip(self.kept, kept, strict=True)) if ours != theirs), 0)
-            start = min(start, len(kept) - 1)
-            known = (start, states[start - 1]) if start else None
-        return self.calibration.outputs(schedule, self.draw.images[chunk], known)[0]
+            pairs = zip(self.kept, self.calibration.kept(schedule), strict=True)
+            differing = (block for block, (ours, theirs) in enumerate(pairs) if ours != theirs)
+            start = min(next(differing, 0), len(states) - 1)
+            known = (start, first_of(states[start - 1], count)) if start else None
+        return self.calibration.outputs(schedule, index, known)[0]
+
+
+def first_of(state: TokenState, count: int) -> TokenState:
+    """The tokens of the first `count` images; what all images share stays."""
+
+    def first(part: Tensor | None) -> Tensor | None:
+        return part if part is None or len(part) != len(state.x) else part[:count]
+
+    rest = {name: first(part) for name, part in state._asdict().items() if name != "x"}
+    return TokenState(state.x[:count], **rest)

@@ -68,8 +68,8 @@ def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mappi
         "settings": {**asdict(course.settings), "target": course.target, "steps": course.steps},
         "rates": [rate.detach().cpu() for rate in search.rates],
         "tokens": schedule.tokens,
-        "schedule": _plain(schedule),
-        "best_schedule": None if best is None else _plain(best),
+        "schedule": plain_row(schedule),
+        "best_schedule": None if best is None else plain_row(best),
         "best_scores": None if scores is None else asdict(scores),
         "optimizer": search.optimizer.state_dict(),
         "scheduler": {
@@ -163,5 +163,5 @@ def _state(content: dict[str, Any]) -> SearchState:
     )
 
 
-def _plain(schedule: Schedule) -> tuple[list[int] | None, list[int]]:
+def plain_row(schedule: Schedule) -> tuple[list[int] | None, list[int]]:
     return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)

@@ -22,13 +22,14 @@ from diffrate.files import UNREADABLE, first_line
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.state import CompressionState
 from diffrate.rates.rate import RateError
-from diffrate.running.evaluation import Batches, Scores, modes_kept
+from diffrate.running.evaluation import Batches, Scores, evaluate, modes_kept
 from diffrate.running.precision import default_precision, place_of
 from diffrate.searching.batches import updates_of, with_length
+from diffrate.searching.calibrate import IMAGES, Calibrated, CalibrationObserver, Plan, calibrate, is_calibrated
 from diffrate.searching.checkpoint import restore
 from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
-from diffrate.searching.settings import SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
+from diffrate.searching.settings import METHODS, SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
 from diffrate.searching.teacher import Teacher
 from diffrate.seeds import generators_kept
 
@@ -40,13 +41,15 @@ class Found:
     """What a search found.
 
     flops: of the schedule, in multiply-accumulates. scores: at it, None without `val`.
-    history: a record per step, in order, those before a resumption included.
+    history: a record per step of the gradient search, in order, those before a resumption included.
+    calibrated: what the search at hard counts came to, None where there was none.
     """
 
     schedule: Schedule
     flops: int
     scores: Scores | None
     history: tuple[StepRecord, ...]
+    calibrated: Calibrated | None = None
 
 
 def search(
@@ -55,8 +58,13 @@ def search(
     *,
     target_flops: float | None = None,
     share: float | None = None,
+    method: str = "gradient",
     epochs: int = 1,
     val: Batches | None = None,
+    calibration: Iterable[Any] | None = None,
+    images: int = IMAGES,
+    work: float | None = None,
+    minutes: float | None = None,
     steps: int | None = None,
     criterion: Criterion | None = None,
     mixup: Mixup | None = None,
@@ -75,6 +83,7 @@ def search(
     precision: torch.dtype | None = None,
     seed: int = SearchSettings.seed,
     callback: Callable[[StepRecord], None] | Observer | None = None,
+    trials: CalibrationObserver | None = None,
     checkpoint: str | Path | None = None,
     resume: str | Path | None = None,
     save_every: int = SAVE_EVERY,
@@ -92,6 +101,12 @@ def search(
             list, any iterable. Labels are classes `[B]`, or shares of classes `[B, K]`. Without `steps`, a
             generator is kept in memory, and what has no length is counted first.
         target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's.
+        method: `gradient`, the paper's; or `calibrated`, which tries schedules of the budget at really fixed counts,
+            on images without labels, against the dense model's outputs; or `both`, one after the other.
+        calibration: what `calibrated` takes its images from, by default `loader`; `images` of them at most.
+        work: of `calibrated`, in forward passes of the dense model on one image; by default 20,000, or fewer where
+            there are few images. minutes: to end within, instead.
+        trials: told how `calibrated` goes on.
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
         criterion: loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1.
@@ -126,12 +141,15 @@ def search(
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
     if criterion is not None and loss != SearchSettings.loss:
         raise SearchSettingError(f"criterion: found one with the loss {loss!r}; accepted: none, or the loss 'labels'")
-    if criterion is None and loss == SearchSettings.loss and not model.has_head():
+    if method == METHODS[0] and criterion is None and loss == SearchSettings.loss and not model.has_head():
         raise UnsupportedModelError(
             "found a model without a head; accepted: one with classes and a pooling, a criterion, or the loss 'distill'"
         )
     if start_spread is not None and not 0 < start_spread < math.inf:
         raise SearchSettingError(f"start_spread: found {start_spread!r}; accepted: above 0, or none")
+    if method not in METHODS:
+        raise SearchSettingError(f"method: found {method!r}; accepted: {', '.join(METHODS)}")
+    plan = Plan(seed, images, work, minutes)
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,
@@ -146,25 +164,62 @@ def search(
         loss=loss,
         budget=budget,
     )
-    teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
     target = _target(model, target_flops, share)
-    loader, batches = with_length(loader, steps)
-    course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
-    means = Means(
-        place, precision or default_precision(place.device), criterion or default_criterion(), mixup, val, teacher
-    )
-    saved = None if checkpoint is None else _checkpoint(Path(checkpoint), save_every, notes or {})
-    with generators_kept(), modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
-        model.to(place.device)
-        _fresh_rates(model, granularity, start, start_spread)
-        running = Search(model, course, means, _observer(callback))
-        if resume is not None:
-            restore(running.parts, Path(resume))
-        schedule, scores = running.run(loader, saved)
-    for rate in model.arch_parameters():
-        rate.grad = None
+    precision = precision or default_precision(place.device)
+    going_on = None if resume is None else Path(resume)
+    file = None if checkpoint is None else Path(checkpoint)
+    found, given = None, {}
+    with generators_kept():
+        if method != "calibrated" and not (method == "both" and going_on is not None and is_calibrated(going_on)):
+            teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
+            loader, batches = with_length(loader, steps)
+            course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
+            means = Means(place, precision, criterion or default_criterion(), mixup, val, teacher)
+            saved = None if file is None else _checkpoint(file, save_every, notes or {})
+            with modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
+                model.to(place.device)
+                _fresh_rates(model, granularity, start, start_spread)
+                running = Search(model, course, means, _observer(callback))
+                if going_on is not None:
+                    restore(running.parts, going_on)
+                    going_on = None
+                schedule, scores = running.run(loader, saved)
+            for rate in model.arch_parameters():
+                rate.grad = None
+            found = Found(schedule, model.flops_at(schedule), scores, running.state.history.records())
+            given = {"gradient": schedule}
+        if method != "gradient":
+            if file is not None:
+                _checkpoint(file, save_every, notes or {})
+            model.to(place.device)
+            images_from = loader if calibration is None else calibration
+            came_to = calibrate(
+                model,
+                images_from,
+                model.flops_at,
+                target,
+                plan,
+                place,
+                loss="tokens" if loss == "tokens" else "distill",
+                precision=precision,
+                given=given | ({} if start is None else {"start": start}),
+                observer=trials,
+                checkpoint=file,
+                notes=notes,
+                resume=going_on,
+            )
+            best = came_to.schedule
+            scores = None if val is None else evaluate_at(model, best, val, precision)
+            found = Found(best, model.flops_at(best), scores, () if found is None else found.history, came_to)
+    assert found is not None, "there is a method"
+    model.set_kept_num(found.schedule.prune, found.schedule.merge)
+    return found
+
+
+def evaluate_at(model: CompressedModel, schedule: Schedule, val: Batches, precision: torch.dtype | None) -> Scores:
+    """The scores of `model` at `schedule`, which it is left at."""
     model.set_kept_num(schedule.prune, schedule.merge)
-    return Found(schedule, model.flops_at(schedule), scores, running.state.history.records())
+    return evaluate(model, val, precision=precision)
 
 
 def default_criterion() -> Criterion:

@@ -60,6 +60,13 @@ class Moves:
         """`schedule` scaled onto the budget; None where no scale meets it."""
         return self._at(self._ratios(self.counts(schedule)), rng)
 
+    def stepped(self, rng: Random) -> Counts | None:
+        """A schedule that removes tokens in one to three places, and keeps all that are left between them."""
+        ratios = np.zeros(self.choices)
+        for place in rng.sample(range(self.free), min(self.free, rng.choice((1, 2, 2, 3)))):
+            ratios[place] = 0.2 + rng.expovariate(1)
+        return self._at(ratios, rng)
+
     def changed(self, counts: Counts, rng: Random) -> Counts | None:
         """A schedule near the one of `counts`; None where the change drawn leads nowhere.
 

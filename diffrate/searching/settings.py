@@ -8,6 +8,7 @@ from typing import Any
 
 from diffrate.budgets.space import GRANULARITY
 
+METHODS = ("gradient", "calibrated", "both")
 FLOPS_LOSSES = ("absolute", "relative")
 LOSSES = ("labels", "distill", "tokens")
 BUDGETS = ("penalty", "held")
