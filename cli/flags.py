@@ -13,7 +13,7 @@ from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, MODES, OFFICIAL, SEARCH, S
 from diffrate.budgets.uniform import BASELINES
 from diffrate.running import ROUNDS
 from diffrate.saving.about import SavedModelError, about, is_saved_model
-from diffrate.searching.settings import BUDGETS, FLOPS_LOSSES, LOSSES, SMOOTHING, SearchSettings, least_rate
+from diffrate.searching.settings import BUDGETS, FLOPS_LOSSES, LOSSES, METHODS, SMOOTHING, SearchSettings, least_rate
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
@@ -109,7 +109,7 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
         args.arch_min_lr = least_rate(args.arch_lr)
     if args.checkpoint is None:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
-    _fill_search(args)
+    _fill_search(args, parser)
     if args.epochs is None:
         args.epochs = SearchSettings.epochs if mode == SEARCH else 30
     if mode in (SEARCH, "visualize", "sensitivity") and args.output_dir is None:
@@ -120,12 +120,14 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
     return settings_from(args)
 
 
-def _fill_search(args: argparse.Namespace) -> None:
+def _fill_search(args: argparse.Namespace, parser: Parser) -> None:
     """What some flags of a search say of others; what is left open, the model decides.
 
     Raises:
         UsageError: two of them contradict each other.
     """
+    if args.search is None and _asks_for_gradient(args, parser):
+        args.search = METHODS[0]
     penalty = {name: getattr(args, name) for name in ("flops_loss", "flops_weight")}
     given = [name for name, value in penalty.items() if value is not None]
     given += ["warmup_compression_rate"] if args.warmup_compression_rate else []
@@ -141,6 +143,14 @@ def _fill_search(args: argparse.Namespace) -> None:
         if args.init is not None:
             raise UsageError("--init and --init_compression_rate name two starts; accepted: one of them")
         args.init = "flat"
+
+
+def _asks_for_gradient(args: argparse.Namespace, parser: Parser) -> bool:
+    """Whether there are flags that nothing but the gradient search looks at."""
+    own = ("epochs", "init", "budget", "init_compression_rate", "search_transform", "flops_loss", "flops_weight")
+    numbers = ("arch_lr", "accum_steps", "warmup_compression_rate")
+    changed = any(getattr(args, name) != parser.get_default(name) for name in numbers)
+    return changed or args.search_loss == SearchSettings.loss or any(getattr(args, name) is not None for name in own)
 
 
 def _model_name(args: argparse.Namespace) -> str | None:
@@ -429,6 +439,15 @@ def _add_search_flags(parser: Parser) -> None:
     steps = SearchSettings.granularity
     group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, help="and in the last step, default a tenth of that")
     group.add_argument("--granularity", type=COUNT, default=steps, help="tokens between the candidates of a count")
+    group.add_argument(
+        "--search",
+        choices=METHODS,
+        help="learn rates by gradient (the paper, default of its models and beside flags of its own); try schedules at "
+        "hard counts on calibration images (default of all others); or both in turn",
+    )
+    group.add_argument(
+        "--minutes", type=POSITIVE, metavar="M", help="end the search at hard counts within this time, about"
+    )
     group.add_argument(
         "--search_loss",
         choices=LOSSES,

@@ -9,8 +9,10 @@ from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
 from utils import UsageError
 
-PAPER = RecipeSettings(loss=SearchSettings.loss, transform="train", start="flat", budget=SearchSettings.budget)
-OTHERS = RecipeSettings(loss="distill", transform="eval", start="uniform", budget="held")
+PAPER = RecipeSettings(
+    loss=SearchSettings.loss, transform="train", start="flat", budget=SearchSettings.budget, method="gradient"
+)
+OTHERS = RecipeSettings(loss="distill", transform="eval", start="flat", budget="held", method="calibrated")
 
 
 def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
@@ -27,7 +29,13 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
         transform=asked.transform or usual.transform,
         start=asked.start or usual.start,
         budget=asked.budget or usual.budget,
+        method=asked.method or usual.method,
+        minutes=asked.minutes,
     )
+    if recipe.method == "gradient" and recipe.minutes is not None:
+        raise UsageError("--minutes goes with --search calibrated or both; a gradient search has --epochs")
+    if recipe.method == "calibrated" and asked.loss == SearchSettings.loss:
+        raise UsageError("--search_loss labels goes with --search gradient or both; hard counts are held to no labels")
     assert recipe.loss is not None
     assert recipe.budget is not None
     augmentation, mixing = settings.augmentation, settings.mixing

@@ -22,7 +22,13 @@ AUTO = "auto"
 # No flags, but what several come to.
 KEPT, STEPS, STARTED = "kept counts", "updates an epoch", "starting weights"
 # The flags of searches from before there was a choice.
-EARLIER = {"search_loss": PAPER.loss, "search_transform": PAPER.transform, "init": PAPER.start, "budget": PAPER.budget}
+EARLIER = {
+    "search_loss": PAPER.loss,
+    "search_transform": PAPER.transform,
+    "init": PAPER.start,
+    "budget": PAPER.budget,
+    "search": PAPER.method,
+}
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
 FREE = (
@@ -65,6 +71,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: float, batch_
         "search_transform": settings.recipe.transform,
         "init": settings.recipe.start,
         "budget": search.budget,
+        "search": settings.recipe.method,
     }
 
 

@@ -13,7 +13,7 @@ from cli.model import check_targets
 from cli.results import log_found, save_model, save_schedules
 from cli.resume import check_search, resume_path, search_identity
 from cli.schedules import targets_of
-from cli.search_report import Reporter
+from cli.search_report import Reporter, TrialReporter, log_calibrated
 from cli.searched import START_SPREAD, Searched, searched_model, start_of
 from cli.settings import Settings
 from datasets import ImageLoader
@@ -42,7 +42,8 @@ def run(settings: Settings, runtime: Runtime) -> None:
 def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runtime) -> None:
     """The search for one target, from its checkpoint if there is one, and what it leaves behind."""
     settings, entry = searched.settings, searched.entry
-    search, labelled = settings.search, searched.labelled
+    search, labelled, method = settings.search, searched.labelled, settings.recipe.method
+    assert method is not None
     model = patched(plain, settings.model).to(runtime.device)
     target = targets_of(settings.model, model)[index]
     # Several targets have a folder each for their checkpoints, and one file for their schedules.
@@ -54,7 +55,8 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
     resume = resume_path(settings, inner)
     if resume is not None:
         check_search(resume, identity)
-    start = start_of(searched, model, target * 1e9, runtime) if resume is None else None
+    fresh = resume is None and method != "calibrated"
+    start = start_of(searched, model, target * 1e9, runtime) if fresh else None
     accumulate = search.accumulate
     with StopSignals() as signals:
         found = diffrate.search(
@@ -64,6 +66,10 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
             epochs=search.epochs,
             # The best epoch is that of the paper's recipe; without labels nothing but the images is looked at.
             val=val if labelled else None,
+            method=method,
+            calibration=searched.calibration,
+            minutes=settings.recipe.minutes,
+            trials=TrialReporter(inner, signals),
             criterion=build_criterion(settings.mixing) if labelled else None,
             loss=search.loss,
             budget=search.budget,
@@ -86,7 +92,10 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
         )
     file = save_schedules(settings, entry, target, found.schedule, runtime)
     scores = None if val is None else _scores(model, found, val, runtime)
-    apart = None if labelled else losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
+    if found.calibrated is not None:
+        apart = log_calibrated(found.calibrated)
+    else:
+        apart = None if labelled else losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
     save_model(settings, entry, model, searched.classes, runtime)
     log_found(settings, entry, target, model, found.schedule, scores, file, runtime, apart)
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 import shutil
 
+import torch
+
 import diffrate
 from datasets import ImageLoader
 from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
+from diffrate.group import all_sum
 from diffrate.running.evaluation import Tally
+from diffrate.searching.calibrate import Calibrated, CalibrationObserver
+from diffrate.searching.calibrated import TrialRecord
 from engine import shown_scores
 from processes.runtime import Runtime
 from reporting.progress import Progress
-from reporting.records import STEPS
+from reporting.records import STEPS, WORK
 from training.checkpoint import BEST, LAST
 from utils import StopRequestedError, StopSignals
+
+TOLD_EVERY = 5.0  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -99,3 +106,46 @@ class Reporter(diffrate.Observer):
         gflops = sum(record.flops for record in self.epoch) / count / 1e9
         rate = self.epoch[-1].learning_rate
         return f"loss {loss:.4f}  cost loss {cost:.5f}  GFLOPs {gflops:.4f}  lr {rate:.2e}"
+
+
+class TrialReporter(CalibrationObserver):
+    """Of a search at hard counts: how far it is, and records of the loss against the work."""
+
+    def __init__(self, runtime: Runtime, signals: StopSignals) -> None:
+        self.runtime, self.signals, self.told = runtime, signals, 0.0
+
+    def on_plan(self, images: int, work: float, speed: float) -> None:
+        self.work = work
+        minutes = work / speed / 60
+        log.info(
+            "calibrated search: %d images, up to %.0f forward passes of the dense model, about %.1f minutes at %.0f "
+            "images/s",
+            *(images, work, minutes, speed),
+        )
+
+    def on_trials(self, record: TrialRecord) -> None:
+        figures = {"work": record.work, "loss": record.loss, "seconds": record.seconds}
+        self.runtime.append({"search": "calibrated", "stage": "trials"} | figures, WORK)
+        if record.seconds - self.told >= TOLD_EVERY:
+            self.told = record.seconds
+            log.info(
+                "Calibrate: [%.0f/%.0f]  %d schedules  loss %.4f  %.0f s",
+                *(record.work, self.work, record.trials, record.loss, record.seconds),
+            )
+
+    def after_trials(self) -> None:
+        """Raises StopRequestedError where a signal asks any process to stop."""
+        if all_sum(torch.tensor(float(self.signals.requested), device=self.runtime.device)) > 0:
+            raise StopRequestedError("stopped while schedules were tried: go on with --resume")
+
+
+def log_calibrated(found: Calibrated) -> float:
+    """What each stage took, and whose schedule it is; its loss on the images held back."""
+    for stage in found.stages:
+        log.info("took: %-17s %6.0f forward passes of the dense model, %.1f s", stage.name, stage.work, stage.seconds)
+    best: dict[str, float] = {}
+    for name, loss in found.losses:
+        best[name] = min(loss, best.get(name, loss))
+    log.info("on images held back: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in best.items()))
+    log.info("chosen: %s", found.chosen)
+    return best[found.chosen]

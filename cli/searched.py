@@ -19,6 +19,7 @@ from cli.trained import check_inputs, output_names, trained_model
 from cli.weights import Weights, read_weights
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
 from diffrate.budgets.schedule import Schedule
+from diffrate.searching.calibrate import IMAGES
 from diffrate.searching.settings import SearchSettings
 from diffrate.searching.starts import best_uniform
 from models.zoo import ModelEntry
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 class Searched:
     """A plain model with its weights, the settings with its recipe, and loaders.
 
-    val: None where nothing can be scored. part: a part of the images, as in evaluation.
+    val: None where nothing can be scored. part: a part of the images, as in evaluation; calibration: more of them.
     """
 
     settings: Settings
@@ -46,6 +47,7 @@ class Searched:
     train: ImageLoader
     val: ImageLoader | None
     part: ImageLoader
+    calibration: ImageLoader
 
     @property
     def labelled(self) -> bool:
@@ -91,6 +93,7 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
         train_loader(train, settings, runtime),
         None if val is None else eval_loader(val, settings, runtime),
         part_loader(plain, STARTING_IMAGES, settings, runtime),
+        part_loader(plain, IMAGES, settings, runtime),
     )
 
 

@@ -78,6 +78,7 @@ class ModelSettings:
 class RecipeSettings:
     """How a search goes about it; None where the model decides.
 
+    method: `gradient`, `calibrated` or `both`. minutes: that the search at hard counts may take, None for any.
     loss: `labels`, `distill` or `tokens`. transform: `train` or `eval`. start: `flat` or `uniform`.
     budget: `penalty` or `held`.
     """
@@ -86,6 +87,8 @@ class RecipeSettings:
     transform: str | None
     start: str | None
     budget: str | None
+    method: str | None
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,9 @@ def settings_from(args: Namespace) -> Settings:
             accumulate=args.accum_steps,
             seed=args.seed,
         ),
-        recipe=RecipeSettings(args.search_loss, args.search_transform, args.init, args.budget),
+        recipe=RecipeSettings(
+            args.search_loss, args.search_transform, args.init, args.budget, args.search, args.minutes
+        ),
         training=_training(args),
         augmentation=_augmentation(args),
         mixing=Mixing(

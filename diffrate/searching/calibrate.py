@@ -140,6 +140,8 @@ def calibrate(
         candidates = [(CALIBRATED, schedule) for schedule in found] + list(starts.items())
         losses = [(name, chooser.mean(schedule)) for name, schedule in candidates]
     best = min(range(len(losses)), key=lambda place: losses[place][1])
+    if checkpoint is not None and rank() == 0:
+        _write(checkpoint, search.state(), setting, candidates[best][1], starts, notes or {})
     ended = time.monotonic()
     stages = (
         Stage("images", 0.0, ready - begun),

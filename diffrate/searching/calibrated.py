@@ -233,7 +233,7 @@ class CalibratedSearch:
         counts, values, variances = zip(*self.trials.measured, strict=True)
         # Few images are lost badly: a look that happens to miss them must not seem surer than the others.
         near = np.array(values) < LINEAR
-        usual = np.array(variances)[near].mean()
+        usual = np.median(np.array(variances)[near])
         return self._features(counts), np.array(values), np.maximum(np.array(variances), usual)
 
     def _features(self, counts: tuple[Counts, ...] | list[Counts]) -> np.ndarray:
