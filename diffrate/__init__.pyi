@@ -10,6 +10,8 @@ from .running.evaluation import Scores, Tally, evaluate
 from .running.speed import Speed, benchmark
 from .saving.about import About, SavedModelError, about
 from .saving.files import load, save
+from .searching.calibrate import Calibrated, CalibrationObserver
+from .searching.calibrated import TrialRecord
 from .searching.checkpoint import SearchCheckpointError
 from .searching.find import Found, search
 from .searching.history import EpochRecord, StepRecord
@@ -22,6 +24,8 @@ __version__: str
 __all__ = [
     "About",
     "BudgetError",
+    "Calibrated",
+    "CalibrationObserver",
     "CompressedModel",
     "EpochRecord",
     "Found",
@@ -40,6 +44,7 @@ __all__ = [
     "StoppedError",
     "Tally",
     "TokenState",
+    "TrialRecord",
     "UnsupportedModelError",
     "VisualizationError",
     "about",

@@ -104,6 +104,7 @@ def calibrate(
     with modes_kept(model):
         model.eval()
         images = gather_images(loader, plan.images)
+        images = images[: least(len(images), place.device)]  # as many in all processes
         held = torch.zeros(len(images), dtype=torch.bool)
         held[CHOSEN_ON - 1 :: CHOSEN_ON] = True
         held[held.nonzero()[MOST_CHOSEN_ON:]] = False

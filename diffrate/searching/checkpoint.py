@@ -115,6 +115,10 @@ def restore(search: Parts, path: Path) -> None:
         SearchCheckpointError: as `read_checkpoint`, or it is another search's; names what differs.
     """
     content = read_checkpoint(path)
+    if content.get("calibrated") is not None:
+        raise SearchCheckpointError(
+            f"{path}: found a calibrated search's; accepted: the checkpoint of a gradient search"
+        )
     course = search.course
     for name, expected in {**asdict(course.settings), "target": course.target, "steps": course.steps}.items():
         found = content.get("settings", {}).get(
@@ -164,4 +168,5 @@ def _state(content: dict[str, Any]) -> SearchState:
 
 
 def plain_row(schedule: Schedule) -> tuple[list[int] | None, list[int]]:
+    """A schedule as plain values: prune, None where there is none, and merge."""
     return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)

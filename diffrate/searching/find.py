@@ -149,6 +149,11 @@ def search(
         raise SearchSettingError(f"start_spread: found {start_spread!r}; accepted: above 0, or none")
     if method not in METHODS:
         raise SearchSettingError(f"method: found {method!r}; accepted: {', '.join(METHODS)}")
+    if images < 2:
+        raise SearchSettingError(f"images: found {images!r}; accepted: from 2")
+    for name, value in (("work", work), ("minutes", minutes)):
+        if value is not None and not 0 < value < math.inf:
+            raise SearchSettingError(f"{name}: found {value!r}; accepted: above 0, or none")
     plan = Plan(seed, images, work, minutes)
     place = place_of(model, device)
     settings = SearchSettings(

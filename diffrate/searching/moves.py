@@ -14,7 +14,7 @@ from random import Random
 
 import numpy as np
 
-from diffrate.budgets.rounding import ABOVE, BELOW, BudgetError, Cost
+from diffrate.budgets.rounding import ABOVE, BELOW, BudgetError, Cost, meets_budget
 from diffrate.budgets.schedule import Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
 from diffrate.budgets.uniform import baseline_schedule
@@ -57,8 +57,10 @@ class Moves:
         return found
 
     def fitted(self, schedule: Schedule, rng: Random) -> Counts | None:
-        """`schedule` scaled onto the budget; None where no scale meets it."""
-        return self._at(self._ratios(self.counts(schedule)), rng)
+        """`schedule` scaled onto the budget, or as it is where it alone meets it; None where neither does."""
+        counts = self.counts(schedule)
+        found = self._at(self._ratios(counts), rng)
+        return counts if found is None and meets_budget(self._cost(counts), self.target) else found
 
     def stepped(self, rng: Random) -> Counts | None:
         """A schedule that removes tokens in one to three places, and keeps all that are left between them."""

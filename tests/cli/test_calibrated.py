@@ -1,0 +1,63 @@
+"""`--search calibrated` and `both` on few images: what they print and leave, resumption, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_errors import check
+from tests.cli.test_search import MODEL
+from tests.conftest import Cli, write_image
+
+FAST = ("--num_workers", 0, "--target_flops", "60%", "--model", MODEL)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    for index in range(8):
+        write_image(tmp_path / "photographs" / f"{index}.png", seed=index)
+    return tmp_path / "photographs"
+
+
+def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, err = cli(*FAST, "--data-path", photographs, "--output_dir", out)
+    assert (code, err) == (0, "")
+    assert "calibrated search: 8 images, up to " in text
+    assert "on images held back: calibrated " in text
+    assert "chosen: " in text
+    assert "found: loss against dense " in text
+    works = [json.loads(line)["work"] for line in (out / "search_work.txt").read_text().splitlines()]
+    assert works == sorted(works)
+    assert (out / "search_work.png").exists()
+    again = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--resume", "auto")
+    assert (again[0], again[2]) == (0, "")
+
+    def found(text: str) -> list[str]:
+        return [line.split("] ", 1)[-1] for line in text.splitlines() if "found " in line]
+
+    assert found(again[1]) == found(text)
+
+
+def test_both(cli: Cli, photographs: Path, tmp_path: Path) -> None:
+    words = (*FAST, "--search", "both", "--epochs", 1, "--batch-size", 4, "--data-path", photographs)
+    code, text, err = cli(*words, "--output_dir", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "Search [0]" in text
+    assert "gradient 0." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--search", "gradient", "--minutes", 1), "--minutes goes with --search calibrated or both"),
+        (("--epochs", 1, "--minutes", 1), "--minutes goes with --search calibrated or both"),
+        (("--search", "calibrated", "--search_loss", "labels"), "--search_loss labels goes with"),
+        (("--minutes", 0), "found 0; accepted: above 0"),
+        (("--search", "random"), "invalid choice"),
+    ],
+)
+def test_refusals(words: tuple[object, ...], message: str, cli: Cli, photographs: Path) -> None:
+    check(cli(*FAST, "--data-path", photographs, *words), message)

@@ -1,0 +1,230 @@
+"""The search at hard counts: schedules on the budget, losses at really dropped tokens, resumption, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffrate
+from diffrate.budgets.rounding import meets_budget
+from diffrate.running.precision import place_of
+from diffrate.searching.calibration import Calibration, Reference
+from diffrate.searching.moves import Moves
+from diffrate.searching.settings import SearchSettingError
+from diffrate.searching.surrogate import Surrogate
+from diffrate.searching.teacher import Teacher
+from tests.constructions import build, images_for
+from tests.library.test_search_function import batches, small
+
+PROJECT = Path(__file__).parent.parent.parent
+SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 900}
+
+
+class Stop(diffrate.CalibrationObserver):
+    """Ends a search after some rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+
+    def after_trials(self) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def moves_of(model: diffrate.CompressedModel, share: float) -> Moves:
+    dense = model.flops_at(model.dense_schedule())
+    return Moves(model.compression.space, model.flops_at, share * dense, model.read is not None)
+
+
+def calibration(model: diffrate.CompressedModel, count: int = 24) -> Calibration:
+    model.eval()
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return Calibration(Teacher(model), images, place_of(model), None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.6, 0.95), pool=st.sampled_from(["token", "avg"]))
+def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: str) -> None:
+    model, rng = small(pool), Random(seed)
+    moves = moves_of(model, share)
+    found = [moves.stepped(rng), *(moves.fitted(schedule, rng) for schedule in moves.uniform().values())]
+    found += [moves.changed(counts, rng) for counts in found if counts is not None]
+    assert any(counts is not None for counts in found)
+    for counts in found:
+        if counts is not None:
+            schedule = moves.schedule(counts)
+            model.check(schedule)
+            assert meets_budget(model.flops_at(schedule), moves.target)
+            assert moves.counts(schedule) == counts  # what really happens
+    if pool == "token" and found[0] is not None:  # of the last block nothing but the class token is read
+        assert found[0][-2:] == (1, 1)
+
+
+def test_the_surrogate_learns_effects_from_noisy_values() -> None:
+    rng = np.random.default_rng(0)
+    slopes, features = rng.normal(size=6), rng.normal(size=(220, 6))
+    values = features @ slopes + rng.normal(0, 0.5, 220)
+    surrogate = Surrogate(np.array([0, 0, 1, 1, 2, 2]))
+    known = features[:200], values[:200], np.full(200, 0.25)
+    surrogate.choose_scales(*known, seed=0)
+    surrogate.fit(*known)
+    mean, deviation = surrogate.predict(features[200:])
+    apart = np.abs(mean - features[200:] @ slopes)
+    assert apart.mean() < 0.35  # closer than a measurement is
+    assert (apart < 3 * deviation + 0.1).mean() > 0.8
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_going_on_from_the_block_where_schedules_part_changes_nothing(pool: str) -> None:
+    model = small(pool)
+    held, rng = calibration(model), Random(0)
+    moves = moves_of(model, 0.6)
+    start = next(iter(moves.uniform().values()))
+    reference = Reference(held, start, held.drawn(3, rng))
+    counts = moves.counts(start)
+    late = moves.schedule((*counts[:-4], counts[-4], *[1 + (pool == "avg")] * 3))
+    before = held.work
+    mean, variance = reference.difference(late, 1)
+    whole = held.losses(late, reference.draw.images[1]) - held.losses(start, reference.draw.images[1])
+    weighted = reference.draw.weights[1] * whole
+    assert mean == pytest.approx(float(weighted.mean()), abs=1e-6)
+    assert variance > 0
+    plain = held.work
+    reference.difference(late, 1)
+    assert held.work - plain < len(whole) * model.flops_at(late) / held.dense  # blocks before were not run again
+    assert before < plain
+
+
+def test_losses_are_those_of_a_model_at_the_schedule() -> None:
+    model = small()
+    held = calibration(model)
+    schedule = moves_of(model, 0.6).uniform()["both"]
+    with torch.no_grad():
+        dense, _ = _at(model, model.dense_schedule(), held)
+        logits, _ = _at(model, schedule, held)
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1)
+    torch.testing.assert_close(held.losses(schedule, held.whole()), expected, atol=1e-5, rtol=0)
+
+
+def _at(model: diffrate.CompressedModel, schedule: diffrate.Schedule, held: Calibration) -> Any:
+    model.set_kept_num(schedule.prune, schedule.merge)
+    return model(held.images)
+
+
+def test_images_on_which_more_is_lost_are_drawn_more_often_and_count_less() -> None:
+    model = small()
+    held, rng = calibration(model, 40), Random(0)
+    held.felt, held.seen = torch.arange(40.0), torch.ones(40)
+    often, total = torch.zeros(40), torch.zeros(40)
+    for _ in range(300):
+        draw = held.drawn(24, rng)
+        index, weights = torch.cat(draw.images), torch.cat(draw.weights)
+        often.index_add_(0, index, torch.ones(len(index)))
+        total.index_add_(0, index, weights)
+    assert often[30:].sum() > 1.35 * often[:10].sum()
+    torch.testing.assert_close(total / total.mean(), torch.ones(40), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("loader", [batches(8), [images for images, _ in batches(8)]], ids=["labels", "bare images"])
+def test_never_worse_than_by_hand(loader: Any) -> None:
+    model = small()
+    found = diffrate.search(model, loader, **SETTING)
+    calibrated = found.calibrated
+    assert calibrated is not None
+    assert meets_budget(found.flops, 0.6 * model.flops_at(model.dense_schedule()))
+    losses = dict(calibrated.losses)
+    assert {"uniform merge", "uniform both", "uniform prune", "calibrated"} <= losses.keys()
+    assert min(loss for name, loss in calibrated.losses if name == calibrated.chosen) == min(
+        loss for _, loss in calibrated.losses
+    )
+    assert model.get_kept_num() == (list(found.schedule.prune or ()), list(found.schedule.merge))
+    assert diffrate.search(small(), batches(8), **SETTING).schedule == found.schedule  # from the seed alone
+    assert calibrated.trials[-1].work <= 900
+
+
+def test_both_start_calibration_from_what_the_gradient_found() -> None:
+    found = diffrate.search(small(), batches(8), **SETTING | {"method": "both"}, loss="distill", learning_rate=0.1)
+    assert found.calibrated is not None
+    assert "gradient" in dict(found.calibrated.losses)
+    assert len(found.history) == 8
+
+
+def test_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    file = tmp_path / "search.pth"
+    whole = diffrate.search(small(), batches(8), **SETTING)
+    with pytest.raises(KeyboardInterrupt):
+        diffrate.search(small(), batches(8), **SETTING, checkpoint=file, trials=Stop(3))
+    found = diffrate.search(small(), batches(8), **SETTING, resume=file)
+    assert found.calibrated is not None
+    assert whole.calibrated is not None
+    assert (found.schedule, found.calibrated.losses) == (whole.schedule, whole.calibrated.losses)
+    with pytest.raises(diffrate.SearchCheckpointError, match="was made with seed 0; accepted: 1"):
+        diffrate.search(small(), batches(8), **SETTING, resume=file, seed=1)
+    with pytest.raises(diffrate.SearchCheckpointError, match="calibrated search's"):
+        diffrate.search(small(), batches(8), share=0.6, resume=file)
+    diffrate.search(small(), batches(8), share=0.6, checkpoint=file)
+    with pytest.raises(diffrate.SearchCheckpointError, match="gradient search's"):
+        diffrate.search(small(), batches(8), **SETTING, resume=file)
+
+
+@pytest.mark.parametrize("name", ["no_class_token", "no_pool", "registers", "attention_pool", "relative_table", "rope"])
+def test_constructions(name: str) -> None:
+    model = diffrate.patch.vit(build(name), 1, 1)
+    images = images_for(name, 6)
+    found = diffrate.search(model, [images], share=0.7, method="calibrated", work=150)
+    assert meets_budget(found.flops, 0.7 * model.flops_at(model.dense_schedule()))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"method": "magic"}, "method: found 'magic'"),
+        ({"work": 0}, "work: found 0"),
+        ({"minutes": -1.0}, "minutes: found -1.0"),
+        ({"images": 1}, "images: found 1"),
+    ],
+)
+def test_settings_that_make_no_sense(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(SearchSettingError, match=message):
+        diffrate.search(small(), batches(), **SETTING | more)
+
+
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(ValueError, match="found 1 images; accepted: from 2"):
+        diffrate.search(small(), [torch.randn(1, 3, 32, 32)], **SETTING)
+
+
+SCRIPT = """
+import sys
+import torch, torch.distributed as dist
+import diffrate
+sys.path.insert(0, {project!r})
+from tests.library.test_search_function import batches, small
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+found = diffrate.search(small(), batches(9)[rank::2], share=0.6, method="calibrated", work=900)
+torch.save([list(found.schedule.prune), list(found.schedule.merge), *found.calibrated.losses], sys.argv[1] + str(rank))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_images_and_find_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(project=str(PROJECT)))
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {"PYTHONPATH": str(PROJECT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(script), str(tmp_path / "rank")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment, timeout=120)
+    first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    assert first == second
