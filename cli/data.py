@@ -78,7 +78,7 @@ def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> A
     """
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
-    dataset: Any = build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet))
+    dataset: Any = build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
     found = len(dataset)
     chosen = min(images, found)
     return Subset(dataset, [place * found // chosen for place in range(chosen)])  # files are in the order of classes
