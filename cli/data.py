@@ -79,9 +79,7 @@ def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> A
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
     dataset: Any = build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
-    found = len(dataset)
-    chosen = min(images, found)
-    return Subset(dataset, [place * found // chosen for place in range(chosen)])  # files are in the order of classes
+    return _spread(dataset, images)
 
 
 def search_dataset(
@@ -127,9 +125,13 @@ def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) 
 
 def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime: Runtime) -> ImageLoader:
     """Up to `most` images from all over `dataset`, each once, over all processes."""
+    return eval_loader(_spread(dataset, most), settings, runtime)
+
+
+def _spread(dataset: Any, most: int) -> Any:
+    """Up to `most` images at even steps: files are in the order of their classes."""
     count = min(most, len(dataset))
-    part: Any = Subset(dataset, [index * len(dataset) // count for index in range(count)])  # type: ignore[arg-type]
-    return eval_loader(part, settings, runtime)
+    return Subset(dataset, [place * len(dataset) // count for place in range(count)])
 
 
 def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:

@@ -7,8 +7,9 @@ the other half. `random` keeps as many tokens as `prune`, but any: see `Reductio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
-from diffrate.budgets.rounding import Cost, fit_budget
+from diffrate.budgets.rounding import BudgetError, Cost, fit_budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 
@@ -44,3 +45,12 @@ def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float) 
         return space.schedule([count for pair in pairs for count in pair])
 
     return fit_budget(counts_at, 1.0, assemble, cost, target, space.least)
+
+
+def uniform_schedules(space: SearchSpace, cost: Cost, target: float) -> dict[str, Schedule]:
+    """Every uniform schedule that the model can run and that meets `target`, by kind."""
+    found = {}
+    for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
+        with suppress(BudgetError):
+            found[kind] = baseline_schedule(kind, space, cost, target)
+    return found

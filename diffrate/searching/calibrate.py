@@ -17,7 +17,7 @@ from diffrate.group import least, rank
 from diffrate.patch.base import CompressedModel
 from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import Place
-from diffrate.searching.calibrated import CalibratedSearch, TrialRecord, Trials
+from diffrate.searching.calibrated import FINALISTS, CalibratedSearch, TrialRecord, Trials
 from diffrate.searching.calibration import Calibration, gather_images
 from diffrate.searching.checkpoint import KIND, SearchCheckpointError, plain_row, read_checkpoint
 from diffrate.searching.moves import Moves
@@ -119,7 +119,7 @@ def calibrate(
         starts = {f"uniform {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given or {})
         if resume is not None:
             starts |= _given(resume)
-        choosing = int(held.sum()) * (1 + (len(starts) + 6) * target / max(1.0, cost(model.dense_schedule())))
+        choosing = int(held.sum()) * (1 + (len(starts) + FINALISTS) * target / max(1.0, cost(model.dense_schedule())))
         work = _work(plan, calibration, choosing, speed, place)
         setting = {"seed": plan.seed, "images": len(images), "target": target, "loss": loss, "work": plan.work}
         saved = None if resume is None else _read(resume, setting)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from random import Random
 
 import numpy as np
 
-from diffrate.budgets.rounding import ABOVE, BELOW, BudgetError, Cost, meets_budget
+from diffrate.budgets.rounding import ABOVE, BELOW, Cost, meets_budget
 from diffrate.budgets.schedule import Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
-from diffrate.budgets.uniform import baseline_schedule
+from diffrate.budgets.uniform import uniform_schedules
 
 Counts = tuple[int, ...]
 STEPS = (0.5, 0.2, 0.08)  # how far a change goes, in logarithms: large ones and small ones
@@ -50,11 +49,7 @@ class Moves:
 
     def uniform(self) -> dict[str, Schedule]:
         """The uniform schedules of the budget, by kind."""
-        found = {}
-        for kind in ("merge", "both", "prune") if self.space.prunes else ("merge",):
-            with suppress(BudgetError):
-                found[kind] = baseline_schedule(kind, self.space, self.cost, self.target)
-        return found
+        return uniform_schedules(self.space, self.cost, self.target)
 
     def fitted(self, schedule: Schedule, rng: Random) -> Counts | None:
         """`schedule` scaled onto the budget, or as it is where it alone meets it; None where neither does."""

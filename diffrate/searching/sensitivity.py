@@ -19,7 +19,7 @@ from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import autocast, place_of
 from diffrate.searching.loop import NonFiniteLossError
 from diffrate.searching.settings import SearchSettingError
-from diffrate.searching.teacher import angle, divergence
+from diffrate.searching.teacher import angle, divergence, images_of
 
 SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of a block's tokens, kept
 
@@ -102,10 +102,10 @@ def sensitivity(
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         for batch in loader:
-            batch = (batch if isinstance(batch, Tensor) else batch[0]).to(*place, non_blocking=True)
+            seen = images_of(batch, place)
             with autocast(place.device, precision):
-                sums += _batch_sums(model, batch, candidates, callback)
-            images += len(batch)
+                sums += _batch_sums(model, seen, candidates, callback)
+            images += len(seen)
     total = float(all_sum(images))
     if total == 0:
         raise ValueError("loader: found no batch; accepted: batches of images")

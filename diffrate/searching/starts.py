@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule, running_counts
-from diffrate.budgets.uniform import baseline_schedule
+from diffrate.budgets.uniform import uniform_schedules
 from diffrate.patch.base import CompressedModel
 from diffrate.searching.teacher import losses_at
 
@@ -21,10 +19,7 @@ def best_uniform(
 ) -> Schedule | None:
     """The uniform schedule that meets `target` multiply-accumulates and whose outputs are nearest to the dense
     model's on the images of `loader`; None where no uniform one meets it."""
-    space, found = model.compression.space, []
-    for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
-        with suppress(BudgetError):
-            found.append(baseline_schedule(kind, space, model.flops_at, target))
+    found = list(uniform_schedules(model.compression.space, model.flops_at, target).values())
     if not found:
         return None
     losses = losses_at(model, found, loader, precision) if len(found) > 1 else [0.0]

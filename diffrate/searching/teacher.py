@@ -19,13 +19,14 @@ from diffrate.running.precision import Place, autocast, place_of
 
 
 def divergence(outputs: Tensor, taught: Tensor) -> Tensor:
-    """How far logits `[B, K]` are from the dense model's, per image, `[B]`.
+    """How far logits `[B, K]`, or those of all positions `[B, N0, K]`, are from the dense model's, per image, `[B]`.
 
     The cross-entropy of the dense outputs, less their own entropy: 0 where nothing was lost
-    (Kullback and Leibler's divergence).
+    (Kullback and Leibler's divergence); its mean over positions where there are any.
     """
     dense = taught.float().log_softmax(-1)
-    return (dense.exp() * (dense - outputs.float().log_softmax(-1))).sum(-1).clamp(min=0)
+    apart = (dense.exp() * (dense - outputs.float().log_softmax(-1))).sum(-1).clamp(min=0)
+    return apart if apart.ndim == 1 else apart.mean(1)
 
 
 def angle(outputs: Tensor, taught: Tensor) -> Tensor:
@@ -86,8 +87,7 @@ def losses_at(
             with autocast(place.device, precision):
                 dense = teacher.taught(images)
                 found = [teacher.at(images, schedule) for schedule in schedules]
-            apart = [teacher.apart(outputs, dense) for outputs in found]
-            rows = [values.flatten(1).mean(1).sum() if values.ndim > 1 else values.sum() for values in apart]
+            rows = [teacher.apart(outputs, dense).sum() for outputs in found]
             sums += torch.stack([*rows, rows[0].new_tensor(len(images))]).double()
     *totals, count = all_sum(sums).tolist()
     return [total / count for total in totals]
