@@ -69,17 +69,14 @@ def train_dataset(
 
 
 def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> Any:
-    """Up to `images` images of the training split, spread evenly over it, as an evaluation sees them.
-
-    Their labels count for nothing, and need not fit the model.
+    """Up to `images` images to search on, with or without labels, spread evenly, as an evaluation sees them.
 
     Raises:
-        DataError: as `build_dataset`.
+        DataError: as `build_images`.
     """
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
-    dataset: Any = build_dataset(data.data_set, data.path, "train", transform, bar=bar_fits(settings.run.quiet))
-    return _spread(dataset, images)
+    return _spread(build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet)), images)
 
 
 def search_dataset(

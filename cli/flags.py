@@ -429,7 +429,11 @@ def _add_run_flags(parser: Parser) -> None:
 
 def _add_search_flags(parser: Parser) -> None:
     group = parser.add_argument_group("search")
-    group.add_argument("--epochs", type=COUNT, help="default 3 for a search, 30 for --finetune")
+    group.add_argument(
+        "--epochs",
+        type=COUNT,
+        help=f"default 3 for a search, 30 for --finetune, {SAMPLE_TUNING['epochs']} where it tunes the sample",
+    )
     group.add_argument(
         "--arch-lr",
         type=POSITIVE,

@@ -84,7 +84,7 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
             start_spread=START_SPREAD if settings.recipe.start == "uniform" else None,
             precision=runtime.amp or torch.float32,
             seed=search.seed,
-            callback=Reporter(model, target * 1e9, (train, val), accumulate, inner, signals),
+            callback=Reporter(model, target * 1e9, (train, val), accumulate, not labelled, inner, signals),
             checkpoint=inner.output_dir / LAST,
             resume=resume,
             save_every=inner.print_freq,
@@ -93,7 +93,7 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
     file = save_schedules(settings, entry, target, found.schedule, runtime)
     scores = None if val is None else _scores(model, found, val, runtime)
     if found.calibrated is not None:
-        apart = log_calibrated(found.calibrated)
+        apart = log_calibrated(found.calibrated, inner)
     else:
         apart = None if labelled else losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
     save_model(settings, entry, model, searched.classes, runtime)

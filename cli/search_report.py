@@ -13,7 +13,7 @@ from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
 from diffrate.group import all_sum
 from diffrate.running.evaluation import Tally
-from diffrate.searching.calibrate import Calibrated, CalibrationObserver
+from diffrate.searching.calibrate import UNIFORM, Calibrated, CalibrationObserver
 from diffrate.searching.calibrated import TrialRecord
 from engine import shown_scores
 from processes.runtime import Runtime
@@ -23,6 +23,7 @@ from training.checkpoint import BEST, LAST
 from utils import StopRequestedError, StopSignals
 
 TOLD_EVERY = 5.0  # seconds
+STEP_WORK = 3  # dense forward passes that a step takes for an image: the teacher, the search's own, and back
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,12 @@ class Reporter(diffrate.Observer):
         target: float,
         loaders: tuple[ImageLoader, ImageLoader | None],
         accumulate: int,
+        taught: bool,
         runtime: Runtime,
         signals: StopSignals,
     ) -> None:
         self.model, self.target, self.runtime, self.signals = model, target, runtime, signals
+        self.taught = taught  # by the dense model: only then losses are those of a search at hard counts
         train, self.val = loaders
         self.steps = len(train) // accumulate
         self.images = accumulate * (train.batch_size or 1) * runtime.processes.world  # of a step
@@ -60,6 +63,9 @@ class Reporter(diffrate.Observer):
             costs = {"gflops": record.flops / 1e9, "target_gflops": self.target / 1e9}
             expected = self.model.compression.space.schedule(record.counts)  # type: ignore[arg-type]  # not rounded
             self.runtime.append(place | fields_of(expected) | costs, STEPS)
+            if self.taught:
+                figures = {"work": float(STEP_WORK * self.images * (place["done"] + 1)), "loss": self._recent_loss()}
+                self.runtime.append({"search": "gradient", "stage": "steps"} | figures, WORK)
 
     def on_score_start(self) -> None:
         assert self.val is not None, "there is something to score on"
@@ -97,6 +103,11 @@ class Reporter(diffrate.Observer):
     def _stop_scoring(self) -> None:
         if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
             raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
+
+    def _recent_loss(self) -> float:
+        """The mean over the steps since the last record."""
+        recent = self.epoch[-self.runtime.print_freq :]
+        return sum(record.loss for record in recent) / len(recent)
 
     def _describe(self) -> str:
         """Means of the epoch so far."""
@@ -139,8 +150,11 @@ class TrialReporter(CalibrationObserver):
             raise StopRequestedError("stopped while schedules were tried: go on with --resume")
 
 
-def log_calibrated(found: Calibrated) -> float:
-    """What each stage took, and whose schedule it is; its loss on the images held back."""
+def log_calibrated(found: Calibrated, runtime: Runtime) -> float:
+    """What each stage took, and whose schedule it is; its loss on the images held back.
+
+    The uniform schedules' losses stay as records.
+    """
     for stage in found.stages:
         log.info("took: %-17s %6.0f forward passes of the dense model, %.1f s", stage.name, stage.work, stage.seconds)
     best: dict[str, float] = {}
@@ -148,4 +162,8 @@ def log_calibrated(found: Calibrated) -> float:
         best[name] = min(loss, best.get(name, loss))
     log.info("on images held back: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in best.items()))
     log.info("chosen: %s", found.chosen)
+    for name, loss in best.items():
+        if name.startswith(UNIFORM):
+            stage = name.removeprefix(UNIFORM).strip()
+            runtime.append({"search": UNIFORM, "stage": stage, "work": 0.0, "loss": loss}, WORK)
     return best[found.chosen]

@@ -16,6 +16,7 @@ from cli.model import plain_model
 from cli.settings import OFFICIAL, Settings
 from cli.trained import check_inputs
 from cli.weights import read_weights
+from models import entry_of
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
 from reporting.progress import Progress
@@ -52,12 +53,11 @@ def run(settings: Settings, runtime: Runtime) -> None:
     entry = chosen_entry(settings.model)
     check_inputs(settings, entry)
     dataset = calibration_dataset(settings, entry, images)  # before anything is downloaded
-    classes = len(dataset.dataset.classes)
     if settings.model.checkpoint == OFFICIAL:
-        _check_digits(settings, entry, entry.num_classes, classes)
+        _check_digits(settings, entry, entry.num_classes)
     weights = read_weights(settings.model, entry, runtime)
-    _check_digits(settings, entry, classes if weights.state is None else weights.head, classes)
-    model = patched(plain_model(settings.model, entry, weights, classes), settings.model)
+    _check_digits(settings, entry, entry.num_classes if weights.state is None else weights.head)
+    model = patched(plain_model(settings.model, entry, weights, entry.num_classes), settings.model)
     running, inside = for_inference(model, False, settings.data.batch_size, runtime)
     assert isinstance(running, diffrate.CompressedModel), "it was not compiled"
     loader = eval_loader(dataset, settings, inside)
@@ -76,15 +76,15 @@ def run(settings: Settings, runtime: Runtime) -> None:
         log.info(line)
 
 
-def _check_digits(settings: Settings, entry: ModelEntry, head: int | None, classes: int) -> None:
+def _check_digits(settings: Settings, entry: ModelEntry, head: int | None) -> None:
     """Refuse the digits that ship for a model with another `head`, which was never shown any.
 
     Raises:
         UsageError: it has no data of its own.
     """
-    if settings.data.path is None and entry.name != SAMPLE_MODEL and head != classes:
+    if settings.data.path is None and entry.name != SAMPLE_MODEL and head != entry_of(SAMPLE_MODEL).num_classes:
         raise UsageError(
-            f"--data-path is needed: the digits that ship do not fit {entry.name}; accepted: a folder with train/"
+            f"--data-path is needed: the digits that ship do not fit {entry.name}; accepted: a folder of images"
         )
 
 

@@ -29,6 +29,7 @@ LOOKS_AN_IMAGE = 60.0  # at most: of few images there is no more to learn
 CHOSEN_ON = 4  # every so manieth image is held back to choose on
 MOST_CHOSEN_ON = 512  # images
 CALIBRATED = "calibrated"
+UNIFORM = "uniform"  # and the kind
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def calibrate(
         speed = calibration.work / max(1e-9, time.monotonic() - ready)
         idle = model.read is not None and model.compression.space.searchable[-1] == len(model.compressible_blocks()) - 1
         moves = Moves(model.compression.space, cost, target, idle)
-        starts = {f"uniform {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given or {})
+        starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given or {})
         if resume is not None:
             starts |= _given(resume)
         choosing = int(held.sum()) * (1 + (len(starts) + FINALISTS) * target / max(1.0, cost(model.dense_schedule())))

@@ -31,7 +31,8 @@ TOGETHER = 8  # schedules that are chosen at a time
 NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate looks at, for each that it chooses
 SCALED_EVERY = 10  # rounds
 DARING = 1.0  # how many deviations better than the mean a schedule is hoped to be, as they are drawn
-PATIENCE = 40  # rounds without a better schedule
+PATIENCE = 0.4  # of the work, without a better schedule
+BETTER = 0.005  # of the first reference's loss, at least
 FINALISTS = 6  # schedules among which images held back decide
 LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
 
@@ -53,7 +54,8 @@ class Trials:
     """All that changes while the search runs: plain values and tensors, from which it goes on.
 
     measured: counts, how much worse than the first reference as a share of its loss, the variance of that.
-    offset: the reference's own place on that scale. scale: the first reference's loss.
+    offset: the reference's own place on that scale. scale: the first reference's loss. improved: the work at the last
+    better schedule.
     """
 
     round: int = 0
@@ -71,7 +73,7 @@ class Trials:
     seen: torch.Tensor | None = None
     scales: list[float] = field(default_factory=list)
     best: float = 0.0
-    quiet: int = 0
+    improved: float = 0.0
 
 
 class CalibratedSearch:
@@ -99,7 +101,6 @@ class CalibratedSearch:
             self._round()
             after(self._record())
             save(self.state())
-        self._fit()
         return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
 
     def state(self) -> Trials:
@@ -118,6 +119,7 @@ class CalibratedSearch:
         for chunk in trials.known:  # the tokens between its blocks are not saved
             self.reference.at(chunk)
         self.calibration.work, self.calibration.felt, self.calibration.seen = trials.work, trials.felt, trials.seen
+        self._fit()
 
     def _begin(self, starts: list[Schedule]) -> None:
         """The best start becomes the reference; schedules drawn around it are the first to be measured."""
@@ -141,6 +143,8 @@ class CalibratedSearch:
         for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
             if counts != best:
                 self._measure(counts, rng)
+        trials.improved = self.calibration.work
+        self._fit()
 
     def _first(self, trial: int, best: Counts, fitted: list[Counts], rng: Random) -> Counts | None:
         """A schedule to begin with: one near a start in three, else of a few steps."""
@@ -156,34 +160,38 @@ class CalibratedSearch:
         rng = self._rng()
         if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
             self.surrogate.choose_scales(*self._arrays(), seed=step_seed(self.seed, trials.round))
-        self._fit()
+            self._fit()
         best = self._best(TOGETHER)
         for counts in self._hoped([counts for counts, _ in best], rng):
-            self._measure(counts, rng)
-        if self.calibration.work - self._start_work() > (trials.phase + 1) / PHASES * self._span():
+            if not self._spent():
+                self._measure(counts, rng)
+        self._fit()
+        if (
+            not self._spent()
+            and self.calibration.work - self._start_work() > (trials.phase + 1) / PHASES * self._span()
+        ):
             trials.phase += 1
             self._change(rng)
-        self._fit()
         leader = self._best(1)[0][1]
-        improved = leader < trials.best - 0.005
-        trials.quiet = 0 if improved else trials.quiet + 1
-        trials.best = min(trials.best, leader)
+        if leader < trials.best - BETTER:
+            trials.best, trials.improved = leader, self.calibration.work
 
     def _change(self, rng: Random) -> None:
         """Compare the leaders on fresh images; the best of them is the next reference."""
-        self._fit()
         before = self.trials.reference
         leaders = [counts for counts, _ in self._best(4)]
         self._redraw(before, rng, self.trials.offset)
         for chunk in range(min(LOOKS, len(self.reference))):
             for counts in leaders:
-                if counts != before:
+                if counts != before and not self._spent():
                     self._measure(counts, rng, chunk)
         self._fit()
         leader = self._best(1)[0][0]
         if leader == before:
             return
         for chunk in range(LOOKS, min(2 * LOOKS + 4, len(self.reference))):
+            if self._spent():
+                break
             self._measure(leader, rng, chunk)
         self._fit()
         leader, value = self._best(1)[0]
@@ -230,11 +238,16 @@ class CalibratedSearch:
         self.surrogate.fit(*self._arrays())
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        counts, values, variances = zip(*self.trials.measured, strict=True)
+        """Features of each schedule that was measured, its mean over all looks, and the variance of that."""
+        measured = self.trials.measured
         # Few images are lost badly: a look that happens to miss them must not seem surer than the others.
-        near = np.array(values) < LINEAR
-        usual = np.median(np.array(variances)[near])
-        return self._features(counts), np.array(values), np.maximum(np.array(variances), usual)
+        usual = float(np.median([variance for _, value, variance in measured if value < LINEAR]))
+        sums: dict[Counts, np.ndarray] = {}
+        for counts, value, variance in measured:
+            weight = 1 / max(variance, usual)
+            sums[counts] = sums.get(counts, np.zeros(2)) + np.array([weight, weight * value])
+        weights, weighed = np.array(list(sums.values())).T
+        return self._features(list(sums)), weighed / weights, 1 / weights
 
     def _features(self, counts: tuple[Counts, ...] | list[Counts]) -> np.ndarray:
         return np.stack([self.moves.features(one) for one in counts])
@@ -258,7 +271,10 @@ class CalibratedSearch:
         return TrialRecord(self.moves.schedule(counts), loss, self.calibration.work, seconds, len(trials.measured))
 
     def _over(self) -> bool:
-        return self.calibration.work >= self.limit or self.trials.quiet >= PATIENCE
+        return self._spent() or self.calibration.work - self.trials.improved > PATIENCE * self.limit
+
+    def _spent(self) -> bool:
+        return self.calibration.work >= self.limit
 
     def _start_work(self) -> float:
         return float(len(self.calibration.images))

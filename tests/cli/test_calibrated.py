@@ -21,6 +21,15 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photographs"
 
 
+def works(folder: Path) -> dict[str, list[float]]:
+    """What the records of a folder say was spent, by search."""
+    found: dict[str, list[float]] = {}
+    for line in (folder / "search_work.txt").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record["search"], []).append(record["work"])
+    return found
+
+
 def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text, err = cli(*FAST, "--data-path", photographs, "--output_dir", out)
@@ -29,8 +38,9 @@ def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path
     assert "on images held back: calibrated " in text
     assert "chosen: " in text
     assert "found: loss against dense " in text
-    works = [json.loads(line)["work"] for line in (out / "search_work.txt").read_text().splitlines()]
-    assert works == sorted(works)
+    spent = works(out)
+    assert spent["calibrated"] == sorted(spent["calibrated"])
+    assert spent["uniform"] == [0.0, 0.0, 0.0]
     assert (out / "search_work.png").exists()
     again = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--resume", "auto")
     assert (again[0], again[2]) == (0, "")
@@ -47,6 +57,10 @@ def test_both(cli: Cli, photographs: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "Search [0]" in text
     assert "gradient 0." in text
+    spent = works(tmp_path / "out")
+    assert spent.keys() == {"gradient", "calibrated", "uniform"}
+    assert spent["gradient"] == [12.0]  # the teacher, the search, and back, of four images
+    assert (tmp_path / "out" / "search_work.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,4 +92,16 @@ def test_bad_input_is_one_line(words: tuple[object, ...], said: list[str], cli: 
 def test_a_folder_without_training_images(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     flags = ("--model", "test_vit", "--data-path", tmp_path, "--output_dir", tmp_path)
-    check(cli("--sensitivity", *flags), "no folder train/", "accepted: train/ and val/ of class folders")
+    check(cli("--sensitivity", *flags), "no folder train/", "accepted: both, or images without splits")
+
+
+def test_a_folder_of_images_without_labels(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for index, image in enumerate(sorted((image_folder / "train").rglob("*.jpg"))):
+        shutil.copy(image, tmp_path / "flat" / f"{index:03d}.jpg")
+    torch.save(models.create(models.entry_of("test_vit"), 64, num_classes=7).state_dict(), tmp_path / "seven.pth")
+    flags = ("--model", "test_vit", "--input-size", 64, "--checkpoint", tmp_path / "seven.pth", *FAST)
+    for name, folder in (("flat", tmp_path / "flat"), ("split", image_folder)):
+        code, _, err = cli("--sensitivity", *flags, "--data-path", folder, "--output_dir", tmp_path / f"of_{name}")
+        assert (code, err) == (0, "")
+    assert records(tmp_path / "of_flat") == records(tmp_path / "of_split")
