@@ -23,8 +23,8 @@ from diffrate.searching.checkpoint import KIND, SearchCheckpointError, plain_row
 from diffrate.searching.moves import Moves
 from diffrate.searching.teacher import Teacher
 
-IMAGES = 2048  # of calibration, over all processes
-WORK = 20_000.0  # forward passes of the dense model on one image, all in all
+IMAGES = 4096  # of calibration, over all processes
+WORK = 22_000.0  # forward passes of the dense model on one image, all in all
 LOOKS_AN_IMAGE = 60.0  # at most: of few images there is no more to learn
 CHOSEN_ON = 4  # every so manieth image is held back to choose on
 MOST_CHOSEN_ON = 512  # images

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -53,9 +54,10 @@ class TrialRecord:
 class Trials:
     """All that changes while the search runs: plain values and tensors, from which it goes on.
 
-    measured: counts, how much worse than the first reference as a share of its loss, the variance of that.
+    measured: counts, how much worse than the first reference as a share of its loss, the variance of that. looks:
+    the chunks of this phase that each of the counts was measured on.
     offset: the reference's own place on that scale. scale: the first reference's loss. improved: the work at the last
-    better schedule.
+    better schedule. exhausted: nothing is left to look at.
     """
 
     round: int = 0
@@ -67,6 +69,7 @@ class Trials:
     offset: float = 0.0
     scale: float = 0.0
     order: list[int] = field(default_factory=list)
+    looks: dict[Counts, list[int]] = field(default_factory=dict)
     draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ((), ())  # type: ignore[assignment]
     known: dict[int, torch.Tensor] = field(default_factory=dict)
     felt: torch.Tensor | None = None
@@ -74,6 +77,7 @@ class Trials:
     scales: list[float] = field(default_factory=list)
     best: float = 0.0
     improved: float = 0.0
+    exhausted: bool = False
 
 
 class CalibratedSearch:
@@ -161,8 +165,9 @@ class CalibratedSearch:
         if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
             self.surrogate.choose_scales(*self._arrays(), seed=step_seed(self.seed, trials.round))
             self._fit()
-        best = self._best(TOGETHER)
-        for counts in self._hoped([counts for counts, _ in best], rng):
+        hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
+        trials.exhausted = not hoped
+        for counts in hoped:
             if not self._spent():
                 self._measure(counts, rng)
         self._fit()
@@ -209,25 +214,40 @@ class CalibratedSearch:
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
                 mean, deviation = self.surrogate.predict(self._features(pool))
                 pool = [pool[place] for place in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
-            chosen.append(next((counts for counts in pool if counts != self.trials.reference), pool[0]))
+            # The same images have no more to tell of the same counts.
+            unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
+            chosen += islice(unseen, 1)
         return self._same_everywhere(chosen)
 
     def _measure(self, counts: Counts, rng: Random, chunk: int | None = None, part: float = 1.0) -> None:
-        """How much worse than the reference `counts` are, on the next chunk of images."""
+        """How much worse than the reference `counts` are, on `chunk`, or the next one that is left."""
         trials = self.trials
         if chunk is None:
-            if not trials.order:
-                trials.order = rng.sample(range(len(self.reference)), len(self.reference))
-            chunk = trials.order.pop()
+            unseen = self._unseen(counts)
+            if not unseen:
+                return
+            if not set(unseen) & set(trials.order):
+                trials.order += rng.sample(unseen, len(unseen))
+            chunk = next(one for one in reversed(trials.order) if one in unseen)
+            trials.order.remove(chunk)
+        trials.looks.setdefault(counts, []).append(chunk)
         mean, variance = self.reference.difference(self.moves.schedule(counts), chunk, part)
         value, variance = mean / trials.scale, variance / trials.scale**2
         if value > LINEAR:  # how bad the bad ones are is of no interest
             value, variance = LINEAR * (1 + np.log(value / LINEAR)), variance * (LINEAR / value) ** 2
         trials.measured.append((counts, float(value) + trials.offset, float(variance) + 1e-6))
 
+    def _unseen(self, counts: Counts) -> list[int]:
+        """The chunks of this phase that say more of `counts`; none of the reference, which all are held against."""
+        if counts == self.trials.reference:
+            return []
+        seen = self.trials.looks.get(counts, [])
+        return [chunk for chunk in range(len(self.reference)) if chunk not in seen]
+
     def _redraw(self, counts: Counts, rng: Random, offset: float = 0.0) -> None:
         draw = self.calibration.drawn(CHUNKS, rng)
         self.trials.draw, self.trials.order, self.trials.offset = (draw.images, draw.weights), [], offset
+        self.trials.looks = {}
         self._refer(counts, draw)
 
     def _refer(self, counts: Counts, draw: Draw) -> None:
@@ -260,8 +280,10 @@ class CalibratedSearch:
 
     def _same_everywhere(self, chosen: list[Counts]) -> list[Counts]:
         """The first process's choice: others may round otherwise."""
-        table = from_first(torch.tensor(chosen), self.calibration.place.device)
-        return [tuple(row) for row in table.tolist()]
+        nothing = (0,) * self.moves.choices
+        table = torch.tensor([*chosen, *[nothing] * (TOGETHER - len(chosen))])
+        rows = [tuple(row) for row in from_first(table, self.calibration.place.device).tolist()]
+        return [row for row in rows if row != nothing]
 
     def _record(self) -> TrialRecord:
         counts, value = self._best(1)[0]
@@ -271,7 +293,8 @@ class CalibratedSearch:
         return TrialRecord(self.moves.schedule(counts), loss, self.calibration.work, seconds, len(trials.measured))
 
     def _over(self) -> bool:
-        return self._spent() or self.calibration.work - self.trials.improved > PATIENCE * self.limit
+        quiet = self.calibration.work - self.trials.improved
+        return self._spent() or self.trials.exhausted or quiet > PATIENCE * self.limit
 
     def _spent(self) -> bool:
         return self.calibration.work >= self.limit

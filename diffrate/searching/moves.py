@@ -20,7 +20,7 @@ from diffrate.budgets.uniform import uniform_schedules
 
 Counts = tuple[int, ...]
 STEPS = (0.5, 0.2, 0.08)  # how far a change goes, in logarithms: large ones and small ones
-SCALES = 24  # bisections of the scale: far below one token
+LEAST_STEP = 1e-6  # between scales: far below one token
 SPENT = 0.001  # of the budget that may be left over, kept below its upper end
 
 
@@ -109,9 +109,14 @@ class Moves:
         low, high = 0.0, math.log(self.space.tokens) / falls[falls > 0][0] + 1
         if self._cost(self._scaled(falls, high)) > most:
             return None
-        for _ in range(SCALES):
+        above, below = self._scaled(falls, low), self._scaled(falls, high)
+        while above != below and high - low > LEAST_STEP:
             middle = (low + high) / 2
-            low, high = (middle, high) if self._cost(self._scaled(falls, middle)) > most else (low, middle)
+            counts = self._scaled(falls, middle)
+            if self._cost(counts) > most:
+                low, above = middle, counts
+            else:
+                high, below = middle, counts
         counts = self._filled(self._scaled(falls, high), most, rng)
         return tuple(counts) if self._cost(counts) >= self.target * (1 - BELOW) else None
 
