@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import diffrate
 from cli.data import check_same_classes, eval_dataset, eval_loader, part_loader, search_dataset, train_loader
-from cli.entry import chosen_entry
+from cli.entry import chosen_entry, input_size_of
 from cli.model import plain_model
 from cli.recipe import with_recipe
 from cli.schedules import start_schedule
@@ -20,6 +21,7 @@ from cli.weights import Weights, read_weights
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
 from diffrate.budgets.schedule import Schedule
 from diffrate.searching.calibrate import IMAGES
+from diffrate.searching.calibration import images_that_fit
 from diffrate.searching.settings import SearchSettings
 from diffrate.searching.starts import best_uniform
 from models.zoo import ModelEntry
@@ -93,7 +95,9 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
         train_loader(train, settings, runtime),
         None if val is None else eval_loader(val, settings, runtime),
         part_loader(plain, STARTING_IMAGES, settings, runtime),
-        part_loader(plain, IMAGES, settings, runtime),
+        part_loader(
+            plain, images_that_fit(3 * math.prod(input_size_of(settings.model, entry)), IMAGES), settings, runtime
+        ),
     )
 
 

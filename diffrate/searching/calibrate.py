@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffrate.budgets.rounding import Cost
 from diffrate.budgets.schedule import Schedule, make_schedule
@@ -26,7 +27,7 @@ from diffrate.searching.teacher import Teacher
 IMAGES = 4096  # of calibration, over all processes
 WORK = 22_000.0  # forward passes of the dense model on one image, all in all
 LOOKS_AN_IMAGE = 60.0  # at most: of few images there is no more to learn
-CHOSEN_ON = 4  # every so manieth image is held back to choose on
+CHOSEN_ON = 4  # one in so many images is held back to choose on
 MOST_CHOSEN_ON = 512  # images
 CALIBRATED = "calibrated"
 UNIFORM = "uniform"  # and the kind
@@ -106,25 +107,22 @@ def calibrate(
         model.eval()
         images = gather_images(loader, plan.images)
         images = images[: least(len(images), place.device)]  # as many in all processes
-        held = torch.zeros(len(images), dtype=torch.bool)
-        held[CHOSEN_ON - 1 :: CHOSEN_ON] = True
-        held[held.nonzero()[MOST_CHOSEN_ON:]] = False
-        if not held.any():
-            held[-1] = True
+        count, held = len(images), _held_back(len(images))
+        searched_on, chosen_on = images[~held], images[held]
+        del images  # they are large
         teacher = Teacher(model, loss)
         ready = time.monotonic()
-        calibration = Calibration(teacher, images[~held], place, precision)
+        calibration = Calibration(teacher, searched_on, place, precision)
         speed = calibration.work / max(1e-9, time.monotonic() - ready)
-        idle = model.read is not None and model.compression.space.searchable[-1] == len(model.compressible_blocks()) - 1
-        moves = Moves(model.compression.space, cost, target, idle)
+        moves = Moves(model.compression.space, cost, target, _is_last_idle(model))
         starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given or {})
         if resume is not None:
             starts |= _given(resume)
-        choosing = int(held.sum()) * (1 + (len(starts) + FINALISTS) * target / max(1.0, cost(model.dense_schedule())))
+        choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * target / max(1.0, cost(model.dense_schedule())))
         work = _work(plan, calibration, choosing, speed, place)
-        setting = {"seed": plan.seed, "images": len(images), "target": target, "loss": loss, "work": plan.work}
+        setting = {"seed": plan.seed, "images": count, "target": target, "loss": loss, "work": plan.work}
         saved = None if resume is None else _read(resume, setting)
-        observer.on_plan(len(images), work, speed)
+        observer.on_plan(count, work, speed)
         search = CalibratedSearch(moves, calibration, work - choosing, plan.seed, saved)
 
         def after(record: TrialRecord) -> None:
@@ -138,7 +136,7 @@ def calibrate(
 
         found = search.run(list(starts.values()), after, save)
         searched = time.monotonic()
-        chooser = Calibration(teacher, images[held], place, precision)
+        chooser = Calibration(teacher, chosen_on, place, precision)
         candidates = [(CALIBRATED, schedule) for schedule in found] + list(starts.items())
         losses = [(name, chooser.mean(schedule)) for name, schedule in candidates]
     best = min(range(len(losses)), key=lambda place: losses[place][1])
@@ -151,6 +149,20 @@ def calibrate(
         Stage("choice", chooser.work, ended - searched),
     )
     return Calibrated(candidates[best][1], candidates[best][0], tuple(losses), stages, tuple(told))
+
+
+def _held_back(images: int) -> Tensor:
+    """Which of so many images are to choose on, `[images]`: some from all over, as files lie in classes."""
+    count = max(1, min(MOST_CHOSEN_ON, images // CHOSEN_ON))
+    held = torch.zeros(images, dtype=torch.bool)
+    held[torch.arange(1, count + 1) * images // count - 1] = True
+    return held
+
+
+def _is_last_idle(model: CompressedModel) -> bool:
+    """Whether nothing is read of the patches that the last block leaves, and a search may drop them there."""
+    last = len(model.compressible_blocks()) - 1
+    return model.read is not None and model.compression.space.searchable[-1] == last
 
 
 def _work(plan: Plan, calibration: Calibration, choosing: float, speed: float, place: Place) -> float:

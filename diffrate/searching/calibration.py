@@ -23,8 +23,14 @@ from diffrate.running.precision import Place, autocast
 from diffrate.searching.teacher import Teacher, images_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
-MOST_BYTES = 2**30  # of images, and of the tokens that are kept between blocks
+IMAGE_BYTES = 2**31  # of images
+STATE_BYTES = 2**30  # of the tokens that are kept between blocks
 FLOOR = 1.0  # of the mean loss, which the odds of an image never fall below
+
+
+def images_that_fit(numbers: int, count: int) -> int:
+    """Up to `count` images of so many numbers each, fewer where they are large."""
+    return min(count, max(CHUNK, IMAGE_BYTES // max(1, numbers * torch.float32.itemsize)))
 
 
 def gather_images(loader: Iterable[Any], count: int) -> Tensor:
@@ -36,7 +42,7 @@ def gather_images(loader: Iterable[Any], count: int) -> Tensor:
     cpu, found, there = Place(torch.device("cpu"), torch.float32), [], 0
     for batch in loader:
         images = images_of(batch, cpu)
-        most = min(count, max(CHUNK, MOST_BYTES // max(1, images[0].numel() * images.element_size())))
+        most = images_that_fit(images[0].numel(), count)
         found.append(images[: max(0, most - there)])
         there += len(found[-1])
         if there >= most:
@@ -167,7 +173,7 @@ class Reference:
         images = sum(len(part) for part in draw.images)
         width = getattr(calibration.model, "num_features", 1024)
         size = images * width * 4 * sum(kept.merged for kept in self.kept)
-        self.keeps_states = calibration.resumable and size <= MOST_BYTES and len(space.searchable) > 1
+        self.keeps_states = calibration.resumable and size <= STATE_BYTES and len(space.searchable) > 1
 
     def __len__(self) -> int:
         return len(self.draw.images)
