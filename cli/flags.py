@@ -449,9 +449,7 @@ def _add_search_flags(parser: Parser) -> None:
         help="learn rates by gradient (the paper, default of its models and beside flags of its own); try schedules at "
         "hard counts on calibration images (default of all others); or both in turn",
     )
-    group.add_argument(
-        "--minutes", type=POSITIVE, metavar="M", help="end the search at hard counts within this time, about"
-    )
+    group.add_argument("--minutes", type=POSITIVE, metavar="M", help="end the search within this time, about")
     group.add_argument(
         "--search_loss",
         choices=LOSSES,

@@ -32,8 +32,6 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
         method=asked.method or usual.method,
         minutes=asked.minutes,
     )
-    if recipe.method == "gradient" and recipe.minutes is not None:
-        raise UsageError("--minutes goes with --search calibrated or both; a gradient search has --epochs")
     if recipe.method == "calibrated" and asked.loss == SearchSettings.loss:
         raise UsageError("--search_loss labels goes with --search gradient or both; hard counts are held to no labels")
     assert recipe.loss is not None

@@ -51,6 +51,9 @@ class Reporter(diffrate.Observer):
     def stop(self) -> bool:
         return self.signals.requested
 
+    def on_course(self, epochs: int, steps: int) -> None:
+        self.steps = steps
+
     def on_start(self, epoch: int, step: int) -> None:
         left = self.steps - step
         self.epoch, self.progress = [], Progress(left, f"Search [{epoch}]", left * self.images, self.runtime)

@@ -78,7 +78,7 @@ class ModelSettings:
 class RecipeSettings:
     """How a search goes about it; None where the model decides.
 
-    method: `gradient`, `calibrated` or `both`. minutes: that the search at hard counts may take, None for any.
+    method: `gradient`, `calibrated` or `both`. minutes: that the search may take, None for any.
     loss: `labels`, `distill` or `tokens`. transform: `train` or `eval`. start: `flat` or `uniform`.
     budget: `penalty` or `held`.
     """

@@ -29,11 +29,13 @@ from diffrate.searching.calibrate import IMAGES, Calibrated, CalibrationObserver
 from diffrate.searching.checkpoint import restore
 from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
+from diffrate.searching.pace import paced_before, paced_here
 from diffrate.searching.settings import METHODS, SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
 from diffrate.searching.teacher import Teacher
 from diffrate.seeds import generators_kept
 
 SAVE_EVERY = 10  # steps
+GRADIENT_SHARE = 0.5  # of the minutes, where there are two searches
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def search(
         method: `gradient`, the paper's; or `calibrated`, which tries schedules of the budget at really fixed counts,
             on images without labels, against the dense model's outputs; or `both`, one after the other.
         calibration: what `calibrated` takes its images from, by default `loader`; `images` of them at most.
-        work: of `calibrated`, in forward passes of the dense model on one image; by default 20,000, or fewer where
-            there are few images. minutes: to end within, instead.
+        work: of `calibrated`, in forward passes of the dense model on one image; by default 22,000, or fewer where
+            there are few images. minutes: to end within, with fewer steps and trials; loading images and scoring
+            come on top.
         trials: told how `calibrated` goes on.
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
@@ -154,7 +157,6 @@ def search(
     for name, value in (("work", work), ("minutes", minutes)):
         if value is not None and not 0 < value < math.inf:
             raise SearchSettingError(f"{name}: found {value!r}; accepted: above 0, or none")
-    plan = Plan(seed, images, work, minutes)
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,
@@ -178,6 +180,10 @@ def search(
         if method != "calibrated" and not (method == "both" and going_on is not None and is_calibrated(going_on)):
             teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
             loader, batches = with_length(loader, steps)
+            if minutes is not None and isinstance(loader, Iterator):
+                raise SearchSettingError(
+                    f"minutes: found {minutes!r} and a generator with steps; accepted: one of them"
+                )
             course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
             means = Means(place, precision, criterion or default_criterion(), mixup, val, teacher)
             saved = None if file is None else _checkpoint(file, save_every, notes or {})
@@ -185,6 +191,11 @@ def search(
                 model.to(place.device)
                 _fresh_rates(model, granularity, start, start_spread)
                 running = Search(model, course, means, _observer(callback))
+                if minutes is not None:
+                    seconds = 60 * minutes * (1 if method == "gradient" else GRADIENT_SHARE)
+                    running.take(
+                        paced_here(running, loader, seconds) if going_on is None else paced_before(course, going_on)
+                    )
                 if going_on is not None:
                     restore(running.parts, going_on)
                     going_on = None
@@ -198,12 +209,13 @@ def search(
                 _checkpoint(file, save_every, notes or {})
             model.to(place.device)
             images_from = loader if calibration is None else calibration
+            left = minutes if minutes is None or method != "both" else minutes * (1 - GRADIENT_SHARE)
             came_to = calibrate(
                 model,
                 images_from,
                 model.flops_at,
                 target,
-                plan,
+                Plan(seed, images, work, left),
                 place,
                 loss="tokens" if loss == "tokens" else "distill",
                 precision=precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,9 @@ class StoppedError(Exception):
 
 class Observer:
     """Told how a search goes, in the process that runs it; override what you want to know."""
+
+    def on_course(self, epochs: int, steps: int) -> None:
+        """The search is to take so many epochs of so many steps."""
 
     def on_start(self, epoch: int, step: int) -> None:
         """The steps of an epoch begin, or go on at `step`."""
@@ -101,6 +105,10 @@ class Search:
         self.slopes: tuple[Tensor, ...] = ()  # of the cost's excess at the present rates, where the budget is held
         self.parts = Parts(course, rates, optimizer, scaler, SearchState.fresh(len(rates)))
 
+    def take(self, course: Course) -> None:
+        """Run another course, before the first step."""
+        self.course = self.parts.course = course
+
     @property
     def state(self) -> SearchState:
         """Where the search stands."""
@@ -115,6 +123,7 @@ class Search:
             NonFiniteLossError: the loss is no number; names epoch and step.
             StoppedError: the observer asked to stop; the state was saved before.
         """
+        self.observer.on_course(self.course.settings.epochs, self.course.steps)
         while self.state.epoch < self.course.settings.epochs:
             self._epoch(loader, checkpoint)
             record = self._finished(self.score())
@@ -150,15 +159,31 @@ class Search:
             raise NonFiniteLossError(f"the loss is {scores.loss} on the images to score, epoch {self.state.epoch}")
         return scores
 
+    def seconds_a_step(self, loader: Any, count: int) -> float:
+        """What an update takes on the first batches, the fastest of `count`; nothing is learnt."""
+        accumulate = self.course.settings.accumulate
+        batches, times = batches_from(loader, 0, 0, self.course.settings.seed), []
+        self._set_modes()
+        for _ in range(min(1 + count, self.course.steps)):
+            begun = time.monotonic()
+            for _ in range(accumulate):
+                self._backward(batches).tolist()  # waits for the device
+            times.append(time.monotonic() - begun)
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        return min(times)
+
+    def _set_modes(self) -> None:
+        if self.means.teacher is None:
+            self.model.train_to_search()
+        else:
+            self.model.eval()  # nothing is dropped at random in the one that is held against the other
+
     def _epoch(self, loader: Any, checkpoint: Checkpoint | None) -> None:
         """The steps of one epoch that are left."""
         state, course = self.state, self.course
         done = state.step * course.settings.accumulate
         batches = batches_from(loader, state.epoch, done, course.settings.seed)
-        if self.means.teacher is None:
-            self.model.train_to_search()
-        else:
-            self.model.eval()  # nothing is dropped at random in the one that is held against the other
+        self._set_modes()
         self.observer.on_start(state.epoch, state.step)
         for step in range(state.step, course.steps):
             try:

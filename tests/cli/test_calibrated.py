@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.test_errors import check
 from tests.cli.test_search import MODEL
@@ -63,11 +64,21 @@ def test_both(cli: Cli, photographs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "search_work.png").exists()
 
 
+def test_minutes_leave_a_gradient_search_fewer_steps(cli: Cli, photographs: Path, tmp_path: Path) -> None:
+    """Far less than a step takes: one is made. What goes on has as many as what stopped."""
+    words = (*FAST, "--search", "gradient", "--batch-size", 4, "--minutes", 1e-6, "--data-path", photographs)
+    code, _, err = cli(*words, "--output_dir", tmp_path)
+    assert (code, err) == (0, "")
+    assert works(tmp_path)["gradient"] == [12.0]
+    content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (content["settings"]["epochs"], content["settings"]["steps"], content["epoch"]) == (1, 1, 1)
+    again = cli(*words[:-4], "--minutes", 10, *words[-2:], "--output_dir", tmp_path, "--resume", "auto")
+    assert (again[0], again[2]) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--search", "gradient", "--minutes", 1), "--minutes goes with --search calibrated or both"),
-        (("--epochs", 1, "--minutes", 1), "--minutes goes with --search calibrated or both"),
         (("--search", "calibrated", "--search_loss", "labels"), "--search_loss labels goes with"),
         (("--minutes", 0), "found 0; accepted: above 0"),
         (("--search", "random"), "invalid choice"),

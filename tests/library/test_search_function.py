@@ -20,7 +20,8 @@ import diffrate
 import models
 from diffrate.budgets.rounding import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
-from diffrate.searching.settings import SearchSettingError
+from diffrate.searching.pace import paced
+from diffrate.searching.settings import Course, SearchSettingError, SearchSettings
 from diffrate.searching.starts import best_uniform
 from diffrate.searching.teacher import losses_at
 
@@ -565,3 +566,14 @@ def test_a_model_without_a_block_to_reduce_in_is_refused() -> None:
     plain = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 1})
     with pytest.raises(diffrate.UnsupportedModelError, match="blocks: found 1; accepted: from 2"):
         diffrate.patch.vit(plain)
+
+
+def test_minutes_are_steps_that_fit() -> None:
+    course = Course(SearchSettings(epochs=3), 1.0, steps=10)
+    fitting = [paced(course, seconds, a_step=0.5) for seconds in (0.1, 2.0, 5.0, 11.0, 100.0)]
+    assert [(one.settings.epochs, one.steps) for one in fitting] == [(1, 1), (1, 4), (1, 10), (2, 10), (3, 10)]
+
+
+def test_minutes_and_batches_that_come_once() -> None:
+    with pytest.raises(SearchSettingError, match="minutes: found 1 and a generator with steps"):
+        diffrate.search(small(), iter(batches(4)), share=0.8, steps=2, minutes=1)
