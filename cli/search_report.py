@@ -44,7 +44,6 @@ class Reporter(diffrate.Observer):
         self.model, self.target, self.runtime, self.signals = model, target, runtime, signals
         self.taught = taught  # by the dense model: only then losses are those of a search at hard counts
         train, self.val = loaders
-        self.steps = len(train) // accumulate
         self.images = accumulate * (train.batch_size or 1) * runtime.processes.world  # of a step
         self.epoch: list[diffrate.StepRecord] = []  # steps of this epoch that this process has seen
 
