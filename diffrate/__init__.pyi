@@ -3,6 +3,11 @@ from .blocks.forms import UnsupportedModelError
 from .blocks.tokens import TokenState
 from .budgets.rounding import BudgetError
 from .budgets.schedule import Schedule, ScheduleError, scale_schedule
+from .latency.check import PredictionCheck, check_predictions
+from .latency.confirm import Confirmed
+from .latency.file import LatencyFileError
+from .latency.measure import measure_latency
+from .latency.table import LatencyTable
 from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
@@ -27,10 +32,14 @@ __all__ = [
     "Calibrated",
     "CalibrationObserver",
     "CompressedModel",
+    "Confirmed",
     "EpochRecord",
     "Found",
+    "LatencyFileError",
+    "LatencyTable",
     "NonFiniteLossError",
     "Observer",
+    "PredictionCheck",
     "RateError",
     "SavedModelError",
     "Schedule",
@@ -49,9 +58,11 @@ __all__ = [
     "VisualizationError",
     "about",
     "benchmark",
+    "check_predictions",
     "evaluate",
     "load",
     "make_visualization",
+    "measure_latency",
     "patch",
     "save",
     "scale_schedule",

@@ -19,6 +19,7 @@ FLOORS = (
 LIBRARY = (
     "saving",
     "searching",
+    "latency",
     "running",
     "patch",
     "rates",

@@ -37,20 +37,39 @@ def fixed_block(
     With `read` nothing but that many first tokens is read of what it leaves, and they are all that is
     left: the others serve as keys and values, and need neither reduction nor MLP.
     """
-    removes = kept.merged < kept.entering and read is None
-    x, importance = _attention(block, positions, rules, state, removes, read)
-    state = state._replace(x=x) if read is None else TokenState(x)
-    if importance is not None:
-        if rules.random:
-            importance = torch.rand_like(importance)
-        state = keep_tokens(state, most_important(importance, kept.pruned, rules.prefix))
-        if kept.merged < kept.pruned:
-            state = merge_tokens(state, kept.merged, rules.spared, rules.weigh_by_similarity)
+    state, importance = attended(block, positions, rules, state, kept, read)
+    state = reduced(rules, state, importance, kept)
     return state._replace(x=mlp_branch(block, state.x))
 
 
+def removes(kept: Kept, read: int | None) -> bool:
+    """Whether a block lets tokens go: not where nothing is read of them anyway."""
+    return kept.merged < kept.entering and read is None
+
+
+def attended(
+    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, kept: Kept, read: int | None
+) -> tuple[TokenState, Tensor | None]:
+    """The first part of a block: the tokens after attention, the first `read` alone if that says so, and the
+    importance `[B, N - prefix]` of all but the prefix where some are to go."""
+    x, importance = _attention(block, positions, rules, state, removes(kept, read), read)
+    return (state._replace(x=x) if read is None else TokenState(x)), importance
+
+
+def reduced(rules: ReductionRules, state: TokenState, importance: Tensor | None, kept: Kept) -> TokenState:
+    """The second part: the tokens that are left by `importance`, all where there is none."""
+    if importance is None:
+        return state
+    if rules.random:
+        importance = torch.rand_like(importance)
+    state = keep_tokens(state, most_important(importance, kept.pruned, rules.prefix))
+    if kept.merged < kept.pruned:
+        state = merge_tokens(state, kept.merged, rules.spared, rules.weigh_by_similarity)
+    return state
+
+
 def mlp_branch(block: Any, x: Tensor) -> Tensor:
-    """The second half of a block, `[B, N, C]`."""
+    """The last part of a block, `[B, N, C]`."""
     form = form_of(block)
     y = through(block, (*form.before2, "mlp", *form.after2), x)
     return through(block, form.skip2, x) + y

@@ -1,4 +1,6 @@
-"""From counts that need not be whole to a schedule that meets a FLOPs budget.
+"""From counts that need not be whole to a schedule that meets a budget.
+
+What is budgeted is a function of a schedule, in whatever unit: nothing here knows what is counted.
 
 A search ends near its target, not on it. Its expected counts are scaled until the cost is right:
 towards keeping all tokens or towards keeping the fewest, every block by the same share of its way. This
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from diffrate.budgets.schedule import Schedule
@@ -18,7 +21,7 @@ from diffrate.budgets.space import SearchSpace
 BELOW, ABOVE = 0.02, 0.005  # a schedule meets its target from -2 % to +0.5 %
 BISECTIONS = 60
 
-Cost = Callable[[Schedule], int]
+Cost = Callable[[Schedule], float]
 Assemble = Callable[[Sequence[int]], Schedule]
 
 
@@ -26,24 +29,44 @@ class BudgetError(ValueError):
     """A target that no schedule of the model meets."""
 
 
-def meets_budget(flops: float, target: float) -> bool:
-    """Whether a cost is inside the band around its target, both in multiply-accumulates."""
-    return target * (1 - BELOW) <= flops <= target * (1 + ABOVE)
+@dataclass(frozen=True)
+class Unit:
+    """How users speak of a cost: by the option that sets it, and in numbers `of` it with a word behind."""
+
+    option: str
+    word: str
+    of: Callable[[float], float]
+
+    def shown(self, cost: float) -> str:
+        """For a message."""
+        return f"{self.of(cost):.4g}{self.word}"
 
 
-def check_target(target: float, space: SearchSpace, cost: Cost) -> None:
-    """Refuse a target in multiply-accumulates that cannot be reached.
+GFLOPS = Unit("target_flops", " GFLOPs", lambda flops: flops / 1e9)
+
+
+def meets_budget(found: float, target: float) -> bool:
+    """Whether a cost is inside the band around its target."""
+    return target * (1 - BELOW) <= found <= target * (1 + ABOVE)
+
+
+def check_target(target: float, space: SearchSpace, cost: Cost, unit: Unit = GFLOPS) -> None:
+    """Refuse a target that cannot be reached.
 
     Raises:
-        BudgetError: gives the reachable range in GFLOPs.
+        BudgetError: gives the reachable range in the unit.
     """
     choices = len(space.searchable) * len(space.kinds)
     least, most = cost(space.schedule([space.least] * choices)), cost(space.dense())
     if not least <= target <= most:
-        raise BudgetError(f"target_flops {target / 1e9:g} GFLOPs: accepted: {least / 1e9:.4g} to {most / 1e9:.4g}")
+        low, high = sorted((unit.of(least), unit.of(most)))
+        found = f"{unit.of(target):g}{unit.word}"
+        raise BudgetError(f"{unit.option} {found}: accepted: {low:.4g} to {high:.4g}")
 
 
-def round_to_budget(expected: Sequence[float], space: SearchSpace, cost: Cost, target: float) -> Schedule:
+def round_to_budget(
+    expected: Sequence[float], space: SearchSpace, cost: Cost, target: float, unit: Unit = GFLOPS
+) -> Schedule:
     """The schedule nearest to `expected` counts, one per choice, that meets `target`.
 
     Raises:
@@ -56,7 +79,7 @@ def round_to_budget(expected: Sequence[float], space: SearchSpace, cost: Cost, t
             return [space.tokens + share * (count - space.tokens) for count in expected]
         return [count + (share - 1) * (space.least - count) for count in expected]
 
-    return fit_budget(scaled, 2.0, space.schedule, cost, target, space.least)
+    return fit_budget(scaled, 2.0, space.schedule, cost, target, space.least, unit)
 
 
 def fit_budget(
@@ -66,6 +89,7 @@ def fit_budget(
     cost: Cost,
     target: float,
     least: int,
+    unit: Unit = GFLOPS,
 ) -> Schedule:
     """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets `target`, none below `least`.
 
@@ -88,9 +112,10 @@ def fit_budget(
     best = min(steps, key=lambda counts: abs(cost(assemble(counts)) - target))
     best = list(accumulate(best, min))  # what really happens, so that every single change has an effect
     best = _polish(best, (least, max(whole(0))), assemble, cost, target)
-    flops = cost(assemble(best))
-    if not meets_budget(flops, target):
-        raise BudgetError(f"target_flops {target / 1e9:g} GFLOPs: the nearest schedule costs {flops / 1e9:.4g}")
+    found = cost(assemble(best))
+    if not meets_budget(found, target):
+        asked = f"{unit.option} {unit.of(target):g}{unit.word}"
+        raise BudgetError(f"{asked}: the nearest schedule has {unit.of(found):.4g}")
     return assemble(best)
 
 
@@ -99,9 +124,9 @@ def _polish(counts: list[int], limits: tuple[int, int], assemble: Assemble, cost
 
     def distance(candidate: list[int]) -> tuple[float, float]:
         """How far outside the band, and, the same there, how far from the target."""
-        flops = cost(assemble(candidate))
-        outside = max(0.0, target * (1 - BELOW) - flops, flops - target * (1 + ABOVE))
-        return outside, abs(flops - target)
+        found = cost(assemble(candidate))
+        outside = max(0.0, target * (1 - BELOW) - found, found - target * (1 + ABOVE))
+        return outside, abs(found - target)
 
     best = counts
     while not meets_budget(cost(assemble(best)), target):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -16,7 +16,9 @@ from diffrate.blocks.tokens import TokenState, size_dtype
 from diffrate.budgets.flops import Count
 from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
 from diffrate.patch.state import CompressionState
-from diffrate.rates.masked_block import plan_search, search_block
+from diffrate.rates.masked_block import BlockPlan, plan_search, search_block
+
+PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
 
 
 class Entry(NamedTuple):
@@ -33,6 +35,16 @@ class Entry(NamedTuple):
     def remembered(self) -> Entry:
         """The same, with tokens that are traced, and remembered where they are pruned."""
         return self._replace(state=self.state.remembered())
+
+
+class Step(NamedTuple):
+    """A compressible block, what its attention knows of positions, what happens to the tokens in it, and how many
+    first tokens are all that is read of what it leaves; None for all."""
+
+    block: nn.Module
+    positions: Positions
+    kept: Kept
+    read: int | None
 
 
 class CompressedModel(nn.Module):
@@ -165,11 +177,14 @@ class CompressedModel(nn.Module):
         state = self.prepared(entry.state, schedule)
         return self.classify(self._compress(entry._replace(state=state), schedule, self.read))
 
-    def search_step(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the search: what `classify` gives, and the expected cost with gradients, in whatever mode."""
+    def search_step(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
+        """One step of the search: what `classify` gives, and the expected cost with gradients, in whatever mode.
+
+        The cost is in multiply-accumulates, or what `cost` makes of the plans of all blocks.
+        """
         entry = self.enter(images)
-        state, flops = self._search(entry._replace(state=self.prepared(masked(entry.state), None)), self.read)
-        return self.classify(state), flops
+        state, spent = self._search(entry._replace(state=self.prepared(masked(entry.state), None)), self.read, cost)
+        return self.classify(state), spent
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
@@ -223,11 +238,15 @@ class CompressedModel(nn.Module):
         `classify` makes logits of the last, of which only what it reads is left. The blocks before are to have left
         what `schedule` says, of `prepared` tokens.
         """
-        steps, states = self._blocks(entry, schedule), [state]
-        for index, (block, positions, kept) in enumerate(steps[start:], start):
-            read = self.read if index == len(steps) - 1 else None
+        states = [state]
+        for block, positions, kept, read in self.steps(entry, schedule)[start:]:
             states.append(fixed_block(block, positions, self.rules, states[-1], kept, read))
         return states[1:]
+
+    def steps(self, entry: Entry, schedule: Schedule) -> list[Step]:
+        """What the compressible blocks do at `schedule` on the way to `classify`, in order."""
+        blocks = self._blocks(entry, schedule)
+        return [Step(*block, self.read if index == len(blocks) - 1 else None) for index, block in enumerate(blocks)]
 
     def _compress(self, entry: Entry, schedule: Schedule, read: int | None) -> TokenState:
         """The tokens after the last compressible block at fixed counts, or the first `read` alone."""
@@ -244,16 +263,16 @@ class CompressedModel(nn.Module):
         counts = running_counts(schedule, entry.state.x.shape[1])[: len(blocks)]
         return list(zip(blocks, entry.positions, counts, strict=True))
 
-    def _search(self, entry: Entry, read: int | None) -> tuple[TokenState, Tensor]:
+    def _search(self, entry: Entry, read: int | None, cost: PlannedCost | None) -> tuple[TokenState, Tensor]:
         """The masked tokens after the last block, or the first `read` alone, and the expected cost with gradients."""
         state, blocks = entry.state, self.compressible_blocks()
         plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
         for index, (block, positions, plan) in enumerate(zip(blocks, entry.positions, plans, strict=True)):
             last = index == len(blocks) - 1
             state = search_block(block, positions, self.rules, state, plan, read if last else None)
-        flops = self.cost(plan.cost for plan in plans)
-        assert isinstance(flops, Tensor)
-        return state, flops
+        spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
+        assert isinstance(spent, Tensor)
+        return state, spent
 
 
 def masked(state: TokenState) -> TokenState:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.schedule import Schedule
-from diffrate.patch.base import CompressedModel, masked
+from diffrate.patch.base import CompressedModel, PlannedCost, masked
 from diffrate.patch.grid import as_map, restore
 
 _Model = CompressedModel if TYPE_CHECKING else object
@@ -39,11 +39,11 @@ class Features(_Model):
         """Normalised features `[B, N0, C]` of the patches alone at `schedule`, whatever the model is set to."""
         return self._patches(self._compress(self.enter(images).remembered(), schedule, None))
 
-    def search_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in a step of the search, with the expected cost; both carry gradients."""
+    def search_features(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
+        """The same in a step of the search, with the expected cost as in `search_step`; both carry gradients."""
         entry = self.enter(images)
-        state, flops = self._search(entry._replace(state=masked(entry.state).remembered()), None)
-        return self._patches(state), flops
+        state, spent = self._search(entry._replace(state=masked(entry.state).remembered()), None, cost)
+        return self._patches(state), spent
 
     def forward_intermediates(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.budgets.schedule import Schedule
 from diffrate.patch.base import CompressedModel
 from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model
@@ -82,14 +83,27 @@ def benchmark(
             raise ValueError(f"{name}: found {value}; accepted: from 1")
     place = place_of(model, device)
     current, whole = model.compression.current(), model.dense_schedule()
-    sides = []
-    with generators_kept():
-        for schedule in (whole, current):
-            side = copy.deepcopy(model)
-            side.set_kept_num(schedule.prune, schedule.merge)
-            sides.append(forward_pass(side, batch_size, model.image_size, place.device, dtype, compile))
+    sides = at_schedules(model, (whole, current), batch_size, place.device, dtype, compile)
     times = time_in_turn(sides[0], sides[1], rounds, place.device)
     return speed_of(times, batch_size, precision_name(dtype), (model.flops_at(whole), model.flops_at(current)))
+
+
+def at_schedules(
+    model: CompressedModel,
+    schedules: Sequence[Schedule],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+) -> list[Callable[[], Tensor]]:
+    """What runs a copy of `model` at each of the `schedules`, on random images."""
+    sides = []
+    with generators_kept():
+        for schedule in schedules:
+            side = copy.deepcopy(model)
+            side.set_kept_num(schedule.prune, schedule.merge)
+            sides.append(forward_pass(side, batch_size, model.image_size, device, dtype, compiled))
+    return sides
 
 
 def forward_pass(

@@ -7,7 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError
-from diffrate.budgets.rounding import check_target
 from diffrate.budgets.schedule import Schedule
 from diffrate.files import UNREADABLE, first_line
+from diffrate.latency.confirm import Confirmed
+from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.state import CompressionState
 from diffrate.rates.rate import RateError
@@ -31,6 +32,7 @@ from diffrate.searching.history import StepRecord
 from diffrate.searching.loop import Checkpoint, Criterion, Means, Mixup, Observer, Search
 from diffrate.searching.pace import paced_before, paced_here
 from diffrate.searching.settings import METHODS, SMOOTHING, Course, SearchSettingError, SearchSettings, least_rate
+from diffrate.searching.target import Asked, Goal, goal_of
 from diffrate.searching.teacher import Teacher
 from diffrate.seeds import generators_kept
 
@@ -45,6 +47,7 @@ class Found:
     flops: of the schedule, in multiply-accumulates. scores: at it, None without `val`.
     history: a record per step of the gradient search, in order, those before a resumption included.
     calibrated: what the search at hard counts came to, None where there was none.
+    speed: asked for, predicted and measured; None where FLOPs were asked for.
     """
 
     schedule: Schedule
@@ -52,6 +55,7 @@ class Found:
     scores: Scores | None
     history: tuple[StepRecord, ...]
     calibrated: Calibrated | None = None
+    speed: Confirmed | None = None
 
 
 def search(
@@ -60,6 +64,9 @@ def search(
     *,
     target_flops: float | None = None,
     share: float | None = None,
+    target_speedup: float | None = None,
+    target_latency: float | None = None,
+    latency: LatencyTable | None = None,
     method: str = "gradient",
     epochs: int = 1,
     val: Batches | None = None,
@@ -102,7 +109,11 @@ def search(
         loader: batches of images `[B, 3, H, W]` and labels, gone through once an epoch: a DataLoader, a
             list, any iterable. Labels are classes `[B]`, or shares of classes `[B, K]`. Without `steps`, a
             generator is kept in memory, and what has no length is counted first.
-        target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's.
+        target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's; or
+            `target_speedup`, how many times as fast as dense; or `target_latency`, seconds of an image.
+        latency: what schedules take, of `measure_latency`: for the batch size, precision and mode that a speed is
+            asked for; by default measured with its defaults. What is found is measured, too, and rounded again where
+            it is too slow.
         method: `gradient`, the paper's; or `calibrated`, which tries schedules of the budget at really fixed counts,
             on images without labels, against the dense model's outputs; or `both`, one after the other.
         calibration: what `calibrated` takes its images from, by default `loader`; `images` of them at most.
@@ -157,10 +168,12 @@ def search(
     for name, value in (("work", work), ("minutes", minutes)):
         if value is not None and not 0 < value < math.inf:
             raise SearchSettingError(f"{name}: found {value!r}; accepted: above 0, or none")
+    asked = Asked(target_flops, share, target_speedup, target_latency)
+    asked.check()
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,
-        flops_loss=flops_loss,
+        flops_loss="relative" if asked.timed else flops_loss,
         flops_weight=flops_weight,
         warmup=warmup,
         learning_rate=learning_rate,
@@ -171,7 +184,8 @@ def search(
         loss=loss,
         budget=budget,
     )
-    target = _target(model, target_flops, share)
+    goal = goal_of(model, asked, latency, place.device)
+    target = goal.budget.target
     precision = precision or default_precision(place.device)
     going_on = None if resume is None else Path(resume)
     file = None if checkpoint is None else Path(checkpoint)
@@ -185,12 +199,12 @@ def search(
                     f"minutes: found {minutes!r} and a generator with steps; accepted: one of them"
                 )
             course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
-            means = Means(place, precision, criterion or default_criterion(), mixup, val, teacher)
+            means = Means(place, precision, criterion or default_criterion(), mixup, val, teacher, goal.cost)
             saved = None if file is None else _checkpoint(file, save_every, notes or {})
             with modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
                 model.to(place.device)
                 _fresh_rates(model, granularity, start, start_spread)
-                running = Search(model, course, means, _observer(callback))
+                running = Search(model, course, means, _observer(callback), goal.budget)
                 if minutes is not None:
                     seconds = 60 * minutes * (1 if method == "gradient" else GRADIENT_SHARE)
                     running.take(
@@ -213,7 +227,7 @@ def search(
             came_to = calibrate(
                 model,
                 images_from,
-                model.flops_at,
+                goal.budget.cost,
                 target,
                 Plan(seed, images, work, left),
                 place,
@@ -229,8 +243,19 @@ def search(
             scores = None if val is None else evaluate_at(model, best, val, precision)
             found = Found(best, model.flops_at(best), scores, () if found is None else found.history, came_to)
     assert found is not None, "there is a method"
-    model.set_kept_num(found.schedule.prune, found.schedule.merge)
-    return found
+    return _settled(model, found, goal, val, precision)
+
+
+def _settled(
+    model: CompressedModel, found: Found, goal: Goal, val: Batches | None, precision: torch.dtype | None
+) -> Found:
+    """What was found, with its speed where that was asked for; the model is left at its schedule."""
+    schedule, speed = goal.confirmed(model, found.schedule, place_of(model).device)
+    if schedule != found.schedule:
+        scores = None if val is None else evaluate_at(model, schedule, val, precision)
+        found = replace(found, schedule=schedule, flops=model.flops_at(schedule), scores=scores)
+    model.set_kept_num(schedule.prune, schedule.merge)
+    return replace(found, speed=speed)
 
 
 def evaluate_at(model: CompressedModel, schedule: Schedule, val: Batches, precision: torch.dtype | None) -> Scores:
@@ -247,18 +272,6 @@ def default_criterion() -> Criterion:
         return (soft if labels.is_floating_point() else hard)(logits, labels)
 
     return loss
-
-
-def _target(model: CompressedModel, target_flops: float | None, share: float | None) -> float:
-    """The budget in multiply-accumulates."""
-    if (target_flops is None) == (share is None):
-        raise SearchSettingError("target_flops, share: found both or none; accepted: one of them")
-    if share is not None and not 0 < share <= 1:
-        raise SearchSettingError(f"share: found {share!r}; accepted: above 0 to 1, of the dense model's FLOPs")
-    target = target_flops if share is None else share * model.flops_at(model.dense_schedule())
-    assert target is not None
-    check_target(target, model.compression.space, model.flops_at)
-    return target
 
 
 def _fresh_rates(model: CompressedModel, granularity: int | None, start: Schedule | None, spread: float | None) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrate.budgets.rounding import round_to_budget
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import all_sum, rank, world
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, PlannedCost
 from diffrate.running.evaluation import Batches, Scores, Tally, evaluate
 from diffrate.running.precision import Place, autocast, to_place
 from diffrate.searching.batches import Batch, batches_from
@@ -79,7 +79,8 @@ class Means:
     place: the model's device and the type of its weights. precision: of autocast, None for none.
     criterion: the loss of logits against labels, mixed or not. mixup: mixes a batch, None for nothing.
     teacher: the dense model, where its outputs take the place of labels.
-    val: what to score each epoch on, None for nothing.
+    val: what to score each epoch on, None for nothing. cost: what a step is expected to cost, None for
+    multiply-accumulates.
     """
 
     place: Place
@@ -88,13 +89,17 @@ class Means:
     mixup: Mixup | None
     val: Batches | None
     teacher: Teacher | None = None
+    cost: PlannedCost | None = None
 
 
 class Search:
     """One search: a patched model whose weights are frozen, and the optimizer of its rates."""
 
-    def __init__(self, model: CompressedModel, course: Course, means: Means, observer: Observer) -> None:
+    def __init__(
+        self, model: CompressedModel, course: Course, means: Means, observer: Observer, budget: Budget | None = None
+    ) -> None:
         self.model, self.course, self.means, self.observer = model, course, means, observer
+        self.budget = budget or Budget(model.flops_at, course.target)
         for weight in model.parameters():
             weight.requires_grad_(False)
         rates = model.arch_parameters()
@@ -138,9 +143,7 @@ class Search:
     def schedule(self) -> Schedule:
         """The schedule of the present rates, rounded to the budget."""
         compression = self.model.compression
-        return round_to_budget(
-            compression.expected_counts(), compression.space, self.model.flops_at, self.course.target
-        )
+        return self.budget.rounded(compression.expected_counts(), compression.space)
 
     def score(self) -> Scores | None:
         """Scores at the schedule of the present rates, with tokens really dropped; None without images for it."""
@@ -250,8 +253,8 @@ class Search:
             images, labels = means.mixup(images, labels)
         with autocast(means.place.device, means.precision):
             if means.teacher is not None:
-                return means.teacher.searching(images)
-            logits, flops = self.model(images)
+                return means.teacher.searching(images, means.cost)
+            logits, flops = self.model(images) if means.cost is None else self.model.search_step(images, means.cost)
         return means.criterion(logits.float(), labels), flops
 
     def _next(self, batches: Iterator[Any]) -> Batch:

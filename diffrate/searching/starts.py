@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, running_counts
 from diffrate.budgets.uniform import uniform_schedules
 from diffrate.patch.base import CompressedModel
@@ -15,11 +16,11 @@ from diffrate.searching.teacher import losses_at
 
 
 def best_uniform(
-    model: CompressedModel, target: float, loader: Iterable[Any], precision: torch.dtype | None = None
+    model: CompressedModel, budget: Budget, loader: Iterable[Any], precision: torch.dtype | None = None
 ) -> Schedule | None:
-    """The uniform schedule that meets `target` multiply-accumulates and whose outputs are nearest to the dense
-    model's on the images of `loader`; None where no uniform one meets it."""
-    found = list(uniform_schedules(model.compression.space, model.flops_at, target).values())
+    """The uniform schedule that meets `budget` and whose outputs are nearest to the dense model's on the images of
+    `loader`; None where no uniform one meets it."""
+    found = list(uniform_schedules(model.compression.space, budget.cost, budget.target).values())
     if not found:
         return None
     losses = losses_at(model, found, loader, precision) if len(found) > 1 else [0.0]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import all_sum
-from diffrate.patch.base import CompressedModel, has_classifier
+from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier
 from diffrate.patch.features import Features
 from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import Place, autocast, place_of
@@ -64,10 +64,10 @@ class Teacher:
         with torch.no_grad():
             return self.at(images, self.model.dense_schedule())
 
-    def searching(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def searching(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
         """How far a step of the search is from that, a mean that carries gradients, and its expected cost."""
-        outputs, flops = self.step(images)
-        return self.apart(outputs, self.taught(images)).mean(), flops
+        outputs, spent = self.step(images, cost)
+        return self.apart(outputs, self.taught(images)).mean(), spent
 
 
 @torch.no_grad()

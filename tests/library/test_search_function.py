@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate
 import models
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.rounding import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.pace import paced
@@ -217,7 +218,7 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path: Path) -> None:
 def test_the_best_uniform_schedule_and_its_spread() -> None:
     model = small().eval()
     target = 0.7 * model.flops_at(model.dense_schedule())
-    best = best_uniform(model, target, batches())
+    best = best_uniform(model, Budget(model.flops_at, target), batches())
     assert best is not None
     assert meets_budget(model.flops_at(best), target)
     first = {}

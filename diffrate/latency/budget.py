@@ -1,0 +1,19 @@
+"""Seconds as a budget: a speed-up over the dense model, or a time for an image."""
+
+from __future__ import annotations
+
+from diffrate.budgets.budget import Budget
+from diffrate.budgets.rounding import Unit
+from diffrate.budgets.schedule import Schedule
+from diffrate.latency.table import LatencyTable
+
+
+def speedup_budget(table: LatencyTable, dense: Schedule, speedup: float) -> Budget:
+    """So many times as fast as the model at its `dense` schedule."""
+    whole = table.seconds(dense)
+    return Budget(table.seconds, whole / speedup, Unit("target_speedup", "", lambda seconds: whole / seconds))
+
+
+def latency_budget(table: LatencyTable, seconds: float) -> Budget:
+    """So many seconds for an image."""
+    return Budget(table.seconds, seconds, Unit("target_latency", " s", lambda found: found))

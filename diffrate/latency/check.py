@@ -1,0 +1,72 @@
+"""How well a table predicts whole schedules: measured against dense in turn, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from diffrate.budgets.schedule import Schedule
+from diffrate.latency.confirm import measured_speedup
+from diffrate.latency.setting import use_of
+from diffrate.latency.table import LatencyTable
+from diffrate.patch.base import CompressedModel
+from diffrate.running.precision import place_of
+
+ROUNDS = 5  # timed pairs of a schedule
+
+
+@dataclass(frozen=True)
+class PredictionCheck:
+    """The speed-ups of schedules over dense, as predicted and as measured."""
+
+    schedules: tuple[Schedule, ...]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """By how much each predicted time is off, as a share of the measured one."""
+        return tuple(
+            abs(measured / predicted - 1) for predicted, measured in zip(self.predicted, self.measured, strict=True)
+        )
+
+    def line(self) -> str:
+        """As a sentence."""
+        middle, worst = 100 * median(self.errors), 100 * max(self.errors)
+        return f"prediction: median error {middle:.1f} %, worst {worst:.1f} % over {len(self.errors)} schedules"
+
+
+def check_predictions(
+    model: CompressedModel,
+    table: LatencyTable,
+    schedules: Iterable[Schedule],
+    *,
+    rounds: int = ROUNDS,
+    device: torch.device | str | None = None,
+    callback: Callable[[Schedule, float, float], None] | None = None,
+) -> PredictionCheck:
+    """Hold the speed-ups that `table` predicts of `model` at `schedules` against measured ones, `rounds` pairs each.
+
+    `callback` is told each schedule, its predicted and its measured speed-up.
+
+    Raises:
+        ScheduleError: a schedule does not fit the model.
+        ValueError: no schedule, or a number of rounds below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: found {rounds}; accepted: from 1")
+    use, whole = use_of(table, place_of(model, device).device), table.seconds(model.dense_schedule())
+    looked_at, predicted, measured = [], [], []
+    for schedule in schedules:
+        model.check(schedule)
+        looked_at.append(schedule)
+        predicted.append(whole / table.seconds(schedule))
+        measured.append(measured_speedup(model, schedule, use, rounds))
+        if callback is not None:
+            callback(schedule, predicted[-1], measured[-1])
+    if not looked_at:
+        raise ValueError("schedules: found none; accepted: one at least")
+    return PredictionCheck(tuple(looked_at), tuple(predicted), tuple(measured))

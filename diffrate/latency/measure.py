@@ -1,0 +1,150 @@
+"""`diffrate.measure_latency`: time the parts of a model's blocks on the machine at hand."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import torch
+
+from diffrate.blocks.block import removes
+from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.latency.curves import AttentionSample, Curve, fit_attention, fit_curve, fit_line, fit_reduction
+from diffrate.latency.file import read_table, write_table
+from diffrate.latency.plan import knots, probing_schedules
+from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
+from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of
+from diffrate.latency.table import BlockTimes, LatencyTable
+from diffrate.patch.base import CompressedModel
+from diffrate.running.precision import place_of
+from diffrate.seeds import generators_kept
+
+SECONDS = 40.0  # of timed runs
+RUNS = (60, 600)  # at least, whatever they take, and at most
+WARM = 3  # runs before the first that counts
+DENSE_EVERY = 4  # runs: how fast the machine is at the moment
+
+Progress = Callable[[int, float], None]
+
+
+def measure_latency(
+    model: CompressedModel,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    seconds: float = SECONDS,
+    file: str | Path | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """What `model` costs at any schedule, in seconds: from forward passes on random images in which each part of
+    each block is timed, at schedules that show it at many numbers of tokens.
+
+    With weights in `dtype` on `device` (by default where the model is), compiled with `compile`. A copy is timed:
+    the model itself is not touched.
+
+    Args:
+        seconds: of timed runs; short ones come on top where a model is so large that few fit.
+        file: where the table is kept; one that is there is taken if it is of the same model, machine, versions and
+            use, and replaced otherwise.
+        progress: told the runs that are done, and the share of the time that is over.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+        ValueError: a batch size below 1, or seconds not above 0.
+        LatencyFileError: the file cannot be read or written.
+    """
+    if not isinstance(model, CompressedModel):
+        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
+    if not seconds > 0:
+        raise ValueError(f"seconds: found {seconds}; accepted: above 0")
+    use = Use(batch_size, dtype, compile, place_of(model, device).device)
+    setting = setting_of(model, use)
+    known = None if file is None else read_table(Path(file), setting)
+    if known is not None:
+        return known
+    with generators_kept():
+        samples = _sampled(model, use, seconds, progress)
+    table = _table(model, use, samples)
+    if file is not None:
+        write_table(Path(file), table)
+    return table
+
+
+def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[RunSample]:
+    """Timed runs, each as if the machine had been as fast as in the median run without reductions."""
+    side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
+    images = torch.randn(use.batch_size, getattr(side, "in_chans", 3), *side.image_size).to(use.device, use.dtype)
+    parts, rng = parts_of(use.compiled), Random(0)
+    schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
+    for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
+        timed_run(side, parts, images, schedule)
+    rounds: list[list[RunSample]] = []
+    begun, done = time.monotonic(), 0
+    while done < RUNS[1] and (done < RUNS[0] or time.monotonic() - begun < seconds):
+        turn = [dense, *(next(schedules) for _ in range(DENSE_EVERY))]
+        rounds.append([timed_run(side, parts, images, schedule) for schedule in turn])
+        done += len(turn)
+        if progress is not None:
+            shares = (time.monotonic() - begun) / seconds, done / RUNS[1]
+            progress(done, min(1.0, max(shares), done / RUNS[0]))
+    return _steadied(rounds)
+
+
+def _steadied(rounds: Sequence[Sequence[RunSample]]) -> list[RunSample]:
+    """All samples as if the machine had always been as fast as it usually was: each round begins with a run without
+    reductions, and what lies between two of those goes by their mean."""
+    paces = [samples[0].total() for samples in rounds]
+    usual = median(paces)
+    between = [(one + other) / 2 for one, other in zip(paces, [*paces[1:], paces[-1]], strict=True)]
+    return [_scaled(sample, usual / pace) for samples, pace in zip(rounds, between, strict=True) for sample in samples]
+
+
+def _scaled(sample: RunSample, by: float) -> RunSample:
+    blocks = tuple(
+        part._replace(attention=by * part.attention, reduction=by * part.reduction, mlp=by * part.mlp)
+        for part in sample.blocks
+    )
+    return sample._replace(embedding=by * sample.embedding, blocks=blocks, head=by * sample.head)
+
+
+def _table(model: CompressedModel, use: Use, samples: Sequence[RunSample]) -> LatencyTable:
+    kinds, space = kinds_of(model), model.compression.space
+    levels = knots(space.least, space.limits[0])
+    return LatencyTable(
+        setting=setting_of(model, use),
+        kinds=tuple(_kind(kinds, kind, levels, samples) for kind in range(len(kinds.names))),
+        order=kinds.order,
+        embedding=median(sample.embedding for sample in samples),
+        head=fit_line([sample.leaving for sample in samples], [sample.head for sample in samples]),
+        tokens=space.limits[0],
+        batch_size=use.batch_size,
+    )
+
+
+def _kind(kinds: Kinds, kind: int, levels: Sequence[int], samples: Sequence[RunSample]) -> BlockTimes:
+    """The times of one kind of block."""
+    read = kinds.read[kind]
+    blocks = [part for sample in samples for part in sample.blocks if kinds.order[part.block] == kind]
+    reducing = [part for part in blocks if removes(part.kept, read)]
+    attention = fit_attention(
+        [AttentionSample(part.kept.entering, removes(part.kept, read), part.sized, part.attention) for part in blocks],
+        levels,
+    )
+    reduction: tuple[float, ...] = ()
+    if reducing:
+        reduction = fit_reduction(*zip(*((part.kept, part.sized, part.reduction) for part in reducing), strict=True))
+    return BlockTimes(attention, _mlp(blocks, read, levels), reduction, read)
+
+
+def _mlp(blocks: Sequence[BlockSample], read: int | None, levels: Sequence[int]) -> Curve:
+    if read is not None:
+        return Curve((read,), (median(part.mlp for part in blocks),))
+    return fit_curve([part.kept.merged for part in blocks], [part.mlp for part in blocks], levels)

@@ -1,0 +1,111 @@
+"""What a table of times holds for: the model, the machine, and how it is used."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from diffrate.blocks.forms import form_of
+from diffrate.blocks.projection import projection_of
+from diffrate.latency.table import LatencyTable
+from diffrate.patch.base import CompressedModel
+from diffrate.patch.shapes import block_shape
+from diffrate.running.speed import precision_name
+
+FORMAT = 1  # of the file, and of what is measured
+_CPUS = Path("/proc/cpuinfo")
+
+
+class Use(NamedTuple):
+    """How a model is used: images at a time, the type of its weights, compiled or not, and where."""
+
+    batch_size: int
+    dtype: torch.dtype
+    compiled: bool
+    device: torch.device
+
+    def words(self) -> str:
+        """For a sentence."""
+        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {mode_name(self.compiled)}"
+
+
+def use_of(table: LatencyTable, device: torch.device) -> Use:
+    """How the model was used when `table` was made, on `device`."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(table.setting["precision"])
+    dtype = kind or getattr(torch, table.setting["precision"])
+    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
+
+
+class Kinds(NamedTuple):
+    """The kinds of compressible blocks, described; the kind of each block; how many tokens are read of each kind."""
+
+    names: tuple[str, ...]
+    order: tuple[int, ...]
+    read: tuple[int | None, ...]
+
+
+def mode_name(compiled: bool) -> str:
+    """What tables call a way to run."""
+    return "compiled" if compiled else "eager"
+
+
+def kinds_of(model: CompressedModel) -> Kinds:
+    """Blocks of one kind have parts of the same types and shapes; the last one differs where little of it is read."""
+    blocks = model.compressible_blocks()
+    names: dict[str, int] = {}
+    order, read = [], []
+    for index, block in enumerate(blocks):
+        shape, attention = block_shape(block), getattr(block, form_of(block).attention)
+        shown = {"projections": shape.projections, "mixing": shape.mixing, "mlp": shape.mlp}
+        of_it = model.read if index == len(blocks) - 1 else None
+        heads = projection_of(attention)
+        name = f"{type(block).__name__} {type(heads).__name__} {shown}, read {'all' if of_it is None else of_it}"
+        if name not in names:
+            names[name] = len(names)
+            read.append(of_it)
+        order.append(names[name])
+    return Kinds(tuple(names), tuple(order), tuple(read))
+
+
+def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
+    """Everything that times depend on, as plain values by name."""
+    kinds = kinds_of(model)
+    rates = {id(rate) for rate in model.arch_parameters()}
+    return {
+        "format": FORMAT,
+        "machine": machine_name(use.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "batch_size": use.batch_size,
+        "precision": precision_name(use.dtype),
+        "mode": mode_name(use.compiled),
+        "model": type(model).__name__,
+        "rules": str(model.rules),
+        "image_size": list(model.image_size),
+        "tokens": model.compression.space.limits[0],
+        "parameters": sum(weight.numel() for weight in model.parameters() if id(weight) not in rates),
+        "classes": model.num_classes,
+        "kinds": list(kinds.names),
+        "blocks": list(kinds.order),
+    }
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU, or the CPU and which of its instructions torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = {line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")}
+    name = ", ".join(sorted(names)) or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # elsewhere than on Linux
+        return []

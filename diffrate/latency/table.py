@@ -1,0 +1,103 @@
+"""What a schedule costs in seconds: the sum of what its blocks' parts were measured to cost. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from diffrate.budgets.schedule import Kept, Schedule, running_counts
+from diffrate.latency.curves import AttentionTimes, Curve, powers, reduction_terms
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Seconds that a batch takes in the parts of one kind of block.
+
+    mlp: over the tokens that leave. reduction: coefficients of `reduction_terms`. read: how many first tokens are
+    all that is left, of a last block of which no more is read; None for all.
+    """
+
+    attention: AttentionTimes
+    mlp: Curve
+    reduction: tuple[float, ...]
+    read: int | None
+
+    @cached_property
+    def plain(self) -> list[float]:
+        """Attention at every number of tokens, without a reduction and with sizes of 1."""
+        return self.attention.plain.at(self._counts).tolist()
+
+    @cached_property
+    def asked(self) -> list[float]:
+        """What attention takes more where importance is asked for, at every number of tokens."""
+        return self._more(self.attention.asked)
+
+    @cached_property
+    def sized(self) -> list[float]:
+        """What attention takes more where tokens stand for several, at every number of tokens."""
+        return self._more(self.attention.sized)
+
+    @cached_property
+    def after(self) -> list[float]:
+        """The MLP at every number of tokens, as many as attention's."""
+        return self.mlp.at(self._counts).tolist()
+
+    def seconds(self, kept: Kept, sized: bool) -> float:
+        """One block of a batch; `sized` where tokens that enter stand for several."""
+        seconds = self.plain[kept.entering] + (self.sized[kept.entering] if sized else 0.0)
+        if self.read is not None:
+            return seconds + self.after[self.read]
+        return seconds + self.price(kept, sized) + self.after[kept.merged]
+
+    def price(self, kept: Kept, sized: bool) -> float:
+        """What it takes that tokens go: to ask for their importance, and to let them go; 0 where none do."""
+        if kept.merged == kept.entering or self.read is not None:
+            return 0.0
+        terms = zip(self.reduction, reduction_terms(kept, sized), strict=True)
+        return self.asked[kept.entering] + sum(weight * term for weight, term in terms)
+
+    @property
+    def _counts(self) -> np.ndarray:
+        return np.arange(self.attention.plain.tokens[-1] + 1)
+
+    def _more(self, weights: tuple[float, ...]) -> list[float]:
+        return np.maximum(0.0, powers(self._counts) @ np.asarray(weights)).tolist()
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """The seconds of one model on one machine.
+
+    setting: what was measured, plain values by name. kinds: of blocks; order: which each block is of. embedding:
+    seconds of a batch before the first block; head: after the last, a constant and a slope over the tokens left.
+    tokens: that enter the first block.
+    """
+
+    setting: dict[str, Any]
+    kinds: tuple[BlockTimes, ...]
+    order: tuple[int, ...]
+    embedding: float
+    head: tuple[float, float]
+    tokens: int
+    batch_size: int
+
+    def seconds(self, schedule: Schedule) -> float:
+        """Of one image at `schedule`."""
+        total, sized, leaving = self.embedding, False, self.tokens
+        for kept, kind in zip(running_counts(schedule, self.tokens), self.blocks, strict=False):
+            total += kind.seconds(kept, sized)
+            sized = sized or kept.merged < kept.pruned
+            leaving = kept.merged
+        return (total + self.head[0] + self.head[1] * leaving) / self.batch_size
+
+    @cached_property
+    def blocks(self) -> tuple[BlockTimes, ...]:
+        """The times of each block."""
+        return tuple(self.kinds[kind] for kind in self.order)
+
+    def rest(self) -> float:
+        """Seconds of a batch outside the blocks, at all tokens."""
+        return self.embedding + self.head[0] + self.head[1] * self.tokens
