@@ -8,16 +8,18 @@ from dataclasses import replace
 import diffrate
 from cli.data import eval_loader
 from cli.entry import chosen_entry, meta_model, patched
+from cli.goals import aims_of
 from cli.results import report, save_schedules
-from cli.schedules import targets_of
 from cli.settings import OFFICIAL, Settings
 from cli.trained import trained_model
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.saving.about import is_saved_model
 from engine import evaluate
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
+from utils import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -38,26 +40,30 @@ def _score(settings: Settings, runtime: Runtime) -> None:
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":
         model.rules = replace(model.rules, random=True)
-    for target in targets_of(settings.model, model):
-        schedule = _schedule(settings, model, target)
+    for aim in aims_of(settings, model, runtime):
+        schedule, speed = aim.goal.confirmed(model, _schedule(settings, model, aim.goal.budget), runtime.device)
         model.set_kept_num(schedule.prune, schedule.merge)
         report(f"baseline {kind}", trained.entry, model, evaluate(model, loader, runtime), runtime)
-        save_schedules(settings, trained.entry, target, schedule, runtime)
+        if speed is not None:
+            log.info(speed.line())
+        save_schedules(settings, trained.entry, aim.named(model, schedule), schedule, runtime)
 
 
 def _list(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
     """Of a model without a head, the schedules alone: they need neither weights nor images."""
     model = meta_model(settings.model, entry)
-    for target in targets_of(settings.model, model):
-        schedule = _schedule(settings, model, target)
+    if any(target.timed for target in settings.model.targets):
+        raise UsageError(f"--baseline {settings.run.baseline} of a model without a head: accepted: --target_flops")
+    for aim in aims_of(settings, model, runtime):
+        schedule = _schedule(settings, model, aim.goal.budget)
         for name, counts in fields_of(schedule).items():
             if counts is not None:
                 log.info("%s %s", name, list(counts))
         log.info("* flops %.3f (no head to score with)", model.flops_at(schedule) / 1e9)
-        save_schedules(settings, entry, target, schedule, runtime)
+        save_schedules(settings, entry, aim.named(model, schedule), schedule, runtime)
 
 
-def _schedule(settings: Settings, model: diffrate.CompressedModel, target: float) -> Schedule:
+def _schedule(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:
     kind = settings.run.baseline
     assert kind is not None, "the mode that is asked for"
-    return baseline_schedule(kind, model.compression.space, model.flops_at, target * 1e9)
+    return baseline_schedule(kind, model.compression.space, budget.cost, budget.target, budget.unit)

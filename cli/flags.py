@@ -17,7 +17,8 @@ from diffrate.searching.settings import BUDGETS, FLOPS_LOSSES, LOSSES, METHODS, 
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
-BENCHMARKS = ("eval", "search", "scaling", "loading")
+BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
+LATENCY_BATCH = 8
 TRANSFORMS, STARTS = ("train", "eval"), ("flat", "uniform")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
@@ -205,6 +206,15 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
 def _check_targets(args: argparse.Namespace, mode: str) -> None:
     """The flags that say which schedule: `--target_flops` and those that name files of schedules."""
     meeting = mode in (SEARCH, "baseline")
+    timed = [name for name in ("target_speedup", "target_latency") if getattr(args, name) is not None]
+    if len(timed) + (args.target_flops is not None) > 1:
+        names = "--target_flops, --target_speedup, --target_latency"
+        raise UsageError(f"{names}: found several; accepted: one of them")
+    if timed and not meeting:
+        raise UsageError(f"--{timed[0]} goes with a search or a --baseline")
+    for name in timed:
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise UsageError(f"--{name} {' '.join(f'{value:g}' for value in getattr(args, name))}: accepted: each once")
     if not meeting and args.target_flops is not None:
         if not args.load_compression_rate:
             raise UsageError("--target_flops needs --load_compression_rate, a search or a --baseline")
@@ -214,15 +224,18 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"--target_flops {' '.join(map(str, args.target_flops))}: accepted: each once")
     if (meeting or mode == "sensitivity") and args.load_compression_rate:
         raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize and --benchmark")
-    if meeting and args.target_flops is None and args.model != SAMPLE_MODEL:
-        raise UsageError("--target_flops is needed: the GFLOPs that the schedule is to meet, or a share such as 50%")
+    if meeting and args.target_flops is None and not timed and args.model != SAMPLE_MODEL:
+        raise UsageError(
+            "--target_flops is needed: the GFLOPs that the schedule is to meet, or a share such as 50%; or "
+            "--target_speedup or --target_latency"
+        )
     if args.compression_rate_file and not args.load_compression_rate and args.init_compression_rate is None:
         raise UsageError("--compression_rate_file needs --load_compression_rate or --init_compression_rate")
     if args.scale_compression_rate and meeting and args.init_compression_rate is None:
         raise UsageError("--scale_compression_rate goes with a schedule to load; a search or --baseline has none")
     if args.dense and (args.load_compression_rate or meeting):
         raise UsageError("--dense keeps all tokens; accepted: no --load_compression_rate, search or --baseline")
-    if args.benchmark in ("search", "scaling") and args.load_compression_rate:
+    if args.benchmark in ("search", "scaling", "latency") and args.load_compression_rate:
         raise UsageError(f"--benchmark {args.benchmark} has schedules of its own; accepted: no --load_compression_rate")
 
 
@@ -239,13 +252,15 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
         raise UsageError("--distill needs weights to start from; accepted: --finetune CHECKPOINT, such as official")
     if args.blocks is not None and not args.visualize:
         raise UsageError("--blocks goes with --visualize")
-    if args.compile and not (args.eval or args.finetune or args.benchmark in ("eval", "loading")):
-        raise UsageError("--compile goes with --eval, --finetune and --benchmark")
+    timed = args.target_speedup is not None or args.target_latency is not None
+    if args.compile and not (args.eval or args.finetune or timed or args.benchmark in ("eval", "loading", "latency")):
+        raise UsageError("--compile goes with --eval, --finetune, --benchmark and --target_speedup")
     if args.save is not None:
         if mode not in (SEARCH, "eval", "finetune"):
             raise UsageError("--save goes with a search, --eval and --finetune")
-        if len(args.target_flops or ()) > 1:
-            raise UsageError(f"--save: found {len(args.target_flops)} targets; accepted: one")
+        targets = args.target_flops or args.target_speedup or args.target_latency or ()
+        if len(targets) > 1:
+            raise UsageError(f"--save: found {len(targets)} targets; accepted: one")
         if args.save.suffix != SAVED:
             raise UsageError(f"--save {args.save}: accepted: a name that ends in {SAVED}")
         if not args.save.parent.is_dir():
@@ -311,9 +326,10 @@ def _add_mode_flags(parser: Parser) -> None:
         nargs="?",
         const="eval",
         choices=BENCHMARKS,
-        help="time dense against compressed; a search step; scaling with the input's and the batch's size; or loading",
+        help="time dense against compressed; a search step; scaling with the input's and the batch's size; loading; or "
+        "the parts of a block, which --target_speedup goes by",
     )
-    group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets --target_flops")
+    group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets the target")
     group.add_argument(
         "--sensitivity",
         nargs="?",
@@ -371,6 +387,35 @@ def _add_model_flags(parser: Parser) -> None:
         nargs="+",
         metavar="GFLOPS",
         help="schedule to load, or budgets to meet, as GFLOPs or as a share of the dense model's, such as 50%%",
+    )
+    group.add_argument(
+        "--target_speedup",
+        type=POSITIVE,
+        nargs="+",
+        metavar="TIMES",
+        help="instead, how many times as fast as dense a search or a --baseline is to be, measured on this machine",
+    )
+    group.add_argument(
+        "--target_latency", type=POSITIVE, nargs="+", metavar="SECONDS", help="or what an image is to take"
+    )
+    group.add_argument(
+        "--latency_batch",
+        type=COUNT,
+        default=LATENCY_BATCH,
+        metavar="IMAGES",
+        help=f"at a time, where speed counts, default {LATENCY_BATCH}",
+    )
+    group.add_argument(
+        "--latency_precision",
+        choices=PRECISIONS,
+        default="off",
+        help="of weights there, default float32; see --compile",
+    )
+    group.add_argument(
+        "--latency_file",
+        type=Path,
+        metavar="FILE",
+        help="that keeps what was measured, default one in the user's cache",
     )
     group.add_argument(
         "--scale_compression_rate",

@@ -23,7 +23,9 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
     Raises:
         UsageError: images that are mixed in pairs, and batches of no pairs.
     """
-    asked, usual = settings.recipe, PAPER if entry.published else OTHERS
+    # What is to meet a time has no recipe in the paper.
+    timed = any(target.timed for target in settings.model.targets)
+    asked, usual = settings.recipe, PAPER if entry.published and not timed else OTHERS
     recipe = RecipeSettings(
         loss=asked.loss or usual.loss,
         transform=asked.transform or usual.transform,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import diffrate
 from cli.schedules import PROJECT_RATES
 from cli.settings import OFFICIAL, Settings, size_words
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of, save_schedule
-from diffrate.budgets.uniform import baseline_schedule
+from diffrate.budgets.uniform import uniform_schedules
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
 from reporting.records import FOUND, RATES
@@ -71,18 +71,22 @@ def log_found(
     settings: Settings,
     entry: ModelEntry,
     target: float,
+    budget: Budget,
     compressed: diffrate.CompressedModel,
-    schedule: Schedule,
+    found: diffrate.Found,
     scores: tuple[diffrate.Scores, diffrate.Scores] | None,
     file: Path | None,
     runtime: Runtime,
     apart: float | None = None,
 ) -> None:
-    """The end of a search: schedule, accuracy against dense or the loss against its outputs, the next command to type.
+    """The end of a search: schedule, accuracy against dense or the loss against its outputs, the speed if that was
+    asked for, the next command to type.
 
-    scores: of the schedule and of the dense model; None where there was nothing to score on. apart: how far the outputs
-    are from the dense ones; None where the search did not look at them.
+    target: the GFLOPs under which its schedule is kept. scores: of the schedule and of the dense model; None where
+    there was nothing to score on. apart: how far the outputs are from the dense ones; None where the search did not
+    look at them.
     """
+    schedule = found.schedule
     for name, counts in fields_of(schedule).items():
         if counts is not None:
             log.info("found %s %s", name, list(counts))
@@ -92,13 +96,16 @@ def log_found(
             "found: loss against dense %.4f flops %.3f (%.0f %% of dense)", apart, flops / 1e9, 100 * flops / whole
         )
     if scores is not None:
-        found, dense = scores
+        reached, dense = scores
         runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
-        uniform = {"target_gflops": target, "uniform": _uniform(compressed, target)}
-        runtime.append(_record("found", entry, compressed, schedule, found) | uniform, FOUND)
-        top1 = found.acc1 - dense.acc1
+        uniform = {"target_gflops": target, "uniform": _uniform(compressed, budget)}
+        runtime.append(_record("found", entry, compressed, schedule, reached) | uniform, FOUND)
+        top1 = reached.acc1 - dense.acc1
         log.info("dense: %s", dense.line(whole))
-        log.info("found: %s (%.0f %% of dense, top-1 %+.3f)", found.line(flops), 100 * flops / whole, top1)
+        log.info("found: %s (%.0f %% of dense, top-1 %+.3f)", reached.line(flops), 100 * flops / whole, top1)
+    if found.speed is not None:
+        runtime.record({"mode": "speed", "model": entry.name, **asdict(found.speed)})
+        log.info(found.speed.line())
     if file is not None:
         log.info("next: %s", next_command(settings, entry, target, file))
 
@@ -113,14 +120,10 @@ def _record(
     return named | scores.record(compressed.flops_at(schedule)) | fields_of(schedule)
 
 
-def _uniform(compressed: diffrate.CompressedModel, target: float) -> dict[str, dict[str, Sequence[int] | None]]:
+def _uniform(compressed: diffrate.CompressedModel, budget: Budget) -> dict[str, dict[str, Sequence[int] | None]]:
     """The uniform schedules of the same budget that the model can run, to draw beside the one found."""
-    space = compressed.compression.space
-    found = {}
-    for kind in ("prune", "merge", "both") if space.prunes else ("merge",):
-        with suppress(BudgetError):  # a search meets budgets that no constant share of the tokens meets
-            found[kind] = fields_of(baseline_schedule(kind, space, compressed.flops_at, target * 1e9))
-    return found
+    found = uniform_schedules(compressed.compression.space, budget.cost, budget.target)
+    return {kind: dict(fields_of(found[kind])) for kind in ("prune", "merge", "both") if kind in found}
 
 
 def next_command(settings: Settings, entry: ModelEntry, target: float, file: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import diffrate
 from cli.recipe import PAPER
 from cli.schedules import fit_tokens
-from cli.settings import Settings
+from cli.settings import Settings, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
@@ -51,13 +51,17 @@ def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
     return path if path.exists() else None
 
 
-def search_identity(settings: Settings, entry: ModelEntry, target: float, batch_size: int) -> dict[str, Any]:
+def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch_size: int) -> dict[str, Any]:
     """The flags that decide how a search goes on: with other values, it is another search."""
-    search = settings.search
+    search, timed = settings.search, settings.latency
+    speed = {"latency_batch": timed.batch_size, "latency_precision": timed.precision, "compile": timed.compiled}
     return {
         "model": entry.name,
         "granularity": search.granularity,
-        "target_flops": target,
+        "target_flops": target.gflops,
+        "target_speedup": target.speedup,
+        "target_latency": target.seconds,
+        **(speed if target.timed else {}),
         "flops_loss": search.flops_loss,
         "flops_weight": search.flops_weight,
         "warmup_compression_rate": search.warmup,

@@ -57,13 +57,16 @@ def rate_file(settings: ModelSettings) -> Path:
     return settings.rate_file or PROJECT_RATES
 
 
-def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list[float]:
-    """The budgets to meet, in GFLOPs; the sample has one of its own.
+def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list[Target]:
+    """The budgets to meet, in GFLOPs where they are of FLOPs; the sample has one of its own.
 
     Raises:
         UsageError: two of them are the same.
     """
-    targets = [gflops_of(target, model) for target in settings.targets] or [TARGET_OF_SAMPLE]
+    targets = [
+        target if target.timed else Target(gflops=gflops_of(target, model))
+        for target in settings.targets or (Target(gflops=TARGET_OF_SAMPLE),)
+    ]
     if len(set(targets)) < len(targets):
         raise UsageError(f"--target_flops {' '.join(map(str, settings.targets))}: accepted: each once")
     return targets

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 
 import diffrate
 from cli.entry import patched
+from cli.goals import Aim, aims_of
 from cli.model import check_targets
 from cli.results import log_found, save_model, save_schedules
 from cli.resume import check_search, resume_path, search_identity
-from cli.schedules import targets_of
 from cli.search_report import Reporter, TrialReporter, log_calibrated
 from cli.searched import START_SPREAD, Searched, searched_model, start_of
 from cli.settings import Settings
@@ -32,37 +31,37 @@ def run(settings: Settings, runtime: Runtime) -> None:
     batches, accumulate = len(searched.train), settings.search.accumulate
     if accumulate > batches:
         raise UsageError(f"--accum-steps {accumulate}: accepted: up to {batches}, the batches of an epoch")
-    count = max(1, len(settings.model.targets))
-    for index in range(count):
+    model = patched(searched.model, settings.model).to(runtime.device)
+    aims = aims_of(settings, model, runtime)
+    for index, aim in enumerate(aims):
         # A huge model needs no second copy for the last.
-        model = searched.model if index == count - 1 else copy.deepcopy(searched.model)
-        _search_one(index, searched, model, runtime)
+        last = index == len(aims) - 1
+        _search_one(aim, len(aims) > 1, searched, model if last else copy.deepcopy(model), runtime)
 
 
-def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runtime) -> None:
+def _search_one(aim: Aim, several: bool, searched: Searched, model: diffrate.CompressedModel, runtime: Runtime) -> None:
     """The search for one target, from its checkpoint if there is one, and what it leaves behind."""
     settings, entry = searched.settings, searched.entry
     search, labelled, method = settings.search, searched.labelled, settings.recipe.method
     assert method is not None
-    model = patched(plain, settings.model).to(runtime.device)
-    target = targets_of(settings.model, model)[index]
     # Several targets have a folder each for their checkpoints, and one file for their schedules.
-    inner = runtime.inside(f"target_{target:g}") if len(settings.model.targets) > 1 else runtime
+    inner = runtime.inside(f"{aim.target.kind}_{aim.target}") if several else runtime
     assert inner.output_dir is not None, "flags make sure of a folder"
     train, val = searched.train, searched.val
     assert train.batch_size is not None
-    identity = search_identity(settings, entry, target, train.batch_size)
+    identity = search_identity(settings, entry, aim.target, train.batch_size)
     resume = resume_path(settings, inner)
     if resume is not None:
         check_search(resume, identity)
     fresh = resume is None and method != "calibrated"
-    start = start_of(searched, model, target * 1e9, runtime) if fresh else None
+    start = start_of(searched, model, aim.goal.budget, runtime) if fresh else None
     accumulate = search.accumulate
     with StopSignals() as signals:
         found = diffrate.search(
             model,
             train,
-            target_flops=target * 1e9,
+            **vars(aim.asked),
+            latency=aim.goal.table,
             epochs=search.epochs,
             # The best epoch is that of the paper's recipe; without labels nothing but the images is looked at.
             val=val if labelled else None,
@@ -84,12 +83,13 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
             start_spread=START_SPREAD if settings.recipe.start == "uniform" else None,
             precision=runtime.amp or torch.float32,
             seed=search.seed,
-            callback=Reporter(model, target * 1e9, (train, val), accumulate, not labelled, inner, signals),
+            callback=Reporter(model, aim.goal, (train, val), accumulate, not labelled, inner, signals),
             checkpoint=inner.output_dir / LAST,
             resume=resume,
             save_every=inner.print_freq,
             notes={"flags": {**settings.run.flags, **identity}},
         )
+    target = aim.named(model, found.schedule)
     file = save_schedules(settings, entry, target, found.schedule, runtime)
     scores = None if val is None else _scores(model, found, val, runtime)
     if found.calibrated is not None:
@@ -97,7 +97,7 @@ def _search_one(index: int, searched: Searched, plain: nn.Module, runtime: Runti
     else:
         apart = None if labelled else losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
     save_model(settings, entry, model, searched.classes, runtime)
-    log_found(settings, entry, target, model, found.schedule, scores, file, runtime, apart)
+    log_found(settings, entry, target, aim.goal.budget, model, found, scores, file, runtime, apart)
 
 
 def _scores(

@@ -15,6 +15,7 @@ from diffrate.group import all_sum
 from diffrate.running.evaluation import Tally
 from diffrate.searching.calibrate import UNIFORM, Calibrated, CalibrationObserver
 from diffrate.searching.calibrated import TrialRecord
+from diffrate.searching.target import Goal
 from engine import shown_scores
 from processes.runtime import Runtime
 from reporting.progress import Progress
@@ -29,19 +30,19 @@ log = logging.getLogger(__name__)
 
 
 class Reporter(diffrate.Observer):
-    """Of the search of `model` for `target` multiply-accumulates over the training and validation loaders."""
+    """Of the search of `model` for a goal over the training and validation loaders."""
 
     def __init__(
         self,
         model: diffrate.CompressedModel,
-        target: float,
+        goal: Goal,
         loaders: tuple[ImageLoader, ImageLoader | None],
         accumulate: int,
         taught: bool,
         runtime: Runtime,
         signals: StopSignals,
     ) -> None:
-        self.model, self.target, self.runtime, self.signals = model, target, runtime, signals
+        self.model, self.goal, self.runtime, self.signals = model, goal, runtime, signals
         self.taught = taught  # by the dense model: only then losses are those of a search at hard counts
         train, self.val = loaders
         self.images = accumulate * (train.batch_size or 1) * runtime.processes.world  # of a step
@@ -62,7 +63,7 @@ class Reporter(diffrate.Observer):
         self.progress.advance(self._describe)
         if record.step % self.runtime.print_freq == 0:
             place = {"epoch": record.epoch, "step": record.step, "done": record.epoch * self.steps + record.step}
-            costs = {"gflops": record.flops / 1e9, "target_gflops": self.target / 1e9}
+            costs = self._costs("", record.flops)
             expected = self.model.compression.space.schedule(record.counts)  # type: ignore[arg-type]  # not rounded
             self.runtime.append(place | fields_of(expected) | costs, STEPS)
             if self.taught:
@@ -81,9 +82,8 @@ class Reporter(diffrate.Observer):
         figures = {
             "train_loss": record.loss,
             "train_flops_loss": record.flops_loss,
-            "train_gflops": record.expected_flops / 1e9,
+            **self._costs("train_", record.expected_flops),
             "lr": record.learning_rate,
-            "target_gflops": self.target / 1e9,
         }
         scores = {"gflops": record.flops / 1e9} if record.scores is None else record.scores.record(record.flops)
         self.runtime.record({"mode": "search", "epoch": record.epoch, **figures, **scores, **counts})
@@ -116,9 +116,15 @@ class Reporter(diffrate.Observer):
         count = len(self.epoch)
         loss = sum(record.loss for record in self.epoch) / count
         cost = sum(record.flops_loss for record in self.epoch) / count
-        gflops = sum(record.flops for record in self.epoch) / count / 1e9
+        spent = sum(record.flops for record in self.epoch) / count
+        gflops = f"GFLOPs {spent / 1e9:.4f}" if self.goal.table is None else f"ms an image {1000 * spent:.3f}"
         rate = self.epoch[-1].learning_rate
-        return f"loss {loss:.4f}  cost loss {cost:.5f}  GFLOPs {gflops:.4f}  lr {rate:.2e}"
+        return f"loss {loss:.4f}  cost loss {cost:.5f}  {gflops}  lr {rate:.2e}"
+
+    def _costs(self, before: str, spent: float) -> dict[str, float]:
+        """An expected cost and its target, for records: in GFLOPs, or in seconds of an image."""
+        name, per = ("gflops", 1e9) if self.goal.table is None else ("seconds", 1.0)
+        return {f"{before}{name}": spent / per, f"target_{name}": self.goal.budget.target / per}
 
 
 class TrialReporter(CalibrationObserver):

@@ -19,6 +19,7 @@ from cli.settings import Settings
 from cli.trained import check_inputs, output_names, trained_model
 from cli.weights import Weights, read_weights
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.searching.calibrate import IMAGES
 from diffrate.searching.calibration import images_that_fit
@@ -101,11 +102,11 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     )
 
 
-def start_of(searched: Searched, model: diffrate.CompressedModel, target: float, runtime: Runtime) -> Schedule | None:
-    """Where the search of `model` for `target` multiply-accumulates begins, None for all candidates alike."""
+def start_of(searched: Searched, model: diffrate.CompressedModel, budget: Budget, runtime: Runtime) -> Schedule | None:
+    """Where the search of `model` for `budget` begins, None for all candidates alike."""
     settings = searched.settings
     if settings.recipe.start == "uniform":
-        return best_uniform(model, target, searched.part, runtime.amp)
+        return best_uniform(model, budget, searched.part, runtime.amp)
     named = start_schedule(settings.model, searched.entry, model)
     return None if named is None else named.schedule
 

@@ -25,13 +25,27 @@ MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize"
 
 @dataclass(frozen=True)
 class Target:
-    """A budget: GFLOPs, or a share of the dense model's."""
+    """A budget: GFLOPs, or a share of the dense model's; how many times as fast as that; or seconds of an image."""
 
     gflops: float | None = None
     share: float | None = None
+    speedup: float | None = None
+    seconds: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """What folders are called by."""
+        return "speedup" if self.speedup is not None else "latency" if self.seconds is not None else "target"
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a matter of seconds."""
+        return self.speedup is not None or self.seconds is not None
 
     def __str__(self) -> str:
-        return f"{self.gflops:g}" if self.share is None else f"{100 * self.share:g}%"
+        if self.share is not None:
+            return f"{100 * self.share:g}%"
+        return f"{next(value for value in vars(self).values() if value is not None):g}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,17 @@ class RecipeSettings:
 
 
 @dataclass(frozen=True)
+class LatencySettings:
+    """How a model is to be used where its seconds count: images at a time, precision, compiled or not. file: that
+    keeps what was measured, None for one of its own."""
+
+    batch_size: int
+    precision: str
+    compiled: bool
+    file: Path | None
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Where and how a run computes, and what it leaves.
 
@@ -132,6 +157,7 @@ class Settings:
     model: ModelSettings
     search: SearchSettings
     recipe: RecipeSettings
+    latency: LatencySettings
     training: TrainingSettings
     augmentation: Augmentation
     mixing: Mixing
@@ -156,7 +182,7 @@ def settings_from(args: Namespace) -> Settings:
             drop_path=args.drop_path,
             granularity=args.granularity,
             load=args.load_compression_rate,
-            targets=tuple(args.target_flops or ()),
+            targets=tuple(args.target_flops or ()) or _timed_targets(args),
             rate_file=args.compression_rate_file,
             scale=args.scale_compression_rate,
             dense=args.dense,
@@ -176,6 +202,7 @@ def settings_from(args: Namespace) -> Settings:
         recipe=RecipeSettings(
             args.search_loss, args.search_transform, args.init, args.budget, args.search, args.minutes
         ),
+        latency=LatencySettings(args.latency_batch, args.latency_precision, args.compile, args.latency_file),
         training=_training(args),
         augmentation=_augmentation(args),
         mixing=Mixing(
@@ -187,6 +214,11 @@ def settings_from(args: Namespace) -> Settings:
             mode=args.mixup_mode,
         ),
     )
+
+
+def _timed_targets(args: Namespace) -> tuple[Target, ...]:
+    speedups = tuple(Target(speedup=value) for value in args.target_speedup or ())
+    return speedups or tuple(Target(seconds=value) for value in args.target_latency or ())
 
 
 def mode_of(args: Namespace) -> str:

@@ -50,6 +50,7 @@ INPUT_ERRORS = (
     diffrate.SearchCheckpointError,
     diffrate.NonFiniteLossError,
     SearchSettingError,
+    diffrate.LatencyFileError,
 )
 
 

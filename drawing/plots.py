@@ -108,9 +108,12 @@ def search_figure(steps: Sequence[Record]) -> Figure | None:
             axes.annotate(str(block), (done[-1], counts[-1]), fontsize=7, xytext=(2, 0), textcoords="offset points")
         title = {PRUNE_FIELD: "expected after pruning, by block", MERGE_FIELD: "expected after merging, by block"}[kind]
         axes.set(title=title, xlabel="step", ylabel="tokens", ylim=(0, None))
-    cost.plot(done, [step["gflops"] for step in course], color=STYLES["searched"][0], label="expected")
-    cost.axhline(course[-1]["target_gflops"], color="black", linestyle="--", label="target")
-    cost.set(title="cost", xlabel="step", ylabel="GFLOPs (multiply-accumulates)")
+    name, words = ("gflops", "GFLOPs (multiply-accumulates)")
+    if name not in course[-1]:
+        name, words = "seconds", "seconds of an image"
+    cost.plot(done, [step[name] for step in course], color=STYLES["searched"][0], label="expected")
+    cost.axhline(course[-1][f"target_{name}"], color="black", linestyle="--", label="target")
+    cost.set(title="cost", xlabel="step", ylabel=words)
     _finish(cost)
     return figure
 

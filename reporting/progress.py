@@ -50,3 +50,27 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
+
+
+class Share:
+    """How much of something that takes about `seconds` is over, while it lasts: a bar on a terminal, a line at its
+    end elsewhere."""
+
+    def __init__(self, header: str, seconds: float, runtime: Runtime) -> None:
+        self.header, self.start = header, time.perf_counter()
+        self.bar = tqdm(total=round(seconds), desc=header, unit="s", disable=not runtime.bar, dynamic_ncols=True)
+        self.runs = 0
+
+    def advance(self, runs: int, share: float) -> None:
+        """So many runs are done, and this share of all there is to do."""
+        self.runs = runs
+        self.bar.n = round(share * self.bar.total)
+        self.bar.refresh()
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if self.runs:
+            log.info("%s: %d runs in %.0f s", self.header, self.runs, time.perf_counter() - self.start)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from diffrate.budgets.rounding import BudgetError, Cost, fit_budget
+from diffrate.budgets.rounding import GFLOPS, BudgetError, Cost, Unit, fit_budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 
@@ -20,8 +20,8 @@ class BaselineError(ValueError):
     """A baseline that the model's family cannot run."""
 
 
-def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float) -> Schedule:
-    """The schedule `kind` of a constant keep ratio that meets `target` multiply-accumulates.
+def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float, unit: Unit = GFLOPS) -> Schedule:
+    """The schedule `kind` of a constant keep ratio that meets `target`.
 
     Raises:
         BaselineError: pruning in a model that only merges.
@@ -44,7 +44,7 @@ def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float) 
         pairs = [(whole, count) if kind == "merge" else (count, count) for count in kept]
         return space.schedule([count for pair in pairs for count in pair])
 
-    return fit_budget(counts_at, 1.0, assemble, cost, target, space.least)
+    return fit_budget(counts_at, 1.0, assemble, cost, target, space.least, unit)
 
 
 def uniform_schedules(space: SearchSpace, cost: Cost, target: float) -> dict[str, Schedule]:

@@ -369,8 +369,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "error", "expected"),
     [
-        ({}, SearchSettingError, "target_flops, share: found both or none"),
-        ({"share": 0.5, "target_flops": 1e6}, SearchSettingError, "found both or none"),
+        ({}, SearchSettingError, "target_flops, share, target_speedup, target_latency: found none"),
+        ({"share": 0.5, "target_flops": 1e6}, SearchSettingError, "found target_flops, share; accepted: one of them"),
         ({"share": 1.5}, SearchSettingError, "share: found 1.5"),
         ({"share": 0.01}, diffrate.BudgetError, "accepted: "),
         ({"target_flops": float("nan")}, diffrate.BudgetError, "accepted: "),
