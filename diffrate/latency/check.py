@@ -15,7 +15,7 @@ from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import place_of
 
-ROUNDS = 5  # timed pairs of a schedule
+SECONDS = 3.0  # of timed pairs, for a schedule
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,28 @@ def check_predictions(
     table: LatencyTable,
     schedules: Iterable[Schedule],
     *,
-    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
     device: torch.device | str | None = None,
     callback: Callable[[Schedule, float, float], None] | None = None,
 ) -> PredictionCheck:
-    """Hold the speed-ups that `table` predicts of `model` at `schedules` against measured ones, `rounds` pairs each.
+    """Hold the speed-ups that `table` predicts of `model` at `schedules` against measured ones, in pairs for so many
+    `seconds` each.
 
     `callback` is told each schedule, its predicted and its measured speed-up.
 
     Raises:
         ScheduleError: a schedule does not fit the model.
-        ValueError: no schedule, or a number of rounds below 1.
+        ValueError: no schedule, or seconds not above 0.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds: found {rounds}; accepted: from 1")
+    if not seconds > 0:
+        raise ValueError(f"seconds: found {seconds}; accepted: above 0")
     use, whole = use_of(table, place_of(model, device).device), table.seconds(model.dense_schedule())
     looked_at, predicted, measured = [], [], []
     for schedule in schedules:
         model.check(schedule)
         looked_at.append(schedule)
         predicted.append(whole / table.seconds(schedule))
-        measured.append(measured_speedup(model, schedule, use, rounds))
+        measured.append(measured_speedup(model, schedule, use, seconds))
         if callback is not None:
             callback(schedule, predicted[-1], measured[-1])
     if not looked_at:

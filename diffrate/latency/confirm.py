@@ -14,9 +14,9 @@ from diffrate.latency.setting import Use
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.speed import at_schedules
-from diffrate.running.timing import time_in_turn
+from diffrate.running.timing import time_within
 
-ROUNDS = 9  # timed pairs
+SECONDS = 6.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 CORRECTIONS = 3
 
@@ -44,7 +44,7 @@ class Confirmed:
         return f"{figures} ({self.words})"
 
 
-def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, rounds: int = ROUNDS) -> float:
+def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float = SECONDS) -> float:
     """How many times as fast as dense `model` is at `schedule`: the median of pairs in turn.
 
     Copies are timed: the model itself is not touched.
@@ -52,7 +52,7 @@ def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, round
     if schedule == model.dense_schedule():
         return 1.0
     sides = at_schedules(model, (model.dense_schedule(), schedule), use.batch_size, use.device, use.dtype, use.compiled)
-    return time_in_turn(sides[0], sides[1], rounds, use.device).ratio
+    return time_within(sides[0], sides[1], seconds, use.device).ratio
 
 
 def confirmed(

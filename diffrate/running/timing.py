@@ -20,6 +20,7 @@ import torch
 
 Run = Callable[[], Any]
 SHORTEST = 0.3  # seconds of a measurement at least
+SHORT, FEWEST = 0.08, 7  # seconds of one, and rounds, where many are to fit into a time
 # Linux tells of each process's memory here; elsewhere memory is measured on GPUs alone.
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -47,7 +48,20 @@ class PairedTimes:
         return min(self.ratios), max(self.ratios)
 
 
-def time_in_turn(baseline: Run, rival: Run, rounds: int, device: torch.device) -> PairedTimes:
+def time_within(baseline: Run, rival: Run, seconds: float, device: torch.device) -> PairedTimes:
+    """Time both in turn, in as many short rounds as fit into `seconds`, `FEWEST` at least.
+
+    Where a machine's pace changes within seconds, many short rounds tell a ratio better than a few long ones.
+    """
+    for run in (baseline, rival):
+        run()
+    pair = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in (baseline, rival))
+    return time_in_turn(baseline, rival, max(FEWEST, int(seconds / pair)), device, SHORT)
+
+
+def time_in_turn(
+    baseline: Run, rival: Run, rounds: int, device: torch.device, shortest: float = SHORTEST
+) -> PairedTimes:
     """Time both `rounds` times, after a first run each that does not count (allocations, compilation).
 
     Short runs are repeated within a round, after one that brings the side's weights back to the
@@ -56,7 +70,7 @@ def time_in_turn(baseline: Run, rival: Run, rounds: int, device: torch.device) -
     sides = (baseline, rival)
     for run in sides:
         run()
-    repeats = [math.ceil(SHORTEST / _seconds(run, 1, device)) for run in sides]
+    repeats = [math.ceil(shortest / _seconds(run, 1, device)) for run in sides]
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
