@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+import diffrate
 import models
-from benchmarks import loading, scaling, speed
+from benchmarks import latency, loading, scaling, speed
 from benchmarks.search_step import search_cost
 from benchmarks.subject import Subject
 from benchmarks.tables import table, write_rows
 from cli.data import eval_dataset, eval_loader
 from cli.entry import built, chosen_entry, input_size_of
 from cli.inference import for_inference
+from cli.latency import latency_table
 from cli.model import compressed
+from cli.schedules import schedules_that_fit
 from cli.settings import DEFAULT_BATCH, Settings
 from cli.weights import Weights
 from datasets import DataError
@@ -77,7 +80,30 @@ def _speed(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     _report("benchmark", rows, speed.HEADINGS, runtime)
 
 
-MEASURES = {"eval": _speed, "search": _search, "scaling": _scaling, "loading": _loading}
+def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
+    model = replace(subject, schedule=None).compressed().to(runtime.device)
+    use = replace(
+        settings.latency,
+        batch_size=settings.data.batch_sizes[0] if settings.data.batch_sizes else settings.latency.batch_size,
+        precision=settings.run.amp or settings.latency.precision,
+    )
+    table = latency_table(use, model, runtime)
+    name = subject.entry.name
+    _report("benchmark latency", latency.latency_rows(name, table), latency.HEADINGS, runtime)
+    known = schedules_that_fit(settings.model, subject.entry, model)
+
+    def tell(schedule: diffrate.Schedule, predicted: float, measured: float) -> None:
+        gflops = model.flops_at(schedule) / 1e9
+        runtime.record({"mode": "latency check", "predicted": predicted, "measured": measured, "gflops": gflops})
+        log.info("%.3f GFLOPs: speed-up predicted %.3f, measured %.3f", gflops, predicted, measured)
+
+    checked = diffrate.check_predictions(
+        model, table, latency.schedules_to_check(model, known, settings.run.seed), callback=tell
+    )
+    log.info(checked.line())
+
+
+MEASURES = {"eval": _speed, "search": _search, "scaling": _scaling, "loading": _loading, "latency": _latency}
 
 
 def _subject(settings: Settings) -> Subject:

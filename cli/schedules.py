@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffrate
 import models
 from cli.settings import PROJECT, ModelSettings, Target
-from diffrate.budgets.schedule import Schedule, find_schedule, scale_schedule
+from diffrate.budgets.schedule import Schedule, find_schedule, read_schedules, scale_schedule
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
@@ -50,6 +51,22 @@ def start_schedule(settings: ModelSettings, entry: ModelEntry, model: diffrate.C
         ScheduleError: as `chosen_schedule`.
     """
     return None if settings.start is None else _find(settings, entry, settings.start, model)
+
+
+def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> list[Schedule]:
+    """All schedules of the file for a model of as many tokens and blocks as `model`; none where it has none.
+
+    Raises:
+        ScheduleError: the file is malformed.
+    """
+    file, found = rate_file(settings), []
+    for target in read_schedules(file).get(entry.schedule_key, {}):
+        schedule = find_schedule(file, entry.schedule_key, float(target))
+        with suppress(diffrate.ScheduleError):  # made for another input
+            model.check(schedule)
+            if max(schedule.merge) == model.compression.space.limits[0]:
+                found.append(schedule)
+    return found
 
 
 def rate_file(settings: ModelSettings) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -13,6 +15,10 @@ import torch
 
 from diffrate.blocks.block import removes
 from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.schedule import Schedule
+from diffrate.budgets.uniform import baseline_schedule
+from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.curves import AttentionSample, Curve, fit_attention, fit_curve, fit_line, fit_reduction
 from diffrate.latency.file import read_table, write_table
 from diffrate.latency.plan import knots, probing_schedules
@@ -23,8 +29,11 @@ from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import place_of
 from diffrate.seeds import generators_kept
 
-SECONDS = 40.0  # of timed runs
+SECONDS = 36.0  # of timed runs
 RUNS = (60, 600)  # at least, whatever they take, and at most
+WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is looked at as a whole
+LEFT = (0.8, 0.5)  # of the FLOPs, in these schedules
+BELIEVED = (0.5, 2.0)  # of a correction
 WARM = 3  # runs before the first that counts
 DENSE_EVERY = 4  # runs: how fast the machine is at the moment
 
@@ -72,7 +81,7 @@ def measure_latency(
         return known
     with generators_kept():
         samples = _sampled(model, use, seconds, progress)
-    table = _table(model, use, samples)
+        table = _repriced(model, use, _table(model, use, samples), _whole_schedules(model))
     if file is not None:
         write_table(Path(file), table)
     return table
@@ -105,6 +114,36 @@ def _steadied(rounds: Sequence[Sequence[RunSample]]) -> list[RunSample]:
     usual = median(paces)
     between = [(one + other) / 2 for one, other in zip(paces, [*paces[1:], paces[-1]], strict=True)]
     return [_scaled(sample, usual / pace) for samples, pace in zip(rounds, between, strict=True) for sample in samples]
+
+
+def _repriced(model: CompressedModel, use: Use, table: LatencyTable, schedules: Sequence[Schedule]) -> LatencyTable:
+    """The table with the price of reductions by which it agrees with whole runs, measured against dense in turn.
+
+    Reductions are many short operations, which take a little longer in a model that runs undisturbed by timing.
+    """
+    whole, factors = table.seconds(model.dense_schedule()), []
+    for schedule in schedules:
+        taken = whole / measured_speedup(model, schedule, use, WHOLE_RUNS)
+        price = table.prices(schedule)
+        if price > 0:
+            factors.append((taken - table.seconds(schedule) + price) / price)
+    low, high = BELIEVED
+    by = min(high, max(low, median(factors))) if factors else 1.0
+    return replace(table, kinds=tuple(kind.repriced(by) for kind in table.kinds))
+
+
+def _whole_schedules(model: CompressedModel) -> list[Schedule]:
+    """Some to look at as a whole, with a reduction in every block: pruned, merged, and both."""
+    space, found = model.compression.space, []
+    for kind in ("prune", "merge", "both") if space.prunes else ("merge",):
+        for share in LEFT:
+            with suppress(BudgetError):
+                found.append(baseline_schedule(kind, space, model.flops_at, _flops(model, share)))
+    return found
+
+
+def _flops(model: CompressedModel, share: float) -> float:
+    return share * model.flops_at(model.dense_schedule())
 
 
 def _scaled(sample: RunSample, by: float) -> RunSample:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,12 @@ class BlockTimes:
             return seconds + self.after[self.read]
         return seconds + self.price(kept, sized) + self.after[kept.merged]
 
+    def repriced(self, by: float) -> BlockTimes:
+        """The same, with reductions so many times as dear."""
+        asked = tuple(by * weight for weight in self.attention.asked)
+        reduction = tuple(by * weight for weight in self.reduction)
+        return replace(self, attention=self.attention._replace(asked=asked), reduction=reduction)
+
     def price(self, kept: Kept, sized: bool) -> float:
         """What it takes that tokens go: to ask for their importance, and to let them go; 0 where none do."""
         if kept.merged == kept.entering or self.read is not None:
@@ -97,6 +103,14 @@ class LatencyTable:
     def blocks(self) -> tuple[BlockTimes, ...]:
         """The times of each block."""
         return tuple(self.kinds[kind] for kind in self.order)
+
+    def prices(self, schedule: Schedule) -> float:
+        """What the reductions of `schedule` take of its `seconds`."""
+        total, sized = 0.0, False
+        for kept, kind in zip(running_counts(schedule, self.tokens), self.blocks, strict=False):
+            total += kind.price(kept, sized)
+            sized = sized or kept.merged < kept.pruned
+        return total / self.batch_size
 
     def rest(self) -> float:
         """Seconds of a batch outside the blocks, at all tokens."""
