@@ -35,7 +35,9 @@ class Target:
     @property
     def kind(self) -> str:
         """What folders are called by."""
-        return "speedup" if self.speedup is not None else "latency" if self.seconds is not None else "target"
+        if self.timed:
+            return "target_speedup" if self.seconds is None else "target_latency"
+        return "target"
 
     @property
     def timed(self) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 def rank() -> int:
@@ -31,6 +36,23 @@ def from_first(values: Tensor, device: torch.device) -> Tensor:
     shared = values.to(device)
     dist.broadcast(shared, src=0)
     return shared.cpu()
+
+
+def made_by_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
+    if not _joined():
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [make(), None]
+        except Exception as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    made, error = outcome
+    if error is not None:
+        raise error
+    return made
 
 
 def least(value: int, device: torch.device) -> int:

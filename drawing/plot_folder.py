@@ -16,13 +16,14 @@ from drawing.plots import (
     Record,
     accuracy_figure,
     kept_tokens_figure,
+    latency_figure,
     scaling_figure,
     search_figure,
     sensitivity_figure,
     speed_figure,
     work_figure,
 )
-from reporting.records import FOUND, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK
+from reporting.records import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK
 from utils import UsageError
 
 DPI = 110
@@ -68,6 +69,7 @@ def _draw_folder(folder: Path) -> list[Path]:
         ("sensitivity.png", sensitivity_figure, _lines(folder / SENSITIVITY)),
         ("speed.png", speed_figure, speed),
         ("scaling.png", scaling_figure, scaling),
+        ("latency.png", latency_figure, _table(folder / LATENCY)),
     ]
     written = []
     for name, draw, data in plots:

@@ -25,6 +25,12 @@ STYLES = {
     "uniform both": ("#cc79a7", "D"),
     "uniform random": ("#999999", "X"),
 }
+LATENCIES = (
+    ("attention_ms", "attention, of tokens that enter", "-"),
+    ("mlp_ms", "MLP, of tokens that leave", "-"),
+    ("prune_ms", "pruning a tenth", "--"),
+    ("merge_ms", "merging a tenth", "--"),
+)
 WORK_STYLES = {"gradient": ("#0072b2", "o"), "calibrated": ("#d55e00", "^")}
 ALONE = {"prune": "pruning", "merge": "merging"}
 LEAST_LOSS = 1e-6  # where lower ones are drawn
@@ -136,6 +142,23 @@ def speed_figure(rows: Sequence[Record]) -> Figure | None:
     axes.set_xticks(places, labels)
     axes.set(title=rows[0]["model"], ylabel="times the dense images/s", ylim=(0, 1.3 * max(speeds + ideal)))
     _finish(axes)
+    return figure
+
+
+def latency_figure(rows: Sequence[Record]) -> Figure | None:
+    """A panel for each kind of block: milliseconds of its parts over the tokens, and of a reduction of a tenth."""
+    kinds = sorted({row["block"] for row in rows})
+    figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        of_kind = sorted((row for row in rows if row["block"] == kind), key=lambda row: row["tokens"])
+        for name, label, line in LATENCIES:
+            points = [(row["tokens"], row[name]) for row in of_kind if row[name] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), line, label=label)
+        row = of_kind[0]
+        use = f"batch {row['batch_size']}, {row['precision']}, {row['mode']}"
+        axes.set(title=f"block {kind}: {use}", xlabel="tokens", ylabel="ms of a batch", xlim=(0, None), ylim=(0, None))
+        _finish(axes)
     return figure
 
 

@@ -5,5 +5,5 @@ STEPS = "search_steps.txt"  # how the expected counts of a search moved, a JSON 
 FOUND = "found.txt"  # what searches ended with, JSON lines
 WORK = "search_work.txt"  # what searches had spent and come to, stage by stage, JSON lines
 SENSITIVITY = "sensitivity.txt"  # what each block loses alone, JSON lines
-SPEED, SCALING = "benchmark.json", "benchmark_scaling.json"
+SPEED, SCALING, LATENCY = "benchmark.json", "benchmark_scaling.json", "benchmark_latency.json"
 RATES = "compression_rate.json"

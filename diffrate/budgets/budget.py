@@ -65,17 +65,27 @@ def choices_of(schedule: Schedule, space: SearchSpace) -> list[int]:
 
 
 def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list[int]:
-    """The counts with every reduction switched off that, alone, costs more than it saves, the worst first."""
+    """The counts with every reduction switched off that costs more than it saves, the worst first: a choice alone, or
+    all of a block, where one without the other would cost as much."""
     best = list(accumulate(counts, min))
     least = cost(space.schedule(best))
     while True:
-        trials = []
-        for place, count in enumerate(best):
-            before = space.tokens if place == 0 else best[place - 1]
-            if count < before:
-                trials.append([*best[:place], before, *best[place + 1 :]])
+        trials = _switched_off(best, space)
         costs = [cost(space.schedule(trial)) for trial in trials]
         if not costs or min(costs) >= least:
             return best
         least = min(costs)
         best = trials[costs.index(least)]
+
+
+def _switched_off(counts: list[int], space: SearchSpace) -> list[list[int]]:
+    """The counts with one choice that keeps all that are there, or with all choices of a block."""
+    width, trials = len(space.kinds), []
+    for place in range(len(counts)):
+        before = space.tokens if place == 0 else counts[place - 1]
+        ends = {place + 1} if place % width else {place + 1, place + width}
+        for end in sorted(ends):
+            trial = [*counts[:place], *[before] * (end - place), *counts[end:]]
+            if trial != counts:
+                trials.append(trial)
+    return trials

@@ -15,7 +15,7 @@ from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import place_of
 
-SECONDS = 3.0  # of timed pairs, for a schedule
+SECONDS = 5.0  # of timed pairs, for a schedule
 
 
 @dataclass(frozen=True)

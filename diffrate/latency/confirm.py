@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from diffrate.budgets.budget import Budget, choices_of
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
-from diffrate.group import from_first, rank
+from diffrate.group import made_by_first
 from diffrate.latency.setting import Use
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.speed import at_schedules
 from diffrate.running.timing import time_within
 
-SECONDS = 6.0  # of timed pairs
+SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 CORRECTIONS = 3
 
@@ -44,8 +43,9 @@ class Confirmed:
         return f"{figures} ({self.words})"
 
 
-def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float = SECONDS) -> float:
-    """How many times as fast as dense `model` is at `schedule`: the median of pairs in turn.
+def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> float:
+    """How many times as fast as dense `model` is at `schedule`: the median of pairs in turn, for so many
+    `seconds`.
 
     Copies are timed: the model itself is not touched.
     """
@@ -65,7 +65,7 @@ def confirmed(
     asked, counts, corrected = whole / budget.target, choices_of(schedule, space), budget
     best = 0.0, schedule
     for _ in range(1 + CORRECTIONS):
-        ratio = _shared(measured_speedup(model, schedule, use) if rank() == 0 else 0.0, use.device)
+        ratio = made_by_first(partial(measured_speedup, model, schedule, use, SECONDS))
         if ratio > best[0]:
             best = ratio, schedule
         if ratio >= asked * (1 - TOO_SLOW):
@@ -80,8 +80,3 @@ def confirmed(
     of = budget.unit.of
     figures = of(budget.target), of(predicted), of(whole / ratio)
     return schedule, Confirmed(*figures, budget.unit.option, use.words())
-
-
-def _shared(value: float, device: torch.device) -> float:
-    """The first process's, in all."""
-    return float(from_first(torch.tensor(value, dtype=torch.float64), device))

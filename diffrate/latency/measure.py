@@ -18,6 +18,7 @@ from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.uniform import baseline_schedule
+from diffrate.group import made_by_first
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.curves import AttentionSample, Curve, fit_attention, fit_curve, fit_line, fit_reduction
 from diffrate.latency.file import read_table, write_table
@@ -54,8 +55,9 @@ def measure_latency(
     """What `model` costs at any schedule, in seconds: from forward passes on random images in which each part of
     each block is timed, at schedules that show it at many numbers of tokens.
 
-    With weights in `dtype` on `device` (by default where the model is), compiled with `compile`. A copy is timed:
-    the model itself is not touched.
+    Inside an initialised process group the first process measures, and all get its table. With weights in `dtype`
+    on `device` (by default where the model is), compiled with `compile`. A copy is timed: the model itself is not
+    touched.
 
     Args:
         seconds: of timed runs; short ones come on top where a model is so large that few fit.
@@ -75,15 +77,20 @@ def measure_latency(
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
     use = Use(batch_size, dtype, compile, place_of(model, device).device)
-    setting = setting_of(model, use)
-    known = None if file is None else read_table(Path(file), setting)
+    return made_by_first(lambda: _read_or_measured(model, use, seconds, None if file is None else Path(file), progress))
+
+
+def _read_or_measured(
+    model: CompressedModel, use: Use, seconds: float, file: Path | None, progress: Progress | None
+) -> LatencyTable:
+    known = None if file is None else read_table(file, setting_of(model, use))
     if known is not None:
         return known
     with generators_kept():
         samples = _sampled(model, use, seconds, progress)
         table = _repriced(model, use, _table(model, use, samples), _whole_schedules(model))
     if file is not None:
-        write_table(Path(file), table)
+        write_table(file, table)
     return table
 
 

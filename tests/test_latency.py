@@ -1,0 +1,243 @@
+"""Seconds as a cost: curves through noisy samples, tables, budgets in seconds, and their files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffrate
+from diffrate.budgets.budget import Budget, choices_of, without_waste
+from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.schedule import Kept, Schedule, running_counts
+from diffrate.budgets.space import SearchSpace
+from diffrate.latency.budget import latency_budget, speedup_budget
+from diffrate.latency.curves import (
+    AttentionSample,
+    AttentionTimes,
+    Curve,
+    fit_attention,
+    fit_curve,
+    fit_reduction,
+    reduction_terms,
+)
+from diffrate.latency.expected import expected_seconds
+from diffrate.latency.file import LatencyFileError, read_table, write_table
+from diffrate.latency.plan import knots, probing_schedules, random_schedule
+from diffrate.latency.table import BlockTimes, LatencyTable
+from diffrate.rates.masked_block import plan_search
+from tests.test_patch import patched
+
+TOKENS, BLOCKS = 65, 6
+SPACE = SearchSpace(limits=(TOKENS,) * BLOCKS, searchable=tuple(range(1, BLOCKS)), prunes=True, prefix=1)
+
+
+def line(at_one: float, at_all: float) -> Curve:
+    return Curve((1, TOKENS), (at_one, at_all))
+
+
+def table_of(price: float, **changes: Any) -> LatencyTable:
+    """Blocks whose attention and MLP are lines over tokens, and where each reduction takes `price` seconds."""
+    kind = BlockTimes(
+        AttentionTimes(line(0.1, 1.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+        line(0.2, 2.0),
+        (price, 0.0, 0.0, price, 0.0, 0.0, 0.0),
+        None,
+    )
+    last = replace(kind, read=1, reduction=())
+    whole = LatencyTable(
+        {"precision": "float32", "mode": "eager"}, (kind, last), (0,) * 5 + (1,), 0.5, (0.1, 0.0), 65, 2
+    )
+    return replace(whole, **changes)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_a_curve_of_steps_is_found_again_through_outliers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    levels = knots(1, TOKENS)
+    truth = 1.0 + np.ceil(np.array(levels) / 16)  # kernels of 16 rows
+    tokens = rng.choice(levels, 900)
+    seconds = np.interp(tokens, levels, truth) * rng.normal(1, 0.02, 900)
+    seconds[rng.random(900) < 0.05] *= 3
+    found = fit_curve(tokens.tolist(), seconds.tolist(), levels)
+    rising = np.diff(found.at(np.arange(1, TOKENS + 1)))
+    assert (rising >= -1e-12).all()
+    assert np.median(np.abs(found.at(np.array(levels)) / truth - 1)) < 0.03
+
+
+def test_what_attention_takes_more_is_told_apart() -> None:
+    rng = Random(0)
+    samples = []
+    for _ in range(600):
+        tokens, asked, sized = rng.randint(1, TOKENS), rng.random() < 0.5, rng.random() < 0.5
+        seconds = 1 + 0.05 * tokens + asked * (0.3 + 0.01 * tokens) + sized * 0.2
+        samples.append(AttentionSample(tokens, asked, sized, seconds))
+    found = fit_attention(samples, knots(1, TOKENS))
+    at = np.array([10, 40, 60])
+    powers = np.stack([np.ones(3), at, at**2], axis=-1)
+    assert found.plain.at(at) == pytest.approx(1 + 0.05 * at, rel=0.01)
+    assert powers @ np.array(found.asked) == pytest.approx(0.3 + 0.01 * at, rel=0.05)
+    assert powers @ np.array(found.sized) == pytest.approx(np.full(3, 0.2), rel=0.05)
+
+
+def test_the_price_of_a_reduction_is_found_again() -> None:
+    rng, weights = Random(0), np.array([0.5, 0.01, 0.002, 0.3, 0.0, 0.001, 0.1])
+    kept, sized, seconds = [], [], []
+    for _ in range(300):
+        merged, pruned, entering = sorted(rng.randint(1, TOKENS) for _ in range(3))
+        kept.append(Kept(entering, pruned, merged if rng.random() < 0.6 else pruned))
+        sized.append(rng.random() < 0.5)
+        seconds.append(float(weights @ np.array(reduction_terms(kept[-1], sized[-1]))))
+    assert fit_reduction(kept, sized, seconds) == pytest.approx(weights, abs=1e-3)
+
+
+def test_a_schedule_takes_the_sum_of_its_parts() -> None:
+    table = table_of(price=0.25)
+    dense = SPACE.dense()
+    assert table.seconds(dense) == pytest.approx((0.5 + 5 * (1.0 + 2.0) + 1.0 + 0.2 + 0.1) / 2)
+    pruned = SPACE.schedule([65, 65, 33, 33] + [33] * 6)  # half of the tokens go in block 2
+    half_attention, half_mlp = 0.55, 1.1
+    expected = 0.5 + 2 * 3.0 + (1.0 + 0.25 + half_mlp) + 2 * (half_attention + half_mlp) + half_attention + 0.2 + 0.1
+    assert table.seconds(pruned) == pytest.approx(expected / 2)
+    assert table.prices(pruned) == pytest.approx(0.25 / 2)
+    merged = SPACE.schedule([65, 65, 65, 33] + [33] * 6)
+    assert table.seconds(merged) - table.seconds(pruned) == pytest.approx(0.25 / 2)
+    assert replace(table, kinds=tuple(kind.repriced(2) for kind in table.kinds)).prices(pruned) == pytest.approx(0.25)
+
+
+@given(st.integers(0, 10_000), st.floats(1.05, 2.2), st.floats(0, 0.4))
+@settings(max_examples=60, deadline=None)
+def test_any_counts_round_to_a_speed_without_wasted_reductions(seed: int, speedup: float, price: float) -> None:
+    table, rng = table_of(price), Random(seed)
+    budget = speedup_budget(table, SPACE.dense(), speedup)
+    schedule = budget.rounded([rng.uniform(1, TOKENS) for _ in range(10)], SPACE)
+    assert meets_budget(table.seconds(schedule), budget.target)
+    assert budget.unit.of(table.seconds(schedule)) == pytest.approx(speedup, rel=0.02)
+    counts = choices_of(schedule, SPACE)
+    thrifty = without_waste(counts, SPACE, table.seconds)
+    assert table.seconds(SPACE.schedule(thrifty)) <= table.seconds(schedule) + 1e-12
+
+
+def test_reductions_that_cost_more_than_they_save_are_switched_off() -> None:
+    counts = [64, 64, 60, 60, 30, 30, 29, 29, 29, 29]
+    assert without_waste(counts, SPACE, table_of(0.0).seconds) == counts
+    dear = without_waste(counts, SPACE, table_of(0.3).seconds)
+    assert dear == [65, 65, 65, 65, 30, 30, 30, 30, 30, 30]
+    model = patched("deit")
+    assert without_waste(counts, SPACE, model.flops_at) == counts  # FLOPs know no price
+
+
+def test_budgets_speak_in_their_own_units() -> None:
+    table = table_of(0.1)
+    with pytest.raises(diffrate.BudgetError, match=r"^target_speedup 9: accepted: 1 to 2\.\d+$"):
+        speedup_budget(table, SPACE.dense(), 9.0).check(SPACE)
+    with pytest.raises(diffrate.BudgetError, match=r"^target_latency 0\.001 s: accepted: \d+\.\d+ to 8\.4$"):
+        latency_budget(table, 0.001).check(SPACE)
+    latency_budget(table, 4.0).check(SPACE)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_probing_schedules_show_every_knot_and_every_kind(seed: int) -> None:
+    rng = Random(seed)
+    schedules = [schedule for schedule, _ in zip(probing_schedules(SPACE, rng), range(120), strict=False)]
+    seen, kinds = set(), set()
+    for schedule in schedules:
+        for kept in running_counts(schedule, TOKENS):
+            seen.add(kept.merged)
+            kinds.add((kept.pruned < kept.entering, kept.merged < kept.pruned))
+    assert seen >= set(knots(1, TOKENS - 1))
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
+    assert random_schedule(SPACE, rng) != SPACE.dense()
+
+
+def test_a_table_as_a_file(tmp_path: Path) -> None:
+    file, table = tmp_path / "new" / "times.json", table_of(0.1)
+    assert read_table(file, table.setting) is None
+    write_table(file, table)
+    assert read_table(file, table.setting) == table
+    assert read_table(file, table.setting | {"mode": "compiled"}) is None
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"setting": {}}', '{"setting": {}, "kinds": [{"read": 1}]}'])
+def test_a_file_that_holds_no_table_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "times.json").write_text(content)
+    with pytest.raises(LatencyFileError, match=r"times\.json: cannot be read \(.*\); accepted: a file of measured"):
+        read_table(tmp_path / "times.json", {})
+
+
+def test_a_table_cannot_be_written_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LatencyFileError, match="cannot be written"):
+        write_table(tmp_path / "file" / "times.json", table_of(0.1))
+
+
+def test_expected_seconds_are_those_of_the_hard_counts_and_pull_rates_towards_fewer_tokens() -> None:
+    model = patched("deit")
+    model.compression.reset()
+    plans = plan_search(model.compression.draw(), BLOCKS, TOKENS)
+    seconds = expected_seconds(table_of(0.0), plans)
+    hard = model.compression.expected_schedule()
+    assert float(seconds) == pytest.approx(table_of(0.0).seconds(hard), rel=1e-6)
+    seconds.backward()
+    first = model.arch_parameters()[0].grad
+    assert first is not None
+    assert first[0] > 0 > first[-1]  # a step down the gradient makes keeping all less likely
+
+
+def test_a_price_teaches_rates_to_leave_a_block_alone() -> None:
+    """Logits that almost always keep all: with a dear reduction, the rest of the probability is pushed there, too."""
+    model = patched("deit")
+    model.compression.reset()
+    with torch.no_grad():
+        for rate in model.arch_parameters():
+            rate[0] = 4.0
+    gradients = []
+    for price in (0.0, 50.0):
+        model.zero_grad()
+        expected_seconds(table_of(price), plan_search(model.compression.draw(), BLOCKS, TOKENS)).backward()
+        gradient = model.arch_parameters()[0].grad
+        assert gradient is not None
+        gradients.append(float(gradient[0]))
+    cheap, dear = gradients
+    assert dear < 0 < cheap
+
+
+def test_a_table_of_another_model_is_refused() -> None:
+    model = patched("deit")
+    with pytest.raises(
+        diffrate.SearchSettingError, match="latency: found a table of 6 blocks over 30 tokens; accepted: 6"
+    ):
+        diffrate.search(model, [], target_speedup=1.5, latency=table_of(0.1, tokens=30))
+
+
+@pytest.mark.parametrize("asked", [{"target_speedup": 0.0}, {"target_latency": float("nan")}])
+def test_targets_that_are_no_numbers_are_refused(asked: dict[str, float]) -> None:
+    with pytest.raises(diffrate.SearchSettingError, match="accepted: above 0"):
+        diffrate.search(patched("deit"), [], latency=table_of(0.1), **asked)
+
+
+def test_files_say_what_they_hold(tmp_path: Path) -> None:
+    write_table(tmp_path / "times.json", table_of(0.1))
+    content = json.loads((tmp_path / "times.json").read_text())
+    assert content["what"].startswith("measured seconds")
+    assert content["setting"]["mode"] == "eager"
+
+
+def test_budgets_of_flops_round_as_before() -> None:
+    model = patched("deit")
+    space = model.compression.space
+    budget = Budget(model.flops_at, 0.6 * model.flops_at(space.dense()))
+    schedule = budget.rounded([60.0] * 10, space)
+    assert isinstance(schedule, Schedule)
+    assert budget.met_by(schedule)
