@@ -131,7 +131,7 @@ def test_reductions_that_cost_more_than_they_save_are_switched_off() -> None:
     counts = [64, 64, 60, 60, 30, 30, 29, 29, 29, 29]
     assert without_waste(counts, SPACE, table_of(0.0).seconds) == counts
     dear = without_waste(counts, SPACE, table_of(0.3).seconds)
-    assert dear == [65, 65, 65, 65, 30, 30, 30, 30, 30, 30]
+    assert dear == [65, 65, 65, 65, 30, 30, 30, 30, 29, 29]  # the last block reads one token: what goes there is free
     model = patched("deit")
     assert without_waste(counts, SPACE, model.flops_at) == counts  # FLOPs know no price
 
@@ -188,7 +188,7 @@ def test_expected_seconds_are_those_of_the_hard_counts_and_pull_rates_towards_fe
     plans = plan_search(model.compression.draw(), BLOCKS, TOKENS)
     seconds = expected_seconds(table_of(0.0), plans)
     hard = model.compression.expected_schedule()
-    assert float(seconds) == pytest.approx(table_of(0.0).seconds(hard), rel=1e-6)
+    assert seconds.detach().item() == pytest.approx(table_of(0.0).seconds(hard), rel=1e-6)
     seconds.backward()
     first = model.arch_parameters()[0].grad
     assert first is not None
