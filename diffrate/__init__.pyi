@@ -3,6 +3,9 @@ from .blocks.forms import UnsupportedModelError
 from .blocks.tokens import TokenState
 from .budgets.rounding import BudgetError
 from .budgets.schedule import Schedule, ScheduleError, scale_schedule
+from .exporting.export import Exported, export
+from .exporting.plain import plain
+from .exporting.targets import ExportError
 from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
@@ -28,6 +31,8 @@ __all__ = [
     "CalibrationObserver",
     "CompressedModel",
     "EpochRecord",
+    "ExportError",
+    "Exported",
     "Found",
     "NonFiniteLossError",
     "Observer",
@@ -50,9 +55,11 @@ __all__ = [
     "about",
     "benchmark",
     "evaluate",
+    "export",
     "load",
     "make_visualization",
     "patch",
+    "plain",
     "save",
     "scale_schedule",
     "search",
