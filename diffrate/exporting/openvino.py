@@ -47,5 +47,5 @@ def run(path: Path, threads: int | None = None) -> Runner:
     def logits(images: Tensor) -> Tensor:
         return torch.from_numpy(request.infer([images.numpy()])[0].copy())
 
-    said: Any = model.get_rt_info().get(SECTION, None)
-    return Runner(logits, {} if said is None else {name: item.astype(str) for name, item in said.value.items()})
+    said: Any = model.get_rt_info(SECTION).value if model.has_rt_info(SECTION) else {}
+    return Runner(logits, {name: str(item) for name, item in said.items()})

@@ -35,14 +35,14 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
         bias = attn_mask
         if bias is not None and bias.shape[2] == 1 and queries != 1:
             bias = op.Expand(bias, op.Constant(value_ints=[1, 1, queries, 1]))
-        mixed = op.Attention(
+        mixed, *_ = op.Attention(
             *(_side_by_side(op, item) for item in (query, key, value)),
             *([] if bias is None else [bias]),
             q_num_heads=heads,
             kv_num_heads=heads,
             **({} if scale is None else {"scale": scale}),
         )
-        apart = op.Reshape(mixed, op.Constant(value_ints=[0, queries, heads, width]))
+        apart = op.Reshape(mixed, op.Constant(value_ints=[-1, queries, heads, width]))
         return op.Transpose(apart, perm=[0, 2, 1, 3])
 
     return {torch.ops.aten.scaled_dot_product_attention.default: attention}
@@ -51,4 +51,4 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
 def _side_by_side(op: Any, heads: Any) -> Any:
     """`[B, N, H D]` of heads `[B, H, N, D]`."""
     count, tokens, width = heads.shape[1], heads.shape[2], heads.shape[3]
-    return op.Reshape(op.Transpose(heads, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, tokens, count * width]))
+    return op.Reshape(op.Transpose(heads, perm=[0, 2, 1, 3]), op.Constant(value_ints=[-1, tokens, count * width]))
