@@ -26,6 +26,9 @@ class Normalization(NamedTuple):
 class Logits(nn.Module):
     """Logits `[B, K]` in float32 of images `[B, C, H, W]` in float32, whatever the precision of the weights."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: CompressedModel, dtype: torch.dtype, normalization: Normalization | None) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype

@@ -1,11 +1,8 @@
-"""ONNX operators in place of those that torch's exporter takes, chosen by measurement in onnxruntime.
-
-`python -m benchmarks.operators` compares them.
-"""
+"""ONNX operators in place of those that torch's exporter takes, chosen by measurement in onnxruntime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +10,11 @@ import torch
 OPSET = 23  # the first with an operator for attention
 
 
-def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch's exporter is to take for each of its operators, over its own choice."""
-    from onnxscript import opset23 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset23
 
     def attention(
         query: Any,
