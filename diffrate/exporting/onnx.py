@@ -23,6 +23,7 @@ DATA = ".data"  # what the name of the file with the weights ends in, where they
 def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
     """Write `program` with `entries` as metadata, weights beside it in `path`.data where protobuf has no room."""
     import onnx
+    from onnxscript import optimizer
 
     with _quiet():
         made: Any = torch.onnx.export(
@@ -33,7 +34,10 @@ def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None
             input_names=[INPUT],
             output_names=[OUTPUT],
             custom_translation_table=translations(),
+            optimize=False,
         )
+        optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
+        made.optimize()
     made.model.metadata_props.update(entries)
     made.model.producer_name, made.model.producer_version = "diffrate", None
     made.save(path, external_data=_weights(program) > LARGEST)

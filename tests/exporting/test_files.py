@@ -1,4 +1,4 @@
-"""Exported files: what the live model answers, from one file for every batch size, compressed, and with what they say."""
+"""Exported files answer as the live model does at every batch size, compressed, and say what they are."""
 
 from __future__ import annotations
 
