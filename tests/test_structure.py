@@ -32,7 +32,14 @@ LIBRARY = (
 )
 BESIDE = {"models": {"diffrate"}}  # neither needs the other
 ASKED_FOR = {"main", "engine", "datasets", "samplers", "utils"}
-FAST = ("cli.flags", "cli.settings", "training.settings", "diffrate.searching.settings", "diffrate.saving.about", "diffrate.exporting.targets")
+FAST = (
+    "cli.flags",
+    "cli.settings",
+    "training.settings",
+    "diffrate.searching.settings",
+    "diffrate.saving.about",
+    "diffrate.exporting.targets",
+)
 
 
 def room_of(path: Path, base: Path) -> str:

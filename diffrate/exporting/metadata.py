@@ -39,8 +39,8 @@ class Metadata:
     versions: dict[str, str]
 
     def entries(self) -> dict[str, str]:
-        """A text for each field, JSON but for the format's name."""
-        return {FORMAT_FIELD: FORMAT} | {name: json.dumps(value) for name, value in asdict(self).items()}
+        """JSON for each field, and for the format's name."""
+        return {FORMAT_FIELD: json.dumps(FORMAT)} | {name: json.dumps(value) for name, value in asdict(self).items()}
 
     @classmethod
     def of_entries(cls, entries: Mapping[str, str], where: str) -> Metadata:
@@ -49,9 +49,9 @@ class Metadata:
         Raises:
             ExportError: they are not of an export, or one is missing or damaged.
         """
-        if entries.get(FORMAT_FIELD) != FORMAT:
+        if entries.get(FORMAT_FIELD) != json.dumps(FORMAT):
             found = entries.get(FORMAT_FIELD, "none")
-            raise ExportError(f"{where}: found the format {found!r}; accepted: {FORMAT!r}, a file of --export")
+            raise ExportError(f"{where}: found the format {found}; accepted: {json.dumps(FORMAT)}, a file of --export")
         try:
             values: dict[str, Any] = {name: json.loads(entries[name]) for name in cls.__dataclass_fields__}
             schedule = values.pop("schedule")

@@ -25,12 +25,15 @@ SUFFIXES = tuple(TARGETS)
 
 
 def small(family: str) -> diffrate.CompressedModel:
-    """A compressed model of the family, which merges most of its tokens."""
+    """A compressed model of the family, which prunes and merges."""
     torch.manual_seed(0)
-    model = getattr(diffrate.patch, family)(plain(family), 1, 1)
+    model = getattr(diffrate.patch, family)(plain(family), 1, 1).eval().requires_grad_(False)
+    for parameter in model.parameters():  # as fresh weights are, tokens hardly matter to the logits
+        parameter.add_(0.05 * torch.randn_like(parameter))
     tokens = TOKENS[family]
-    model.set_kept_num(*schedule_for(family, [tokens - step * tokens // 8 for step in range(6)]))
-    return model.eval().requires_grad_(False)
+    prune, merge = schedule_for(family, [tokens - step * tokens // 8 for step in range(6)])
+    model.set_kept_num(prune and [min(tokens, count + 4) for count in prune], merge)
+    return model
 
 
 def images_for(family: str, count: int) -> Tensor:

@@ -145,7 +145,11 @@ def test_dependencies_are_what_is_imported(metadata: Message) -> None:
 
 @pytest.mark.parametrize("extra", ["", "drawing", "tensorboard", "export"])
 def test_bounds_are_those_of_the_requirements(metadata: Message, extra: str) -> None:
-    known = requirements("requirements-export.txt") | requirements("requirements-dev.txt") | requirements("requirements.txt")
+    known = (
+        requirements("requirements-export.txt")
+        | requirements("requirements-dev.txt")
+        | requirements("requirements.txt")
+    )
     wanted = declared(metadata, extra)
     assert wanted
     assert {name: known[name].specifier for name in wanted} == {name: one.specifier for name, one in wanted.items()}
