@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 import diffrate
 import models
-from benchmarks import latency, loading, scaling, speed
+from benchmarks import exported, latency, loading, scaling, speed
 from benchmarks.search_step import search_cost
 from benchmarks.subject import Subject
 from benchmarks.tables import table, write_rows
@@ -23,12 +23,13 @@ from cli.inference import for_inference
 from cli.latency import latency_table
 from cli.model import compressed
 from cli.schedules import schedules_that_fit
-from cli.settings import DEFAULT_BATCH, Settings
+from cli.settings import DEFAULT_BATCH, FILES, Settings
 from cli.weights import Weights
 from datasets import DataError
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
 from processes.runtime import AMP_DTYPES, Runtime
+from utils import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,14 @@ def run(settings: Settings, runtime: Runtime) -> None:
 
     Raises:
         ScheduleError, InputSizeError, DataError: the schedule, a size or the data do not fit.
+        ExportError, UsageError: a file to time is none, or takes other images than the others.
     """
     kind = settings.run.benchmark
     assert kind is not None, "the mode that is asked for"
-    MEASURES[kind](settings, _subject(settings), runtime)
+    if kind == FILES:
+        _exported(settings, runtime)
+    else:
+        MEASURES[kind](settings, _subject(settings), runtime)
 
 
 def _search(settings: Settings, subject: Subject, runtime: Runtime) -> None:
@@ -101,6 +106,36 @@ def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
         model, table, latency.schedules_to_check(model, known, settings.run.seed), callback=tell
     )
     log.info(checked.line())
+
+
+def _exported(settings: Settings, runtime: Runtime) -> None:
+    """Rows of the files that `--benchmark` names, beside those of the model that they are of."""
+    data, paths = settings.data, settings.run.exported
+    loaded = [exported.open_file(path) for path in paths]
+    first = loaded[0].metadata
+    chosen = replace(settings.model, name=settings.model.name or first.model)
+    entry = chosen_entry(chosen)
+    size = input_size_of(chosen, entry) if chosen.input_size else first.input_size[1:]
+    _check_sizes(loaded, (3, *size))
+    if chosen.load:
+        schedule = _subject(replace(settings, model=chosen)).schedule
+    else:
+        schedule = min((file.metadata for file in loaded), key=lambda said: said.gflops).schedule
+    subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
+    setting = exported.Setting(
+        (False, True) if settings.run.compile else (False,),
+        data.batch_sizes or (DEFAULT_BATCH,),
+        settings.run.rounds,
+        runtime.device,
+    )
+    _report("benchmark files", exported.file_rows(subject, loaded, setting), exported.HEADINGS, runtime)
+
+
+def _check_sizes(loaded: Sequence[exported.File], size: tuple[int, ...]) -> None:
+    for file in loaded:
+        if file.metadata.input_size != size:
+            found, accepted = (" x ".join(map(str, sides)) for sides in (file.metadata.input_size, size))
+            raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")
 
 
 MEASURES = {"eval": _speed, "search": _search, "scaling": _scaling, "loading": _loading, "latency": _latency}

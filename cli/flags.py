@@ -7,18 +7,32 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, MODES, OFFICIAL, SEARCH, Settings, Target, mode_of, settings_from
+from cli.settings import (
+    BENCHMARKS,
+    DEFAULT_BATCH,
+    FILES,
+    FROM_SCRATCH,
+    MODES,
+    OFFICIAL,
+    SEARCH,
+    Settings,
+    Target,
+    benchmark_of,
+    mode_of,
+    settings_from,
+)
 from diffrate.budgets.uniform import BASELINES
+from diffrate.exporting.targets import PRECISIONS as EXPORTED_PRECISIONS
+from diffrate.exporting.targets import TARGETS, ExportError, check_destination, target_of
 from diffrate.running import ROUNDS
 from diffrate.saving.about import SavedModelError, about, is_saved_model
 from diffrate.searching.settings import BUDGETS, FLOPS_LOSSES, LOSSES, METHODS, SMOOTHING, SearchSettings, least_rate
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
-BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
-LATENCY_BATCH = 8
+LATENCY_BATCH = 8  # images
 TRANSFORMS, STARTS = ("train", "eval"), ("flat", "uniform")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
@@ -165,6 +179,8 @@ def _model_name(args: argparse.Namespace) -> str | None:
     if args.checkpoint is not None and is_saved_model(args.checkpoint):
         saved = about(args.checkpoint)
         return saved.name or saved.architecture
+    if benchmark_of(args) == FILES:
+        return None  # the files say it
     if args.data_path is not None or args.data_set not in (None, "SAMPLE"):
         reason = _why_not_saved(args.checkpoint or "")
         raise UsageError(f"--model is needed with --data-path{reason}; accepted: a model's name, {EXAMPLE}")
@@ -186,7 +202,7 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
     if args.input_size is not None and len(args.input_size) > 2:
         raise UsageError(f"--input-size: found {len(args.input_size)} numbers; accepted: a side, or rows and columns")
     sizes = args.batch_sizes or [DEFAULT_BATCH]
-    if len(sizes) > 1 and args.benchmark not in ("eval", "scaling"):
+    if len(sizes) > 1 and benchmark_of(args) not in ("eval", "scaling", FILES):
         raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
@@ -223,7 +239,7 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
     if args.target_flops is not None and len(set(args.target_flops)) < len(args.target_flops):
         raise UsageError(f"--target_flops {' '.join(map(str, args.target_flops))}: accepted: each once")
     if (meeting or mode == "sensitivity") and args.load_compression_rate:
-        raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize and --benchmark")
+        raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize, --export and --benchmark")
     if meeting and args.target_flops is None and not timed and args.model != SAMPLE_MODEL:
         raise UsageError(
             "--target_flops is needed: the GFLOPs that the schedule is to meet, or a share such as 50%; or "
@@ -235,8 +251,10 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
         raise UsageError("--scale_compression_rate goes with a schedule to load; a search or --baseline has none")
     if args.dense and (args.load_compression_rate or meeting):
         raise UsageError("--dense keeps all tokens; accepted: no --load_compression_rate, search or --baseline")
-    if args.benchmark in ("search", "scaling", "latency") and args.load_compression_rate:
-        raise UsageError(f"--benchmark {args.benchmark} has schedules of its own; accepted: no --load_compression_rate")
+    if benchmark_of(args) in ("search", "scaling", "latency") and args.load_compression_rate:
+        raise UsageError(
+            f"--benchmark {args.benchmark[0]} has schedules of its own; accepted: no --load_compression_rate"
+        )
 
 
 def _check_combinations(args: argparse.Namespace, mode: str) -> None:
@@ -253,8 +271,10 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
     if args.blocks is not None and not args.visualize:
         raise UsageError("--blocks goes with --visualize")
     timed = args.target_speedup is not None or args.target_latency is not None
-    if args.compile and not (args.eval or args.finetune or timed or args.benchmark in ("eval", "loading", "latency")):
+    compiles = args.eval or args.finetune or timed or benchmark_of(args) in ("eval", "loading", "latency", FILES)
+    if args.compile and not compiles:
         raise UsageError("--compile goes with --eval, --finetune, --benchmark and --target_speedup")
+    _check_exported(args)
     if args.save is not None:
         if mode not in (SEARCH, "eval", "finetune"):
             raise UsageError("--save goes with a search, --eval and --finetune")
@@ -267,6 +287,37 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
             raise UsageError(f"--save {args.save}: no folder {args.save.parent}")
         if args.save.is_dir():
             raise UsageError(f"--save {args.save}: found a folder; accepted: the name of a file")
+
+
+def _check_exported(args: argparse.Namespace) -> None:
+    """The file to export to, and those to time."""
+    if args.export is not None:
+        try:
+            check_destination(args.export, args.export_dtype)
+        except ExportError as error:
+            raise UsageError(f"--export {error}") from error
+    elif args.export_normalize or args.export_dtype != EXPORTED_PRECISIONS[0]:
+        flag = "--export-normalize" if args.export_normalize else "--export-dtype"
+        raise UsageError(f"{flag} goes with --export")
+    if benchmark_of(args) == FILES:
+        try:
+            for name in args.benchmark:
+                target_of(Path(name))
+        except ExportError as error:
+            raise UsageError(f"--benchmark {error}") from error
+
+
+class _Benchmark(argparse.Action):
+    """One of `BENCHMARKS`, the first where nothing is said, or names of files."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
+        words = list(values) or [BENCHMARKS[0]]
+        named = [word for word in words if word in BENCHMARKS or Path(word).suffix not in TARGETS]
+        if named and (len(words) > 1 or named[0] not in BENCHMARKS):
+            wrong = next((word for word in named if word not in BENCHMARKS), named[0])
+            kinds = f"{', '.join(BENCHMARKS)}, or files that end in {', '.join(TARGETS)}"
+            raise argparse.ArgumentError(self, f"found {wrong}; accepted: one of {kinds}")
+        namespace.benchmark = words
 
 
 def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):
@@ -323,11 +374,13 @@ def _add_mode_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--benchmark",
-        nargs="?",
-        const="eval",
-        choices=BENCHMARKS,
-        help="time dense against compressed; a search step; scaling with the input's and the batch's size; loading; or "
-        "the parts of a block, which --target_speedup goes by",
+        nargs="*",
+        type=_path,
+        action=_Benchmark,
+        metavar="KIND|FILE",
+        help=f"time dense against compressed ({BENCHMARKS[0]}, the default), or {BENCHMARKS[1]}: a search step; "
+        f"{BENCHMARKS[2]}: by the size of input and batch; {BENCHMARKS[3]}; {BENCHMARKS[4]}: of the parts of a block, "
+        "which --target_speedup goes by; or files of --export, beside their model",
     )
     group.add_argument("--baseline", choices=BASELINES, help="evaluate a uniform schedule that meets the target")
     group.add_argument(
@@ -340,6 +393,12 @@ def _add_mode_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--visualize", type=Path, nargs="+", metavar="IMAGE", help="draw which tokens merge and go, block by block"
+    )
+    group.add_argument(
+        "--export",
+        type=Path,
+        metavar="PATH",
+        help="write the model for another runtime: .onnx (onnxruntime), .pt2 (torch alone) or .xml (OpenVINO)",
     )
     group.add_argument(
         "--plot", type=Path, metavar="DIR", help="draw the plots of an output folder again, from its logs"
@@ -369,6 +428,12 @@ def _add_model_flags(parser: Parser) -> None:
         help=f"weights, or a file of --save; '{OFFICIAL}' are the published ones, which --eval takes on its own",
     )
     group.add_argument("--save", type=Path, metavar="PATH", help="leave the model, schedule included, in one file")
+    group.add_argument(
+        "--export-dtype", choices=EXPORTED_PRECISIONS, default="float32", help="precision of the weights in --export"
+    )
+    group.add_argument(
+        "--export-normalize", action="store_true", help="let the file of --export take RGB in 0..1, and normalise it"
+    )
     group.add_argument("--dense", action="store_true", help="keep all tokens, whatever the checkpoint was trained at")
     group.add_argument(
         "--input-size",

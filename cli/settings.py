@@ -20,7 +20,9 @@ FROM_SCRATCH = "scratch"
 SEARCH = "search"
 DEFAULT_BATCH = 64  # images
 # The modes that a flag asks for; without one, it is a search.
-MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "plot", "list_models")
+MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "export", "plot", "list_models")
+BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
+FILES = "files"  # the benchmark of exported files
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class RunSettings:
     """Where and how a run computes, and what it leaves.
 
     images, folder, baseline, benchmark, pattern: what the mode is about, and sensitivity: on how many images.
+    exported: files to time, of the benchmark that has them. export, export_dtype, export_normalize: the file to write,
+    the precision of its weights, and whether it takes images in [0, 1].
     resume: a path or `auto`.
     flags: all of them as plain values, for checkpoints.
     """
@@ -132,6 +136,10 @@ class RunSettings:
     folder: Path | None
     baseline: str | None
     benchmark: str | None
+    exported: tuple[Path, ...]
+    export: Path | None
+    export_dtype: str
+    export_normalize: bool
     sensitivity: int | None
     pattern: str | None
     output_dir: Path | None
@@ -228,6 +236,13 @@ def mode_of(args: Namespace) -> str:
     return next((mode for mode in MODES if getattr(args, mode)), SEARCH)
 
 
+def benchmark_of(args: Namespace) -> str | None:
+    """The benchmark that the flags ask for: one by its name, or that of exported files."""
+    if args.benchmark is None:
+        return None
+    return args.benchmark[0] if args.benchmark[0] in BENCHMARKS else FILES
+
+
 def size_words(size: tuple[int, int]) -> str:
     """What to write after `--input-size`."""
     return " ".join(map(str, dict.fromkeys(size)))
@@ -244,7 +259,11 @@ def _run(args: Namespace) -> RunSettings:
         images=tuple(args.visualize or ()),
         folder=args.plot,
         baseline=args.baseline,
-        benchmark=args.benchmark,
+        benchmark=benchmark_of(args),
+        exported=tuple(map(Path, args.benchmark)) if benchmark_of(args) == FILES else (),
+        export=args.export,
+        export_dtype=args.export_dtype,
+        export_normalize=args.export_normalize,
         sensitivity=args.sensitivity,
         pattern=args.list_models,
         output_dir=args.output_dir,

@@ -26,6 +26,7 @@ MODES = {
     "eval": "evaluate",
     "finetune": "finetune",
     "visualize": "visualize",
+    "export": "export",
     "plot": "plot",
     "list_models": "list_models",
     "benchmark": "benchmark",
@@ -33,7 +34,7 @@ MODES = {
     "sensitivity": "sensitivity",
     SEARCH: "search",
 }
-WITHOUT_PLOTS = ("visualize", "plot", "list_models")
+WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
 NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
 INPUT_ERRORS = (
@@ -47,6 +48,7 @@ INPUT_ERRORS = (
     diffrate.UnsupportedModelError,
     diffrate.RateError,
     diffrate.SavedModelError,
+    diffrate.ExportError,
     diffrate.SearchCheckpointError,
     diffrate.NonFiniteLossError,
     SearchSettingError,

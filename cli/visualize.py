@@ -8,22 +8,15 @@ from itertools import count
 from pathlib import Path
 
 from PIL import ImageOps
-from timm.data import ImageNetInfo
 
 import diffrate
-from cli.data import eval_dataset
-from cli.entry import chosen_entry, meta_model, view_of
-from cli.model import compressed, plain_model
-from cli.resume import use_searched
+from cli.entry import chosen_entry, view_of
+from cli.named import named_model
 from cli.settings import Settings
-from cli.trained import output_names
-from cli.weights import Weights, read_weights
-from datasets import IMAGENET_CLASSES, load_image
+from datasets import load_image
 from diffrate.files import whole_file
 from drawing.page import Seen, likeliest, page, see
-from models.zoo import ModelEntry
 from processes.runtime import Runtime
-from sample import MODEL as SAMPLE_MODEL
 from training.transforms import View
 from utils import UsageError
 
@@ -42,7 +35,8 @@ def run(settings: Settings, runtime: Runtime) -> None:
     for path in images:
         load_image(path)
     entry = chosen_entry(settings.model)
-    model, names = _model_and_names(settings, entry, runtime)
+    model, words = named_model(settings, entry, runtime)
+    names = words if words is not None else [f"class {index}" for index in range(model.num_classes)]
     _check_blocks(model, blocks)
     assert runtime.output_dir is not None, "flags make sure of a folder"
     view = view_of(settings, entry)
@@ -70,34 +64,6 @@ def _check_blocks(model: diffrate.CompressedModel, chosen: Sequence[int] | None)
     wrong = [block for block in chosen or () if block > last]
     if wrong:
         raise UsageError(f"--blocks {wrong[0]}: accepted: 0 to {last}")
-
-
-def _model_and_names(
-    settings: Settings, entry: ModelEntry, runtime: Runtime
-) -> tuple[diffrate.CompressedModel, Sequence[str]]:
-    meta_model(settings.model, entry)  # what compression does not take, before anything is downloaded
-    weights = read_weights(settings.model, entry, runtime)
-    model = compressed(plain_model(settings.model, entry, weights, entry.num_classes), settings.model, entry, weights)
-    use_searched(model, settings, entry, runtime)
-    return model.to(runtime.device), _class_names(settings, entry, weights, model.num_classes)
-
-
-def _class_names(settings: Settings, entry: ModelEntry, weights: Weights, outputs: int) -> Sequence[str]:
-    """A name for each of `outputs`: the weights' classes, else ImageNet's words, the data's classes, or numbers.
-
-    Raises:
-        DataError: the data that the flags name are not there.
-    """
-    if not outputs:
-        return []
-    info = ImageNetInfo()
-    own = weights.classes if weights.classes is not None and set(weights.classes) != set(info.label_names()) else None
-    if own is None and outputs == IMAGENET_CLASSES:
-        return [info.index_to_description(index).split(",")[0] for index in range(outputs)]
-    names = own
-    if names is None and (settings.data.path is not None or entry.name == SAMPLE_MODEL):
-        names = output_names(eval_dataset(settings, entry, None, None), outputs)
-    return names if names is not None else [f"class {index}" for index in range(outputs)]
 
 
 def _seen(

@@ -3,6 +3,9 @@ from .blocks.forms import UnsupportedModelError
 from .blocks.tokens import TokenState
 from .budgets.rounding import BudgetError
 from .budgets.schedule import Schedule, ScheduleError, scale_schedule
+from .exporting.export import Exported, export
+from .exporting.plain import plain
+from .exporting.targets import ExportError
 from .latency.check import PredictionCheck, check_predictions
 from .latency.confirm import Confirmed
 from .latency.file import LatencyFileError
@@ -34,6 +37,8 @@ __all__ = [
     "CompressedModel",
     "Confirmed",
     "EpochRecord",
+    "ExportError",
+    "Exported",
     "Found",
     "LatencyFileError",
     "LatencyTable",
@@ -60,10 +65,12 @@ __all__ = [
     "benchmark",
     "check_predictions",
     "evaluate",
+    "export",
     "load",
     "make_visualization",
     "measure_latency",
     "patch",
+    "plain",
     "save",
     "scale_schedule",
     "search",

@@ -17,6 +17,7 @@ FLOORS = (
 )
 # The same inside the library.
 LIBRARY = (
+    "exporting",
     "saving",
     "searching",
     "latency",
@@ -32,7 +33,14 @@ LIBRARY = (
 )
 BESIDE = {"models": {"diffrate"}}  # neither needs the other
 ASKED_FOR = {"main", "engine", "datasets", "samplers", "utils"}
-FAST = ("cli.flags", "cli.settings", "training.settings", "diffrate.searching.settings", "diffrate.saving.about")
+FAST = (
+    "cli.flags",
+    "cli.settings",
+    "training.settings",
+    "diffrate.searching.settings",
+    "diffrate.saving.about",
+    "diffrate.exporting.targets",
+)
 
 
 def room_of(path: Path, base: Path) -> str:

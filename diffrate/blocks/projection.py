@@ -50,9 +50,8 @@ class Fused(Projection):
     parts = Projection.parts | {"qkv", "rel_pos"}  # relative biases are read as positions
 
     def split(self, attention: Any, x: Tensor) -> Heads:
-        batch, tokens, _ = x.shape
-        qkv = self.project(attention, x).reshape(batch, tokens, 3, attention.num_heads, -1)
-        return _normalised(attention, *qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        qkv = self.project(attention, x).chunk(3, dim=-1)
+        return _normalised(attention, *(item.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for item in qkv))
 
     def project(self, attention: Any, x: Tensor) -> Tensor:
         """Queries, keys and values side by side, `[B, N, 3 H D]`."""

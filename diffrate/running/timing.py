@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -56,28 +56,34 @@ def time_within(baseline: Run, rival: Run, seconds: float, device: torch.device)
     for run in (baseline, rival):
         run()
     pair = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in (baseline, rival))
-    return time_in_turn(baseline, rival, max(FEWEST, int(seconds / pair)), device, SHORT)
+    rounds = max(FEWEST, int(seconds / pair))
+    return PairedTimes(*time_all_in_turn((baseline, rival), rounds, device, SHORT))
 
 
-def time_in_turn(
-    baseline: Run, rival: Run, rounds: int, device: torch.device, shortest: float = SHORTEST
-) -> PairedTimes:
-    """Time both `rounds` times, after a first run each that does not count (allocations, compilation).
+def time_in_turn(baseline: Run, rival: Run, rounds: int, device: torch.device) -> PairedTimes:
+    """Time both as `time_all_in_turn` does."""
+    return PairedTimes(*time_all_in_turn((baseline, rival), rounds, device))
 
-    Short runs are repeated within a round, after one that brings the side's weights back to the
-    cache from which the other's have driven them: a model in use runs again and again.
+
+def time_all_in_turn(
+    runs: Sequence[Run], rounds: int, device: torch.device, shortest: float = SHORTEST
+) -> list[tuple[float, ...]]:
+    """Seconds of each run, `rounds` times, after a first run each that does not count (allocations, compilation).
+
+    Short runs are repeated within a round, after one that brings the run's weights back to the
+    cache from which the others' have driven them: a model in use runs again and again.
     """
-    sides = (baseline, rival)
-    for run in sides:
+    for run in runs:
         run()
-    repeats = [math.ceil(shortest / _seconds(run, 1, device)) for run in sides]
-    times: tuple[list[float], list[float]] = ([], [])
+    repeats = [math.ceil(shortest / _seconds(run, 1, device)) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            if repeats[side] > 1:
-                sides[side]()
-            times[side].append(_seconds(sides[side], repeats[side], device))
-    return PairedTimes(tuple(times[0]), tuple(times[1]))
+        order = range(len(runs))
+        for index in order if turn % 2 == 0 else reversed(order):
+            if repeats[index] > 1:
+                runs[index]()
+            times[index].append(_seconds(runs[index], repeats[index], device))
+    return [tuple(row) for row in times]
 
 
 def peak_memory(build: Callable[..., Run], *arguments: Any, device: torch.device) -> int | None:

@@ -20,6 +20,8 @@ import diffrate
 PROJECT = Path(__file__).parent.parent.parent
 # Imported where pictures are drawn, which the extra "drawing" is for.
 DRAWING = {"PIL": "pillow"}
+# And where graphs are exported and their files run, which the extra "export" is for.
+EXPORT = {"onnx", "onnxscript", "onnxruntime", "openvino"}
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +137,19 @@ def declared(metadata: Message, extra: str = "") -> dict[str, Requirement]:
 
 
 def test_dependencies_are_what_is_imported(metadata: Message) -> None:
-    assert declared(metadata).keys() == third_party(PROJECT / "diffrate") - DRAWING.keys()
+    assert declared(metadata).keys() == third_party(PROJECT / "diffrate") - DRAWING.keys() - EXPORT
     assert declared(metadata, "drawing").keys() == {*DRAWING.values(), "matplotlib"}
-    assert metadata.get_all("Provides-Extra") == ["drawing", "tensorboard"]
+    assert declared(metadata, "export").keys() == EXPORT
+    assert metadata.get_all("Provides-Extra") == ["drawing", "tensorboard", "export"]
 
 
-@pytest.mark.parametrize("extra", ["", "drawing", "tensorboard"])
+@pytest.mark.parametrize("extra", ["", "drawing", "tensorboard", "export"])
 def test_bounds_are_those_of_the_requirements(metadata: Message, extra: str) -> None:
-    known = requirements("requirements-dev.txt") | requirements("requirements.txt")
+    known = (
+        requirements("requirements-export.txt")
+        | requirements("requirements-dev.txt")
+        | requirements("requirements.txt")
+    )
     wanted = declared(metadata, extra)
     assert wanted
     assert {name: known[name].specifier for name in wanted} == {name: one.specifier for name, one in wanted.items()}

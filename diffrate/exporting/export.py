@@ -1,0 +1,153 @@
+"""`diffrate.export`: a compressed model as a file for another runtime, compared with the model before it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import diffrate
+from diffrate.exporting.files import KINDS, load_exported, parts_of, whole_files
+from diffrate.exporting.graph import Normalization, input_size, traced
+from diffrate.exporting.metadata import Metadata
+from diffrate.exporting.plain import check_patched
+from diffrate.exporting.targets import ExportError, check_destination
+from diffrate.exporting.verify import Agreement, compare, fresh_images
+from diffrate.files import first_line
+from diffrate.patch.base import CompressedModel
+from diffrate.running.evaluation import modes_kept
+from diffrate.running.precision import place_of
+from diffrate.running.speed import precision_name
+
+LONGEST = 300  # characters of another package's message
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written: what it says of itself, how it compares with the live model, bytes of all its parts."""
+
+    path: Path
+    metadata: Metadata
+    agreement: Agreement
+    size: int
+
+
+def export(
+    model: CompressedModel,
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    normalize: bool = False,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Exported:
+    """Write `model` at its kept counts as `.onnx`, `.pt2` (torch) or `.xml` (OpenVINO): images -> logits.
+
+    Images `[B, C, H, W]` and logits `[B, K]` are float32, B is any; `dtype` is that of the weights. With `normalize`
+    the file takes images in [0, 1], and normalises them itself. `mean` and `std` are by default what timm's
+    configuration of the model says, `name` what it calls the model; `classes` are words for the outputs, in order.
+
+    The file is loaded again and compared with the model on images from `seed`, at two batch sizes: there is none
+    unless they agree. The weights of `.xml`, and those of `.onnx` where they are more than 2 GB, are in a file beside
+    it (`.bin`, `.onnx.data`). The model itself is not touched.
+
+    Raises:
+        ExportError: another suffix, a missing package or folder, a precision that the file does not take, a model that
+            is not patched or cannot be traced, a file that would not agree with it or cannot be written.
+    """
+    path, precision = Path(path), precision_name(dtype)
+    check_patched(model)
+    check_destination(path, precision)
+    known = _normalization(model, mean, std)
+    metadata = _metadata(model, precision, normalize, known, name, classes)
+    program = traced(model, dtype, known if normalize else None)
+    try:
+        with whole_files(path) as scratch:
+            KINDS[path.suffix].write(program, metadata.entries(), scratch)
+            del program  # as large as the model
+            agreement = _checked(model, scratch, metadata, known, seed)
+    except ExportError:
+        raise
+    except Exception as error:  # the writers have errors of their own
+        raise ExportError(f"{path}: cannot be written ({first_line(error)[:LONGEST]})") from error
+    return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
+
+
+def _checked(
+    model: CompressedModel, path: Path, metadata: Metadata, known: Normalization | None, seed: int
+) -> Agreement:
+    """How the file at `path` compares with `model`.
+
+    Raises:
+        ExportError: they do not agree.
+    """
+    inside = known if metadata.normalizes else None
+    place = place_of(model)
+
+    def live(images: Tensor) -> Tensor:
+        if inside is not None:
+            mean, std = (torch.tensor(row)[:, None, None] for row in inside)
+            images = (images - mean) / std
+        return model(images.to(*place), return_flop=False).float().cpu()
+
+    with torch.inference_mode(), modes_kept(model):
+        model.eval()
+        images = fresh_images(live, metadata.input_size, None if metadata.normalizes else known, seed)
+        agreement = compare(load_exported(path).runner.logits, live, images, metadata.precision)
+    if not agreement.difference <= agreement.limit:
+        raise ExportError(f"{path.name}: not written: {agreement.line()}")
+    return agreement
+
+
+def _normalization(model: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalization | None:
+    """What images are normalised with, None where nobody says.
+
+    Raises:
+        ExportError: not a number for each channel.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = mean or config.get("mean"), std or config.get("std")
+    channels = input_size(model)[0]
+    if mean is None or std is None or (len(mean) != channels and channels != 3):  # timm keeps three for any
+        return None
+    for name, row in (("mean", mean), ("std", std)):
+        if len(row) != channels:
+            raise ExportError(f"{name}: found {list(row)}; accepted: {channels} numbers, one per channel")
+    return Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _metadata(
+    model: Any,
+    precision: str,
+    normalize: bool,
+    known: Normalization | None,
+    name: str | None,
+    classes: Sequence[str] | None,
+) -> Metadata:
+    if normalize and known is None:
+        raise ExportError("normalize: found a model without mean and std; accepted: with mean and std as well")
+    if classes is not None and len(classes) != model.num_classes:
+        raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    schedule = model.compression.current()
+    return Metadata(
+        model=name or config.get("architecture") or type(model).__name__,
+        schedule=replace(schedule, tokens=model.compression.space.limits[0]),
+        gflops=model.flops_at(schedule) / 1e9,
+        dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
+        input_size=input_size(model),
+        mean=None if known is None else known.mean,
+        std=None if known is None else known.std,
+        normalizes=normalize,
+        precision=precision,
+        classes=None if classes is None else tuple(classes),
+        versions={"diffrate": diffrate.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+    )

@@ -1,0 +1,82 @@
+"""`.onnx`: written by torch's exporter, run by onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from diffrate.exporting.operators import OPSET, translations
+from diffrate.exporting.runner import INPUT, OUTPUT, Runner
+
+LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
+DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it
+
+
+def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
+    """Write `program` with `entries` as metadata, weights beside it in `path`.data where protobuf has no room."""
+    import onnx
+    from onnxscript import optimizer
+
+    with _quiet():
+        made: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            custom_translation_table=translations(),
+            optimize=False,
+        )
+        optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
+        made.optimize()
+    made.model.metadata_props.update(entries)
+    made.model.producer_name, made.model.producer_version = "diffrate", None
+    made.save(path, external_data=_weights(program) > LARGEST)
+    onnx.checker.check_model(path)
+
+
+def run(path: Path, threads: int | None = None) -> Runner:
+    """What runs the file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def logits(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+    return Runner(logits, dict(session.get_modelmeta().custom_metadata_map))
+
+
+def _weights(program: ExportedProgram) -> int:
+    return sum(tensor.nbytes for tensor in program.state_dict.values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of itself: its own deprecations, and of packages that it does not need."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            for category in (UserWarning, DeprecationWarning, FutureWarning):
+                warnings.filterwarnings(
+                    "ignore", category=category, module=r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
+                )
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,70 @@
+"""Which files there are, what each takes, and which packages it needs. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+PRECISIONS = ("float32", "bf16", "fp16")
+REQUIREMENTS = "requirements-export.txt"
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported as it was asked for, or a file that is none of an export; one line."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of file: the runtime that runs it, the packages that write and run it, the precisions it takes."""
+
+    runtime: str
+    packages: tuple[str, ...]
+    precisions: tuple[str, ...]
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        # onnxruntime's CPU kernels know no bfloat16.
+        ".onnx": Target("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("float32", "fp16")),
+        ".pt2": Target("torch", (), PRECISIONS),
+        ".xml": Target("openvino", ("openvino",), PRECISIONS),
+    }
+)
+
+
+def target_of(path: Path) -> Target:
+    """The kind of file that a name's suffix asks for, with its packages at hand.
+
+    Raises:
+        ExportError: another suffix, or a package is missing.
+    """
+    target = TARGETS.get(path.suffix)
+    if target is None:
+        raise ExportError(f"{path}: found the suffix {path.suffix!r}; accepted: {', '.join(TARGETS)}")
+    missing = [name for name in target.packages if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{path}: needs {', '.join(missing)}; accepted: after pip install {' '.join(missing)}, or all of "
+            f"{REQUIREMENTS}"
+        )
+    return target
+
+
+def check_destination(path: Path, precision: str) -> None:
+    """Refuse a file that cannot be written, or not in `precision`.
+
+    Raises:
+        ExportError: the suffix, a package, the precision or the folder.
+    """
+    target = target_of(path)
+    if precision not in target.precisions:
+        raise ExportError(
+            f"{path}: found the precision {precision}; {target.runtime} accepts: {', '.join(target.precisions)}"
+        )
+    if path.is_dir():
+        raise ExportError(f"{path}: found a folder; accepted: the name of a file")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: no folder {path.parent}")

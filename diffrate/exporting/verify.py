@@ -1,0 +1,85 @@
+"""Whether an exported file answers as the live model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffrate.exporting.graph import Normalization
+from diffrate.exporting.targets import ExportError
+
+BATCHES = (1, 5)  # neither is the one that was traced
+# The largest difference of logits that a file may have: as it is in float32; in half precision as a share of the
+# largest logit, since tokens may then go in another order.
+LIMITS = {"float32": 1e-3, "fp16": 0.1, "bf16": 0.5}
+NUDGE = 1e-6  # of an image's values: about the last bits of float32
+TRIES = 20  # images drawn for each that is wanted
+
+Answer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a file compares with the live model on `images` fresh images.
+
+    difference: the largest of logits. limit: what it may be. top1: the share of images with equal top-1.
+    """
+
+    difference: float
+    limit: float
+    top1: float
+    images: int
+
+    def line(self) -> str:
+        """The figures as a sentence."""
+        return (
+            f"largest difference from the live model {self.difference:.1e} (limit {self.limit:.0e}), "
+            f"equal top-1 {self.top1:.1%} of {self.images} images"
+        )
+
+
+def compare(file: Answer, live: Answer, images: Tensor, precision: str) -> Agreement:
+    """Run both on `images`, in batches of `BATCHES`, and compare logits."""
+    found = torch.cat([file(batch) for batch in images.split(BATCHES)])
+    expected = torch.cat([live(batch) for batch in images.split(BATCHES)])
+    limit = LIMITS[precision] * (1.0 if precision == "float32" else float(expected.abs().max()))
+    if found.shape != expected.shape:
+        raise ExportError(f"logits of the file: found {list(found.shape)}; accepted: {list(expected.shape)}")
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    return Agreement(_largest(found - expected), limit, float(same), len(images))
+
+
+def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalization | None, seed: int) -> Tensor:
+    """Random images for all `BATCHES`, as the file takes them: in [0, 1], or normalised by `outside`.
+
+    Where two tokens are as important to the last bit, which of them goes is left to the order in which a runtime adds
+    up: images whose logits change when the last bits of their values do are no test of a file, and others are drawn.
+
+    Raises:
+        ExportError: there are no others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    wanted = sum(BATCHES)
+    for _ in range(TRIES * wanted):
+        images = torch.rand(1, *size, generator=generator)
+        if outside is not None:
+            mean, std = (torch.tensor(row)[:, None, None] for row in outside)
+            images = (images - mean) / std
+        nudged = images * (1 + NUDGE * torch.randn(images.shape, generator=generator))
+        if _largest(live(images) - live(nudged)) < LIMITS["float32"] / 10:
+            found.append(images)
+        if len(found) == wanted:
+            return torch.cat(found)
+    raise ExportError(
+        f"found {len(found)} of {wanted} images on which the live model answers alike when they change a "
+        "little; accepted: a model that does"
+    )
+
+
+def _largest(difference: Tensor) -> float:
+    """The largest absolute value; that of anything undefined is infinite."""
+    return float(difference.abs().nan_to_num(nan=torch.inf).max())

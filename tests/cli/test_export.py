@@ -1,0 +1,89 @@
+"""`--export` and `--benchmark FILE...` on the command line: what they leave, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffrate.exporting import targets
+from tests.cli.test_errors import check
+from tests.conftest import Cli
+from tests.tiny_models import saved_file
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_file(tmp_path_factory.mktemp("saved") / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--export", "a.tflite"), ["--export a.tflite: found the suffix '.tflite'; accepted: .onnx, .pt2, .xml"]),
+        (("--export", "/nowhere/a.pt2"), ["--export /nowhere/a.pt2: no folder /nowhere"]),
+        (("--export", "a.onnx", "--eval"), ["accepted: one of --eval, ", "--export, "]),
+        (("--export-normalize",), ["--export-normalize goes with --export"]),
+        (("--eval", "--export-dtype", "fp16"), ["--export-dtype goes with --export"]),
+        (("--export", "a.pt2", "--export-dtype", "fp8"), ["--export-dtype", "fp8"]),
+        (("--export", "a.pt2", "--save", "a.safetensors"), ["--save goes with a search, --eval and --finetune"]),
+        (
+            ("--benchmark", "flight"),
+            ["--benchmark: found flight; accepted: one of eval, search, scaling, loading, or "],
+        ),
+        (("--benchmark", "eval", "a.pt2"), ["--benchmark: found eval; accepted"]),
+        (("--benchmark", "gone.pt2"), ["gone.pt2: found no such file"]),
+    ],
+)
+def test_what_cannot_be_is_one_line(words: tuple[str, ...], expected: list[str], cli: Cli) -> None:
+    check(cli(*words), *expected)
+
+
+def test_half_precision_that_the_runtime_has_not(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
+    words = ("--export", tmp_path / "a.onnx", "--export-dtype", "bf16")
+    check(cli(*words), "found the precision bf16; onnxruntime accepts: float32, fp16")
+
+
+def test_a_missing_package_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: None if name == "openvino" else object())
+    words = ("--export", tmp_path / "a.xml")
+    check(cli(*words), "needs openvino; accepted: after pip install openvino, or all of requirements-export.txt")
+
+
+def test_files_are_timed_beside_their_model(saved: Path, cli: Cli, tmp_path: Path) -> None:
+    dense, small = tmp_path / "dense.pt2", tmp_path / "small.pt2"
+    for path, more in ((dense, ("--dense",)), (small, ())):
+        code, _, err = cli("--export", path, "--checkpoint", saved, *more)
+        assert (code, err) == (0, "")
+    words = ("--rounds", 2, "--batch-size", 1, 3, "--output_dir", tmp_path)
+    code, _, err = cli("--benchmark", dense, small, *words, "--model", "vit_tiny_patch16_224", "--input-size", 32)
+    assert code == 2  # of other patches: another model
+    code, _, err = cli("--benchmark", dense, small, "--checkpoint", saved, *words)
+    assert (code, err) == (0, "")
+    rows = json.loads((tmp_path / "benchmark_files.json").read_text())
+    subjects = [("dense model", "eager"), ("compressed model", "eager"), ("dense.pt2", "torch"), ("small.pt2", "torch")]
+    assert [(row["subject"], row["runtime"]) for row in rows] == 2 * subjects
+    for base, row in ((rows[0], rows[1]), (rows[2], rows[3])):
+        assert base["speedup"] == 1
+        assert row["ideal_speedup"] == pytest.approx(base["gflops"] / row["gflops"])
+        assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+    assert all((row["file_mib"] is None) == (row["runtime"] == "eager") for row in rows)
+
+
+def test_files_of_other_sizes_are_refused(saved: Path, cli: Cli, tmp_path: Path) -> None:
+    large, small = tmp_path / "large.pt2", tmp_path / "small.pt2"
+    assert cli("--export", small, "--checkpoint", saved)[0] == 0
+    assert cli("--export", large)[0] == 0
+    check(
+        cli("--benchmark", small, large, "--checkpoint", saved),
+        "large.pt2: found images of 3 x 28 x 28; accepted: 3 x 32 x 32",
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing of the kind"])
+def test_damaged_files_are_refused(content: bytes, cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt2"
+    path.write_bytes(content)
+    check(cli("--benchmark", path), "a.pt2: torch cannot read it")

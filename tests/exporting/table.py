@@ -1,0 +1,60 @@
+"""`python -m tests.exporting.table [NAME...]`: how each construction's files compare with the live model."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import diffrate
+from diffrate.exporting.files import KINDS, load_exported
+from diffrate.exporting.graph import traced
+from diffrate.exporting.metadata import Metadata
+from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
+
+PRUNED, MERGED = (1.0, 0.8, 0.6, 0.4), (1.0, 0.7, 0.5, 0.3)  # shares of the patches that the four blocks keep
+
+
+def compressed(name: str) -> diffrate.CompressedModel:
+    """The construction in float32, which prunes and merges."""
+    model = diffrate.patch.vit(build(name).float(), 1, 1, size_of(name))
+    space = model.compression.space
+    patches = space.limits[0] - space.prefix
+    model.set_kept_num(*([space.prefix + round(share * patches) for share in row] for row in (PRUNED, MERGED)))
+    return model
+
+
+def differences(name: str, folder: Path) -> Iterator[tuple[str, float | str]]:
+    """For each kind of file the largest difference of logits at batches of 1, 3 and 8, or why there is none."""
+    model = compressed(name)
+    program = traced(model, torch.float32, None)
+    said = Metadata(name, model.compression.current(), 0.0, 0.0, (3, *size_of(name)), None, None, False, "", None, {})
+    for suffix, kind in KINDS.items():
+        path = folder / f"{name}{suffix}"
+        try:
+            kind.write(program, said.entries(), path)
+            run = load_exported(path).runner.logits
+            found = 0.0
+            for count in (1, 3, 8):
+                images = images_for(name, count).float()
+                found = max(found, float((run(images) - model(images, return_flop=False)).abs().max()))
+            yield suffix, found
+        except Exception as error:
+            yield suffix, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main(names: list[str]) -> None:
+    """Print a row for each construction that is named, or for all."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for name in names or CONSTRUCTIONS:
+            cells = [
+                found if isinstance(found, str) else f"{found:.1e}" for _, found in differences(name, Path(folder))
+            ]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,216 @@
+"""Exported files answer as the live model does at every batch size, compressed, and say what they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffrate
+from diffrate.exporting import export as exporting
+from diffrate.exporting import files
+from diffrate.exporting.files import load_exported
+from diffrate.exporting.targets import TARGETS
+from tests.tiny_models import FAMILIES, IMAGE_SIZE, TOKENS, dense, plain, schedule_for
+
+pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
+pytest.importorskip("openvino", reason="needs requirements-export.txt")
+EXACT = {"atol": 1e-4, "rtol": 0.0}
+SUFFIXES = tuple(TARGETS)
+
+
+def small(family: str) -> diffrate.CompressedModel:
+    """A compressed model of the family, which prunes and merges."""
+    torch.manual_seed(0)
+    model = getattr(diffrate.patch, family)(plain(family), 1, 1).eval().requires_grad_(False)
+    for parameter in model.parameters():  # as fresh weights are, tokens hardly matter to the logits
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    tokens = TOKENS[family]
+    prune, merge = schedule_for(family, [tokens - step * tokens // 8 for step in range(6)])
+    model.set_kept_num(prune and [min(tokens, count + 4) for count in prune], merge)
+    return model
+
+
+def images_for(family: str, count: int) -> Tensor:
+    side = IMAGE_SIZE[family]
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.fixture(scope="module")
+def model() -> diffrate.CompressedModel:
+    return small("deit")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_file_answers_as_the_model_at_every_batch_size(family: str, suffix: str, tmp_path: Path) -> None:
+    live, path = small(family), tmp_path / f"model{suffix}"
+    made = diffrate.export(live, path)
+    assert made.agreement.difference < 1e-4
+    assert made.agreement.top1 == 1
+    run = load_exported(path).runner.logits
+    for count in (1, 3, 8):
+        images = images_for(family, count)
+        torch.testing.assert_close(run(images), live(images, return_flop=False), **EXACT)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_compression_is_in_the_file(model: diffrate.CompressedModel, suffix: str, tmp_path: Path) -> None:
+    """What the schedule takes away, no file computes: answers are those of no other schedule."""
+    path = tmp_path / f"model{suffix}"
+    diffrate.export(model, path)
+    whole, images = dense(small("deit")), images_for("deit", 3)
+    found = load_exported(path).runner.logits(images)
+    assert (found - whole(images, return_flop=False)).abs().max() > 1e-3
+
+
+def test_attention_is_one_operator_and_sees_fewer_tokens_from_block_to_block(
+    model: diffrate.CompressedModel, tmp_path: Path
+) -> None:
+    import onnx
+
+    diffrate.export(model, tmp_path / "model.onnx")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
+    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    entering = [65, *model.get_kept_num()[1][:-1]]
+    assert [shapes[node.input[1]][1] for node in attention] == entering
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_merge_without_its_sums_is_refused(
+    model: diffrate.CompressedModel, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exporter that drops a reduction, as of scatters with a mean, leaves a graph that runs, and no file."""
+
+    def broken(*traced: Any) -> Any:
+        program = exporting_traced(*traced)
+        for node in list(program.graph.nodes):
+            if node.target in (torch.ops.aten.scatter_add.default, torch.ops.aten.baddbmm.default):
+                node.replace_all_uses_with(node.args[0])
+        program.graph_module.recompile()
+        return program
+
+    exporting_traced = exporting.traced
+    monkeypatch.setattr(exporting, "traced", broken)
+    with pytest.raises(diffrate.ExportError, match=r"not written: largest difference .* \(limit 1e-03\)"):
+        diffrate.export(model, tmp_path / f"model{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_batch_size_that_is_baked_in_is_refused(
+    model: diffrate.CompressedModel, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frozen(live: Any, dtype: torch.dtype, normalization: Any) -> Any:
+        from diffrate.exporting.graph import Logits
+
+        return torch.export.export(Logits(live, dtype, normalization).eval(), (torch.zeros(2, 3, 32, 32),))
+
+    monkeypatch.setattr(exporting, "traced", frozen)
+    with pytest.raises(diffrate.ExportError):
+        diffrate.export(model, tmp_path / f"model{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_takes_pictures_and_says_what_it_is(
+    model: diffrate.CompressedModel, suffix: str, tmp_path: Path
+) -> None:
+    path, names = tmp_path / f"model{suffix}", [f"digit {index}" for index in range(10)]
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    made = diffrate.export(model, path, normalize=True, name="mine", classes=names, mean=mean, std=std)
+    loaded, images = load_exported(path), images_for("deit", 3)
+    normalized = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(loaded.runner.logits(images), model(normalized, return_flop=False), **EXACT)
+    assert loaded.metadata == made.metadata
+    said = loaded.metadata
+    assert (said.model, said.classes, said.mean, said.std) == ("mine", tuple(names), mean, std)
+    assert (said.schedule.prune, said.schedule.merge) == tuple(map(tuple, model.get_kept_num()))
+    assert said.gflops * 1e9 == model.flops()
+    assert (said.input_size, said.normalizes, said.precision) == ((3, 32, 32), True, "float32")
+    assert set(said.versions) == {"diffrate", "timm", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [(".onnx", "float16"), (".pt2", "bfloat16"), (".xml", "float16"), (".xml", "bfloat16")]
+)
+def test_half_precision_halves_the_file(
+    model: diffrate.CompressedModel, suffix: str, dtype: str, tmp_path: Path
+) -> None:
+    whole = diffrate.export(model, tmp_path / f"whole{suffix}")
+    half = diffrate.export(model, tmp_path / f"half{suffix}", dtype=getattr(torch, dtype))
+    assert half.agreement.difference <= half.agreement.limit
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert whole.size - half.size > 0.8 * weights
+
+
+def test_bfloat16_is_refused_where_the_runtime_has_none(model: diffrate.CompressedModel, tmp_path: Path) -> None:
+    with pytest.raises(diffrate.ExportError, match="found the precision bf16; onnxruntime accepts: float32, fp16"):
+        diffrate.export(model, tmp_path / "model.onnx", dtype=torch.bfloat16)
+
+
+def test_large_weights_lie_beside_the_file(
+    model: diffrate.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(files.onnx, "LARGEST", 1000)
+    diffrate.export(model, path)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    images = images_for("deit", 3)
+    torch.testing.assert_close(load_exported(path).runner.logits(images), model(images, return_flop=False), **EXACT)
+    monkeypatch.undo()
+    diffrate.export(model, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]  # what is outdated is gone
+
+
+def test_a_plain_module_pickles_compiles_exports_and_loads_with_torch_alone(
+    model: diffrate.CompressedModel, tmp_path: Path
+) -> None:
+    module, images = diffrate.plain(model), images_for("deit", 5)
+    expected = model(images, return_flop=False)
+    torch.save(module, tmp_path / "plain.pt")
+    torch.save((images, expected), tmp_path / "case.pt")
+    code = (
+        "import sys, torch\n"
+        "module = torch.load('plain.pt', weights_only=False)\n"
+        "images, expected = torch.load('case.pt')\n"
+        "torch.testing.assert_close(module(images), expected, atol=1e-5, rtol=0)\n"
+        "assert not {'timm', 'diffrate'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+    assert isinstance(module, nn.Module)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(images), expected, **EXACT)
+    again = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(again.module()(images[:3]), expected[:3], **EXACT)
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = small("deit").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    diffrate.export(model, tmp_path / "model.pt2")
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_no_compressed_model_is_refused(tmp_path: Path) -> None:
+    for call in (lambda: diffrate.export(plain("deit"), tmp_path / "a.pt2"), lambda: diffrate.plain(plain("deit"))):
+        with pytest.raises(
+            diffrate.ExportError, match=r"found VisionTransformer; accepted: a model that diffrate\.patch"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_others_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(diffrate.ExportError, match="found no such file"):
+        load_exported(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(diffrate.ExportError, match="cannot read it"):
+        load_exported(path)
