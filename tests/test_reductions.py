@@ -22,6 +22,12 @@ def random_state(batch: int, tokens: int, seed: int, traced: bool = True) -> Tok
     return state.traced() if traced else state
 
 
+def merge_in_order(state: TokenState, kept: int, spared: int, weigh_by_similarity: bool) -> TokenState:
+    """`merge_tokens` of tokens that are in the order of importance."""
+    batch, tokens, _ = state.x.shape
+    return merge_tokens(state, torch.arange(tokens).expand(batch, tokens), kept, spared, weigh_by_similarity)
+
+
 def merge_by_hand(x: torch.Tensor, size: torch.Tensor, kept: int, weigh: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One image `[N, C]`, token by token, as the paper tells it."""
     members = {position: [x[position]] for position in range(kept)}
@@ -42,7 +48,7 @@ def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data:
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     state = random_state(batch, tokens, seed)
-    merged = merge_tokens(state, kept, 1, weigh_by_similarity=weigh)
+    merged = merge_in_order(state, kept, 1, weigh_by_similarity=weigh)
     assert state.size is not None
     assert merged.size is not None
     for image in range(batch):
@@ -58,7 +64,7 @@ def test_plain_sizes_are_conserved_and_follow_the_origins(shape: tuple[int, int,
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     ones = random_state(batch, tokens, seed)._replace(size=None)
-    merged = merge_tokens(ones, kept, 1, weigh_by_similarity=False)
+    merged = merge_in_order(ones, kept, 1, weigh_by_similarity=False)
     assert merged.origin is not None
     assert merged.size is not None
     counts = F.one_hot(merged.origin, kept).sum(1)
@@ -94,7 +100,7 @@ def test_adding_by_index_and_by_product_is_the_same(shape: tuple[int, int, int],
     start = torch.randn(batch, kept, 3, generator=generator, dtype=torch.float64)
     values = torch.randn(batch, sources, 3, generator=generator, dtype=torch.float64)
     destination = torch.randint(kept, (batch, sources), generator=generator)
-    by_index = add_by_index(start, destination, values)
+    by_index = add_by_index(torch.cat([start, values], dim=1), destination)
     torch.testing.assert_close(by_index, add_by_product(start, destination, values))
     expected = start.clone()
     for image in range(batch):
@@ -112,7 +118,7 @@ def test_position_zero_is_never_a_destination() -> None:
 
 def test_merging_into_one_token_prunes() -> None:
     state = random_state(2, 6, seed=3)
-    merged = merge_tokens(state, 1, 1, weigh_by_similarity=True)
+    merged = merge_in_order(state, 1, 1, weigh_by_similarity=True)
     torch.testing.assert_close(merged.x, state.x[:, :1])
     assert merged.origin is not None
     assert merged.origin.tolist() == [[0, -1, -1, -1, -1, -1]] * 2
@@ -121,21 +127,21 @@ def test_merging_into_one_token_prunes() -> None:
 def test_opposite_tokens_leave_a_positive_size() -> None:
     """Similarity -1 takes the whole size away: its logarithm must stay finite."""
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, -2.0]]])
-    merged = merge_tokens(TokenState(x), 2, 1, weigh_by_similarity=True)
+    merged = merge_in_order(TokenState(x), 2, 1, weigh_by_similarity=True)
     assert merged.size is not None
     assert merged.size.log().isfinite().all()
     torch.testing.assert_close(merged.size[:, 0], torch.ones(1))
 
 
 def test_zero_tokens_match_without_nan() -> None:
-    merged = merge_tokens(TokenState(torch.zeros(1, 4, 3)), 2, 1, weigh_by_similarity=True)
+    merged = merge_in_order(TokenState(torch.zeros(1, 4, 3)), 2, 1, weigh_by_similarity=True)
     assert merged.x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_type_and_float32_sizes(dtype: torch.dtype) -> None:
     state = TokenState(torch.randn(2, 9, 4, dtype=dtype))
-    merged = merge_tokens(state, 4, 1, weigh_by_similarity=True)
+    merged = merge_in_order(state, 4, 1, weigh_by_similarity=True)
     assert merged.x.dtype == dtype
     assert merged.size is not None
     assert merged.size.dtype == torch.float32

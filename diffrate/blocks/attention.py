@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import size_dtype
+from diffrate.blocks.tokens import alone, size_dtype
 
 CACHED_ELEMENTS = 2**19  # of the maps that are made at a time on a CPU: 2 MiB in float32
 HELD_ELEMENTS = 2**27  # and on other devices: 512 MiB
@@ -78,10 +78,16 @@ def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Ten
 
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
-    # One row of scores: multiplying and adding up reads the keys where they lie. A matrix product
-    # first copies them, heads apart.
+    precise = size_dtype(query)
+    if alone(query) and not torch.is_autocast_enabled(query.device.type):
+        start = query.new_zeros(1, 1, 1, dtype=precise) if bias is None else bias[0].to(precise)
+        keys = heads.key[0].to(precise).transpose(-2, -1)
+        scores = torch.baddbmm(start, query[0].to(precise), keys, alpha=heads.scale)
+        return scores.softmax(dim=-1).mean(dim=0)
+    # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
+    # product first copies them, heads apart.
     products = heads.key * (query * heads.scale)
-    scores = products.sum(-1, dtype=size_dtype(products))
+    scores = products.sum(-1, dtype=precise)
     return _softmax(scores, None if bias is None else bias[:, :, 0]).mean(dim=1)
 
 

@@ -43,9 +43,11 @@ def fixed_block(
     if importance is not None:
         if rules.random:
             importance = torch.rand_like(importance)
-        state = keep_tokens(state, most_important(importance, kept.pruned, rules.prefix))
+        index = most_important(importance, kept.pruned, rules.prefix)
         if kept.merged < kept.pruned:
-            state = merge_tokens(state, kept.merged, rules.spared, rules.weigh_by_similarity)
+            state = merge_tokens(state, index, kept.merged, rules.spared, rules.weigh_by_similarity)
+        else:
+            state = keep_tokens(state, index)
     return state._replace(x=mlp_branch(block, state.x))
 
 
