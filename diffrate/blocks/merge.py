@@ -41,15 +41,16 @@ def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
     return add_by_product(start[:, :, None], destination, values[:, :, None]).squeeze(-1)
 
 
-def add_by_index(x: Tensor, destination: Tensor) -> Tensor:
-    """The first tokens of `x` `[B, K + S, C]`, `[B, K, C]`, plus each of the last at its `destination` `[B, S]`.
+def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """The first tokens of `x` `[B, K + S, C]`, `[B, K, C]`, plus each of `values` `[B, S, C]` at its `destination`.
 
-    In place, row by row: faster on a CPU; on a GPU the sums would come in another order each time.
+    In place, row by row: faster on a CPU; on a GPU the sums would come in another order each time. `values` may be
+    the last tokens of `x`.
     """
     (batch, tokens, _), sources = x.shape, destination.shape[1]
     # Without the last image's sources, so that of one image no row is both read and written.
     rows = x.flatten(0, 1)[: batch * tokens - sources]
-    rows.index_add_(0, rows_of(destination, tokens).flatten(), x[:, tokens - sources :].flatten(0, 1))
+    rows.index_add_(0, rows_of(destination, tokens).flatten(), values.flatten(0, 1))
     return x[:, : tokens - sources]
 
 
@@ -107,9 +108,10 @@ def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
 
     `x` may be overwritten, unless a backward pass asks for it.
     """
+    leaves = x[:, kept:]
     if on_cpu(x):
-        return add_by_index(x.clone() if x.requires_grad else x, destination)
-    return add_by_product(x[:, :kept], destination, x[:, kept:])
+        return add_by_index(x.clone() if x.requires_grad else x, destination, leaves)
+    return add_by_product(x[:, :kept], destination, leaves)
 
 
 def on_cpu(x: Tensor) -> bool:

@@ -71,6 +71,8 @@ def rows_of(index: Tensor, tokens: int) -> Tensor:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `[B, K]` of `values` `[B, N]`, `[1, N]` or `[B, N, C]`."""
+    if alone(index) and values.shape[0] == 1:
+        return values.index_select(1, index[0])
     if values.ndim == 2:
         return values.expand(index.shape[0], -1).gather(1, index)
     # Whole rows are copied at once, where gather would look up each of their elements.
