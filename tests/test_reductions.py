@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from diffrate.blocks.attention import Heads, size_bias, speakers_importance
 from diffrate.blocks.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
 from diffrate.blocks.prune import keep_tokens, most_important
 from diffrate.blocks.tokens import TokenState, follow
@@ -20,6 +21,12 @@ def random_state(batch: int, tokens: int, seed: int, traced: bool = True) -> Tok
     x = torch.randn(batch, tokens, 5, generator=generator, dtype=torch.float64)
     state = TokenState(x, torch.rand(batch, tokens, generator=generator, dtype=torch.float64) + 0.5)
     return state.traced() if traced else state
+
+
+def merge_in_order(state: TokenState, kept: int, spared: int, weigh_by_similarity: bool) -> TokenState:
+    """`merge_tokens` of tokens that are in the order of importance."""
+    batch, tokens, _ = state.x.shape
+    return merge_tokens(state, torch.arange(tokens).expand(batch, tokens), kept, spared, weigh_by_similarity)
 
 
 def merge_by_hand(x: torch.Tensor, size: torch.Tensor, kept: int, weigh: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +49,7 @@ def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data:
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     state = random_state(batch, tokens, seed)
-    merged = merge_tokens(state, kept, 1, weigh_by_similarity=weigh)
+    merged = merge_in_order(state, kept, 1, weigh_by_similarity=weigh)
     assert state.size is not None
     assert merged.size is not None
     for image in range(batch):
@@ -58,7 +65,7 @@ def test_plain_sizes_are_conserved_and_follow_the_origins(shape: tuple[int, int,
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     ones = random_state(batch, tokens, seed)._replace(size=None)
-    merged = merge_tokens(ones, kept, 1, weigh_by_similarity=False)
+    merged = merge_in_order(ones, kept, 1, weigh_by_similarity=False)
     assert merged.origin is not None
     assert merged.size is not None
     counts = F.one_hot(merged.origin, kept).sum(1)
@@ -94,13 +101,58 @@ def test_adding_by_index_and_by_product_is_the_same(shape: tuple[int, int, int],
     start = torch.randn(batch, kept, 3, generator=generator, dtype=torch.float64)
     values = torch.randn(batch, sources, 3, generator=generator, dtype=torch.float64)
     destination = torch.randint(kept, (batch, sources), generator=generator)
-    by_index = add_by_index(start, destination, values)
+    by_index = add_by_index(torch.cat([start, values], dim=1), destination, values)
     torch.testing.assert_close(by_index, add_by_product(start, destination, values))
     expected = start.clone()
     for image in range(batch):
         for source, goes_to in enumerate(destination[image].tolist()):
             expected[image, goes_to] += values[image, source]
     torch.testing.assert_close(by_index, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_merging_has_the_gradient_of_its_rule(batch: int) -> None:
+    """Of one image, which is merged in views of one tensor, and of several; nothing that is handed in changes."""
+    state = random_state(batch, 9, seed=5, traced=False)
+    assert state.size is not None
+    index = torch.stack(
+        [torch.randperm(9, generator=torch.Generator().manual_seed(image))[:7] for image in range(batch)]
+    )
+
+    def merge(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        merged = merge_tokens(TokenState(x, size), index, 4, 1, weigh_by_similarity=True)
+        return merged.x, merged.size
+
+    before = state.x.clone(), state.size.clone()
+    assert torch.autograd.gradcheck(merge, (state.x.requires_grad_(), state.size.requires_grad_()))
+    with torch.no_grad():
+        merge(state.x, state.size)
+    assert torch.equal(state.x, before[0])
+    assert torch.equal(state.size, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
+    """Importance, pruning and merging take ways of their own for one image."""
+    heads = Heads(*torch.randn(3, 3, 2, 30, 8, generator=torch.Generator().manual_seed(0)).to(dtype), 0.3)
+    x = torch.randn(3, 30, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    size = torch.rand(3, 30, generator=torch.Generator().manual_seed(2)) + 0.5
+    importance = speakers_importance(heads, size_bias(size), 1)
+    for image in range(3):
+        one = slice(image, image + 1)
+        own = Heads(heads.query[one], heads.key[one], heads.value[one], heads.scale)
+        found = speakers_importance(own, size_bias(size[one]), 1)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, importance[one], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    index = most_important(importance[:, 1:], 20, 1)
+    merged = merge_tokens(TokenState(x, size), index, 12, 1, weigh_by_similarity=True)
+    assert merged.size is not None
+    for image in range(3):
+        one = slice(image, image + 1)
+        alone = merge_tokens(TokenState(x[one], size[one]), index[one], 12, 1, weigh_by_similarity=True)
+        assert alone.size is not None
+        torch.testing.assert_close(alone.x, merged.x[one])
+        torch.testing.assert_close(alone.size, merged.size[one])
 
 
 def test_position_zero_is_never_a_destination() -> None:
@@ -112,7 +164,7 @@ def test_position_zero_is_never_a_destination() -> None:
 
 def test_merging_into_one_token_prunes() -> None:
     state = random_state(2, 6, seed=3)
-    merged = merge_tokens(state, 1, 1, weigh_by_similarity=True)
+    merged = merge_in_order(state, 1, 1, weigh_by_similarity=True)
     torch.testing.assert_close(merged.x, state.x[:, :1])
     assert merged.origin is not None
     assert merged.origin.tolist() == [[0, -1, -1, -1, -1, -1]] * 2
@@ -121,21 +173,21 @@ def test_merging_into_one_token_prunes() -> None:
 def test_opposite_tokens_leave_a_positive_size() -> None:
     """Similarity -1 takes the whole size away: its logarithm must stay finite."""
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, -2.0]]])
-    merged = merge_tokens(TokenState(x), 2, 1, weigh_by_similarity=True)
+    merged = merge_in_order(TokenState(x), 2, 1, weigh_by_similarity=True)
     assert merged.size is not None
     assert merged.size.log().isfinite().all()
     torch.testing.assert_close(merged.size[:, 0], torch.ones(1))
 
 
 def test_zero_tokens_match_without_nan() -> None:
-    merged = merge_tokens(TokenState(torch.zeros(1, 4, 3)), 2, 1, weigh_by_similarity=True)
+    merged = merge_in_order(TokenState(torch.zeros(1, 4, 3)), 2, 1, weigh_by_similarity=True)
     assert merged.x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_type_and_float32_sizes(dtype: torch.dtype) -> None:
     state = TokenState(torch.randn(2, 9, 4, dtype=dtype))
-    merged = merge_tokens(state, 4, 1, weigh_by_similarity=True)
+    merged = merge_in_order(state, 4, 1, weigh_by_similarity=True)
     assert merged.x.dtype == dtype
     assert merged.size is not None
     assert merged.size.dtype == torch.float32

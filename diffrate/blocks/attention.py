@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import size_dtype
+from diffrate.blocks.tokens import alone, size_dtype
 
 CACHED_ELEMENTS = 2**19  # of the maps that are made at a time on a CPU: 2 MiB in float32
 HELD_ELEMENTS = 2**27  # and on other devices: 512 MiB
@@ -58,7 +58,7 @@ def attend_and_receive(heads: Heads, bias: Tensor | None, dropout: float) -> tup
     The mean over heads and queries takes every element of the map, but not all at once: a few images are
     treated at a time, so that on a CPU their maps stay in the cache. That costs about as much as fused attention.
     """
-    parts = list(_parts(heads))
+    parts = list(_parts(heads.key, heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]))
     if len(parts) == 1:
         return _attend_with_map(heads, bias, dropout)
     mixed, importance = [], []
@@ -78,10 +78,17 @@ def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Ten
 
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
-    # One row of scores: multiplying and adding up reads the keys where they lie. A matrix product
-    # first copies them, heads apart.
-    products = heads.key * (query * heads.scale)
-    scores = products.sum(-1, dtype=size_dtype(products))
+    precise = size_dtype(query)
+    if alone(query) and not torch.is_autocast_enabled(query.device.type):
+        start = query.new_zeros(1, 1, 1, dtype=precise) if bias is None else bias[0].to(precise)
+        keys = heads.key[0].to(precise).transpose(-2, -1)
+        scores = torch.baddbmm(start, query[0].to(precise), keys, alpha=heads.scale)
+        return scores.softmax(dim=-1).mean(dim=0)
+    # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
+    # product first copies them, heads apart.
+    key, query = heads.key, query * heads.scale
+    parts = [(key[part] * query[part]).sum(-1, dtype=precise) for part in _parts(key, key.shape[1:].numel())]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     return _softmax(scores, None if bias is None else bias[:, :, 0]).mean(dim=1)
 
 
@@ -93,14 +100,14 @@ def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple
     return dropped.to(heads.value.dtype) @ heads.value, weights.mean(dim=(1, 2))
 
 
-def _parts(heads: Heads) -> Iterator[slice]:
-    """The images in parts whose maps fit a CPU's cache, or a share of a GPU's memory; in one part for a graph that is
-    compiled or exported, which is for batches of any size."""
-    batch, count, tokens, _ = heads.key.shape
+def _parts(key: Tensor, elements: int) -> Iterator[slice]:
+    """The images of `key` in parts whose maps or products, `elements` of each image, fit a CPU's cache, or a share of a
+    GPU's memory; in one part for a graph that is compiled or exported, which is for batches of any size."""
+    batch = key.shape[0]
     if torch.compiler.is_compiling():
         return iter([slice(None)])
-    elements = CACHED_ELEMENTS if heads.key.device.type == "cpu" else HELD_ELEMENTS
-    size = max(1, elements // (count * heads.query.shape[2] * tokens))
+    held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
+    size = max(1, held // elements)
     return (slice(start, start + size) for start in range(0, max(1, batch), size))
 
 

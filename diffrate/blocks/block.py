@@ -62,10 +62,10 @@ def reduced(rules: ReductionRules, state: TokenState, importance: Tensor | None,
         return state
     if rules.random:
         importance = torch.rand_like(importance)
-    state = keep_tokens(state, most_important(importance, kept.pruned, rules.prefix))
+    index = most_important(importance, kept.pruned, rules.prefix)
     if kept.merged < kept.pruned:
-        state = merge_tokens(state, kept.merged, rules.spared, rules.weigh_by_similarity)
-    return state
+        return merge_tokens(state, index, kept.merged, rules.spared, rules.weigh_by_similarity)
+    return keep_tokens(state, index)
 
 
 def mlp_branch(block: Any, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffrate.blocks.tokens import TokenState, followed, take
+from diffrate.blocks.tokens import TokenState, moved, take
 
 
 def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
@@ -27,6 +27,4 @@ def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
     kept = TokenState(take(state.x, index), size, place=place)
     if state.origin is None:
         return kept
-    gone = torch.full(state.x.shape[:2], -1, device=index.device)
-    positions = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    return followed(state, kept, gone.scatter(1, index, positions))
+    return moved(state, kept, index, torch.arange(index.shape[1], device=index.device).expand_as(index))

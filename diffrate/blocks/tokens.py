@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class TokenState(NamedTuple):
@@ -55,15 +56,27 @@ def size_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def alone(values: Tensor) -> bool:
+    """Whether there is one image, `[1, ...]`: then views do where batches need copies or sums of indices. Never in a
+    graph that is compiled or exported, which is for batches of any size."""
+    return values.shape[0] == 1 and not torch.compiler.is_compiling()
+
+
+def rows_of(index: Tensor, tokens: int) -> Tensor:
+    """Positions `[B, K]` of each image's `tokens` as rows of all images together."""
+    if alone(index):
+        return index
+    return index + torch.arange(0, index.shape[0] * tokens, tokens, device=index.device)[:, None]
+
+
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `[B, K]` of `values` `[B, N]`, `[1, N]` or `[B, N, C]`."""
+    if alone(index) and values.shape[0] == 1:
+        return values.index_select(1, index[0])
     if values.ndim == 2:
         return values.expand(index.shape[0], -1).gather(1, index)
     # Whole rows are copied at once, where gather would look up each of their elements.
-    batch, tokens, width = values.shape
-    first = torch.arange(0, batch * tokens, tokens, device=index.device)
-    rows = (index + first[:, None]).flatten()
-    return values.reshape(batch * tokens, width).index_select(0, rows).reshape(batch, index.shape[1], width)
+    return F.embedding(rows_of(index, values.shape[1]), values.flatten(0, 1))
 
 
 def follow(origin: Tensor, moved: Tensor) -> Tensor:
@@ -83,6 +96,12 @@ def followed(before: TokenState, after: TokenState, to: Tensor) -> TokenState:
         pruned = (origin < 0) & (before.origin >= 0)
         last = torch.where(pruned[:, :, None], standing(before.x, before.origin), last)
     return after._replace(origin=origin, last=last)
+
+
+def moved(before: TokenState, after: TokenState, index: Tensor, to: Tensor) -> TokenState:
+    """`followed` when the tokens at `index` `[B, K]` went to positions `to` `[B, K]` and all others were pruned."""
+    gone = torch.full(before.x.shape[:2], -1, device=index.device)
+    return followed(before, after, gone.scatter(1, index, to))
 
 
 def standing(x: Tensor, origin: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from diffrate.blocks.attention import size_bias
 from diffrate.blocks.block import attention_branch, mlp_branch
 from diffrate.blocks.forms import form_of, through
-from diffrate.blocks.merge import most_similar
+from diffrate.blocks.merge import length_of, most_similar
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
 from diffrate.blocks.rules import ReductionRules
@@ -149,7 +149,8 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRu
     sources = order[:, plan.merged : plan.pruned]
     kept = order[:, rules.spared : plan.merged]
     moving = take(x, sources)
-    similarity, nearest = most_similar(moving, take(x, kept))
+    length = length_of(x)
+    similarity, nearest = most_similar(moving, take(length, sources), take(x, kept), take(length, kept))
     destination = kept.gather(1, nearest)
     goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
     features = goes_to.to(x.dtype)
