@@ -1,0 +1,81 @@
+"""`--target_speedup`, `--target_latency` and `--benchmark latency` from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import benchmarks.latency
+import cli.latency
+import diffrate.latency.check as check_module
+import diffrate.latency.confirm as confirm
+import diffrate.latency.measure as measure
+from tests.cli.test_errors import check
+from tests.conftest import Cli
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "WHOLE_RUNS", 0.01)
+    monkeypatch.setattr(measure, "RUNS", (30, 30))
+    monkeypatch.setattr(confirm, "SECONDS", 0.01)
+    monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
+    monkeypatch.setattr(benchmarks.latency, "RANDOM", 2)
+    monkeypatch.setattr(check_module, "SECONDS", 0.01)
+    assert cli.latency.SECONDS > 0
+
+
+@pytest.mark.parametrize("search", ["calibrated", "gradient"])
+def test_a_search_for_a_speed(search: str, cli: Cli, tmp_path: Path) -> None:
+    words = ("--target_speedup", 1.05, "--latency_batch", 64, "--search", search, "--minutes", 0.02)
+    code, out, err = cli(*words, "--output_dir", tmp_path / "out", "--seed", 0)
+    assert (code, err) == (0, ""), err
+    line = next(line for line in out.splitlines() if "speed-up: asked" in line)
+    assert re.search(r"asked 1\.05, predicted \d\.\d\d, measured \d+\.\d\d \(batch 64, float32, eager\)$", line)
+    assert len(list((tmp_path / "cache" / "diffrate" / "latency").glob("*.json"))) == 1
+    rates = json.loads((tmp_path / "out" / "compression_rate.json").read_text())
+    (name,) = rates["ViT-Sample"]
+    assert 0 < float(name) < 0.05
+    assert f"--target_flops {name}" in out
+    code, _, err = cli(
+        *("--eval", "--load_compression_rate", "--target_flops", name),
+        *("--compression_rate_file", tmp_path / "out" / "compression_rate.json"),
+    )
+    assert (code, err) == (0, "")
+
+
+def test_a_baseline_for_a_latency(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "times.json"
+    code, out, err = cli("--baseline", "prune", "--target_speedup", 1.05, "--latency_batch", 64, "--latency_file", file)
+    assert (code, err) == (0, ""), err
+    assert "speed-up: asked 1.05" in out
+    assert json.loads(file.read_text())["setting"]["batch_size"] == 64
+
+
+def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("--benchmark", "latency", "--batch-size", 2, "--output_dir", tmp_path / "out")
+    assert (code, err) == (0, ""), err
+    assert re.search(r"prediction: median error \d+\.\d %, worst \d+\.\d % over 6 schedules$", out.strip())
+    rows = json.loads((tmp_path / "out" / "benchmark_latency.json").read_text())
+    assert {row["block"] for row in rows} == {0, 7}
+    assert (tmp_path / "out" / "latency.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--target_speedup", 99), "--target_speedup 99: accepted: 1 to "),
+        (("--target_latency", 1e-7), "--target_latency 1e-07 s: accepted: "),
+        (("--target_speedup", 1.5, "--target_flops", 0.03), "found several; accepted: one of them"),
+        (("--target_speedup", 1.5, 1.5), "--target_speedup 1.5 1.5: accepted: each once"),
+        (("--eval", "--target_speedup", 1.5), "--target_speedup goes with a search or a --baseline"),
+        (("--target_speedup", 0), "--target_speedup: found 0; accepted: above 0"),
+        (("--target_speedup", 1.1, "--latency_file", "/dev/null/x.json"), "/dev/null/x.json: cannot be "),
+    ],
+)
+def test_targets_that_make_no_sense(words: tuple[object, ...], message: str, cli: Cli, tmp_path: Path) -> None:
+    check(cli(*words, "--output_dir", tmp_path / "out"), message)
