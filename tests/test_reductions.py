@@ -119,9 +119,9 @@ def test_merging_has_the_gradient_of_its_rule(batch: int) -> None:
         [torch.randperm(9, generator=torch.Generator().manual_seed(image))[:7] for image in range(batch)]
     )
 
-    def merge(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merge(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         merged = merge_tokens(TokenState(x, size), index, 4, 1, weigh_by_similarity=True)
-        return merged.x, merged.size
+        return merged.x, merged.sizes()
 
     before = state.x.clone(), state.size.clone()
     assert torch.autograd.gradcheck(merge, (state.x.requires_grad_(), state.size.requires_grad_()))
@@ -134,7 +134,8 @@ def test_merging_has_the_gradient_of_its_rule(batch: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
     """Importance, pruning and merging take ways of their own for one image."""
-    heads = Heads(*torch.randn(3, 3, 2, 30, 8, generator=torch.Generator().manual_seed(0)).to(dtype), 0.3)
+    query, key, value = torch.randn(3, 3, 2, 30, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    heads = Heads(query, key, value, 0.3)
     x = torch.randn(3, 30, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     size = torch.rand(3, 30, generator=torch.Generator().manual_seed(2)) + 0.5
     importance = speakers_importance(heads, size_bias(size), 1)
