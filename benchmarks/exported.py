@@ -18,6 +18,7 @@ from benchmarks.subject import Subject
 from diffrate.exporting.files import Loaded, load_exported, parts_of
 from diffrate.exporting.metadata import Metadata
 from diffrate.exporting.targets import target_of
+from diffrate.running.speed import mode_name
 from diffrate.running.timing import PairedTimes, peak_memory, time_all_in_turn
 
 HEADINGS = {
@@ -153,8 +154,7 @@ def _live(subject: Subject, batch_size: int, setting: Setting) -> Iterator[_Cont
     for compiled in setting.modes:
         for side in SIDES:
             arguments = (side, subject, batch_size, torch.float32, compiled, str(setting.device))
-            mode = "compiled" if compiled else "eager"
-            yield _Contestant(f"{side} model", mode, "float32", costs[side], build_side, arguments)
+            yield _Contestant(f"{side} model", mode_name(compiled), "float32", costs[side], build_side, arguments)
 
 
 def _of_files(files: Sequence[File], batch_size: int) -> Iterator[_Contestant]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import diffrate
 import models
 from benchmarks.subject import Subject
-from diffrate.running.speed import forward_pass, precision_name, speed_of
+from diffrate.running.speed import forward_pass, mode_name, precision_name, speed_of
 from diffrate.running.timing import peak_memory, time_in_turn
 
 SIDES = ("dense", "compressed")
@@ -94,7 +94,7 @@ def _row(
     return SpeedRow(
         **asdict(speed_of(times, batch_size, precision_name(dtype), costs)),
         model=subject.entry.name,
-        mode="compiled" if compiled else "eager",
+        mode=mode_name(compiled),
         dense_memory_mib=_mib(memory[0]),
         compressed_memory_mib=_mib(memory[1]),
     )

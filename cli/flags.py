@@ -273,7 +273,7 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
     timed = args.target_speedup is not None or args.target_latency is not None
     compiles = args.eval or args.finetune or timed or benchmark_of(args) in ("eval", "loading", "latency", FILES)
     if args.compile and not compiles:
-        raise UsageError("--compile goes with --eval, --finetune, --benchmark and --target_speedup")
+        raise UsageError("--compile goes with --eval, --finetune and --benchmark, or a target in seconds")
     _check_exported(args)
     if args.save is not None:
         if mode not in (SEARCH, "eval", "finetune"):

@@ -9,11 +9,10 @@ from torch import nn
 
 import diffrate
 import models
-from cli.entry import input_size_of, meta_model, patched
-from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens, targets_of
+from cli.entry import input_size_of, patched
+from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
 from cli.settings import ModelSettings
 from cli.weights import Weights
-from diffrate.budgets.rounding import check_target
 from models.zoo import ModelEntry
 from utils import UsageError
 
@@ -55,20 +54,15 @@ def compressed(
     return result
 
 
-def check_targets(settings: ModelSettings, entry: ModelEntry, classes: int) -> None:
-    """Refuse targets that no schedule meets, and a granularity without choice, before anything is trained.
+def check_choices(settings: ModelSettings, model: diffrate.CompressedModel) -> None:
+    """Refuse a granularity that leaves a search without choice.
 
     Raises:
-        BudgetError, UsageError: names the flag and what is accepted.
+        UsageError: names the flag and what is accepted.
     """
-    model = meta_model(settings, entry, classes)
     if min(len(rate) for rate in model.arch_parameters()) < 2:
         limit = model.compression.patches(model.compression.space.searchable[0])
         raise UsageError(f"--granularity {settings.granularity}: accepted: from 1 to {limit - 1}")
-    for target in targets_of(settings, model):
-        if not target.timed:  # what seconds are in reach is measured first
-            assert target.gflops is not None
-            check_target(target.gflops * 1e9, model.compression.space, model.flops_at)
 
 
 def _held(settings: ModelSettings, weights: Weights | None, model: diffrate.CompressedModel) -> NamedSchedule | None:

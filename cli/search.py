@@ -9,7 +9,7 @@ import torch
 import diffrate
 from cli.entry import patched
 from cli.goals import Aim, aims_of
-from cli.model import check_targets
+from cli.model import check_choices
 from cli.results import log_found, save_model, save_schedules
 from cli.resume import check_search, resume_path, search_identity
 from cli.search_report import Reporter, TrialReporter, log_calibrated
@@ -27,11 +27,11 @@ from utils import StopSignals, UsageError
 def run(settings: Settings, runtime: Runtime) -> None:
     """Search, and leave schedules, checkpoints and plots in the output folder."""
     searched = searched_model(settings, runtime)
-    check_targets(settings.model, searched.entry, searched.outputs)
     batches, accumulate = len(searched.train), settings.search.accumulate
     if accumulate > batches:
         raise UsageError(f"--accum-steps {accumulate}: accepted: up to {batches}, the batches of an epoch")
     model = patched(searched.model, settings.model).to(runtime.device)
+    check_choices(settings.model, model)
     aims = aims_of(settings, model, runtime)
     for index, aim in enumerate(aims):
         # A huge model needs no second copy for the last.

@@ -46,7 +46,6 @@ class Searched:
     entry: ModelEntry
     model: nn.Module
     classes: Sequence[str] | None
-    outputs: int
     train: ImageLoader
     val: ImageLoader | None
     part: ImageLoader
@@ -92,7 +91,6 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
         entry,
         model,
         weights.classes if val is None else output_names(val, outputs, weights),
-        outputs,
         train_loader(train, settings, runtime),
         None if val is None else eval_loader(val, settings, runtime),
         part_loader(plain, STARTING_IMAGES, settings, runtime),

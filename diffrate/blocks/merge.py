@@ -109,6 +109,8 @@ def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
     `x` may be overwritten, unless a backward pass asks for it.
     """
     leaves = x[:, kept:]
+    if on_cpu(x) and torch.compiler.is_compiling():  # a graph has nothing to do in place, and more runtimes know this
+        return x[:, :kept].scatter_add(1, destination[:, :, None].expand_as(leaves), leaves)
     if on_cpu(x):
         return add_by_index(x.clone() if x.requires_grad else x, destination, leaves)
     return add_by_product(x[:, :kept], destination, leaves)

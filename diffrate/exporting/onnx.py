@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from diffrate.exporting.operators import OPSET, translations
+from diffrate.exporting.quiet import errors_alone
 from diffrate.exporting.runner import INPUT, OUTPUT, Runner
 
 LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
@@ -66,17 +66,7 @@ def _weights(program: ExportedProgram) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch's exporter says of itself: its own deprecations, and of packages that it does not need."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            for category in (UserWarning, DeprecationWarning, FutureWarning):
-                warnings.filterwarnings(
-                    "ignore", category=category, module=r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
-                )
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        for category in (UserWarning, DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg")
+        yield

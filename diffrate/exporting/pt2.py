@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from diffrate.exporting.quiet import errors_alone
 from diffrate.exporting.runner import Runner
 
 METADATA = "metadata.json"  # among the file's extra files
@@ -22,7 +23,8 @@ def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None
 def run(path: Path, threads: int | None = None) -> Runner:
     """What runs the file; torch has its number of threads for the whole process."""
     extra = {METADATA: ""}
-    module = torch.export.load(path, extra_files=extra).module()
+    with errors_alone("torch.export", "torch._export"):  # what is wrong with a file, the error says
+        module = torch.export.load(path, extra_files=extra).module()
 
     def logits(images: Tensor) -> Tensor:
         with torch.inference_mode():

@@ -123,7 +123,7 @@ def _fitted(columns: np.ndarray, seconds: np.ndarray, rising: int) -> np.ndarray
     trust, weights = np.ones(len(seconds)), np.zeros(columns.shape[1])
     for _ in range(REWEIGHTED):
         rows = trust / seconds
-        found = lsq_linear(columns / scale * rows[:, None], seconds * rows, bounds=(least, np.inf))
+        found = lsq_linear(columns / scale * rows[:, None], seconds * rows, bounds=(least, np.inf), method="bvls")
         weights = found.x / scale
         apart = np.abs(columns @ weights / seconds - 1)
         limit = OUTLIER * max(float(np.median(apart)), 1e-6)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -83,12 +84,13 @@ def measure_latency(
 def _read_or_measured(
     model: CompressedModel, use: Use, seconds: float, file: Path | None, progress: Progress | None
 ) -> LatencyTable:
-    known = None if file is None else read_table(file, setting_of(model, use))
+    setting = setting_of(model, use)
+    known = None if file is None else read_table(file, setting)
     if known is not None:
         return known
     with generators_kept():
         samples = _sampled(model, use, seconds, progress)
-        table = _repriced(model, use, _table(model, use, samples), _whole_schedules(model))
+        table = _repriced(model, use, _table(model, setting, samples), _whole_schedules(model))
     if file is not None:
         write_table(file, table)
     return table
@@ -161,17 +163,17 @@ def _scaled(sample: RunSample, by: float) -> RunSample:
     return sample._replace(embedding=by * sample.embedding, blocks=blocks, head=by * sample.head)
 
 
-def _table(model: CompressedModel, use: Use, samples: Sequence[RunSample]) -> LatencyTable:
+def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[RunSample]) -> LatencyTable:
     kinds, space = kinds_of(model), model.compression.space
     levels = knots(space.least, space.limits[0])
     return LatencyTable(
-        setting=setting_of(model, use),
+        setting=setting,
         kinds=tuple(_kind(kinds, kind, levels, samples) for kind in range(len(kinds.names))),
         order=kinds.order,
         embedding=median(sample.embedding for sample in samples),
         head=fit_line([sample.leaving for sample in samples], [sample.head for sample in samples]),
         tokens=space.limits[0],
-        batch_size=use.batch_size,
+        batch_size=setting["batch_size"],
     )
 
 

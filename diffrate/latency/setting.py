@@ -14,7 +14,7 @@ from diffrate.blocks.projection import projection_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
-from diffrate.running.speed import precision_name
+from diffrate.running.speed import mode_name, precision_name
 
 FORMAT = 1  # of the file, and of what is measured
 _CPUS = Path("/proc/cpuinfo")
@@ -46,11 +46,6 @@ class Kinds(NamedTuple):
     names: tuple[str, ...]
     order: tuple[int, ...]
     read: tuple[int | None, ...]
-
-
-def mode_name(compiled: bool) -> str:
-    """What tables call a way to run."""
-    return "compiled" if compiled else "eager"
 
 
 def kinds_of(model: CompressedModel) -> Kinds:

@@ -152,3 +152,8 @@ def speed_of(times: PairedTimes, batch_size: int, precision: str, costs: tuple[i
 def precision_name(dtype: torch.dtype) -> str:
     """What tables call a precision."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def mode_name(compiled: bool) -> str:
+    """What tables call a way to run."""
+    return "compiled" if compiled else "eager"

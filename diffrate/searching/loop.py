@@ -254,7 +254,7 @@ class Search:
         with autocast(means.place.device, means.precision):
             if means.teacher is not None:
                 return means.teacher.searching(images, means.cost)
-            logits, flops = self.model(images) if means.cost is None else self.model.search_step(images, means.cost)
+            logits, flops = self.model.search_step(images, means.cost)
         return means.criterion(logits.float(), labels), flops
 
     def _next(self, batches: Iterator[Any]) -> Batch:

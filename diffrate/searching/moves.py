@@ -13,8 +13,9 @@ from random import Random
 
 import numpy as np
 
+from diffrate.budgets.budget import choices_of
 from diffrate.budgets.rounding import ABOVE, BELOW, Cost, meets_budget
-from diffrate.budgets.schedule import Schedule, running_counts
+from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 from diffrate.budgets.uniform import uniform_schedules
 
@@ -43,9 +44,7 @@ class Moves:
 
     def counts(self, schedule: Schedule) -> Counts:
         """What really happens at a schedule: one count per choice, never rising."""
-        kept = running_counts(schedule, self.space.limits[0])
-        pairs = [(kept[block].pruned, kept[block].merged) for block in self.space.searchable]
-        return tuple(count for pair in pairs for count in pair[-self.width :])
+        return tuple(choices_of(schedule, self.space))
 
     def uniform(self) -> dict[str, Schedule]:
         """The uniform schedules of the budget, by kind."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
@@ -18,7 +17,6 @@ from diffrate.latency.measure import measure_latency
 from diffrate.latency.setting import use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel, PlannedCost
-from diffrate.rates.masked_block import BlockPlan
 from diffrate.searching.settings import SearchSettingError
 
 
@@ -63,14 +61,7 @@ class Goal:
     @property
     def cost(self) -> PlannedCost | None:
         """What a step of the gradient search is expected to cost; None for multiply-accumulates."""
-        table = self.table
-        if table is None:
-            return None
-
-        def seconds(plans: Sequence[BlockPlan]) -> Tensor:
-            return expected_seconds(table, plans)
-
-        return seconds
+        return None if self.table is None else partial(expected_seconds, self.table)
 
     def confirmed(
         self, model: CompressedModel, schedule: Schedule, device: torch.device
@@ -82,14 +73,13 @@ class Goal:
 
 
 def goal_of(model: CompressedModel, asked: Asked, table: LatencyTable | None, device: torch.device) -> Goal:
-    """The budget that was asked for. Where it is of seconds and there is no `table`, one is measured, with the
+    """The budget of a target in order. Where it is of seconds and there is no `table`, one is measured, with the
     defaults of `measure_latency`.
 
     Raises:
-        SearchSettingError: none or several were asked for, or a table of another model.
+        SearchSettingError: the table is another model's.
         BudgetError: it is out of reach.
     """
-    asked.check()
     if asked.timed and table is None:
         table = measure_latency(model, device=device)
     goal = goal_at(model, asked, table)

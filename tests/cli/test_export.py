@@ -30,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--export", "a.pt2", "--save", "a.safetensors"), ["--save goes with a search, --eval and --finetune"]),
         (
             ("--benchmark", "flight"),
-            ["--benchmark: found flight; accepted: one of eval, search, scaling, loading, or "],
+            ["--benchmark: found flight; accepted: one of eval, search, scaling, loading, latency, or "],
         ),
         (("--benchmark", "eval", "a.pt2"), ["--benchmark: found eval; accepted"]),
         (("--benchmark", "gone.pt2"), ["gone.pt2: found no such file"]),

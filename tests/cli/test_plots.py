@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cli import results
+from diffrate.budgets import uniform
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from drawing.plots import (
@@ -255,7 +257,8 @@ def test_a_budget_that_no_uniform_schedule_meets_is_no_error(monkeypatch: pytest
             raise BudgetError(kind)
         return Schedule((65,) * 6, (60,) * 6)
 
-    monkeypatch.setattr(results, "baseline_schedule", refuse)
-    assert results._uniform(patched("deit"), 1.0) == {
+    monkeypatch.setattr(uniform, "baseline_schedule", refuse)
+    model = patched("deit")
+    assert results._uniform(model, Budget(model.flops_at, 1.0)) == {
         "merge": {"prune_kept_num": (65,) * 6, "merge_kept_num": (60,) * 6}
     }
