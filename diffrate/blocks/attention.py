@@ -79,7 +79,7 @@ def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Ten
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
     precise = size_dtype(query)
-    if alone(query) and not torch.is_autocast_enabled(query.device.type):
+    if alone(query) and not _autocasts(query.device.type):
         start = query.new_zeros(1, 1, 1, dtype=precise) if bias is None else bias[0].to(precise)
         keys = heads.key[0].to(precise).transpose(-2, -1)
         scores = torch.baddbmm(start, query[0].to(precise), keys, alpha=heads.scale)
@@ -109,6 +109,11 @@ def _parts(key: Tensor, elements: int) -> Iterator[slice]:
     held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
     size = max(1, held // elements)
     return (slice(start, start + size) for start in range(0, max(1, batch), size))
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether products would be taken in half precision."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _row(bias: Tensor | None, row: int) -> Tensor | None:

@@ -76,7 +76,9 @@ def _at_rest(model: CompressedModel, dtype: torch.dtype) -> CompressedModel:
     still = copy.deepcopy(model)
     still.compression.schedule = model.compression.current()
     still.compression._parameters.clear()
-    return still.to("cpu", dtype).eval().requires_grad_(False)
+    still = still.to("cpu", dtype).eval().requires_grad_(False)
+    still.settle()
+    return still
 
 
 def _last_words(error: Exception) -> str:

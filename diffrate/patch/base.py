@@ -102,6 +102,9 @@ class CompressedModel(nn.Module):
         """That of models whose positions are in the features."""
         return [NO_POSITIONS] * len(self.compressible_blocks())
 
+    def settle(self) -> None:
+        """Compute once and for all what is the same for all images: in a copy that is exported."""
+
     @property
     def read(self) -> int | None:
         """How many first tokens are all that is read of what the last compressible block leaves; None for all."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.naflexvit import NaFlexVit
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrate.blocks.positions import Positions
 from diffrate.patch.rotary import RotaryVit
@@ -44,3 +44,12 @@ class CompressedNaFlex(RotaryVit, NaFlexVit):
         x, _ = self.embeds(images)
         angles = None if self.rope is None else self.rope.get_embed(shape=list(self.token_grid))
         return self.norm_pre(x), self.turned_by(angles)
+
+    def settle(self) -> None:
+        embeds = self.embeds
+        if embeds.pos_embed is None or tuple(embeds.pos_embed.shape[1:3]) == self.token_grid:
+            return
+        rows, columns = self.token_grid
+        positions = embeds.pos_embed.new_zeros(1, rows * columns, embeds.pos_embed.shape[-1])
+        embeds._apply_learned_pos_embed(positions, [rows, columns])
+        embeds.pos_embed = nn.Parameter(positions.view(1, rows, columns, -1), requires_grad=False)

@@ -13,6 +13,7 @@ import cli.latency
 import diffrate.latency.check as check_module
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
+from diffrate.running import timing
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 
@@ -21,7 +22,9 @@ from tests.conftest import Cli
 def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(measure, "WHOLE_RUNS", 0.01)
-    monkeypatch.setattr(measure, "RUNS", (30, 30))
+    monkeypatch.setattr(timing, "SHORT", 0.001)
+    monkeypatch.setattr(timing, "FEWEST", 2)
+    monkeypatch.setattr(measure, "RUNS", (20, 20))
     monkeypatch.setattr(confirm, "SECONDS", 0.01)
     monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
     monkeypatch.setattr(benchmarks.latency, "RANDOM", 2)

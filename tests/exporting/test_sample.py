@@ -1,4 +1,4 @@
-"""The sample's model, from its files: as many digits right as the live model, at all published schedules."""
+"""The sample's model, from its files: as many digits right as the live model, at two of its schedules."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-@pytest.mark.parametrize(("gflops", "right"), [(0.0386, 978), (0.0314, 974), (0.0242, 952), (0.0169, 828)])
+@pytest.mark.parametrize(("gflops", "right", "suffix"), [(0.0242, 952, ".onnx"), (0.0169, 828, ".xml")])
 def test_as_many_digits_are_right(
     gflops: float,
     right: int,

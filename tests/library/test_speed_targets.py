@@ -14,6 +14,7 @@ import diffrate.latency.measure as measure
 from diffrate.latency.plan import random_schedule
 from diffrate.latency.setting import use_of
 from diffrate.latency.table import LatencyTable
+from diffrate.running import timing
 from tests.test_latency import table_of
 from tests.test_patch import patched
 
@@ -22,6 +23,8 @@ from tests.test_patch import patched
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is not how precise a time is."""
     monkeypatch.setattr(measure, "WHOLE_RUNS", 0.01)
+    monkeypatch.setattr(timing, "SHORT", 0.001)
+    monkeypatch.setattr(timing, "FEWEST", 2)
     monkeypatch.setattr(confirm, "SECONDS", 0.01)
 
 
