@@ -66,5 +66,13 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Eight images without labels."""
+    for index in range(8):
+        write_image(tmp_path / "photographs" / f"{index}.png", seed=index)
+    return tmp_path / "photographs"
+
+
+@pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)

@@ -10,16 +10,9 @@ import torch
 
 from tests.cli.test_errors import check
 from tests.cli.test_search import MODEL
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli
 
 FAST = ("--num_workers", 0, "--target_flops", "60%", "--model", MODEL)
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    for index in range(8):
-        write_image(tmp_path / "photographs" / f"{index}.png", seed=index)
-    return tmp_path / "photographs"
 
 
 def works(folder: Path) -> dict[str, list[float]]:

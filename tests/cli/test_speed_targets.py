@@ -14,6 +14,7 @@ import diffrate.latency.check as check_module
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 from diffrate.running import timing
+from sample import MODEL as SAMPLE
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 
@@ -33,9 +34,11 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("search", ["calibrated", "gradient"])
-def test_a_search_for_a_speed(search: str, cli: Cli, tmp_path: Path) -> None:
-    words = ("--target_speedup", 1.05, "--latency_batch", 64, "--search", search, "--minutes", 0.02)
-    code, out, err = cli(*words, "--output_dir", tmp_path / "out", "--seed", 0)
+def test_a_search_for_a_speed(search: str, cli: Cli, photographs: Path, tmp_path: Path) -> None:
+    words = ("--target_speedup", 1.05, "--latency_batch", 64, "--search", search)
+    few = ("--data-path", photographs, "--model", SAMPLE, "--batch-size", 4, "--num_workers", 0)
+    steps = ("--epochs", 2) if search == "gradient" else ()
+    code, out, err = cli(*words, *few, *steps, "--output_dir", tmp_path / "out", "--seed", 0)
     assert (code, err) == (0, ""), err
     line = next(line for line in out.splitlines() if "speed-up: asked" in line)
     assert re.search(r"asked 1\.05, predicted \d\.\d\d, measured \d+\.\d\d \(batch 64, float32, eager\)$", line)
