@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,8 @@ from diffrate.running.timing import time_within
 SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 CORRECTIONS = 3
+
+Again = Callable[[Budget, Schedule], Schedule]
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,20 @@ def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, secon
 
 
 def confirmed(
-    model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use
+    model: CompressedModel,
+    schedule: Schedule,
+    budget: Budget,
+    table: LatencyTable,
+    use: Use,
+    again: Again | None = None,
 ) -> tuple[Schedule, Confirmed]:
     """`schedule`, or where it is measured to be too slow one that is rounded again to a budget corrected by the ratio
     of measured and predicted, and its speeds. The first process measures, and all go by that.
+
+    `again` makes a better schedule of the corrected budget of the rounded one.
     """
     whole, space = table.seconds(model.dense_schedule()), model.compression.space
-    asked, counts, corrected = whole / budget.target, choices_of(schedule, space), budget
+    asked, corrected = whole / budget.target, budget
     best = 0.0, schedule
     for _ in range(1 + CORRECTIONS):
         ratio = made_by_first(partial(measured_speedup, model, schedule, use, SECONDS))
@@ -72,9 +82,11 @@ def confirmed(
             break
         corrected = corrected.times(ratio / asked)
         try:
-            schedule = corrected.rounded(counts, space)
+            schedule = corrected.rounded(choices_of(schedule, space), space)
         except BudgetError:  # no schedule is that fast
             break
+        if again is not None:
+            schedule = again(corrected, schedule)
     ratio, schedule = best
     predicted = table.seconds(schedule)
     of = budget.unit.of

@@ -55,12 +55,14 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Plan:
-    """How far a calibration goes. work: None for the usual; minutes: to end within, None for any."""
+    """How far a calibration goes. work: None for the usual, or a `share` of it; minutes: to end within, None for
+    any."""
 
     seed: int
     images: int = IMAGES
     work: float | None = None
     minutes: float | None = None
+    share: float = 1.0
 
 
 class CalibrationObserver:
@@ -167,7 +169,8 @@ def _is_last_idle(model: CompressedModel) -> bool:
 
 def _work(plan: Plan, calibration: Calibration, choosing: float, speed: float, place: Place) -> float:
     """How many forward passes there are to be, the choice included."""
-    work = min(WORK, LOOKS_AN_IMAGE * len(calibration.images)) if plan.work is None else plan.work
+    usual = min(WORK, LOOKS_AN_IMAGE * len(calibration.images)) if plan.work is None else plan.work
+    work = plan.share * usual
     if plan.minutes is not None:
         work = min(plan.work or float("inf"), 60 * plan.minutes * speed)
     return float(least(int(max(work, choosing + 2 * len(calibration.images))), place.device))

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.files import UNREADABLE, first_line
-from diffrate.latency.confirm import Confirmed
+from diffrate.latency.confirm import Again, Confirmed
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.state import CompressionState
@@ -37,6 +39,7 @@ from diffrate.searching.teacher import Teacher
 from diffrate.seeds import generators_kept
 
 SAVE_EVERY = 10  # steps
+AGAIN = 0.3  # of the trials, where what was found is measured to be too slow
 GRADIENT_SHARE = 0.5  # of the minutes, where there are two searches
 
 
@@ -112,8 +115,8 @@ def search(
         target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's; or
             `target_speedup`, how many times as fast as dense; or `target_latency`, seconds of an image.
         latency: what schedules take, of `measure_latency`: for the batch size, precision and mode that a speed is
-            asked for; by default measured with its defaults. What is found is measured, too, and rounded again where
-            it is too slow.
+            asked for; by default measured with its defaults. What is found is measured, too, and searched on,
+            or rounded again, where it is too slow.
         method: `gradient`, the paper's; or `calibrated`, which tries schedules of the budget at really fixed counts,
             on images without labels, against the dense model's outputs; or `both`, one after the other.
         calibration: what `calibrated` takes its images from, by default `loader`; `images` of them at most.
@@ -189,7 +192,7 @@ def search(
     precision = precision or default_precision(place.device)
     going_on = None if resume is None else Path(resume)
     file = None if checkpoint is None else Path(checkpoint)
-    found, given = None, {}
+    found, given, again = None, {}, None
     with generators_kept():
         if method != "calibrated" and not (method == "both" and going_on is not None and is_calibrated(going_on)):
             teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
@@ -222,17 +225,21 @@ def search(
             if file is not None:
                 _checkpoint(file, save_every, notes or {})
             model.to(place.device)
-            images_from = loader if calibration is None else calibration
             left = minutes if minutes is None or method != "both" else minutes * (1 - GRADIENT_SHARE)
-            came_to = calibrate(
+            plan = Plan(seed, images, work, left)
+            run = partial(
+                calibrate,
                 model,
-                images_from,
+                loader if calibration is None else calibration,
                 goal.budget.cost,
-                target,
-                Plan(seed, images, work, left),
-                place,
+                place=place,
                 loss="tokens" if loss == "tokens" else "distill",
                 precision=precision,
+            )
+            again = partial(_searched_on, run, replace(plan, minutes=None, share=AGAIN))
+            came_to = run(
+                target,
+                plan,
                 given=given | ({} if start is None else {"start": start}),
                 observer=trials,
                 checkpoint=file,
@@ -243,14 +250,25 @@ def search(
             scores = None if val is None else evaluate_at(model, best, val, precision)
             found = Found(best, model.flops_at(best), scores, () if found is None else found.history, came_to)
     assert found is not None, "there is a method"
-    return _settled(model, found, goal, val, precision)
+    return _settled(model, found, goal, again, val, precision)
+
+
+def _searched_on(run: Callable[..., Calibrated], plan: Plan, budget: Budget, schedule: Schedule) -> Schedule:
+    """A schedule of a corrected budget, from one that was only rounded to it."""
+    return run(budget.target, plan, given={"rounded": schedule}).schedule
 
 
 def _settled(
-    model: CompressedModel, found: Found, goal: Goal, val: Batches | None, precision: torch.dtype | None
+    model: CompressedModel,
+    found: Found,
+    goal: Goal,
+    again: Again | None,
+    val: Batches | None,
+    precision: torch.dtype | None,
 ) -> Found:
     """What was found, with its speed where that was asked for; the model is left at its schedule."""
-    schedule, speed = goal.confirmed(model, found.schedule, place_of(model).device)
+    with generators_kept():
+        schedule, speed = goal.confirmed(model, found.schedule, place_of(model).device, again)
     if schedule != found.schedule:
         scores = None if val is None else evaluate_at(model, schedule, val, precision)
         found = replace(found, schedule=schedule, flops=model.flops_at(schedule), scores=scores)

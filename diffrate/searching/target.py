@@ -11,7 +11,7 @@ import torch
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.latency.budget import latency_budget, speedup_budget
-from diffrate.latency.confirm import Confirmed, confirmed
+from diffrate.latency.confirm import Again, Confirmed, confirmed
 from diffrate.latency.expected import expected_seconds
 from diffrate.latency.measure import measure_latency
 from diffrate.latency.setting import use_of
@@ -64,12 +64,15 @@ class Goal:
         return None if self.table is None else partial(expected_seconds, self.table)
 
     def confirmed(
-        self, model: CompressedModel, schedule: Schedule, device: torch.device
+        self, model: CompressedModel, schedule: Schedule, device: torch.device, again: Again | None = None
     ) -> tuple[Schedule, Confirmed | None]:
-        """`schedule` as it is, or, of seconds, as fast as was asked for by measurement, and its speeds."""
+        """`schedule` as it is, or, of seconds, as fast as was asked for by measurement, and its speeds.
+
+        `again` makes a better schedule of a corrected budget of a rounded one.
+        """
         if self.table is None:
             return schedule, None
-        return confirmed(model, schedule, self.budget, self.table, use_of(self.table, device))
+        return confirmed(model, schedule, self.budget, self.table, use_of(self.table, device), again)
 
 
 def goal_of(model: CompressedModel, asked: Asked, table: LatencyTable | None, device: torch.device) -> Goal:
