@@ -26,6 +26,7 @@ from diffrate.latency.curves import (
     Curve,
     fit_attention,
     fit_curve,
+    fit_prices,
     fit_reduction,
     reduction_terms,
 )
@@ -108,10 +109,22 @@ def test_a_schedule_takes_the_sum_of_its_parts() -> None:
     half_attention, half_mlp = 0.55, 1.1
     expected = 0.5 + 2 * 3.0 + (1.0 + 0.25 + half_mlp) + 2 * (half_attention + half_mlp) + half_attention + 0.2 + 0.1
     assert table.seconds(pruned) == pytest.approx(expected / 2)
-    assert table.prices(pruned) == pytest.approx(0.25 / 2)
+    assert table.prices(pruned) == pytest.approx((0.25 / 2, 0.0))
     merged = SPACE.schedule([65, 65, 65, 33] + [33] * 6)
     assert table.seconds(merged) - table.seconds(pruned) == pytest.approx(0.25 / 2)
-    assert replace(table, kinds=tuple(kind.repriced(2) for kind in table.kinds)).prices(pruned) == pytest.approx(0.25)
+    assert table.repriced(2, 5).prices(pruned) == pytest.approx((0.25, 0.0))
+
+
+@given(st.floats(0.6, 2.5), st.floats(0.6, 2.5))
+def test_prices_are_those_of_whole_runs(going: float, merging: float) -> None:
+    rest, parts = [1.0, 1.0, 0.8, 0.7], np.array([[0.1, 0.1], [0.3, 0.0], [0.2, 0.4], [0.2, 0.0]])
+    taken = rest + parts @ [going, merging]
+    found = fit_prices(rest, parts[:, 0], parts[:, 1], taken)
+    assert found == pytest.approx((going, merging), rel=0.05)
+
+
+def test_prices_of_which_runs_say_nothing_stay() -> None:
+    assert fit_prices([1.0], [0.1], [0.0], [1.2])[1] == pytest.approx(1.0)
 
 
 @given(st.integers(0, 10_000), st.floats(1.05, 2.2), st.floats(0, 0.4))

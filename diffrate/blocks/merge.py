@@ -29,7 +29,8 @@ def most_similar(
     # The sources are scaled first, so that the products stay in the range of half precision under autocast.
     scaled = sources / source_length[:, :, None]
     # Products of half precision cost more on many a CPU than the conversion, and tell less.
-    products = scaled @ candidates.to(scaled.dtype).transpose(1, 2)
+    # Not `@`, which exporters copy both sides for.
+    products = torch.bmm(scaled, candidates.to(scaled.dtype).transpose(1, 2))
     similarity, nearest = (products / candidate_length[:, None]).max(dim=-1)
     return similarity, nearest
 

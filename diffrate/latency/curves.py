@@ -18,6 +18,8 @@ from diffrate.budgets.schedule import Kept
 REWEIGHTED = 6  # times
 OUTLIER = 2.0  # median deviations, from which on samples count less
 SAMPLES_A_KNOT = 4.0  # at least, in the mean
+BELIEVED = (0.5, 3.0)  # of a factor on a price
+DOUBT = 0.02  # of a whole run's time, that a factor of 2 is believed at
 
 
 class Curve(NamedTuple):
@@ -79,7 +81,7 @@ def powers(tokens: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(counts), counts, counts**2], axis=-1)
 
 
-PRUNING, MERGING = 3, 3  # terms of a reduction's price
+MERGING_TERMS = slice(3, 6)  # of those of a reduction's price
 
 
 def reduction_terms(kept: Kept, sized: bool) -> list[float]:
@@ -88,13 +90,30 @@ def reduction_terms(kept: Kept, sized: bool) -> list[float]:
     merges = kept.merged < kept.pruned
     pairs = (kept.pruned - kept.merged) * kept.merged
     pruning = [1.0, float(kept.entering), float(kept.pruned)]
-    return [*pruning, *([1.0, float(kept.pruned), float(pairs)] if merges else [0.0] * MERGING), float(sized)]
+    return [*pruning, *([1.0, float(kept.pruned), float(pairs)] if merges else [0.0] * 3), float(sized)]
 
 
 def fit_reduction(kept: Sequence[Kept], sized: Sequence[bool], seconds: Sequence[float]) -> tuple[float, ...]:
     """Coefficients of `reduction_terms`, none below 0."""
     columns = np.array([reduction_terms(*pair) for pair in zip(kept, sized, strict=True)])
     return tuple(_fitted(columns, np.asarray(seconds), columns.shape[1]).tolist())
+
+
+def fit_prices(
+    rest: Sequence[float], going: Sequence[float], merging: Sequence[float], taken: Sequence[float]
+) -> tuple[float, float]:
+    """By how much the price of letting tokens go, and what merging adds to it, are to be multiplied so that with the
+    `rest` they come to the seconds `taken` by whole runs: two factors, 1 as far as the runs do not say otherwise."""
+    whole = np.asarray(taken, dtype=np.float64)
+    columns = np.stack([going, merging], axis=1) / whole[:, None]
+    doubt = DOUBT * np.eye(2)
+    found = lsq_linear(
+        np.concatenate([columns, doubt]),
+        np.concatenate([1 - np.asarray(rest) / whole, doubt.sum(axis=0)]),
+        bounds=BELIEVED,
+        method="bvls",
+    )
+    return float(found.x[0]), float(found.x[1])
 
 
 def fit_line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

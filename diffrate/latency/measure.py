@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -21,7 +20,15 @@ from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.group import made_by_first
 from diffrate.latency.confirm import measured_speedup
-from diffrate.latency.curves import AttentionSample, Curve, fit_attention, fit_curve, fit_line, fit_reduction
+from diffrate.latency.curves import (
+    AttentionSample,
+    Curve,
+    fit_attention,
+    fit_curve,
+    fit_line,
+    fit_prices,
+    fit_reduction,
+)
 from diffrate.latency.file import read_table, write_table
 from diffrate.latency.plan import knots, probing_schedules
 from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
@@ -31,11 +38,11 @@ from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import place_of
 from diffrate.seeds import generators_kept
 
-SECONDS = 36.0  # of timed runs
+SECONDS = 30.0  # of timed runs
 RUNS = (60, 600)  # at least, whatever they take, and at most
 WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is looked at as a whole
-LEFT = (0.8, 0.5)  # of the FLOPs, in these schedules
-BELIEVED = (0.5, 2.0)  # of a correction
+# The schedules, with a share of the FLOPs that is left; the first ones say most, where few fit into the time.
+WHOLE = (("both", 0.5), ("merge", 0.8), ("prune", 0.5), ("both", 0.8), ("merge", 0.5), ("prune", 0.8))
 WARM = 3  # runs before the first that counts
 DENSE_EVERY = 4  # runs: how fast the machine is at the moment
 
@@ -126,33 +133,30 @@ def _steadied(rounds: Sequence[Sequence[RunSample]]) -> list[RunSample]:
 
 
 def _repriced(model: CompressedModel, use: Use, table: LatencyTable, schedules: Sequence[Schedule]) -> LatencyTable:
-    """The table with the price of reductions by which it agrees with whole runs, measured against dense in turn.
+    """The table with the prices of reductions by which it agrees with whole runs, measured against dense in turn.
 
     Reductions are many short operations, which take a little longer in a model that runs undisturbed by timing.
     """
-    whole, factors = table.seconds(model.dense_schedule()), []
+    whole, seen = table.seconds(model.dense_schedule()), []
+    begun = time.monotonic()
     for schedule in schedules:
+        if seen and time.monotonic() - begun > WHOLE_RUNS * len(schedules):
+            break
+        going, merging = table.prices(schedule)
         taken = whole / measured_speedup(model, schedule, use, WHOLE_RUNS)
-        price = table.prices(schedule)
-        if price > 0:
-            factors.append((taken - table.seconds(schedule) + price) / price)
-    low, high = BELIEVED
-    by = min(high, max(low, median(factors))) if factors else 1.0
-    return replace(table, kinds=tuple(kind.repriced(by) for kind in table.kinds))
+        seen.append((table.seconds(schedule) - going - merging, going, merging, taken))
+    return table.repriced(*fit_prices(*zip(*seen, strict=True))) if seen else table
 
 
 def _whole_schedules(model: CompressedModel) -> list[Schedule]:
     """Some to look at as a whole, with a reduction in every block: pruned, merged, and both."""
     space, found = model.compression.space, []
-    for kind in ("prune", "merge", "both") if space.prunes else ("merge",):
-        for share in LEFT:
+    dense = model.flops_at(space.dense())
+    for kind, share in WHOLE:
+        if space.prunes or kind == "merge":
             with suppress(BudgetError):
-                found.append(baseline_schedule(kind, space, model.flops_at, _flops(model, share)))
+                found.append(baseline_schedule(kind, space, model.flops_at, share * dense))
     return found
-
-
-def _flops(model: CompressedModel, share: float) -> float:
-    return share * model.flops_at(model.dense_schedule())
 
 
 def _scaled(sample: RunSample, by: float) -> RunSample:

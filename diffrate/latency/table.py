@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
-from diffrate.latency.curves import AttentionTimes, Curve, powers, reduction_terms
+from diffrate.latency.curves import MERGING_TERMS, AttentionTimes, Curve, powers, reduction_terms
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,27 @@ class BlockTimes:
             return seconds + self.after[self.read]
         return seconds + self.price(kept, sized) + self.after[kept.merged]
 
-    def repriced(self, by: float) -> BlockTimes:
-        """The same, with reductions so many times as dear."""
-        asked = tuple(by * weight for weight in self.attention.asked)
-        reduction = tuple(by * weight for weight in self.reduction)
+    def repriced(self, going: float, merging: float) -> BlockTimes:
+        """The same, with that tokens go so many times as dear, and what merging adds to it."""
+        asked = tuple(going * weight for weight in self.attention.asked)
+        reduction = tuple(
+            (merging if MERGING_TERMS.start <= place < MERGING_TERMS.stop else going) * weight
+            for place, weight in enumerate(self.reduction)
+        )
         return replace(self, attention=self.attention._replace(asked=asked), reduction=reduction)
 
     def price(self, kept: Kept, sized: bool) -> float:
         """What it takes that tokens go: to ask for their importance, and to let them go; 0 where none do."""
+        return sum(self.prices(kept, sized))
+
+    def prices(self, kept: Kept, sized: bool) -> tuple[float, float]:
+        """The same in two parts: that tokens go, and what merging adds to it."""
         if kept.merged == kept.entering or self.read is not None:
-            return 0.0
+            return 0.0, 0.0
         terms = zip(self.reduction, reduction_terms(kept, sized), strict=True)
-        return self.asked[kept.entering] + sum(weight * term for weight, term in terms)
+        parts = [weight * term for weight, term in terms]
+        merging = sum(parts[MERGING_TERMS])
+        return self.asked[kept.entering] + sum(parts) - merging, merging
 
     @property
     def _counts(self) -> np.ndarray:
@@ -104,13 +113,17 @@ class LatencyTable:
         """The times of each block."""
         return tuple(self.kinds[kind] for kind in self.order)
 
-    def prices(self, schedule: Schedule) -> float:
-        """What the reductions of `schedule` take of its `seconds`."""
-        total, sized = 0.0, False
+    def prices(self, schedule: Schedule) -> tuple[float, float]:
+        """What the reductions of `schedule` take of its `seconds`: that tokens go, and what merging adds to it."""
+        totals, sized = [0.0, 0.0], False
         for kept, kind in zip(running_counts(schedule, self.tokens), self.blocks, strict=False):
-            total += kind.price(kept, sized)
+            totals = [total + part for total, part in zip(totals, kind.prices(kept, sized), strict=True)]
             sized = sized or kept.merged < kept.pruned
-        return total / self.batch_size
+        return totals[0] / self.batch_size, totals[1] / self.batch_size
+
+    def repriced(self, going: float, merging: float) -> LatencyTable:
+        """The same with other prices, as of `BlockTimes`."""
+        return replace(self, kinds=tuple(kind.repriced(going, merging) for kind in self.kinds))
 
     def rest(self) -> float:
         """Seconds of a batch outside the blocks, at all tokens."""

@@ -226,17 +226,18 @@ def search(
                 _checkpoint(file, save_every, notes or {})
             model.to(place.device)
             left = minutes if minutes is None or method != "both" else minutes * (1 - GRADIENT_SHARE)
-            plan = Plan(seed, images, work, left)
+            plan, source = Plan(seed, images, work, left), loader if calibration is None else calibration
             run = partial(
                 calibrate,
                 model,
-                loader if calibration is None else calibration,
+                source,
                 goal.budget.cost,
                 place=place,
                 loss="tokens" if loss == "tokens" else "distill",
                 precision=precision,
             )
-            again = partial(_searched_on, run, replace(plan, minutes=None, share=AGAIN))
+            if not isinstance(source, Iterator):  # whose images are gone
+                again = partial(_searched_on, run, replace(plan, minutes=None, share=AGAIN))
             came_to = run(
                 target,
                 plan,

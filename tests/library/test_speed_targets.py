@@ -93,16 +93,26 @@ def test_a_search_meets_a_speed_by_its_table(method: str, monkeypatch: pytest.Mo
     assert tuple(model.get_kept_num()[1]) == found.schedule.merge
 
 
-def test_what_is_measured_to_be_too_slow_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["gradient", "calibrated"])
+def test_what_is_measured_to_be_too_slow_is_made_faster(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which all reductions save a tenth less than the table says."""
     model, table = patched("deit"), table_of(0.1)
     dense = table.seconds(model.dense_schedule())
     monkeypatch.setattr(confirm, "measured_speedup", lambda model, schedule, *_: 0.9 * dense / table.seconds(schedule))
-    found = diffrate.search(model, images(), target_speedup=1.5, latency=table, method="calibrated", work=300)
+    found = diffrate.search(model, images(), target_speedup=1.5, latency=table, method=method, loss="distill", work=300)
     assert found.speed is not None
     assert found.speed.measured >= 1.5 * 0.97
     assert found.speed.predicted == pytest.approx(found.speed.measured / 0.9)
     assert found.flops == model.flops_at(found.schedule)
+
+
+def test_images_that_come_once_are_searched_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, table = patched("deit"), table_of(0.1)
+    dense = table.seconds(model.dense_schedule())
+    monkeypatch.setattr(confirm, "measured_speedup", lambda model, schedule, *_: 0.9 * dense / table.seconds(schedule))
+    found = diffrate.search(model, iter(images()), target_speedup=1.5, latency=table, method="calibrated", work=300)
+    assert found.speed is not None
+    assert found.speed.measured >= 1.5 * 0.97
 
 
 def test_a_latency_is_asked_for_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
