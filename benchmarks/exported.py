@@ -123,7 +123,10 @@ def file_rows(subject: Subject, files: Sequence[File], setting: Setting) -> Iter
     """For each batch size a row for the dense model, the one at the schedule, and each file."""
     for batch_size in setting.batch_sizes:
         contestants = [*_live(subject, batch_size, setting), *_of_files(files, batch_size)]
-        memory = [peak_memory(one.build, *one.arguments, device=setting.device) for one in contestants]
+        places = [setting.device if one.file is None else torch.device("cpu") for one in contestants]
+        memory = [
+            peak_memory(one.build, *one.arguments, device=place) for one, place in zip(contestants, places, strict=True)
+        ]
         runs = [
             _runner(one.file.loaded, batch_size) if one.file is not None else one.build(*one.arguments)
             for one in contestants

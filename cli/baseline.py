@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import diffrate
 from cli.data import eval_loader
@@ -16,6 +17,7 @@ from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.saving.about import is_saved_model
+from diffrate.seeds import generators_kept
 from engine import evaluate
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
@@ -41,12 +43,20 @@ def _score(settings: Settings, runtime: Runtime) -> None:
     if kind == "random":
         model.rules = replace(model.rules, random=True)
     for aim in aims_of(settings, model, runtime):
-        schedule, speed = aim.goal.confirmed(model, _schedule(settings, model, aim.goal.budget), runtime.device)
+        again = partial(_again, settings, model)
+        first = _schedule(settings, model, aim.goal.budget)
+        with generators_kept():
+            schedule, speed = aim.goal.confirmed(model, first, runtime.device, again)
         model.set_kept_num(schedule.prune, schedule.merge)
         report(f"baseline {kind}", trained.entry, model, evaluate(model, loader, runtime), runtime)
         if speed is not None:
             log.info(speed.line())
         save_schedules(settings, trained.entry, aim.named(model, schedule), schedule, runtime)
+
+
+def _again(settings: Settings, model: diffrate.CompressedModel, budget: Budget, _: Schedule) -> Schedule:
+    """Of a corrected budget, one that is uniform, too."""
+    return _schedule(settings, model, budget)
 
 
 def _list(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:

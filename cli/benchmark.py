@@ -115,8 +115,10 @@ def _exported(settings: Settings, runtime: Runtime) -> None:
     first = loaded[0].metadata
     chosen = replace(settings.model, name=settings.model.name or first.model)
     entry = chosen_entry(chosen)
-    size = input_size_of(chosen, entry) if chosen.input_size else first.input_size[1:]
-    _check_sizes(loaded, (3, *size))
+    if chosen.input_size is None and input_size_of(chosen, entry) != first.input_size[1:]:
+        chosen = replace(chosen, input_size=first.input_size[1:])
+    size = input_size_of(chosen, entry)
+    _check_alike(loaded, (first.input_size[0], *size))
     if chosen.load:
         schedule = _subject(replace(settings, model=chosen)).schedule
     else:
@@ -131,8 +133,13 @@ def _exported(settings: Settings, runtime: Runtime) -> None:
     _report("benchmark files", exported.file_rows(subject, loaded, setting), exported.HEADINGS, runtime)
 
 
-def _check_sizes(loaded: Sequence[exported.File], size: tuple[int, ...]) -> None:
+def _check_alike(loaded: Sequence[exported.File], size: tuple[int, ...]) -> None:
+    first = loaded[0].metadata.model
     for file in loaded:
+        if file.metadata.model != first:
+            raise UsageError(
+                f"--benchmark {file.path}: found a file of {file.metadata.model}; accepted: of {first}, as the first"
+            )
         if file.metadata.input_size != size:
             found, accepted = (" x ".join(map(str, sides)) for sides in (file.metadata.input_size, size))
             raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")

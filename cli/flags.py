@@ -228,6 +228,10 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"{names}: found several; accepted: one of them")
     if timed and not meeting:
         raise UsageError(f"--{timed[0]} goes with a search or a --baseline")
+    about_times = {"latency_batch": LATENCY_BATCH, "latency_precision": "off", "latency_file": None}
+    idle = [name for name, usual in about_times.items() if getattr(args, name) != usual]
+    if idle and not timed and benchmark_of(args) != "latency":
+        raise UsageError(f"--{idle[0]} goes with --target_speedup, --target_latency and --benchmark latency")
     for name in timed:
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise UsageError(f"--{name} {' '.join(f'{value:g}' for value in getattr(args, name))}: accepted: each once")

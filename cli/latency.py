@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffrate
 from cli.settings import LatencySettings
+from diffrate.latency.file import check_place
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import Use, setting_of
 from processes.runtime import AMP_DTYPES, Runtime
@@ -30,7 +31,7 @@ def latency_table(
     use = Use(settings.batch_size, dtype, settings.compiled, runtime.device)
     setting = setting_of(model, use)
     file = settings.file or _kept_in(setting)
-    log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file)
+    log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
     with Share("Latency", SECONDS, runtime) as progress:
         return diffrate.measure_latency(
             model,
@@ -43,8 +44,12 @@ def latency_table(
         )
 
 
-def _kept_in(setting: dict[str, object]) -> Path:
-    """The file of a table where users' programs keep what can be made again."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _kept_in(setting: dict[str, object]) -> Path | None:
+    """The file of a table where users' programs keep what can be made again; None where there is no such place."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        check_place(Path(base) / "diffrate" / "latency")
+    except (RuntimeError, diffrate.LatencyFileError):  # nobody's home, or nothing may be written there
+        return None
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
     return Path(base) / "diffrate" / "latency" / f"{name}.json"

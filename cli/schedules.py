@@ -61,8 +61,8 @@ def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffra
     """
     file, found = rate_file(settings), []
     for target in read_schedules(file).get(entry.schedule_key, {}):
-        schedule = find_schedule(file, entry.schedule_key, float(target))
-        with suppress(diffrate.ScheduleError):  # made for another input
+        with suppress(diffrate.ScheduleError, ValueError):  # made for another input, or under a name of its own
+            schedule = find_schedule(file, entry.schedule_key, float(target))
             model.check(schedule)
             if max(schedule.merge) == model.compression.space.limits[0]:
                 found.append(schedule)

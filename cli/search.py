@@ -92,10 +92,9 @@ def _search_one(aim: Aim, several: bool, searched: Searched, model: diffrate.Com
     target = aim.named(model, found.schedule)
     file = save_schedules(settings, entry, target, found.schedule, runtime)
     scores = None if val is None else _scores(model, found, val, runtime)
-    if found.calibrated is not None:
-        apart = log_calibrated(found.calibrated, inner)
-    else:
-        apart = None if labelled else losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
+    apart = None if found.calibrated is None else log_calibrated(found.calibrated, inner)
+    if not labelled and (found.calibrated is None or found.schedule != found.calibrated.schedule):
+        apart = losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
     save_model(settings, entry, model, searched.classes, runtime)
     log_found(settings, entry, target, aim.goal.budget, model, found, scores, file, runtime, apart)
 

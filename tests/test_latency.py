@@ -229,9 +229,26 @@ def test_a_price_teaches_rates_to_leave_a_block_alone() -> None:
 def test_a_table_of_another_model_is_refused() -> None:
     model = patched("deit")
     with pytest.raises(
-        diffrate.SearchSettingError, match="latency: found a table of 6 blocks over 30 tokens; accepted: 6"
+        diffrate.SearchSettingError, match=r"latency: found a table of a model with other tokens \(30\); accepted: 65"
     ):
         diffrate.search(model, [], target_speedup=1.5, latency=table_of(0.1, tokens=30))
+
+
+def test_a_table_of_other_blocks_is_refused() -> None:
+    table, model = table_of(0.1, setting={"precision": "float32", "mode": "eager", "parameters": 7}), patched("deit")
+    with pytest.raises(ValueError, match=r"with other parameters \(7\); accepted: \d+$"):
+        diffrate.check_predictions(model, table, [model.dense_schedule()])
+
+
+def test_a_search_for_a_speed_goes_on_with_its_table(tmp_path: Path) -> None:
+    with pytest.raises(diffrate.SearchSettingError, match="latency: found none to resume with"):
+        diffrate.search(patched("deit"), [], target_speedup=1.5, resume=tmp_path / "checkpoint.pth")
+
+
+def test_blocks_that_were_never_seen_to_reduce_have_no_price() -> None:
+    table = table_of(0.1)
+    bare = replace(table, kinds=tuple(replace(kind, reduction=()) for kind in table.kinds))
+    assert bare.prices(SPACE.schedule([33] * 10)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("asked", [{"target_speedup": 0.0}, {"target_latency": float("nan")}])

@@ -17,7 +17,7 @@ from diffrate.exporting.graph import Normalization, input_size, traced
 from diffrate.exporting.metadata import Metadata
 from diffrate.exporting.plain import check_patched
 from diffrate.exporting.targets import ExportError, check_destination
-from diffrate.exporting.verify import Agreement, compare, fresh_images
+from diffrate.exporting.verify import LIMITS, Agreement, compare, fresh_images
 from diffrate.files import first_line
 from diffrate.patch.base import CompressedModel
 from diffrate.running.evaluation import modes_kept
@@ -101,7 +101,8 @@ def _checked(
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         images = fresh_images(live, metadata.input_size, None if metadata.normalizes else known, seed)
-        agreement = compare(load_exported(path).runner.logits, live, images, metadata.precision)
+        coarser = max(metadata.precision, precision_name(place.dtype), key=lambda name: LIMITS.get(name, 0.0))
+        agreement = compare(load_exported(path).runner.logits, live, images, coarser)
     if not agreement.difference <= agreement.limit:
         raise ExportError(f"{path.name}: not written: {agreement.line()}")
     return agreement
@@ -114,9 +115,10 @@ def _normalization(model: Any, mean: Sequence[float] | None, std: Sequence[float
         ExportError: not a number for each channel.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = mean or config.get("mean"), std or config.get("std")
     channels = input_size(model)[0]
-    if mean is None or std is None or (len(mean) != channels and channels != 3):  # timm keeps three for any
+    known = {name: row for name in ("mean", "std") if (row := config.get(name)) and len(row) == channels}
+    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
+    if mean is None or std is None:
         return None
     for name, row in (("mean", mean), ("std", std)):
         if len(row) != channels:

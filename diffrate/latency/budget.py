@@ -7,13 +7,15 @@ from diffrate.budgets.rounding import Unit
 from diffrate.budgets.schedule import Schedule
 from diffrate.latency.table import LatencyTable
 
+SPEEDUP, LATENCY = "target_speedup", "target_latency"  # what users ask for
+
 
 def speedup_budget(table: LatencyTable, dense: Schedule, speedup: float) -> Budget:
     """So many times as fast as the model at its `dense` schedule."""
     whole = table.seconds(dense)
-    return Budget(table.seconds, whole / speedup, Unit("target_speedup", "", lambda seconds: whole / seconds))
+    return Budget(table.seconds, whole / speedup, Unit(SPEEDUP, "", lambda seconds: whole / seconds))
 
 
 def latency_budget(table: LatencyTable, seconds: float) -> Budget:
     """So many seconds for an image."""
-    return Budget(table.seconds, seconds, Unit("target_latency", " s", lambda found: found))
+    return Budget(table.seconds, seconds, Unit(LATENCY, " s", lambda found: found))

@@ -10,7 +10,7 @@ import torch
 
 from diffrate.budgets.schedule import Schedule
 from diffrate.latency.confirm import measured_speedup
-from diffrate.latency.setting import use_of
+from diffrate.latency.setting import check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import place_of
@@ -55,10 +55,11 @@ def check_predictions(
 
     Raises:
         ScheduleError: a schedule does not fit the model.
-        ValueError: no schedule, or seconds not above 0.
+        ValueError: no schedule, seconds not above 0, or a table of another model.
     """
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
+    check_table(table, model)
     use, whole = use_of(table, place_of(model, device).device), table.seconds(model.dense_schedule())
     looked_at, predicted, measured = [], [], []
     for schedule in schedules:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from diffrate.budgets.budget import Budget, choices_of
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import made_by_first
+from diffrate.latency.budget import SPEEDUP
 from diffrate.latency.setting import Use
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.speed import at_schedules
-from diffrate.running.timing import time_within
+from diffrate.running.timing import PairedTimes, time_within
 
 SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
@@ -38,7 +40,7 @@ class Confirmed:
 
     def line(self) -> str:
         """As a sentence."""
-        if self.option == "target_speedup":
+        if self.option == SPEEDUP:
             figures = f"speed-up: asked {self.asked:.2f}, predicted {self.predicted:.2f}, measured {self.measured:.2f}"
         else:
             asked, predicted, measured = (1000 * value for value in (self.asked, self.predicted, self.measured))
@@ -46,16 +48,18 @@ class Confirmed:
         return f"{figures} ({self.words})"
 
 
-def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> float:
-    """How many times as fast as dense `model` is at `schedule`: the median of pairs in turn, for so many
-    `seconds`.
+def measured_times(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> PairedTimes:
+    """`model` dense and at `schedule`, timed in pairs for so many `seconds`.
 
     Copies are timed: the model itself is not touched.
     """
-    if schedule == model.dense_schedule():
-        return 1.0
     sides = at_schedules(model, (model.dense_schedule(), schedule), use.batch_size, use.device, use.dtype, use.compiled)
-    return time_within(sides[0], sides[1], seconds, use.device).ratio
+    return time_within(sides[0], sides[1], seconds, use.device)
+
+
+def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> float:
+    """How many times as fast as dense `model` is at `schedule`: the median of pairs."""
+    return 1.0 if schedule == model.dense_schedule() else measured_times(model, schedule, use, seconds).ratio
 
 
 def confirmed(
@@ -71,24 +75,26 @@ def confirmed(
 
     `again` makes a better schedule of the corrected budget of the rounded one.
     """
-    whole, space = table.seconds(model.dense_schedule()), model.compression.space
-    asked, corrected = whole / budget.target, budget
-    best = 0.0, schedule
-    for _ in range(1 + CORRECTIONS):
-        ratio = made_by_first(partial(measured_speedup, model, schedule, use, SECONDS))
-        if ratio > best[0]:
-            best = ratio, schedule
-        if ratio >= asked * (1 - TOO_SLOW):
+    found = []
+    corrected = budget
+    for left in reversed(range(1 + CORRECTIONS)):
+        cost = made_by_first(partial(_measured, model, schedule, budget, table, use))
+        found.append((cost, schedule))
+        if cost <= budget.target / (1 - TOO_SLOW) or not left:
             break
-        corrected = corrected.times(ratio / asked)
+        corrected = corrected.times(budget.target / cost)
         try:
-            schedule = corrected.rounded(choices_of(schedule, space), space)
+            schedule = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
+            schedule = schedule if again is None else again(corrected, schedule)
         except BudgetError:  # no schedule is that fast
             break
-        if again is not None:
-            schedule = again(corrected, schedule)
-    ratio, schedule = best
-    predicted = table.seconds(schedule)
-    of = budget.unit.of
-    figures = of(budget.target), of(predicted), of(whole / ratio)
+    cost, schedule = min(found, key=lambda one: one[0])
+    figures = (budget.unit.of(value) for value in (budget.target, table.seconds(schedule), cost))
     return schedule, Confirmed(*figures, budget.unit.option, use.words())
+
+
+def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use) -> float:
+    """Seconds of an image at `schedule`; of a speed-up, those of the table's dense model over the measured ratio."""
+    if budget.unit.option == SPEEDUP:
+        return table.seconds(model.dense_schedule()) / measured_speedup(model, schedule, use, SECONDS)
+    return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size

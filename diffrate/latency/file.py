@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,28 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
         ) from error
 
 
+def check_place(folder: Path) -> None:
+    """Make sure of a `folder` to write into, which is made where there is none.
+
+    Raises:
+        LatencyFileError: there can be none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LatencyFileError(f"{folder}: cannot be made ({first_line(error)}); accepted: a folder") from error
+    if not os.access(folder, os.W_OK):
+        raise LatencyFileError(f"{folder}: cannot be written to; accepted: a folder that can")
+
+
 def write_table(path: Path, table: LatencyTable) -> None:
     """Leave the table at `path`, in a folder that is made where there is none.
 
     Raises:
         LatencyFileError: it cannot be written.
     """
+    check_place(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write((json.dumps(_plain(table), indent=1) + "\n").encode())
     except OSError as error:

@@ -29,7 +29,7 @@ from diffrate.latency.curves import (
     fit_prices,
     fit_reduction,
 )
-from diffrate.latency.file import read_table, write_table
+from diffrate.latency.file import check_place, read_table, write_table
 from diffrate.latency.plan import knots, probing_schedules
 from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
 from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of
@@ -68,7 +68,7 @@ def measure_latency(
     touched.
 
     Args:
-        seconds: of timed runs; short ones come on top where a model is so large that few fit.
+        seconds: of timed runs; some whole runs come on top, and more of the others where few fit.
         file: where the table is kept; one that is there is taken if it is of the same model, machine, versions and
             use, and replaced otherwise.
         progress: told the runs that are done, and the share of the time that is over.
@@ -95,6 +95,8 @@ def _read_or_measured(
     known = None if file is None else read_table(file, setting)
     if known is not None:
         return known
+    if file is not None:
+        check_place(file.parent)
     with generators_kept():
         samples = _sampled(model, use, seconds, progress)
         table = _repriced(model, use, _table(model, setting, samples), _whole_schedules(model))

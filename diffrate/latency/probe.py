@@ -77,7 +77,7 @@ class CudaClock:
     def mark(self) -> None:
         """Here in the stream."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self.events.append(event)
 
     def seconds(self) -> list[float]:

@@ -14,9 +14,11 @@ from diffrate.blocks.projection import projection_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
+from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name
 
 FORMAT = 1  # of the file, and of what is measured
+OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rules")
 _CPUS = Path("/proc/cpuinfo")
 
 
@@ -88,6 +90,21 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
         "kinds": list(kinds.names),
         "blocks": list(kinds.order),
     }
+
+
+def check_table(table: LatencyTable, model: CompressedModel) -> None:
+    """Refuse a table that says itself that it is of another model.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    expected = setting_of(model, use_of(table, place_of(model).device)) | {"blocks": list(kinds_of(model).order)}
+    said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
+    for name in OF_MODEL:
+        if name in said and said[name] != expected[name]:
+            raise ValueError(
+                f"latency: found a table of a model with other {name} ({said[name]}); accepted: {expected[name]}"
+            )
 
 
 def machine_name(device: torch.device) -> str:

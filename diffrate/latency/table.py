@@ -16,8 +16,8 @@ from diffrate.latency.curves import MERGING_TERMS, AttentionTimes, Curve, powers
 class BlockTimes:
     """Seconds that a batch takes in the parts of one kind of block.
 
-    mlp: over the tokens that leave. reduction: coefficients of `reduction_terms`. read: how many first tokens are
-    all that is left, of a last block of which no more is read; None for all.
+    mlp: over the tokens that leave. reduction: coefficients of `reduction_terms`, none where nothing is reduced.
+    read: how many first tokens are all that is left, of a last block of which no more is read; None for all.
     """
 
     attention: AttentionTimes
@@ -67,7 +67,7 @@ class BlockTimes:
 
     def prices(self, kept: Kept, sized: bool) -> tuple[float, float]:
         """The same in two parts: that tokens go, and what merging adds to it."""
-        if kept.merged == kept.entering or self.read is not None:
+        if kept.merged == kept.entering or not self.reduction:
             return 0.0, 0.0
         terms = zip(self.reduction, reduction_terms(kept, sized), strict=True)
         parts = [weight * term for weight, term in terms]

@@ -132,10 +132,11 @@ def _seconds(run: Run, repeats: int, device: torch.device) -> float:
     """Seconds of one run, the mean of several in a row."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        stream = torch.cuda.current_stream(device)
+        start.record(stream)
         for _ in range(repeats):
             run()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1000 / repeats
     begin = time.perf_counter()

@@ -120,7 +120,7 @@ def calibrate(
         starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given or {})
         if resume is not None:
             starts |= _given(resume)
-        choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * target / max(1.0, cost(model.dense_schedule())))
+        choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * target / cost(model.dense_schedule()))
         work = _work(plan, calibration, choosing, speed, place)
         setting = {"seed": plan.seed, "images": count, "target": target, "loss": loss, "work": plan.work}
         saved = None if resume is None else _read(resume, setting)

@@ -173,6 +173,8 @@ def search(
             raise SearchSettingError(f"{name}: found {value!r}; accepted: above 0, or none")
     asked = Asked(target_flops, share, target_speedup, target_latency)
     asked.check()
+    if asked.timed and resume is not None and latency is None:
+        raise SearchSettingError("latency: found none to resume with; accepted: the table of the search that goes on")
     place = place_of(model, device)
     settings = SearchSettings(
         epochs=epochs,
@@ -237,7 +239,8 @@ def search(
                 precision=precision,
             )
             if not isinstance(source, Iterator):  # whose images are gone
-                again = partial(_searched_on, run, replace(plan, minutes=None, share=AGAIN))
+                less = replace(plan, minutes=None if left is None else AGAIN * left, share=AGAIN)
+                again = partial(_searched_on, run, less, _Stopping(trials))
             came_to = run(
                 target,
                 plan,
@@ -254,9 +257,21 @@ def search(
     return _settled(model, found, goal, again, val, precision)
 
 
-def _searched_on(run: Callable[..., Calibrated], plan: Plan, budget: Budget, schedule: Schedule) -> Schedule:
+class _Stopping(CalibrationObserver):
+    """Of a search that goes on after its end: nothing is told, but it may be stopped."""
+
+    def __init__(self, first: CalibrationObserver | None) -> None:
+        self.first = first or CalibrationObserver()
+
+    def after_trials(self) -> None:
+        self.first.after_trials()
+
+
+def _searched_on(
+    run: Callable[..., Calibrated], plan: Plan, observer: CalibrationObserver, budget: Budget, schedule: Schedule
+) -> Schedule:
     """A schedule of a corrected budget, from one that was only rounded to it."""
-    return run(budget.target, plan, given={"rounded": schedule}).schedule
+    return run(budget.target, plan, given={"rounded": schedule}, observer=observer).schedule
 
 
 def _settled(

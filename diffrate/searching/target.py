@@ -14,7 +14,7 @@ from diffrate.latency.budget import latency_budget, speedup_budget
 from diffrate.latency.confirm import Again, Confirmed, confirmed
 from diffrate.latency.expected import expected_seconds
 from diffrate.latency.measure import measure_latency
-from diffrate.latency.setting import use_of
+from diffrate.latency.setting import check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel, PlannedCost
 from diffrate.searching.settings import SearchSettingError
@@ -102,10 +102,10 @@ def goal_at(model: CompressedModel, asked: Asked, table: LatencyTable | None) ->
         assert flops is not None
         return Goal(Budget(model.flops_at, flops))
     assert table is not None
-    limits = model.compression.space.limits
-    if table.tokens != limits[0] or len(table.order) != len(model.compressible_blocks()):
-        found, here = f"{len(table.order)} blocks over {table.tokens}", len(model.compressible_blocks())
-        raise SearchSettingError(f"latency: found a table of {found} tokens; accepted: {here} over {limits[0]}")
+    try:
+        check_table(table, model)
+    except ValueError as error:
+        raise SearchSettingError(str(error)) from None
     if asked.target_speedup is not None:
         return Goal(speedup_budget(table, dense, asked.target_speedup), table)
     assert asked.target_latency is not None

@@ -78,6 +78,7 @@ def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
         (("--target_latency", 1e-7), "--target_latency 1e-07 s: accepted: "),
         (("--target_speedup", 1.5, "--target_flops", 0.03), "found several; accepted: one of them"),
         (("--target_speedup", 1.5, 1.5), "--target_speedup 1.5 1.5: accepted: each once"),
+        (("--eval", "--latency_batch", 1), "--latency_batch goes with --target_speedup, --target_latency and"),
         (("--eval", "--target_speedup", 1.5), "--target_speedup goes with a search or a --baseline"),
         (("--target_speedup", 0), "--target_speedup: found 0; accepted: above 0"),
         (("--target_speedup", 1.1, "--latency_file", "/dev/null/x.json"), "/dev/null/x.json: cannot be "),

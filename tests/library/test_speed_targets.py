@@ -15,6 +15,7 @@ from diffrate.latency.plan import random_schedule
 from diffrate.latency.setting import use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.running import timing
+from diffrate.running.timing import PairedTimes
 from tests.test_latency import table_of
 from tests.test_patch import patched
 
@@ -118,7 +119,11 @@ def test_images_that_come_once_are_searched_on_once(monkeypatch: pytest.MonkeyPa
 def test_a_latency_is_asked_for_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, table = patched("deit"), table_of(0.1)
     dense = table.seconds(model.dense_schedule())
-    monkeypatch.setattr(confirm, "measured_speedup", lambda model, schedule, *_: dense / table.seconds(schedule))
+
+    def as_predicted(_: object, schedule: diffrate.Schedule, *__: object) -> PairedTimes:
+        return PairedTimes((2 * dense,), (2 * table.seconds(schedule),))  # of a batch of two
+
+    monkeypatch.setattr(confirm, "measured_times", as_predicted)
     found = diffrate.search(model, images(), target_latency=6.0, latency=table, method="calibrated", work=300)
     assert found.speed is not None
     assert (found.speed.asked, found.speed.option) == (6.0, "target_latency")
