@@ -136,13 +136,12 @@ def _exported(settings: Settings, runtime: Runtime) -> None:
 def _check_alike(loaded: Sequence[exported.File], size: tuple[int, ...]) -> None:
     first = loaded[0].metadata.model
     for file in loaded:
-        if file.metadata.model != first:
-            raise UsageError(
-                f"--benchmark {file.path}: found a file of {file.metadata.model}; accepted: of {first}, as the first"
-            )
-        if file.metadata.input_size != size:
-            found, accepted = (" x ".join(map(str, sides)) for sides in (file.metadata.input_size, size))
+        said = file.metadata
+        if said.input_size != size:
+            found, accepted = (" x ".join(map(str, sides)) for sides in (said.input_size, size))
             raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")
+        if said.model != first:
+            raise UsageError(f"--benchmark {file.path}: found one of {said.model}; accepted: of {first}, as the first")
 
 
 MEASURES = {"eval": _speed, "search": _search, "scaling": _scaling, "loading": _loading, "latency": _latency}

@@ -44,9 +44,9 @@ def check_place(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LatencyFileError(f"{folder}: cannot be made ({first_line(error)}); accepted: a folder") from error
+        raise LatencyFileError(f"{folder}: cannot be written to ({first_line(error)}); accepted: a folder") from error
     if not os.access(folder, os.W_OK):
-        raise LatencyFileError(f"{folder}: cannot be written to; accepted: a folder that can")
+        raise LatencyFileError(f"{folder}: cannot be written to; accepted: a folder of yours")
 
 
 def write_table(path: Path, table: LatencyTable) -> None:

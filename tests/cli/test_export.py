@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import diffrate
 from diffrate.exporting import targets
 from tests.cli.test_errors import check
 from tests.conftest import Cli
@@ -79,6 +80,11 @@ def test_files_of_other_sizes_are_refused(saved: Path, cli: Cli, tmp_path: Path)
     check(
         cli("--benchmark", small, large, "--checkpoint", saved),
         "large.pt2: found images of 3 x 28 x 28; accepted: 3 x 32 x 32",
+    )
+    other = diffrate.export(diffrate.load(saved), tmp_path / "other.pt2", name="another").path
+    check(
+        cli("--benchmark", small, other, "--checkpoint", saved),
+        "other.pt2: found one of another; accepted: of vit_tiny_patch16_224, as the first",
     )
 
 
