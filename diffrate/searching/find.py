@@ -238,6 +238,9 @@ def search(
                 loss="tokens" if loss == "tokens" else "distill",
                 precision=precision,
             )
+            if asked.timed:  # a speed may be out of reach of every uniform schedule
+                space = model.compression.space
+                given["at once"] = goal.budget.rounded([space.least] * len(space.searchable) * len(space.kinds), space)
             if not isinstance(source, Iterator):  # whose images are gone
                 less = replace(plan, minutes=None if left is None else AGAIN * left, share=AGAIN)
                 again = partial(_searched_on, run, less, _Stopping(trials))

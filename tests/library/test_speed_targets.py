@@ -11,6 +11,7 @@ import torch
 import diffrate
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
+from diffrate.budgets.uniform import uniform_schedules
 from diffrate.latency.plan import random_schedule
 from diffrate.latency.setting import use_of
 from diffrate.latency.table import LatencyTable
@@ -105,6 +106,23 @@ def test_what_is_measured_to_be_too_slow_is_made_faster(method: str, monkeypatch
     assert found.speed.measured >= 1.5 * 0.97
     assert found.speed.predicted == pytest.approx(found.speed.measured / 0.9)
     assert found.flops == model.flops_at(found.schedule)
+
+
+def test_a_speed_that_no_uniform_schedule_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every reduction is dear, one alone is all that there is."""
+    model, table = patched("deit"), table_of(1.2)
+    space = model.compression.space
+    most = table.seconds(space.dense()) / min(
+        table.seconds(space.schedule([65] * place + [1] * (10 - place))) for place in range(10)
+    )
+    target = 0.97 * most
+    assert uniform_schedules(space, table.seconds, table.seconds(space.dense()) / target) == {}
+    monkeypatch.setattr(
+        confirm, "measured_speedup", lambda _, schedule, *__: table.seconds(space.dense()) / table.seconds(schedule)
+    )
+    found = diffrate.search(model, images(), target_speedup=target, latency=table, method="calibrated", work=300)
+    assert found.speed is not None
+    assert found.speed.predicted == pytest.approx(target, rel=0.03)
 
 
 def test_images_that_come_once_are_searched_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
