@@ -18,7 +18,7 @@ from diffrate.exporting import files
 from diffrate.exporting.export import Exported
 from diffrate.exporting.files import load_exported
 from diffrate.exporting.targets import TARGETS
-from tests.tiny_models import FAMILIES, IMAGE_SIZE, TOKENS, dense, plain, schedule_for
+from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain, schedule_for
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 pytest.importorskip("openvino", reason="needs requirements-export.txt")
@@ -57,8 +57,9 @@ def made(model: diffrate.CompressedModel, tmp_path_factory: pytest.TempPathFacto
     return {suffix: diffrate.export(model, folder / f"model{suffix}") for suffix in SUFFIXES}
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "suffix"), [*(("deit", suffix) for suffix in SUFFIXES), ("mae", ".xml"), ("caformer", ".onnx")]
+)
 def test_one_file_answers_as_the_model_at_every_batch_size(
     family: str, suffix: str, made: Mapping[str, Exported], tmp_path: Path
 ) -> None:
@@ -147,9 +148,7 @@ def test_a_file_takes_pictures_and_says_what_it_is(
     assert set(said.versions) == {"diffrate", "timm", "torch"}
 
 
-@pytest.mark.parametrize(
-    ("suffix", "dtype"), [(".onnx", "float16"), (".pt2", "bfloat16"), (".xml", "float16"), (".xml", "bfloat16")]
-)
+@pytest.mark.parametrize(("suffix", "dtype"), [(".onnx", "float16"), (".pt2", "bfloat16"), (".xml", "bfloat16")])
 def test_half_precision_halves_the_file(
     model: diffrate.CompressedModel, suffix: str, dtype: str, made: Mapping[str, Exported], tmp_path: Path
 ) -> None:
