@@ -12,6 +12,7 @@ from cli.settings import SEARCH, Settings
 from datasets import DataError
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.uniform import BaselineError
+from diffrate.running.allocator import keep_freed_memory
 from diffrate.searching.settings import SearchSettingError
 from diffrate.seeds import seed_everything
 from processes.group import EnvironmentVariableError, Processes, process_group, processes_from_environment
@@ -58,6 +59,7 @@ INPUT_ERRORS = (
 
 def run(settings: Settings) -> None:
     """The one mode that the settings ask for."""
+    keep_freed_memory()
     processes = processes_from_environment()
     runtime = _runtime(settings, processes)
     with process_group(processes, runtime.device):

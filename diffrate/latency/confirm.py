@@ -89,8 +89,9 @@ def confirmed(
         except BudgetError:  # no schedule is that fast
             break
     cost, schedule = min(found, key=lambda one: one[0])
-    figures = (budget.unit.of(value) for value in (budget.target, table.seconds(schedule), cost))
-    return schedule, Confirmed(*figures, budget.unit.option, use.words())
+    of = budget.unit.of
+    speeds = of(budget.target), of(table.seconds(schedule)), of(cost)
+    return schedule, Confirmed(*speeds, budget.unit.option, use.words())
 
 
 def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use) -> float:

@@ -35,6 +35,7 @@ from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
 from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel
+from diffrate.running.allocator import keep_freed_memory
 from diffrate.running.precision import place_of
 from diffrate.seeds import generators_kept
 
@@ -107,6 +108,7 @@ def _read_or_measured(
 
 def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[RunSample]:
     """Timed runs, each as if the machine had been as fast as in the median run without reductions."""
+    keep_freed_memory()
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
     images = torch.randn(use.batch_size, getattr(side, "in_chans", 3), *side.image_size).to(use.device, use.dtype)
     parts, rng = parts_of(use.compiled), Random(0)
