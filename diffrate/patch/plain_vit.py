@@ -67,10 +67,6 @@ class CompressedVit(Features, CompressedModel, _Vit):
         height, width = self.patch_embed.img_size
         return height, width
 
-    def settle(self) -> None:
-        if self.built_for() is None:  # positions are resized for each batch
-            self.set_input_size(img_size=self.image_size)
-
     def speakers(self) -> int:
         """How many of the first tokens speak for the image: none where the model has no class token."""
         return int(self.cls_token is not None)
