@@ -18,14 +18,14 @@ def step():
 for _ in range(5):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(300):
     step()
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(word: str, **environment: str) -> tuple[str, int]:
-    """Whether the allocator was told, and the page faults of twenty steps."""
+    """Whether the allocator was told, and the page faults of many steps."""
     words = [sys.executable, "-c", CODE, word]
     done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     kept, count = done.stdout.split()
