@@ -81,7 +81,7 @@ def powers(tokens: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(counts), counts, counts**2], axis=-1)
 
 
-MERGING_TERMS = slice(3, 6)  # of those of a reduction's price
+MERGING_TERMS = range(3, 6)  # of those of a reduction's price
 
 
 def reduction_terms(kept: Kept, sized: bool) -> list[float]:
@@ -90,7 +90,11 @@ def reduction_terms(kept: Kept, sized: bool) -> list[float]:
     merges = kept.merged < kept.pruned
     pairs = (kept.pruned - kept.merged) * kept.merged
     pruning = [1.0, float(kept.entering), float(kept.pruned)]
-    return [*pruning, *([1.0, float(kept.pruned), float(pairs)] if merges else [0.0] * 3), float(sized)]
+    return [
+        *pruning,
+        *([1.0, float(kept.pruned), float(pairs)] if merges else [0.0] * len(MERGING_TERMS)),
+        float(sized),
+    ]
 
 
 def fit_reduction(kept: Sequence[Kept], sized: Sequence[bool], seconds: Sequence[float]) -> tuple[float, ...]:

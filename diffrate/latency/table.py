@@ -56,8 +56,7 @@ class BlockTimes:
         """The same, with that tokens go so many times as dear, and what merging adds to it."""
         asked = tuple(going * weight for weight in self.attention.asked)
         reduction = tuple(
-            (merging if MERGING_TERMS.start <= place < MERGING_TERMS.stop else going) * weight
-            for place, weight in enumerate(self.reduction)
+            (merging if place in MERGING_TERMS else going) * weight for place, weight in enumerate(self.reduction)
         )
         return replace(self, attention=self.attention._replace(asked=asked), reduction=reduction)
 
@@ -71,7 +70,7 @@ class BlockTimes:
             return 0.0, 0.0
         terms = zip(self.reduction, reduction_terms(kept, sized), strict=True)
         parts = [weight * term for weight, term in terms]
-        merging = sum(parts[MERGING_TERMS])
+        merging = sum(parts[place] for place in MERGING_TERMS)
         return self.asked[kept.entering] + sum(parts) - merging, merging
 
     @property
