@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from threading import Thread
 from typing import Any
 
 import torch
@@ -183,8 +184,17 @@ def _check_memory(batch_size: int, size: tuple[int, int]) -> None:
 
 def _leave_signals(worker: int) -> None:
     """What asks the whole group of processes to stop is the main process's to answer: it saves first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process that ends asks its loader processes to stop, and waits for them: that one request counts."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _workers(settings: DataSettings, runtime: Runtime) -> int:

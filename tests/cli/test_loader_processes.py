@@ -1,0 +1,45 @@
+"""Loader processes: they leave signals to the main process, and go when it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+LOADER = """
+import os, signal, time
+import torch
+from torch.utils.data import TensorDataset
+from cli.data import _leave_signals
+from datasets import ImageLoader
+
+images = TensorDataset(torch.arange(16.0))
+kept = ImageLoader(images, batch_size=4, num_workers=1, persistent_workers=True, worker_init_fn=_leave_signals)
+kept.itself = kept  # freed by nothing but the end of the process
+batches = list(kept)
+"""
+SIGNALLED = """
+worker = kept._iterator._workers[0]
+other = os.fork()
+if not other:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    os._exit(0)
+os.waitpid(other, 0)
+time.sleep(0.5)
+assert len(list(kept)) == 4 and worker.is_alive()
+"""
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sent them here")
+
+
+@pytest.mark.parametrize("more", ["", SIGNALLED], ids=["left alone", "signalled by others"])
+def test_they_go_when_the_process_ends(more: str) -> None:
+    command = [sys.executable, "-c", LOADER + more]
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
