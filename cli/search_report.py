@@ -72,9 +72,11 @@ class Reporter(diffrate.Observer):
 
     def on_score_start(self) -> None:
         assert self.val is not None, "there is something to score on"
-        self.show = shown_scores(self.val, self.runtime, self._stop_scoring)
+        self.show = shown_scores(self.val, self.runtime)
 
     def on_score(self, tally: Tally) -> None:
+        if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
+            raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
         self.show(tally)
 
     def on_epoch(self, record: diffrate.EpochRecord) -> None:
@@ -101,10 +103,6 @@ class Reporter(diffrate.Observer):
                 whole_file(self.runtime.output_dir / BEST) as best,
             ):
                 shutil.copyfileobj(last, best)
-
-    def _stop_scoring(self) -> None:
-        if self.signals.requested:  # what is scored is in the last checkpoint, or a few steps from it
-            raise StopRequestedError("stopped while an epoch was scored: go on with --resume")
 
     def _recent_loss(self) -> float:
         """The mean over the steps since the last record."""
