@@ -13,11 +13,11 @@ import engine
 import main
 import models
 from tests.cli.test_compiled import traced_alone
-from tests.cli.test_distributed import launch
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import FULL, HALF, MODEL, PLAIN, records
 from tests.cli.test_finetune_resume import check_same, content, interrupt_at_save
 from tests.conftest import Cli, write_image
+from tests.forked import two_mains
 from training.teacher import TEMPERATURE, Teacher
 
 WEIGHT = 0.75
@@ -155,6 +155,6 @@ def test_compiled_it_takes_the_same_course(
 
 def test_two_processes_share_it(start: Path, data: Path, tmp_path: Path) -> None:
     words = (*PLAIN, *HALF, "--checkpoint", start, "--data-path", data, "--distill", "--batch-size", 2)
-    done = launch("torchrun", *words, "--epochs", 1, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    for done in two_mains(tmp_path, *words, "--epochs", 1, "--output_dir", tmp_path):
+        assert (done.code, done.err) == (0, "")
     assert len(records(tmp_path)) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Cli
+from tests.conftest import Cli, free_port
+from tests.forked import two_mains
 
 PROJECT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
@@ -33,12 +33,6 @@ SEARCH = (
     1,
     *PAPER,
 )
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def launch(launcher: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -70,12 +64,12 @@ def last_record(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_evaluation_counts_every_image_once(launcher: str, tmp_path: Path) -> None:
+def test_evaluation_counts_every_image_once(launcher: str, cli: Cli, tmp_path: Path) -> None:
     """1,000 images in batches of 7 on two processes: neither divides evenly."""
     done = launch(launcher, "--eval", "--load_compression_rate", "--batch-size", 7, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    alone = [sys.executable, str(PROJECT / "main.py"), "--eval", "--load_compression_rate", "--num_workers", "0"]
-    subprocess.run([*alone, "--output_dir", str(tmp_path / "one")], check=True, capture_output=True)
+    alone = ("--eval", "--load_compression_rate", "--num_workers", 0, "--output_dir", tmp_path / "one")
+    assert cli(*alone)[0] == 0
     one, two = last_record(tmp_path / "one"), last_record(tmp_path / "two")
     assert two["images"] == one["images"] == 1000
     assert {name: two[name] for name in ("acc1", "acc5")} == {name: one[name] for name in ("acc1", "acc5")}
@@ -85,8 +79,7 @@ def test_evaluation_counts_every_image_once(launcher: str, tmp_path: Path) -> No
 
 def test_sensitivity_is_that_of_all_images(cli: Cli, tmp_path: Path) -> None:
     words = ("--sensitivity", 3, "--output_dir")
-    done = launch("torchrun", *words, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    assert [done.code for done in two_mains(tmp_path, *words, tmp_path / "two")] == [0, 0]
     assert cli(*words, tmp_path / "one", "--num_workers", 0)[0] == 0
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "sensitivity.txt").read_text().splitlines()]
@@ -101,8 +94,8 @@ def test_sensitivity_is_that_of_all_images(cli: Cli, tmp_path: Path) -> None:
 
 def test_training_leaves_one_log_and_one_checkpoint(image_folder: Path, tmp_path: Path) -> None:
     words = ("--finetune", "--model", "vit_sample_patch4_28", "--data-path", image_folder, "--batch-size", 2)
-    done = launch("torchrun", *words, "--epochs", 1, "--output_dir", tmp_path, "--no-repeated-aug")
-    assert done.returncode == 0, done.stderr
+    for done in two_mains(tmp_path, *words, "--epochs", 1, "--output_dir", tmp_path, "--no-repeated-aug"):
+        assert (done.code, done.err) == (0, "")
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
     assert (tmp_path / "checkpoint.pth").exists()
 
@@ -117,14 +110,13 @@ def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path:
     assert f"main.py: error: image {bad}: cannot be read" in done.stderr
 
 
-def test_two_processes_are_one_with_twice_the_batch(image_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one_with_twice_the_batch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     """The first step's update of the rates; without drop path, which draws per process."""
     words = ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder, *PAPER)
     words = (*words, "--epochs", 1, "--target_flops", 0.025, "--drop-path", 0, "--affine", 0, 0, 0)
-    done = launch("launch", *words, "--batch-size", 6, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    alone = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
-    subprocess.run([*alone, "--batch-size", "12", "--output_dir", str(tmp_path / "one")], check=True)
+    for done in two_mains(tmp_path, *words, "--batch-size", 6, "--output_dir", tmp_path / "two"):
+        assert (done.code, done.err) == (0, "")
+    assert cli(*words, "--batch-size", 12, "--output_dir", tmp_path / "one", "--num_workers", 0)[0] == 0
     one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("one", "two"))
     assert one["step"] == two["step"] == 0
     for index in range(len(one["rates"])):

@@ -45,7 +45,6 @@ FRESH = ("--checkpoint", "scratch")
 MODES = {
     "gradient": (*FRESH, *PAPER, "--epochs", 1, "--target_flops", 0.025),
     "calibrated": (*FRESH, "--search", "calibrated", "--minutes", 0.02, "--target_flops", 0.025),
-    "both": (*FRESH, "--search", "both", "--epochs", 1, "--target_flops", 0.025),
     "fine-tuning": ("--finetune", "scratch", "--epochs", 1),
     "evaluation": ("--eval", *FRESH),
 }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,9 +23,9 @@ from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.surrogate import Surrogate
 from diffrate.searching.teacher import Teacher
 from tests.constructions import build, images_for
+from tests.forked import two
 from tests.library.test_search_function import batches, small
 
-PROJECT = Path(__file__).parent.parent.parent
 SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 900}
 
 
@@ -204,27 +204,20 @@ def test_one_image_is_too_few() -> None:
         diffrate.search(small(), [torch.randn(1, 3, 32, 32)], **SETTING)
 
 
-SCRIPT = """
-import sys
-import torch, torch.distributed as dist
-import diffrate
-sys.path.insert(0, {project!r})
-from tests.library.test_search_function import batches, small
-
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-found = diffrate.search(small(), batches(9)[rank::2], share=0.6, method="calibrated", work=900)
-torch.save([list(found.schedule.prune), list(found.schedule.merge), *found.calibrated.losses], sys.argv[1] + str(rank))
-dist.destroy_process_group()
-"""
+def search_apart(folder: Path) -> None:
+    """Each process on every second of nine batches."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = diffrate.search(small(), batches(9)[rank::2], share=0.6, method="calibrated", work=900)
+    assert found.calibrated is not None
+    kept = found.schedule
+    assert kept.prune is not None
+    torch.save([list(kept.prune), list(kept.merge), *found.calibrated.losses], folder / f"rank{rank}")
+    dist.destroy_process_group()
 
 
 def test_two_processes_share_the_images_and_find_the_same(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(project=str(PROJECT)))
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {"PYTHONPATH": str(PROJECT), "PATH": "", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(script), str(tmp_path / "rank")]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment, timeout=120)
+    for done in two(partial(search_apart, tmp_path), tmp_path):
+        assert (done.code, done.err) == (0, "")
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert first == second

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+from functools import partial
 from pathlib import Path
 
+import timm
 import torch
-
-PROJECT = Path(__file__).parent.parent.parent
-SCRIPT = """
-import sys
-import timm, torch
 import torch.distributed as dist
-import diffrate
 
-folder, processes = sys.argv[1], int(sys.argv[2])
-rank = 0
-if processes > 1:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-torch.manual_seed(0)
-sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
-model = diffrate.patch.vit(timm.create_model("vit_tiny_patch16_224", **sizes), 1, 1)
-images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
-part = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
-loader = [(images[part], labels[part])]
-found = diffrate.search(model, loader, share=0.8, val=loader, checkpoint=f"{folder}/{processes}.pth")
-scores = diffrate.evaluate(model, loader)
-assert scores == found.scores
-content = {"kept": model.get_kept_num(), "images": scores.images, "loss": scores.loss}
-torch.save(content, f"{folder}/{processes}-{rank}.pth")
-if processes > 1:
-    dist.destroy_process_group()
-"""
+import diffrate
+from tests.forked import two
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+
+
+def search(folder: Path) -> None:
+    """On this process's part of eight images, which is all of them outside a group."""
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if processes > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = diffrate.patch.vit(timm.create_model("vit_tiny_patch16_224", **SIZES), 1, 1)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    part = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+    loader = [(images[part], labels[part])]
+    found = diffrate.search(model, loader, share=0.8, val=loader, checkpoint=folder / f"{processes}.pth")
+    scores = diffrate.evaluate(model, loader)
+    assert scores == found.scores
+    content = {"kept": model.get_kept_num(), "images": scores.images, "loss": scores.loss}
+    torch.save(content, folder / f"{processes}-{rank}.pth")
+    if processes > 1:
+        dist.destroy_process_group()
 
 
 def test_two_processes_are_one_with_all_of_the_images(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {"PYTHONPATH": str(PROJECT), "PATH": "", "OMP_NUM_THREADS": "1"}
-    for command in ([*launcher, str(script), str(tmp_path), "2"], [sys.executable, str(script), str(tmp_path), "1"]):
-        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    search(tmp_path)
+    for done in two(partial(search, tmp_path), tmp_path):
+        assert (done.code, done.err) == (0, "")
     one, first, second = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert first == second
     assert (first["kept"], first["images"]) == (one["kept"], 8)
