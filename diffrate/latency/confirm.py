@@ -20,6 +20,7 @@ from diffrate.running.timing import PairedTimes, time_within
 
 SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
+TOO_FAST = 0.03  # of what was asked: from here on what is left over is spent, once
 CORRECTIONS = 3
 
 Again = Callable[[Budget, Schedule], Schedule]
@@ -70,25 +71,33 @@ def confirmed(
     use: Use,
     again: Again | None = None,
 ) -> tuple[Schedule, Confirmed]:
-    """`schedule`, or where it is measured to be too slow one that is rounded again to a budget corrected by the ratio
+    """`schedule`, or where it is measured to be too slow or faster than asked, one of a budget corrected by the ratio
     of measured and predicted, and its speeds. The first process measures, and all go by that.
 
-    `again` makes a better schedule of the corrected budget of the rounded one.
+    `again` makes a better schedule of the corrected budget of one that was only rounded to it; without it nothing
+    better is found for what is left over.
     """
-    found = []
-    corrected = budget
-    for left in reversed(range(1 + CORRECTIONS)):
-        cost = made_by_first(partial(_measured, model, schedule, budget, table, use))
-        found.append((cost, schedule))
-        if cost <= budget.target / (1 - TOO_SLOW) or not left:
+    measured = partial(_measured, model, budget=budget, table=table, use=use)
+    found = [(made_by_first(partial(measured, schedule)), schedule)]
+    corrected, slowest, spent = budget, budget.target / (1 - TOO_SLOW), again is None
+    for _ in range(CORRECTIONS):
+        cost, schedule = found[-1]
+        fast = cost < budget.target / (1 + TOO_FAST)
+        if cost <= slowest and (spent or not fast):
             break
+        spent = spent or fast
         corrected = corrected.times(budget.target / cost)
         try:
-            schedule = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
-            schedule = schedule if again is None else again(corrected, schedule)
+            other = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
+            other = other if again is None else again(corrected, other)
         except BudgetError:  # no schedule is that fast
             break
-    cost, schedule = min(found, key=lambda one: one[0])
+        if other == schedule:
+            break
+        found.append((made_by_first(partial(measured, other)), other))
+    enough = [one for one in found if one[0] <= slowest]
+    # What takes longer within the budget removes less.
+    cost, schedule = max(enough, key=lambda one: one[0]) if enough else min(found, key=lambda one: one[0])
     of = budget.unit.of
     speeds = of(budget.target), of(table.seconds(schedule)), of(cost)
     return schedule, Confirmed(*speeds, budget.unit.option, use.words())
