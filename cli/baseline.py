@@ -54,7 +54,7 @@ def _score(settings: Settings, runtime: Runtime) -> None:
         save_schedules(settings, trained.entry, aim.named(model, schedule), schedule, runtime)
 
 
-def _again(settings: Settings, model: diffrate.CompressedModel, budget: Budget, _: Schedule) -> Schedule:
+def _again(settings: Settings, model: diffrate.CompressedModel, budget: Budget, *_: Schedule) -> Schedule:
     """Of a corrected budget, one that is uniform, too."""
     return _schedule(settings, model, budget)
 

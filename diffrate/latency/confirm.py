@@ -23,7 +23,8 @@ TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 TOO_FAST = 0.03  # of what was asked: from here on what is left over is spent, once
 CORRECTIONS = 3
 
-Again = Callable[[Budget, Schedule], Schedule]
+# A better schedule of a corrected budget: of what was found before, and of that rounded to it.
+Again = Callable[[Budget, Schedule, Schedule], Schedule]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def confirmed(
     """`schedule`, or where it is measured to be too slow or faster than asked, one of a budget corrected by the ratio
     of measured and predicted, and its speeds. The first process measures, and all go by that.
 
-    `again` makes a better schedule of the corrected budget of one that was only rounded to it; without it nothing
-    better is found for what is left over.
+    `again` finds a better schedule of the corrected budget than by rounding; without it nothing is spent of what is
+    left over.
     """
     measured = partial(_measured, model, budget=budget, table=table, use=use)
     found = [(made_by_first(partial(measured, schedule)), schedule)]
@@ -89,7 +90,7 @@ def confirmed(
         corrected = corrected.times(budget.target / cost)
         try:
             other = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
-            other = other if again is None else again(corrected, other)
+            other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
             break
         if other == schedule:

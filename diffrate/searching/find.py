@@ -271,10 +271,16 @@ class _Stopping(CalibrationObserver):
 
 
 def _searched_on(
-    run: Callable[..., Calibrated], plan: Plan, observer: CalibrationObserver, budget: Budget, schedule: Schedule
+    run: Callable[..., Calibrated],
+    plan: Plan,
+    observer: CalibrationObserver,
+    budget: Budget,
+    before: Schedule,
+    rounded: Schedule,
 ) -> Schedule:
-    """A schedule of a corrected budget, from one that was only rounded to it."""
-    return run(budget.target, plan, given={"rounded": schedule}, observer=observer).schedule
+    """A schedule of a corrected budget, from the one before, where that costs no more, and the same rounded to it."""
+    given = {"rounded": rounded} | ({"before": before} if budget.cost(before) <= budget.target else {})
+    return run(budget.target, plan, given=given, observer=observer).schedule
 
 
 def _settled(

@@ -68,7 +68,7 @@ class Goal:
     ) -> tuple[Schedule, Confirmed | None]:
         """`schedule` as it is, or, of seconds, as fast as was asked for by measurement, and its speeds.
 
-        `again` makes a better schedule of a corrected budget of a rounded one.
+        `again` finds a better schedule of a corrected budget than by rounding.
         """
         if self.table is None:
             return schedule, None
