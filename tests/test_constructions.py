@@ -325,8 +325,8 @@ def test_importance_without_a_class_token_is_the_attention_received(monkeypatch:
     weights = (heads.query @ heads.key.transpose(-2, -1) * 0.5 + bias).softmax(-1)
     for elements in (1, 300, 10**6):
         monkeypatch.setattr(attention, "CACHED_ELEMENTS", elements)
-        mixed, importance = attention.attend_and_receive(heads, bias, 0.0)
-        torch.testing.assert_close(importance, weights.mean((1, 2)))
+        mixed, importance = attention.attend_and_rank(heads, bias, 0.0, 0)
+        torch.testing.assert_close(importance, weights.sum((1, 2)))
         torch.testing.assert_close(mixed, weights @ heads.value)
 
 

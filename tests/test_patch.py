@@ -219,13 +219,13 @@ def test_a_block_that_removes_nothing_moves_nothing(monkeypatch: pytest.MonkeyPa
     import diffrate.blocks.block as block
 
     calls = []
-    for name in ("keep_tokens", "merge_tokens", "speakers_importance"):
+    for name in ("keep_tokens", "merge_tokens", "attend_and_rank"):
         original = getattr(block, name)
         monkeypatch.setattr(block, name, lambda *a, _f=original, _n=name: calls.append(_n) or _f(*a))
     model = patched("deit")
     model.set_kept_num([65, 65, 60, 60, 60, 60], [65, 65, 50, 60, 60, 60])
     model(images("deit"))
-    assert calls == ["speakers_importance", "merge_tokens"]
+    assert calls == ["attend_and_rank", "merge_tokens"]
 
 
 def test_drop_path_and_layer_scale_are_applied() -> None:

@@ -158,9 +158,9 @@ def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
 
 def test_position_zero_is_never_a_destination() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]])
-    destination, similarity = match(x, kept=2, spared=1)
+    destination, along = match(x, kept=2, spared=1)
     assert destination.tolist() == [[1]]
-    torch.testing.assert_close(similarity, F.cosine_similarity(x[:, 2], x[:, 1])[None])
+    torch.testing.assert_close(along / x[:, 2:].norm(dim=-1), F.cosine_similarity(x[:, 2], x[:, 1])[None])
 
 
 def test_merging_into_one_token_prunes() -> None:

@@ -7,15 +7,17 @@ times, by adding `log(size)` to its scores.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import alone, size_dtype
+from diffrate.blocks.tokens import alone, autocasts, size_dtype
 
-CACHED_ELEMENTS = 2**19  # of the maps that are made at a time on a CPU: 2 MiB in float32
+CACHED_ELEMENTS = 2**18  # of the maps that are made at a time on a CPU: 1 MiB in float32
+IMAGE_ELEMENTS = 2**20  # of one image's maps, up to which they pay there
 HELD_ELEMENTS = 2**27  # and on other devices: 512 MiB
 
 
@@ -52,19 +54,24 @@ def attend(heads: Heads, bias: Tensor | None, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
-def attend_and_receive(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Proportional attention `[B, H, N, V]`, and the attention that each token receives from all: `[B, N]`.
+def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, speakers: int) -> tuple[Tensor, Tensor]:
+    """Proportional attention `[B, H, N, V]`, and the importance of each token, `[B, N]`: the attention that it receives
+    from the first `speakers`, or from all with 0; over all heads. It is a sum or a mean: only its order means anything.
 
-    The mean over heads and queries takes every element of the map, but not all at once: a few images are
-    treated at a time, so that on a CPU their maps stay in the cache. That costs about as much as fused attention.
+    Few tokens' importance is read off the attention map where that is no slower than fused attention, which keeps no
+    map, and a row of its own. That of all tokens takes every element of the map, but not all at once: a few images are
+    treated at a time, so that on a CPU their maps stay in the cache.
     """
-    parts = list(_parts(heads.key, heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]))
+    if speakers and not _maps_pay(heads):
+        return attend(heads, bias, dropout), speakers_importance(heads, bias, speakers)
+    parts = list(_parts(heads.key, map_elements(heads)))
     if len(parts) == 1:
-        return _attend_with_map(heads, bias, dropout)
+        return _attend_with_map(heads, bias, dropout, speakers)
     mixed, importance = [], []
     for part in parts:
         few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
-        attended, received = _attend_with_map(few, bias if bias is None or bias.shape[0] == 1 else bias[part], dropout)
+        own = bias if bias is None or bias.shape[0] == 1 else bias[part]
+        attended, received = _attend_with_map(few, own, dropout, speakers)
         mixed.append(attended)
         importance.append(received)
     return torch.cat(mixed), torch.cat(importance)
@@ -79,7 +86,7 @@ def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Ten
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
     precise = size_dtype(query)
-    if alone(query) and not _autocasts(query.device.type):
+    if alone(query) and not autocasts(query.device.type):
         start = query.new_zeros(1, 1, 1, dtype=precise) if bias is None else bias[0].to(precise)
         keys = heads.key[0].to(precise).transpose(-2, -1)
         scores = torch.baddbmm(start, query[0].to(precise), keys, alpha=heads.scale)
@@ -92,12 +99,50 @@ def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     return _softmax(scores, None if bias is None else bias[:, :, 0]).mean(dim=1)
 
 
-def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    # Weights in float32 at least: in half precision importances tie.
-    scores = ((heads.query * heads.scale) @ heads.key.transpose(-2, -1)).to(size_dtype(heads.query))
-    weights = _softmax(scores, bias)
+def map_elements(heads: Heads) -> int:
+    """The elements of one image's attention maps."""
+    return heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]
+
+
+def _maps_pay(heads: Heads) -> bool:
+    """Whether attention by products takes no longer than fused attention, as measured: on a CPU, while an image's maps
+    stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention runs on.
+    """
+    query = heads.query
+    if query.device.type != "cpu" or query.requires_grad or torch.compiler.is_compiling() or autocasts("cpu"):
+        return False
+    return map_elements(heads) <= IMAGE_ELEMENTS and (query.dtype == size_dtype(query) or not _has_matrix_unit())
+
+
+@cache
+def _has_matrix_unit() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float, speakers: int) -> tuple[Tensor, Tensor]:
+    # Scores and weights in float32 at least: in half precision importances tie.
+    weights = _scores(heads, bias).softmax(dim=-1)
+    asking = weights[:, :, :speakers] if speakers else weights
     dropped = F.dropout(weights, dropout, training=dropout > 0)
-    return dropped.to(heads.value.dtype) @ heads.value, weights.mean(dim=(1, 2))
+    return dropped.to(heads.value.dtype) @ heads.value, asking.sum(dim=(1, 2))
+
+
+def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
+    """Scores of all pairs with the bias, `[B, H, Q, N]`, in float32 at least."""
+    query, key, _, scale = heads
+    precise = size_dtype(query)
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or autocasts("cpu"):
+        scores = ((query * scale) @ key.transpose(-2, -1)).to(precise)
+        return scores if bias is None else scores + bias
+    # Scale and bias within the product: each pass over a map takes as long as a quarter of it.
+    images, heads_each = query.shape[:2]
+    queries, keys = query.flatten(0, 1).to(precise), key.flatten(0, 1).to(precise).transpose(-2, -1)
+    if bias is None:
+        found = torch.baddbmm(queries.new_zeros(1, 1, 1), queries, keys, beta=0, alpha=scale)
+    else:
+        start = bias.to(precise).expand(images, heads_each, -1, -1).flatten(0, 1)
+        found = torch.baddbmm(start, queries, keys, alpha=scale)
+    return found.unflatten(0, (images, heads_each))
 
 
 def _parts(key: Tensor, elements: int) -> Iterator[slice]:
@@ -109,11 +154,6 @@ def _parts(key: Tensor, elements: int) -> Iterator[slice]:
     held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
     size = max(1, held // elements)
     return (slice(start, start + size) for start in range(0, max(1, batch), size))
-
-
-def _autocasts(device_type: str) -> bool:
-    """Whether products would be taken in half precision."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _row(bias: Tensor | None, row: int) -> Tensor | None:

@@ -15,9 +15,8 @@ from torch import Tensor
 from diffrate.blocks.attention import (
     add_bias,
     attend,
-    attend_and_receive,
+    attend_and_rank,
     size_bias,
-    speakers_importance,
 )
 from diffrate.blocks.forms import form_of, through
 from diffrate.blocks.merge import merge_tokens
@@ -96,11 +95,9 @@ def _attention(
     bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
     dropout = attention.attn_drop.p if attention.training else 0.0
     importance = None
-    if removes and not rules.speakers:
-        mixed, importance = attend_and_receive(heads, bias, dropout)
+    if removes:
+        mixed, importance = attend_and_rank(heads, bias, dropout, rules.speakers)
     else:
         mixed = attend(heads, bias, dropout)
-        if removes:
-            importance = speakers_importance(heads, bias, rules.speakers)
     x = attention_branch(block, state.x, mixed, entering)
     return x, importance if importance is None else importance[:, rules.prefix :]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.prune import keep_tokens
-from diffrate.blocks.tokens import TokenState, moved, rows_of, size_dtype, take
+from diffrate.blocks.tokens import TokenState, alone, autocasts, moved, rows_of, size_dtype, take
 
 # Negative cosines can bring a similarity-weighted size to 0 or below, and its logarithm to NaN. The
 # floor lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
@@ -14,29 +14,37 @@ SIZE_FLOOR = 1e-30
 
 
 def length_of(x: Tensor) -> Tensor:
-    """The length of each token of `x` `[B, N, C]`, `[B, N]`, in float32 at least."""
+    """The length of each token of `x` `[..., N, C]`, `[..., N]`, in float32 at least."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=size_dtype(x)).clamp(min=1e-12)
 
 
-def most_similar(
-    sources: Tensor, source_length: Tensor, candidates: Tensor, candidate_length: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The cosine of each source with its most similar candidate, and which that is, both `[B, S]`.
+def most_similar(sources: Tensor, candidates: Tensor, candidate_length: Tensor) -> tuple[Tensor, Tensor]:
+    """Which candidate each source is most similar to by their cosine, and the cosine times the source's own length,
+    which makes no difference to that: both `[..., S]`.
 
-    They come as features, `[B, S, C]` and `[B, K, C]`, with their lengths; the cosine is in float32 at least.
+    They come as features, `[..., S, C]` and `[..., K, C]` in float32 at least, with the candidates' length.
     """
     # Of the candidates, which are many, the products are divided by their length, not the features.
-    # The sources are scaled first, so that the products stay in the range of half precision under autocast.
-    scaled = sources / source_length[:, :, None]
-    # Products of half precision cost more on many a CPU than the conversion, and tell less.
+    products = full_product(sources, candidates.transpose(-2, -1))
+    along, nearest = (products / candidate_length[..., None, :]).max(dim=-1)
+    return nearest, along
+
+
+def full_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left` `[..., S, C]` times `right` `[..., C, K]` in their own precision: half of it has not the range, and costs
+    more on many a CPU."""
     # Not `@`, which exporters copy both sides for.
-    products = torch.bmm(scaled, candidates.to(scaled.dtype).transpose(1, 2))
-    similarity, nearest = (products / candidate_length[:, None]).max(dim=-1)
-    return similarity, nearest
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    if not autocasts(left.device.type):
+        return multiply(left, right)
+    with torch.autocast(left.device.type, enabled=False):
+        return multiply(left, right)
 
 
 def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
-    """`start` `[B, K]` plus each of `values` `[B, S]` at its `destination` `[B, S]`."""
+    """`start` `[..., K]` plus each of `values` `[..., S]` at its `destination` `[..., S]`."""
+    if start.ndim == 1:
+        return start.index_add(0, destination, values)
     if on_cpu(start):
         return start.scatter_add(1, destination, values)
     return add_by_product(start[:, :, None], destination, values[:, :, None]).squeeze(-1)
@@ -64,14 +72,15 @@ def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor
 
 
 def match(x: Tensor, kept: int, spared: int) -> tuple[Tensor, Tensor]:
-    """For each token from position `kept` on: its destination and their cosine, both `[B, N - kept]`.
+    """For each token from position `kept` on: its destination, and their cosine times the token's own length, both
+    `[..., N - kept]`.
 
-    The destination is the most similar of the first `kept` tokens of `x` `[B, N, C]`, the first
+    The destination is the most similar of the first `kept` tokens of `x` `[..., N, C]`, the first
     `spared` left out: nothing is merged into class tokens and registers.
     """
-    length = length_of(x)
-    similarity, nearest = most_similar(x[:, kept:], length[:, kept:], x[:, spared:kept], length[:, spared:kept])
-    return nearest + spared, similarity
+    candidates = x.narrow(-2, spared, kept - spared)
+    nearest, along = most_similar(x.narrow(-2, kept, x.shape[-2] - kept), candidates, length_of(candidates))
+    return nearest + spared, along
 
 
 def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, weigh_by_similarity: bool) -> TokenState:
@@ -85,33 +94,54 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, weigh
     staying = index[:, :kept]
     if kept <= spared:
         return keep_tokens(state, staying)
-    x = take(state.x, index)
-    x = x.to(size_dtype(x))
-    destination, similarity = match(x, kept, spared)
-    ones = x.new_ones(index.shape)
-    joined = add_up(ones[:, :kept], destination, ones[:, kept:])
-    size = joined
-    if state.size is not None or weigh_by_similarity:
-        sizes = ones if state.size is None else take(state.size, index)
-        added = sizes[:, kept:] * similarity if weigh_by_similarity else sizes[:, kept:]
-        size = add_up(sizes[:, :kept], destination, added).clamp(min=SIZE_FLOOR)
-    features = add_features(x, destination, kept) / joined[:, :, None]
+    x, size = take(state.x, index), None if state.size is None else take(state.size, index)
+    if alone(index) and on_cpu(x):  # the same with fewer dimensions takes fewer operations
+        found = averaged(x[0], None if size is None else size[0], kept, spared, weigh_by_similarity)
+        features, size, destination = (part[None] for part in found)
+    else:
+        features, size, destination = averaged(x, size, kept, spared, weigh_by_similarity)
     place = None if state.place is None else take(state.place, staying)
-    merged = TokenState(features.to(state.x.dtype), size, place=place)
+    merged = TokenState(features, size, place=place)
     if state.origin is None:
         return merged
     stay = torch.arange(kept, device=index.device).expand_as(staying)
     return moved(state, merged, index, torch.cat([stay, destination], dim=1))
 
 
+def averaged(
+    x: Tensor, size: Tensor | None, kept: int, spared: int, weigh_by_similarity: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `kept` tokens of `x` `[..., N, C]` with the later ones that go to them, their sizes `[..., kept]`, and
+    where each later one goes, `[..., N - kept]`.
+
+    `size` `[..., N]` is None while all stand for one. `x` may be overwritten, unless a backward pass asks for it.
+    """
+    precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
+    destination, along = match(precise, kept, spared)
+    ones = precise.new_ones(precise.shape[:-1])
+    joined = add_up(ones.narrow(-1, 0, kept), destination, ones.narrow(-1, kept, leaving))
+    sizes = joined
+    if size is not None or weigh_by_similarity:
+        sizes = ones if size is None else size
+        added = sizes.narrow(-1, kept, leaving)
+        if weigh_by_similarity:
+            added = added * (along / length_of(precise.narrow(-2, kept, leaving)))
+        sizes = add_up(sizes.narrow(-1, 0, kept), destination, added).clamp(min=SIZE_FLOOR)
+    features = add_features(precise, destination, kept) / joined[..., None]
+    return features.to(x.dtype), sizes, destination
+
+
 def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
-    """The first `kept` tokens of `x` `[B, N, C]` plus each later one at its `destination`, `[B, kept, C]`.
+    """The first `kept` tokens of `x` `[..., N, C]` plus each later one at its `destination`, `[..., kept, C]`.
 
     `x` may be overwritten, unless a backward pass asks for it.
     """
-    leaves = x[:, kept:]
+    leaves = x.narrow(-2, kept, x.shape[-2] - kept)
     if on_cpu(x) and torch.compiler.is_compiling():  # a graph has nothing to do in place, and more runtimes know this
         return x[:, :kept].scatter_add(1, destination[:, :, None].expand_as(leaves), leaves)
+    if x.ndim == 2:
+        stays = x.narrow(0, 0, kept)
+        return (stays.clone() if x.requires_grad else stays).index_add_(0, destination, leaves)
     if on_cpu(x):
         return add_by_index(x.clone() if x.requires_grad else x, destination, leaves)
     return add_by_product(x[:, :kept], destination, leaves)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffrate.blocks.tokens import TokenState, moved, take
 
@@ -16,6 +17,8 @@ def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
     others = importance.topk(kept - prefix, dim=1).indices
     if not prefix:
         return others
+    if prefix == 1:
+        return F.pad(others + 1, (1, 0))
     first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
     return torch.cat([first, others + prefix], dim=1)
 

@@ -62,6 +62,11 @@ def alone(values: Tensor) -> bool:
     return values.shape[0] == 1 and not torch.compiler.is_compiling()
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether products would be taken in half precision."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def rows_of(index: Tensor, tokens: int) -> Tensor:
     """Positions `[B, K]` of each image's `tokens` as rows of all images together."""
     if alone(index):

@@ -21,7 +21,7 @@ from diffrate.blocks.merge import length_of, most_similar
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState, follow, followed, take
+from diffrate.blocks.tokens import TokenState, follow, followed, size_dtype, take
 from diffrate.rates.masked_attention import masked_attention
 from diffrate.rates.rate import Choice
 from diffrate.rates.ste import ste_leaving
@@ -148,9 +148,9 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRu
     x, tokens = state.x, state.x.shape[1]
     sources = order[:, plan.merged : plan.pruned]
     kept = order[:, rules.spared : plan.merged]
-    moving = take(x, sources)
-    length = length_of(x)
-    similarity, nearest = most_similar(moving, take(length, sources), take(x, kept), take(length, kept))
+    moving, candidates = take(x, sources), take(x, kept)
+    precise = size_dtype(x)
+    nearest, along = most_similar(moving.to(precise), candidates.to(precise), length_of(candidates))
     destination = kept.gather(1, nearest)
     goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
     features = goes_to.to(x.dtype)
@@ -159,6 +159,7 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRu
     sizes = state.sizes()
     source_size = take(sizes, sources)
     if rules.weigh_by_similarity:
+        similarity = along / length_of(moving)
         source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
     size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)
     size = size.scatter(1, sources, source_size)
