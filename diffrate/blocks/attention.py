@@ -121,28 +121,29 @@ def _has_matrix_unit() -> bool:
 
 def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float, speakers: int) -> tuple[Tensor, Tensor]:
     # Scores and weights in float32 at least: in half precision importances tie.
+    images = heads.query.shape[:2]
     weights = _scores(heads, bias).softmax(dim=-1)
-    asking = weights[:, :, :speakers] if speakers else weights
-    dropped = F.dropout(weights, dropout, training=dropout > 0)
-    return dropped.to(heads.value.dtype) @ heads.value, asking.sum(dim=(1, 2))
+    asking = weights.unflatten(0, images)
+    importance = (asking[:, :, :speakers] if speakers else asking).sum(dim=(1, 2))
+    dropped = F.dropout(weights, dropout) if dropout > 0 else weights
+    mixed = torch.bmm(dropped.to(heads.value.dtype), heads.value.flatten(0, 1))
+    return mixed.unflatten(0, images), importance
 
 
 def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
-    """Scores of all pairs with the bias, `[B, H, Q, N]`, in float32 at least."""
-    query, key, _, scale = heads
+    """Scores of all pairs with the bias, `[B * H, Q, N]`, in float32 at least."""
+    query, key = heads.query.flatten(0, 1), heads.key.flatten(0, 1).transpose(-2, -1)
     precise = size_dtype(query)
+    if bias is not None:
+        bias = bias.to(precise).expand(*heads.query.shape[:2], -1, -1).flatten(0, 1)
     if query.device.type != "cpu" or torch.compiler.is_compiling() or autocasts("cpu"):
-        scores = ((query * scale) @ key.transpose(-2, -1)).to(precise)
+        scores = torch.bmm(query * heads.scale, key).to(precise)
         return scores if bias is None else scores + bias
     # Scale and bias within the product: each pass over a map takes as long as a quarter of it.
-    images, heads_each = query.shape[:2]
-    queries, keys = query.flatten(0, 1).to(precise), key.flatten(0, 1).to(precise).transpose(-2, -1)
+    query, key = query.to(precise), key.to(precise)
     if bias is None:
-        found = torch.baddbmm(queries.new_zeros(1, 1, 1), queries, keys, beta=0, alpha=scale)
-    else:
-        start = bias.to(precise).expand(images, heads_each, -1, -1).flatten(0, 1)
-        found = torch.baddbmm(start, queries, keys, alpha=scale)
-    return found.unflatten(0, (images, heads_each))
+        return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
+    return torch.baddbmm(bias, query, key, alpha=heads.scale)
 
 
 def _parts(key: Tensor, elements: int) -> Iterator[slice]:

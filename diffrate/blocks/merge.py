@@ -26,7 +26,7 @@ def most_similar(sources: Tensor, candidates: Tensor, candidate_length: Tensor) 
     """
     # Of the candidates, which are many, the products are divided by their length, not the features.
     products = full_product(sources, candidates.transpose(-2, -1))
-    along, nearest = (products / candidate_length[..., None, :]).max(dim=-1)
+    along, nearest = (products / candidate_length.unsqueeze(-2)).max(dim=-1)
     return nearest, along
 
 
@@ -121,13 +121,14 @@ def averaged(
     ones = precise.new_ones(precise.shape[:-1])
     joined = add_up(ones.narrow(-1, 0, kept), destination, ones.narrow(-1, kept, leaving))
     sizes = joined
-    if size is not None or weigh_by_similarity:
-        sizes = ones if size is None else size
-        added = sizes.narrow(-1, kept, leaving)
-        if weigh_by_similarity:
-            added = added * (along / length_of(precise.narrow(-2, kept, leaving)))
-        sizes = add_up(sizes.narrow(-1, 0, kept), destination, added).clamp(min=SIZE_FLOOR)
-    features = add_features(precise, destination, kept) / joined[..., None]
+    if weigh_by_similarity:
+        whole = ones if size is None else size
+        cosine = along / length_of(precise.narrow(-2, kept, leaving))
+        added = whole.narrow(-1, kept, leaving) * cosine
+        sizes = add_up(whole.narrow(-1, 0, kept), destination, added).clamp(min=SIZE_FLOOR)
+    elif size is not None:
+        sizes = add_up(size.narrow(-1, 0, kept), destination, size.narrow(-1, kept, leaving))
+    features = add_features(precise, destination, kept) / joined.unsqueeze(-1)
     return features.to(x.dtype), sizes, destination
 
 
