@@ -53,7 +53,7 @@ SAMPLE_RECIPE = {
 }
 SAMPLE_COST = {"flops_loss": "relative", "flops_weight": 1.0}  # where its budget is no more than a penalty
 # What gives its compressed model most back within minutes, where weights are there to start from.
-SAMPLE_TUNING = {"epochs": 15, "lr": 8e-3, "warmup_epochs": 0}
+SAMPLE_TUNING = {"epochs": 25, "lr": 8e-3, "warmup_epochs": 0}
 
 
 class Parser(argparse.ArgumentParser):

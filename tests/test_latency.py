@@ -115,6 +115,18 @@ def test_a_schedule_takes_the_sum_of_its_parts() -> None:
     assert table.repriced(2, 5).prices(pruned) == pytest.approx((0.25, 0.0))
 
 
+@pytest.mark.parametrize(("more", "taken"), [(0.2, 0.2), (-0.3, -0.3), (-5.0, -0.5)])
+def test_asking_for_importance_may_be_faster(more: float, taken: float) -> None:
+    """Another attention runs then; it is never believed to take less than half."""
+    plain = table_of(price=0.25)
+    kind = replace(plain.kinds[0], attention=plain.kinds[0].attention._replace(asked=(more, 0.0, 0.0)))
+    table = replace(plain, kinds=(kind, plain.kinds[1]))
+    pruned = SPACE.schedule([65, 65, 33, 33] + [33] * 6)
+    assert table.seconds(SPACE.dense()) == plain.seconds(SPACE.dense())
+    assert table.seconds(pruned) - plain.seconds(pruned) == pytest.approx(taken / 2)
+    assert table.prices(pruned) == plain.prices(pruned)
+
+
 @given(st.floats(0.6, 2.5), st.floats(0.6, 2.5))
 def test_prices_are_those_of_whole_runs(going: float, merging: float) -> None:
     rest, parts = [1.0, 1.0, 0.8, 0.7], np.array([[0.1, 0.1], [0.3, 0.0], [0.2, 0.4], [0.2, 0.0]])

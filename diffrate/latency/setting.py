@@ -17,7 +17,7 @@ from diffrate.patch.shapes import block_shape
 from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name
 
-FORMAT = 1  # of the file, and of what is measured
+FORMAT = 2  # of the file, and of what is measured
 OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rules")
 _CPUS = Path("/proc/cpuinfo")
 

@@ -11,6 +11,8 @@ import numpy as np
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.latency.curves import MERGING_TERMS, AttentionTimes, Curve, powers, reduction_terms
 
+LEAST = 0.5  # of the plain attention's time, that attention takes where importance is asked for
+
 
 @dataclass(frozen=True)
 class BlockTimes:
@@ -32,13 +34,15 @@ class BlockTimes:
 
     @cached_property
     def asked(self) -> list[float]:
-        """What attention takes more where importance is asked for, at every number of tokens."""
-        return self._more(self.attention.asked)
+        """What attention takes more where importance is asked for, at every number of tokens; less than nothing where
+        it is another attention then, and a faster one."""
+        more = powers(self._counts) @ np.asarray(self.attention.asked)
+        return np.maximum(-LEAST * np.asarray(self.plain), more).tolist()
 
     @cached_property
     def sized(self) -> list[float]:
         """What attention takes more where tokens stand for several, at every number of tokens."""
-        return self._more(self.attention.sized)
+        return np.maximum(0.0, powers(self._counts) @ np.asarray(self.attention.sized)).tolist()
 
     @cached_property
     def after(self) -> list[float]:
@@ -54,31 +58,29 @@ class BlockTimes:
 
     def repriced(self, going: float, merging: float) -> BlockTimes:
         """The same, with that tokens go so many times as dear, and what merging adds to it."""
-        asked = tuple(going * weight for weight in self.attention.asked)
         reduction = tuple(
             (merging if place in MERGING_TERMS else going) * weight for place, weight in enumerate(self.reduction)
         )
-        return replace(self, attention=self.attention._replace(asked=asked), reduction=reduction)
+        return replace(self, reduction=reduction)
 
     def price(self, kept: Kept, sized: bool) -> float:
         """What it takes that tokens go: to ask for their importance, and to let them go; 0 where none do."""
-        return sum(self.prices(kept, sized))
+        if kept.merged == kept.entering or not self.reduction:
+            return 0.0
+        return self.asked[kept.entering] + sum(self.prices(kept, sized))
 
     def prices(self, kept: Kept, sized: bool) -> tuple[float, float]:
-        """The same in two parts: that tokens go, and what merging adds to it."""
+        """What it takes to let them go, in two parts: at all, and what merging adds to it."""
         if kept.merged == kept.entering or not self.reduction:
             return 0.0, 0.0
         terms = zip(self.reduction, reduction_terms(kept, sized), strict=True)
         parts = [weight * term for weight, term in terms]
         merging = sum(parts[place] for place in MERGING_TERMS)
-        return self.asked[kept.entering] + sum(parts) - merging, merging
+        return sum(parts) - merging, merging
 
     @property
     def _counts(self) -> np.ndarray:
         return np.arange(self.attention.plain.tokens[-1] + 1)
-
-    def _more(self, weights: tuple[float, ...]) -> list[float]:
-        return np.maximum(0.0, powers(self._counts) @ np.asarray(weights)).tolist()
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class LatencyTable:
         return tuple(self.kinds[kind] for kind in self.order)
 
     def prices(self, schedule: Schedule) -> tuple[float, float]:
-        """What the reductions of `schedule` take of its `seconds`: that tokens go, and what merging adds to it."""
+        """What the reductions of `schedule` take of its `seconds`: to let tokens go, and what merging adds to it."""
         totals, sized = [0.0, 0.0], False
         for kept, kind in zip(running_counts(schedule, self.tokens), self.blocks, strict=False):
             totals = [total + part for total, part in zip(totals, kind.prices(kept, sized), strict=True)]
