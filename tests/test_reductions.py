@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from diffrate.blocks import attention
 from diffrate.blocks.attention import Heads, size_bias, speakers_importance
 from diffrate.blocks.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
 from diffrate.blocks.prune import keep_tokens, most_important
@@ -154,6 +155,40 @@ def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
         assert alone.size is not None
         torch.testing.assert_close(alone.x, merged.x[one])
         torch.testing.assert_close(alone.size, merged.size[one])
+
+
+@pytest.mark.parametrize("elements", [0, 2**20])
+@pytest.mark.parametrize("cached", [1, 2**18])
+@pytest.mark.parametrize("speakers", [1, 2])
+@pytest.mark.parametrize("biased", ["no", "keys", "pairs"])
+def test_attention_and_importance_are_the_same_with_a_map_and_without(
+    monkeypatch: pytest.MonkeyPatch, elements: int, cached: int, speakers: int, biased: str
+) -> None:
+    """All maps at once, an image at a time, or fused attention and the speakers' rows."""
+    monkeypatch.setattr(attention, "IMAGE_ELEMENTS", elements)
+    monkeypatch.setattr(attention, "CACHED_ELEMENTS", cached)
+    heads = Heads(*torch.randn(3, 4, 2, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.3)
+    shape = {"no": None, "keys": (4, 1, 1, 9), "pairs": (1, 2, 9, 9)}[biased]
+    bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    mixed, importance = attention.attend_and_rank(heads, bias, 0.0, speakers)
+    scores = heads.query @ heads.key.transpose(-2, -1) * 0.3
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    torch.testing.assert_close(mixed, weights @ heads.value)
+    received = weights[:, :, :speakers].sum((1, 2))
+    torch.testing.assert_close(importance / importance.sum(1, keepdim=True), received / received.sum(1, keepdim=True))
+
+
+def test_fine_tuning_and_large_maps_go_by_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps would be kept for the way back, or leave the cache."""
+    called = []
+    fused = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *a: called.append(1) or fused(*a))
+    heads = Heads(*torch.randn(3, 1, 2, 9, 8), 0.3)
+    attention.attend_and_rank(heads, None, 0.0, 1)
+    assert not called
+    attention.attend_and_rank(heads._replace(query=heads.query.clone().requires_grad_()), None, 0.0, 1)
+    attention.attend_and_rank(Heads(*torch.randn(3, 1, 2, 800, 8), 0.3), None, 0.0, 1)
+    assert len(called) == 2
 
 
 def test_position_zero_is_never_a_destination() -> None:
