@@ -133,17 +133,15 @@ def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float, speakers
 def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, in float32 at least."""
     query, key = heads.query.flatten(0, 1), heads.key.flatten(0, 1).transpose(-2, -1)
-    precise = size_dtype(query)
-    if bias is not None:
-        bias = bias.to(precise).expand(*heads.query.shape[:2], -1, -1).flatten(0, 1)
+    images, precise = heads.query.shape[:2], size_dtype(query)
     if query.device.type != "cpu" or torch.compiler.is_compiling() or autocasts("cpu"):
         scores = torch.bmm(query * heads.scale, key).to(precise)
-        return scores if bias is None else scores + bias
+        return scores if bias is None else (scores.unflatten(0, images) + bias).flatten(0, 1)
     # Scale and bias within the product: each pass over a map takes as long as a quarter of it.
     query, key = query.to(precise), key.to(precise)
     if bias is None:
         return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
-    return torch.baddbmm(bias, query, key, alpha=heads.scale)
+    return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
 
 
 def _parts(key: Tensor, elements: int) -> Iterator[slice]:

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrate.blocks.attention import (
-    add_bias,
-    attend,
-    attend_and_rank,
-    size_bias,
-)
+from diffrate.blocks.attention import add_bias, attend, attend_and_rank, size_bias
 from diffrate.blocks.forms import form_of, through
 from diffrate.blocks.merge import merge_tokens
 from diffrate.blocks.positions import Positions
