@@ -137,7 +137,7 @@ def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
     if query.device.type != "cpu" or torch.compiler.is_compiling() or autocasts("cpu"):
         scores = torch.bmm(query * heads.scale, key).to(precise)
         return scores if bias is None else (scores.unflatten(0, images) + bias).flatten(0, 1)
-    # Scale and bias within the product: each pass over a map takes as long as a quarter of it.
+    # Scale and bias within the product: passes of their own over the map, or over queries, take longer.
     query, key = query.to(precise), key.to(precise)
     if bias is None:
         return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
