@@ -64,7 +64,7 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, speakers:
     """
     if speakers and not _maps_pay(heads):
         return attend(heads, bias, dropout), speakers_importance(heads, bias, speakers)
-    parts = list(_parts(heads.key, map_elements(heads)))
+    parts = list(_parts(heads.key, _map_elements(heads)))
     if len(parts) == 1:
         return _attend_with_map(heads, bias, dropout, speakers)
     mixed, importance = [], []
@@ -85,21 +85,17 @@ def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Ten
 
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
-    precise = size_dtype(query)
     if alone(query) and not autocasts(query.device.type):
-        start = query.new_zeros(1, 1, 1, dtype=precise) if bias is None else bias[0].to(precise)
-        keys = heads.key[0].to(precise).transpose(-2, -1)
-        scores = torch.baddbmm(start, query[0].to(precise), keys, alpha=heads.scale)
-        return scores.softmax(dim=-1).mean(dim=0)
+        return _full_scores(heads._replace(query=query), bias).softmax(dim=-1).mean(dim=0)
     # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
     # product first copies them, heads apart.
     key, query = heads.key, query * heads.scale
-    parts = [(key[part] * query[part]).sum(-1, dtype=precise) for part in _parts(key, key.shape[1:].numel())]
+    parts = [(key[part] * query[part]).sum(-1, dtype=size_dtype(query)) for part in _parts(key, key.shape[1:].numel())]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _softmax(scores, None if bias is None else bias[:, :, 0]).mean(dim=1)
+    return (scores if bias is None else scores + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
 
-def map_elements(heads: Heads) -> int:
+def _map_elements(heads: Heads) -> int:
     """The elements of one image's attention maps."""
     return heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]
 
@@ -111,7 +107,7 @@ def _maps_pay(heads: Heads) -> bool:
     query = heads.query
     if query.device.type != "cpu" or query.requires_grad or torch.compiler.is_compiling() or autocasts("cpu"):
         return False
-    return map_elements(heads) <= IMAGE_ELEMENTS and (query.dtype == size_dtype(query) or not _has_matrix_unit())
+    return _map_elements(heads) <= IMAGE_ELEMENTS and (query.dtype == size_dtype(query) or not _has_matrix_unit())
 
 
 @cache
@@ -132,13 +128,18 @@ def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float, speakers
 
 def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, in float32 at least."""
+    if heads.query.device.type == "cpu" and not torch.compiler.is_compiling() and not autocasts("cpu"):
+        return _full_scores(heads, bias)
     query, key = heads.query.flatten(0, 1), heads.key.flatten(0, 1).transpose(-2, -1)
-    images, precise = heads.query.shape[:2], size_dtype(query)
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or autocasts("cpu"):
-        scores = torch.bmm(query * heads.scale, key).to(precise)
-        return scores if bias is None else (scores.unflatten(0, images) + bias).flatten(0, 1)
-    # Scale and bias within the product: passes of their own over the map, or over queries, take longer.
-    query, key = query.to(precise), key.to(precise)
+    scores = torch.bmm(query * heads.scale, key).to(size_dtype(query))
+    return scores if bias is None else (scores.unflatten(0, heads.query.shape[:2]) + bias).flatten(0, 1)
+
+
+def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
+    """The same with products in float32 at least, and scale and bias within them: passes of their own over the map, or
+    over queries, take longer."""
+    images, precise = heads.query.shape[:2], size_dtype(heads.query)
+    query, key = heads.query.flatten(0, 1).to(precise), heads.key.flatten(0, 1).to(precise).transpose(-2, -1)
     if bias is None:
         return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
     return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
@@ -158,7 +159,3 @@ def _parts(key: Tensor, elements: int) -> Iterator[slice]:
 def _row(bias: Tensor | None, row: int) -> Tensor | None:
     """The bias of one query, `[B, H, 1, N]`, of a bias that is the same for all queries or not."""
     return bias if bias is None or bias.shape[2] == 1 else bias[:, :, row : row + 1]
-
-
-def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
-    return (scores if bias is None else scores + bias).softmax(dim=-1)
