@@ -157,7 +157,14 @@ def _live(subject: Subject, batch_size: int, setting: Setting) -> Iterator[_Cont
     for compiled in setting.modes:
         for side in SIDES:
             arguments = (side, subject, batch_size, torch.float32, compiled, str(setting.device))
-            yield _Contestant(f"{side} model", mode_name(compiled), "float32", costs[side], build_side, arguments)
+            yield _Contestant(
+                f"{side} model",
+                mode_name(compiled, subject.compile_merging),
+                "float32",
+                costs[side],
+                build_side,
+                arguments,
+            )
 
 
 def _of_files(files: Sequence[File], batch_size: int) -> Iterator[_Contestant]:

@@ -123,7 +123,7 @@ def _exported(settings: Settings, runtime: Runtime) -> None:
         schedule = _subject(replace(settings, model=chosen)).schedule
     else:
         schedule = min((file.metadata for file in loaded), key=lambda said: said.gflops).schedule
-    subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
+    subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed, chosen.compile_merging)
     setting = exported.Setting(
         (False, True) if settings.run.compile else (False,),
         data.batch_sizes or (DEFAULT_BATCH,),
@@ -158,7 +158,8 @@ def _subject(settings: Settings) -> Subject:
     schedule = about(chosen.checkpoint).schedule if is_saved_model(chosen.checkpoint) else None
     with models.shapes_alone():
         model = compressed(built(chosen, entry), chosen, entry, Weights(None, chosen.checkpoint, schedule))
-    return Subject(entry, size, model.compression.current(), chosen.granularity, settings.run.seed)
+    schedule = model.compression.current()
+    return Subject(entry, size, schedule, chosen.granularity, settings.run.seed, chosen.compile_merging)
 
 
 def _dtypes(settings: Settings) -> list[torch.dtype]:

@@ -72,9 +72,10 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
         RateError: a granularity that leaves no choice.
     """
     try:
-        return diffrate.patch.vit(model, settings.granularity, settings.granularity)
+        model = diffrate.patch.vit(model, settings.granularity, settings.granularity)
     except diffrate.UnsupportedModelError as error:
         raise UsageError(f"--model {settings.name}: {error}") from error
+    return diffrate.compile_merging(model) if settings.compile_merging else model
 
 
 def meta_model(settings: ModelSettings, entry: ModelEntry, classes: int | None = None) -> diffrate.CompressedModel:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import diffrate
 from cli.settings import LatencySettings
-from diffrate.latency.file import check_place
+from diffrate.files import cache_folder
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import Use, setting_of
 from processes.runtime import AMP_DTYPES, Runtime
@@ -28,7 +27,7 @@ def latency_table(
         LatencyFileError: the file that keeps it cannot be read or written.
     """
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
-    use = Use(settings.batch_size, dtype, settings.compiled, runtime.device)
+    use = Use(settings.batch_size, dtype, settings.compiled, runtime.device, model.rules.compiled is not None)
     setting = setting_of(model, use)
     file = settings.file or _kept_in(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
@@ -45,11 +44,7 @@ def latency_table(
 
 
 def _kept_in(setting: dict[str, object]) -> Path | None:
-    """The file of a table where users' programs keep what can be made again; None where there is no such place."""
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        check_place(Path(base) / "diffrate" / "latency")
-    except (RuntimeError, diffrate.LatencyFileError):  # nobody's home, or nothing may be written there
-        return None
+    """The file of a table in the user's cache; None where there is none."""
+    folder = cache_folder("latency")
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(base) / "diffrate" / "latency" / f"{name}.json"
+    return None if folder is None else folder / f"{name}.json"

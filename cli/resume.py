@@ -28,6 +28,7 @@ EARLIER = {
     "init": PAPER.start,
     "budget": PAPER.budget,
     "search": PAPER.method,
+    "compile_merging": False,
 }
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
@@ -57,6 +58,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
     """The flags that decide how a search goes on: with other values, it is another search."""
     search, timed = settings.search, settings.latency
     speed = {"latency_batch": timed.batch_size, "latency_precision": timed.precision, "compile": timed.compiled}
+    speed |= {"compile_merging": settings.model.compile_merging}
     return {
         "model": entry.name,
         "granularity": search.granularity,

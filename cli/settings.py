@@ -77,6 +77,7 @@ class ModelSettings:
     input_size: rows and columns in pixels, None for the model's own.
     load: take a schedule from the file of schedules; scale: to this model's number of tokens.
     dense: keep all tokens, whatever the checkpoint says. start: where a search begins.
+    compile_merging: merge by compiled code.
     """
 
     name: str | None
@@ -90,6 +91,7 @@ class ModelSettings:
     scale: bool
     dense: bool
     start: Target | None
+    compile_merging: bool
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def settings_from(args: Namespace) -> Settings:
             scale=args.scale_compression_rate,
             dense=args.dense,
             start=args.init_compression_rate,
+            compile_merging=args.compile_merging,
         ),
         search=SearchSettings(
             epochs=args.epochs,

@@ -37,7 +37,7 @@ MODES = {
 }
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
-NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
+NAMED_LIKE_FLAGS = (BudgetError, BaselineError, diffrate.MergingCompileError)
 INPUT_ERRORS = (
     UsageError,
     EnvironmentVariableError,
@@ -101,6 +101,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
 def _runtime(settings: Settings, processes: Processes) -> Runtime:
     run = settings.run
     device = resolve_device(run.device, processes)
+    if settings.model.compile_merging and device.type != "cpu":
+        raise UsageError(f"--compile_merging: found the device {device.type}; accepted: --device cpu")
     output_dir = make_output_dir(run.output_dir)
     bar = processes.is_main and bar_fits(run.quiet)
     setup_logging(output_dir, processes.is_main, lines=not bar and not run.quiet)

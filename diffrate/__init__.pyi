@@ -15,6 +15,7 @@ from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
 from .running.evaluation import Scores, Tally, evaluate
+from .running.merging import MergingCompileError, compile_merging
 from .running.speed import Speed, benchmark
 from .saving.about import About, SavedModelError, about
 from .saving.files import load, save
@@ -42,6 +43,7 @@ __all__ = [
     "Found",
     "LatencyFileError",
     "LatencyTable",
+    "MergingCompileError",
     "NonFiniteLossError",
     "Observer",
     "PredictionCheck",
@@ -64,6 +66,7 @@ __all__ = [
     "about",
     "benchmark",
     "check_predictions",
+    "compile_merging",
     "evaluate",
     "export",
     "load",

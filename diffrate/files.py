@@ -25,6 +25,17 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def cache_folder(name: str) -> Path | None:
+    """The folder `name` where users' programs keep what can be made again, with the folders above it; None where there
+    is no such place."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffrate" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):  # nobody's home, or nothing may be written there
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
     """An empty scratch file for the block to write by its name, which becomes `path` when the block ends

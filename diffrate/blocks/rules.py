@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from diffrate.blocks.tokens import TokenState
+from diffrate.budgets.schedule import Kept
+
+
+class Reduction(Protocol):
+    """Another way to let tokens go, with the same results."""
+
+    def __call__(self, rules: ReductionRules, state: TokenState, importance: Tensor, kept: Kept) -> TokenState | None:
+        """The tokens that are left by `importance` `[B, N - prefix]`; None for tokens that it is not for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,7 @@ class ReductionRules:
     weigh_by_similarity: a merged token counts for its size times its cosine, else for its size.
     removed_speak: in search, tokens that are removed go on being asked (the published search of CAFormer).
     random: any tokens go, whatever their importance (a baseline, drawn from torch's generator).
+    compiled: what is asked first to let tokens go (`diffrate.compile_merging`); None for nothing.
     """
 
     prefix: int
@@ -25,3 +40,4 @@ class ReductionRules:
     weigh_by_similarity: bool
     removed_speak: bool = False
     random: bool = False
+    compiled: Reduction | None = field(default=None, compare=False)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from diffrate.exporting.operators import OPSET, translations
-from diffrate.exporting.quiet import errors_alone
 from diffrate.exporting.runner import INPUT, OUTPUT, Runner
+from diffrate.running.quiet import errors_alone
 
 LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
 DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it

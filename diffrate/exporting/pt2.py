@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from diffrate.exporting.quiet import errors_alone
 from diffrate.exporting.runner import Runner
+from diffrate.running.quiet import errors_alone
 
 METADATA = "metadata.json"  # among the file's extra files
 

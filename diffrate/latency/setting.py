@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -14,32 +12,40 @@ from diffrate.blocks.projection import projection_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
+from diffrate.running.machine import machine_name
 from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name
 
 FORMAT = 2  # of the file, and of what is measured
 OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rules")
-_CPUS = Path("/proc/cpuinfo")
 
 
 class Use(NamedTuple):
-    """How a model is used: images at a time, the type of its weights, compiled or not, and where."""
+    """How a model is used: images at a time, the type of its weights, compiled or not, where, and whether its merging
+    is compiled in any case."""
 
     batch_size: int
     dtype: torch.dtype
     compiled: bool
     device: torch.device
+    merging: bool = False
+
+    @property
+    def mode(self) -> str:
+        """What tables call it."""
+        return mode_name(self.compiled, self.merging)
 
     def words(self) -> str:
         """For a sentence."""
-        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {mode_name(self.compiled)}"
+        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {self.mode}"
 
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
     """How the model was used when `table` was made, on `device`."""
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(table.setting["precision"])
     dtype = kind or getattr(torch, table.setting["precision"])
-    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
+    mode = table.setting["mode"]
+    return Use(table.batch_size, dtype, mode == mode_name(True), device, mode == mode_name(False, True))
 
 
 class Kinds(NamedTuple):
@@ -80,7 +86,7 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
         "timm": timm.__version__,
         "batch_size": use.batch_size,
         "precision": precision_name(use.dtype),
-        "mode": mode_name(use.compiled),
+        "mode": use.mode,
         "model": type(model).__name__,
         "rules": str(model.rules),
         "image_size": list(model.image_size),
@@ -105,19 +111,3 @@ def check_table(table: LatencyTable, model: CompressedModel) -> None:
             raise ValueError(
                 f"latency: found a table of a model with other {name} ({said[name]}); accepted: {expected[name]}"
             )
-
-
-def machine_name(device: torch.device) -> str:
-    """The GPU, or the CPU and which of its instructions torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = {line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")}
-    name = ", ".join(sorted(names)) or platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _cpu_lines() -> list[str]:
-    try:
-        return _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # elsewhere than on Linux
-        return []

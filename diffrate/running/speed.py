@@ -16,6 +16,7 @@ from diffrate.budgets.schedule import Schedule
 from diffrate.patch.base import CompressedModel
 from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model
+from diffrate.running.merging import ready
 from diffrate.running.precision import place_of
 from diffrate.running.timing import PairedTimes, time_in_turn
 from diffrate.seeds import generators_kept
@@ -119,7 +120,11 @@ def forward_pass(
     channels = getattr(model, "in_chans", 3)
     images = torch.randn(batch_size, channels, *size, device=device, dtype=dtype)
     forward = compile_model(model) if compiled else model
-    options: dict[str, Any] = {"return_flop": False} if isinstance(model, CompressedModel) else {}
+    options: dict[str, Any] = {}
+    if isinstance(model, CompressedModel):
+        options["return_flop"] = False
+        if not compiled:
+            ready(model)
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -154,6 +159,8 @@ def precision_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def mode_name(compiled: bool) -> str:
-    """What tables call a way to run."""
-    return "compiled" if compiled else "eager"
+def mode_name(compiled: bool, merging: bool = False) -> str:
+    """What tables call a way to run: as one compiled graph, or eager, with `merging` compiled alone."""
+    if compiled:
+        return "compiled"
+    return "eager, merging compiled" if merging else "eager"

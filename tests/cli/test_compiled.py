@@ -67,12 +67,15 @@ def test_training_takes_the_same_course(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_without_a_compiler_one_line_says_so(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--compile", "--compile_merging"])
+def test_without_a_compiler_one_line_says_so(flag: str, image_folder: Path, tmp_path: Path) -> None:
     file = saved_file(tmp_path / "tiny.safetensors")
-    words = ("--eval", "--checkpoint", file, "--data-path", image_folder, "--batch-size", 4, "--num_workers", 0)
-    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--compile"]
-    nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    chosen = HALF if flag == "--compile_merging" else ("--checkpoint", file, "--data-path", image_folder)
+    words = ("--eval", *chosen, "--batch-size", 4, "--num_workers", 0)
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), flag]
+    cache = str(tmp_path / "cache")
+    nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
     done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("main.py: error: --compile: ")
+    assert done.stderr.splitlines()[-1].startswith(f"main.py: error: {flag}: ")
     assert "Traceback" not in done.stderr
