@@ -88,7 +88,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second, which only an error has to spare
 
     if isinstance(error, BackendCompilerFailed):
-        return f"error: --compile: {line}; accepted: with a compiler that works", 2
+        said = " ".join(str(error).split("\n")[:2])  # what it comes from, and what went wrong; advice follows
+        return f"error: --compile: {said}; accepted: with a compiler that works", 2
     if isinstance(error, LostProcessError):
         return f"error: process {processes_from_environment().rank} stops: {line}", 1
     if isinstance(error, StopRequestedError):

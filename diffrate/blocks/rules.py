@@ -40,4 +40,4 @@ class ReductionRules:
     weigh_by_similarity: bool
     removed_speak: bool = False
     random: bool = False
-    compiled: Reduction | None = field(default=None, compare=False)
+    compiled: Reduction | None = field(default=None, compare=False, repr=False)

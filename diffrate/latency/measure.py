@@ -32,7 +32,7 @@ from diffrate.latency.curves import (
 from diffrate.latency.file import check_place, read_table, write_table
 from diffrate.latency.plan import knots, probing_schedules
 from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
-from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of
+from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of, use_for
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.running.allocator import keep_freed_memory
@@ -86,7 +86,7 @@ def measure_latency(
         raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
-    use = Use(batch_size, dtype, compile, place_of(model, device).device, model.rules.compiled is not None)
+    use = use_for(model, batch_size, dtype, compile, place_of(model, device).device)
     return made_by_first(lambda: _read_or_measured(model, use, seconds, None if file is None else Path(file), progress))
 
 
@@ -114,8 +114,8 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     images = torch.randn(use.batch_size, getattr(side, "in_chans", 3), *side.image_size).to(use.device, use.dtype)
     parts, rng = parts_of(use.compiled), Random(0)
     schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
-    if not use.compiled:
-        ready(side)
+    for schedule in () if use.compiled else _whole_schedules(side):
+        ready(side, schedule)
     for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
         timed_run(side, parts, images, schedule)
     rounds: list[list[RunSample]] = []

@@ -13,6 +13,7 @@ from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
 from diffrate.running.machine import machine_name
+from diffrate.running.merging import merges_compiled
 from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name
 
@@ -21,8 +22,8 @@ OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", 
 
 
 class Use(NamedTuple):
-    """How a model is used: images at a time, the type of its weights, compiled or not, where, and whether its merging
-    is compiled in any case."""
+    """How a model is used: images at a time, the type of its weights, as one compiled graph or not, where, and whether
+    merging alone is compiled."""
 
     batch_size: int
     dtype: torch.dtype
@@ -38,6 +39,11 @@ class Use(NamedTuple):
     def words(self) -> str:
         """For a sentence."""
         return f"batch {self.batch_size}, {precision_name(self.dtype)}, {self.mode}"
+
+
+def use_for(model: CompressedModel, batch_size: int, dtype: torch.dtype, compiled: bool, device: torch.device) -> Use:
+    """How `model` would be used there."""
+    return Use(batch_size, dtype, compiled, device, not compiled and merges_compiled(model, device))
 
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
@@ -104,8 +110,12 @@ def check_table(table: LatencyTable, model: CompressedModel) -> None:
     Raises:
         ValueError: names what differs.
     """
-    expected = setting_of(model, use_of(table, place_of(model).device))
+    use = use_of(table, place_of(model).device)
+    expected = setting_of(model, use)
     said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
+    if not use.compiled and use.merging != merges_compiled(model, use.device):
+        other = "compile_merging" if use.merging else "no compile_merging"
+        raise ValueError(f"latency: found a table made {use.mode}; accepted: with such a model ({other})")
     for name in OF_MODEL:
         if name in said and said[name] != expected[name]:
             raise ValueError(

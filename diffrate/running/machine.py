@@ -19,6 +19,11 @@ def machine_name(device: torch.device) -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def cpu_features() -> str:
+    """The instructions of the CPU, as Linux names them; nothing elsewhere."""
+    return next((line for line in _cpu_lines() if line.lower().startswith(("flags", "features"))), "")
+
+
 def _cpu_lines() -> list[str]:
     try:
         return _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -8,13 +8,18 @@ models with the same rules, share that, and it is kept on disk. Pruning alone ha
 from __future__ import annotations
 
 import hashlib
-import os
+import platform
+import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -25,27 +30,40 @@ from diffrate.blocks.block import kept_and_merged
 from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState, size_dtype
-from diffrate.budgets.schedule import Kept
+from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.files import cache_folder, first_line
 from diffrate.patch.base import CompressedModel
-from diffrate.running.machine import machine_name
+from diffrate.running.machine import cpu_features, machine_name
 from diffrate.running.precision import place_of
 from diffrate.running.quiet import errors_alone
 
-FEW_ELEMENTS = 2**21  # of features: with more, operations take so long that asking for them does not matter
-# What the graph is traced with; it runs with any. All differ, or torch would take two for the same.
-IMAGES, OTHERS, STAYING, LEAVING, CHANNELS = 2, 31, 13, 7, 64
+FOLLOWED = ("place", "origin", "last")  # what may be known of tokens
+# What the graph is traced with; it runs with any. All differ, so that torch does not take two for the same.
+IMAGES, OTHERS, STAYING, LEAVING, CHANNELS, AT_FIRST = 2, 31, 13, 7, 64, 90
 
 Run = Callable[[list[Tensor]], list[Tensor]]
+_one_at_a_time = threading.Lock()
 
 
 class MergingCompileError(RuntimeError):
     """Merging cannot be compiled on this machine; one line."""
 
 
+class Kind(NamedTuple):
+    """What compiled code is for: features in `dtype`, tokens of which `followed` is known, a family whose rules say the
+    rest, and so many threads, which torch makes part of it."""
+
+    dtype: torch.dtype
+    followed: tuple[str, ...]
+    prefix: int
+    spared: int
+    weigh_by_similarity: bool
+    threads: int
+
+
 @dataclass(frozen=True)
 class CompiledMerging:
-    """Prunes and merges the tokens of a few images on a CPU, where no gradient is asked for and none is followed.
+    """Prunes and merges tokens on a CPU, where no gradient is asked for.
 
     It is compiled when it is first needed, which takes some ten seconds unless it is on disk.
     """
@@ -59,26 +77,24 @@ class CompiledMerging:
         if kept.merged == kept.pruned or kept.merged <= rules.spared or not _takes(state):
             return None
         # Few operations, here above all: with the caches full of a model's weights, each takes microseconds.
-        x, size, place = state.x, state.size, state.place
-        run = merging_of(
-            *(x.dtype, importance.dtype, place is not None),
-            *(rules.prefix, rules.spared, rules.weigh_by_similarity),
-        )
+        x, size, kind = state.x, state.size, kind_of(rules, state)
         if size is None:
-            size = importance.new_ones(x.shape[:2])
-        counts = torch.empty(kept.merged, kept.pruned - kept.merged)
-        inputs = [x.contiguous(), size.contiguous(), importance.contiguous(), counts]
-        if place is not None:
-            inputs.append(place.expand(x.shape[0], -1).contiguous())
-        return TokenState(*run(inputs)[:2]) if place is None else _placed(*run(inputs))
+            size = x.new_ones(x.shape[:2], dtype=size_dtype(x))
+        counts = torch.empty(kept.merged, kept.pruned - kept.merged, device=x.device)
+        inputs = [x.contiguous(), size.contiguous(), importance.to(size.dtype).contiguous(), counts]
+        for name in kind.followed:
+            known = getattr(state, name)
+            inputs.append(known.expand(x.shape[0], *known.shape[1:]).contiguous())
+        features, sizes, *others = merging_of(kind)(inputs)
+        return TokenState(features, sizes, **dict(zip(kind.followed, others, strict=True)))
 
 
 def compile_merging(model: CompressedModel) -> CompressedModel:
-    """`model`, which from here on merges tokens by compiled code where that is faster: on a CPU, a few images at a
-    time, without gradients. Results are the same but for rounding.
+    """`model`, which from here on merges tokens by compiled code on a CPU, where no gradients are asked for.
 
-    torch's own compiler needs a C++ compiler on the machine. Each precision is compiled when it is first needed, in
-    some ten seconds, and kept in the user's cache.
+    Results are the same but for rounding. With few images it is faster, and with many about as fast. torch's own
+    compiler needs a C++ compiler on the machine. Each precision is compiled by the first forward pass in it, in some
+    ten seconds, and kept in the user's cache; where that fails, the forward pass raises `MergingCompileError`.
 
     Raises:
         UnsupportedModelError: the model is not patched.
@@ -89,106 +105,144 @@ def compile_merging(model: CompressedModel) -> CompressedModel:
     return model
 
 
-def ready(model: CompressedModel) -> None:
-    """Compile or load now what `model` merges with in its present precision, if it is to: before its time is taken.
+def merges_compiled(model: CompressedModel, device: torch.device) -> bool:
+    """Whether `model` would merge by compiled code on `device`."""
+    return model.rules.compiled is not None and device.type == "cpu"
+
+
+def ready(model: CompressedModel, schedule: Schedule) -> None:
+    """Compile or load now what `model` merges with at `schedule` in its present precision, if it is to: before its time
+    is taken.
 
     Raises:
         MergingCompileError: there is no compiler that works.
     """
     device, dtype = place_of(model)
-    if model.rules.compiled is None or device.type != "cpu":
+    counts = running_counts(schedule, model.compression.space.limits[0])
+    if not merges_compiled(model, device) or all(kept.merged == kept.pruned for kept in counts):
         return
+    channels = getattr(model, "in_chans", 3)
     with torch.no_grad():
-        state = model.enter(torch.zeros(1, getattr(model, "in_chans", 3), *model.image_size, dtype=dtype)).state
-    rules = model.rules
-    merging_of(
-        *(state.x.dtype, size_dtype(state.x), state.place is not None),
-        *(rules.prefix, rules.spared, rules.weigh_by_similarity),
-    )
+        entry = model.enter(torch.zeros(1, channels, *model.image_size, dtype=dtype, device=device))
+    merging_of(kind_of(model.rules, model.prepared(entry.state, schedule)))
+
+
+def kind_of(rules: ReductionRules, state: TokenState) -> Kind:
+    """What merges these tokens."""
+    followed = tuple(name for name in FOLLOWED if getattr(state, name) is not None)
+    return Kind(state.x.dtype, followed, rules.prefix, rules.spared, rules.weigh_by_similarity, torch.get_num_threads())
 
 
 def _takes(state: TokenState) -> bool:
-    """Whether compiled code is for these tokens, and faster."""
+    """Whether compiled code is for these tokens: not where operations are followed, to learn or to make a graph."""
     x = state.x
-    if x.device.type != "cpu" or x.numel() > FEW_ELEMENTS or state.origin is not None or state.mask is not None:
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
+    if followed or type(x) is not Tensor:
         return False
-    return not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
-
-
-def _placed(features: Tensor, sizes: Tensor, place: Tensor) -> TokenState:
-    return TokenState(features, sizes, place=place)
+    return x.device.type == "cpu" and state.mask is None and not (x.requires_grad and torch.is_grad_enabled())
 
 
 @cache
-def merging_of(
-    dtype: torch.dtype, precise: torch.dtype, placed: bool, prefix: int, spared: int, weigh_by_similarity: bool
-) -> Run:
-    """The compiled graph, from disk or made now: of features in `dtype`, importance and sizes in `precise`, with
-    `placed` of tokens that have a place, in a family whose rules say the rest.
+def merging_of(kind: Kind) -> Run:
+    """The compiled code, from disk or made now.
 
     Raises:
         MergingCompileError: there is no compiler that works.
     """
-    rules = ReductionRules(prefix, 0, spared, weigh_by_similarity)
-    example = _example(rules, dtype, precise, placed)
     folder = cache_folder("merging")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, errors_alone("torch"):
-        made = Path(scratch) / "merging.pt2"
-        kept = made if folder is None else folder / f"{_name(rules, example)}.pt2"
-        if not kept.exists():
-            _compile(rules, example, made)
-            made.replace(kept)
-        # The loader itself: what wraps it looks up at each call how to flatten its arguments.
-        return torch._inductor.aoti_load_package(str(kept)).loader.boxed_run
+    with (
+        _one_at_a_time,
+        errors_alone("torch"),
+        tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
+    ):
+        if folder is None:
+            return _loaded(_made(kind, Path(scratch)))
+        kept = folder / _name(kind)
+        if kept.is_dir():
+            with suppress(RuntimeError):  # it was cut short, or is of another system
+                return _loaded(kept)
+            shutil.rmtree(kept)
+        made = _made(kind, Path(scratch))
+        with suppress(OSError):  # another process was first
+            made = made.rename(kept)
+        return _loaded(made)
 
 
 class _Merging(nn.Module):
     """Pruning and merging of tensors alone: the numbers of tokens that are kept, and that join them, are the shape of
     `counts` `[K, S]`, since compiled graphs take no integers."""
 
-    def __init__(self, rules: ReductionRules) -> None:
+    def __init__(self, kind: Kind) -> None:
         super().__init__()
-        self.rules = rules
+        self.rules = ReductionRules(kind.prefix, 0, kind.spared, kind.weigh_by_similarity)
+        self.followed = kind.followed
 
     def forward(
-        self, x: Tensor, size: Tensor, importance: Tensor, counts: Tensor, place: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Features, sizes, and places where there are any."""
+        self, x: Tensor, size: Tensor, importance: Tensor, counts: Tensor, known: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Features, sizes, and what is known of the tokens."""
         stay, leave = counts.shape
-        kept = Kept(x.shape[1], stay + leave, stay)
-        left = kept_and_merged(self.rules, TokenState(x, size, place=place), importance, kept)
-        assert left.size is not None
-        return (left.x, left.size) if left.place is None else (left.x, left.size, left.place)
+        state = TokenState(x, size, **dict(zip(self.followed, known, strict=True)))
+        left = kept_and_merged(self.rules, state, importance, Kept(x.shape[1], stay + leave, stay))
+        return left.x, left.size, *(getattr(left, name) for name in self.followed)
 
 
-def _example(rules: ReductionRules, dtype: torch.dtype, precise: torch.dtype, placed: bool) -> tuple[Tensor, ...]:
-    tokens = rules.prefix + OTHERS
-    x = torch.zeros(IMAGES, tokens, CHANNELS, dtype=dtype)
-    size, importance = torch.ones(IMAGES, tokens, dtype=precise), torch.zeros(IMAGES, OTHERS, dtype=precise)
-    counts = torch.empty(rules.spared + STAYING, LEAVING)
-    place = torch.arange(tokens).expand(IMAGES, -1).contiguous()
-    return (x, size, importance, counts, place) if placed else (x, size, importance, counts)
+def _example(kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    tokens = kind.prefix + OTHERS
+    with torch.device("cpu"):
+        x = torch.zeros(IMAGES, tokens, CHANNELS, dtype=kind.dtype)
+        known = {
+            "place": torch.arange(tokens).repeat(IMAGES, 1),
+            "origin": torch.zeros(IMAGES, AT_FIRST, dtype=torch.int64),
+            "last": torch.zeros(IMAGES, AT_FIRST, CHANNELS, dtype=kind.dtype),
+        }
+        size, importance = (torch.ones(IMAGES, count, dtype=size_dtype(x)) for count in (tokens, OTHERS))
+        counts = torch.empty(kind.spared + STAYING, LEAVING)
+    return x, size, importance, counts, tuple(known[name] for name in kind.followed)
 
 
-def _compile(rules: ReductionRules, example: tuple[Tensor, ...], path: Path) -> None:
-    shapes = tuple(dict.fromkeys(range(one.ndim), Dim.DYNAMIC) for one in example)
+def _made(kind: Kind, scratch: Path) -> Path:
+    """A folder with the compiled code, in the folder `scratch`."""
+    package, folder = scratch / "merging.pt2", scratch / "merging"
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # torch's, at its own code
-            program = torch.export.export(_Merging(rules), example, dynamic_shapes=shapes)
+            *tensors, known = example = _example(kind)
+            shapes = (*map(_any_size, tensors), tuple(map(_any_size, known)))
+            program = torch.export.export(_Merging(kind), example, dynamic_shapes=shapes)
             # One small graph, for which a pool of compiling processes would only have to start.
             alone = {"compile_threads": 1}
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=alone)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=alone)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch has a class for each thing that goes wrong, and compilers have more
         raise MergingCompileError(
             f"compile_merging: {first_line(error)}; accepted: with a C++ compiler that works"
         ) from error
+    with ZipFile(package) as archive:
+        archive.extractall(folder)
+    return folder
 
 
-def _name(rules: ReductionRules, example: tuple[Tensor, ...]) -> str:
-    """Of the file: another one for other code, another torch and another machine."""
-    compiler = torch.__version__, machine_name(torch.device("cpu")), os.environ.get("CXX")
-    said = rules, [(one.dtype, one.shape) for one in example], compiler
+def _any_size(one: Tensor) -> dict[int, object]:
+    return dict.fromkeys(range(one.ndim), Dim.DYNAMIC(min=1))
+
+
+def _loaded(folder: Path) -> Run:
+    # The loader itself, since what wraps it looks up at each call how to flatten its arguments, and a folder, since it
+    # leaves what it takes out of a file in the system's folder for temporary files.
+    loader = torch._C._aoti.AOTIModelPackageLoader  # type: ignore[reportAttributeAccessIssue]
+    return loader(str(folder), "model", False, 1, -1).boxed_run
+
+
+def _name(kind: Kind) -> str:
+    """Of what is kept: another one for other code, another torch and another machine."""
+    cpu = platform.machine(), machine_name(torch.device("cpu")), cpu_features()
     sources = [Path(__file__), *sorted(Path(blocks.__file__).parent.glob("*.py"))]
     content = b"".join(source.read_bytes() for source in sources)
-    return hashlib.sha256(repr(said).encode() + content).hexdigest()[:16]
+    return hashlib.sha256(repr((kind, torch.__version__, cpu)).encode() + content).hexdigest()[:16]

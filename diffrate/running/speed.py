@@ -124,7 +124,7 @@ def forward_pass(
     if isinstance(model, CompressedModel):
         options["return_flop"] = False
         if not compiled:
-            ready(model)
+            ready(model, model.compression.current())
 
     def run() -> Tensor:
         with torch.inference_mode():

@@ -77,5 +77,7 @@ def test_without_a_compiler_one_line_says_so(flag: str, image_folder: Path, tmp_
     nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
     done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"main.py: error: {flag}: ")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"main.py: error: {flag}: ")
+    assert "/nowhere/c++" in line or "compiler" in line.partition(";")[0]
     assert "Traceback" not in done.stderr
