@@ -15,7 +15,8 @@ from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
 from .running.evaluation import Scores, Tally, evaluate
-from .running.merging import MergingCompileError, compile_merging
+from .running.merging import compile_merging
+from .running.merging_code import MergingCompileError
 from .running.speed import Speed, benchmark
 from .saving.about import About, SavedModelError, about
 from .saving.files import load, save

@@ -17,7 +17,8 @@ from diffrate.budgets.schedule import Kept
 from diffrate.latency import measure
 from diffrate.latency.setting import check_table, use_for
 from diffrate.running import merging
-from diffrate.running.merging import CompiledMerging, merging_of
+from diffrate.running.merging import CompiledMerging
+from diffrate.running.merging_code import Kind, Run, _name, merging_of
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
 from tests.test_patch import images, patched
@@ -84,7 +85,7 @@ def test_models_of_one_kind_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = copy.deepcopy(model)
     calls = []
 
-    def counted(kind: merging.Kind) -> merging.Run:
+    def counted(kind: Kind) -> Run:
         calls.append(kind)
         return merging_of(kind)
 
@@ -94,7 +95,7 @@ def test_models_of_one_kind_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         expected, found = plain(photographs, return_flop=False), model(photographs, return_flop=False)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert set(calls) == {merging.Kind(torch.float32, (), 1, 1, True, 2)}
+    assert set(calls) == {Kind(torch.float32, (), 1, 1, True, 2)}
     assert model.rules == plain.rules  # a saved file does not know of it
     assert copy.deepcopy(model).rules.compiled is not None
 
@@ -162,11 +163,11 @@ def test_a_model_that_is_not_patched_is_refused() -> None:
 def test_nothing_is_left_where_compiling_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", failing)
-    kind = merging.Kind(torch.float16, (), 1, 1, True, 1)
+    kind = Kind(torch.float16, (), 1, 1, True, 1)
     with pytest.raises(diffrate.MergingCompileError, match=r"^compile_merging: no compiler; accepted: with a C"):
         merging_of(kind)
     assert list((tmp_path / "diffrate" / "merging").iterdir()) == []
-    damaged = tmp_path / "diffrate" / "merging" / merging._name(kind)
+    damaged = tmp_path / "diffrate" / "merging" / _name(kind)
     damaged.mkdir()
     (damaged / "version").write_text("0")
     with pytest.raises(diffrate.MergingCompileError):  # it is tried again
