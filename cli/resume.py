@@ -57,8 +57,12 @@ def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
 def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch_size: int) -> dict[str, Any]:
     """The flags that decide how a search goes on: with other values, it is another search."""
     search, timed = settings.search, settings.latency
-    speed = {"latency_batch": timed.batch_size, "latency_precision": timed.precision, "compile": timed.compiled}
-    speed |= {"compile_merging": settings.model.compile_merging}
+    speed = {
+        "latency_batch": timed.batch_size,
+        "latency_precision": timed.precision,
+        "compile": timed.compiled,
+        "compile_merging": settings.model.compile_merging,
+    }
     return {
         "model": entry.name,
         "granularity": search.granularity,

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.schedule import Kept
-
-
-class Reduction(Protocol):
-    """Another way to let tokens go, with the same results."""
-
-    def __call__(self, rules: ReductionRules, state: TokenState, importance: Tensor, kept: Kept) -> TokenState | None:
-        """The tokens that are left by `importance` `[B, N - prefix]`; None for tokens that it is not for."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,8 @@ class ReductionRules:
     weigh_by_similarity: a merged token counts for its size times its cosine, else for its size.
     removed_speak: in search, tokens that are removed go on being asked (the published search of CAFormer).
     random: any tokens go, whatever their importance (a baseline, drawn from torch's generator).
-    compiled: what is asked first to let tokens go (`diffrate.compile_merging`); None for nothing.
+    compiled: what is asked first to let tokens go, with the same results (`diffrate.compile_merging`): it returns those
+        that are left by their importance, or None for tokens that it is not for; None where nothing is asked first.
     """
 
     prefix: int
@@ -40,4 +33,6 @@ class ReductionRules:
     weigh_by_similarity: bool
     removed_speak: bool = False
     random: bool = False
-    compiled: Reduction | None = field(default=None, compare=False, repr=False)
+    compiled: Callable[[ReductionRules, TokenState, Tensor, Kept], TokenState | None] | None = field(
+        default=None, compare=False, repr=False
+    )

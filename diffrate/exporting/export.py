@@ -13,13 +13,14 @@ from torch import Tensor
 
 import diffrate
 from diffrate.exporting.files import KINDS, load_exported, parts_of, whole_files
-from diffrate.exporting.graph import Normalization, input_size, traced
+from diffrate.exporting.graph import Normalization, traced
 from diffrate.exporting.metadata import Metadata
 from diffrate.exporting.plain import check_patched
 from diffrate.exporting.targets import ExportError, check_destination
 from diffrate.exporting.verify import LIMITS, Agreement, compare, fresh_images
 from diffrate.files import first_line
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.sizes import input_size
 from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import place_of
 from diffrate.running.speed import precision_name

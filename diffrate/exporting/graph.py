@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 
 from diffrate.exporting.targets import ExportError
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.sizes import input_size
 
 TRACED_BATCH = 2  # of one image torch would make a constant
 
@@ -63,12 +64,6 @@ def traced(model: CompressedModel, dtype: torch.dtype, normalization: Normalizat
             )
     except Exception as error:  # torch has a class for each thing that it cannot trace
         raise ExportError(f"{type(model).__name__}: torch cannot trace it ({_last_words(error)})") from error
-
-
-def input_size(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that `model` takes."""
-    height, width = model.image_size
-    return getattr(model, "in_chans", 3), height, width
 
 
 def _at_rest(model: CompressedModel, dtype: torch.dtype) -> CompressedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.export import ExportedProgram
 
 from diffrate.exporting.operators import OPSET, translations
 from diffrate.exporting.runner import INPUT, OUTPUT, Runner
-from diffrate.running.quiet import errors_alone
+from diffrate.running.quiet import errors_alone, no_warnings_of
 
 LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
 DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it
@@ -66,7 +65,6 @@ def _weights(program: ExportedProgram) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch's exporter says of itself: its own deprecations, and of packages that it does not need."""
-    with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
-        for category in (UserWarning, DeprecationWarning, FutureWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg")
+    modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
+    with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
         yield

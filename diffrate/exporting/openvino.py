@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from diffrate.exporting.runner import INPUT, OUTPUT, Runner
+from diffrate.running.quiet import no_warnings_of
 
 WEIGHTS = ".bin"  # in place of the suffix
 SECTION = "diffrate"  # of the file's runtime information
@@ -21,9 +21,7 @@ def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None
     import openvino
 
     sizes = list(next(node.meta["val"].shape for node in program.graph.nodes if node.name == INPUT))
-    with warnings.catch_warnings():
-        for category in (UserWarning, DeprecationWarning, FutureWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"torch\.|openvino|copyreg")
+    with no_warnings_of(r"torch\.|openvino|copyreg"):
         model: Any = openvino.convert_model(program)
     model.reshape([-1, *sizes[1:]])
     model.inputs[0].get_tensor().set_names({INPUT})

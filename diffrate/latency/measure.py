@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from diffrate.blocks.block import removes
-from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.uniform import baseline_schedule
@@ -34,7 +33,8 @@ from diffrate.latency.plan import knots, probing_schedules
 from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
 from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of, use_for
 from diffrate.latency.table import BlockTimes, LatencyTable
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, require_patched
+from diffrate.patch.sizes import input_size
 from diffrate.running.allocator import keep_freed_memory
 from diffrate.running.merging import ready
 from diffrate.running.precision import place_of
@@ -80,8 +80,7 @@ def measure_latency(
         ValueError: a batch size below 1, or seconds not above 0.
         LatencyFileError: the file cannot be read or written.
     """
-    if not isinstance(model, CompressedModel):
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    require_patched(model)
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
     if not seconds > 0:
@@ -111,10 +110,10 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     """Timed runs, each as if the machine had been as fast as in the median run without reductions."""
     keep_freed_memory()
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
-    images = torch.randn(use.batch_size, getattr(side, "in_chans", 3), *side.image_size).to(use.device, use.dtype)
+    images = torch.randn(use.batch_size, *input_size(side)).to(use.device, use.dtype)
     parts, rng = parts_of(use.compiled), Random(0)
     schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
-    for schedule in () if use.compiled else _whole_schedules(side):
+    for schedule in _whole_schedules(side) if use.merging else ():
         ready(side, schedule)
     for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
         timed_run(side, parts, images, schedule)

@@ -18,7 +18,7 @@ from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name
 
 FORMAT = 2  # of the file, and of what is measured
-OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rules")
+OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rules", "mode")
 
 
 class Use(NamedTuple):
@@ -111,11 +111,8 @@ def check_table(table: LatencyTable, model: CompressedModel) -> None:
         ValueError: names what differs.
     """
     use = use_of(table, place_of(model).device)
-    expected = setting_of(model, use)
+    expected = setting_of(model, use_for(model, use.batch_size, use.dtype, use.compiled, use.device))
     said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
-    if not use.compiled and use.merging != merges_compiled(model, use.device):
-        other = "compile_merging" if use.merging else "no compile_merging"
-        raise ValueError(f"latency: found a table made {use.mode}; accepted: with such a model ({other})")
     for name in OF_MODEL:
         if name in said and said[name] != expected[name]:
             raise ValueError(

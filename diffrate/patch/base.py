@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrate.blocks.block import fixed_block
+from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.blocks.positions import NO_POSITIONS, Positions
 from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState, size_dtype
@@ -276,6 +277,16 @@ class CompressedModel(nn.Module):
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent
+
+
+def require_patched(model: object) -> None:
+    """Refuse what was not patched.
+
+    Raises:
+        UnsupportedModelError: says so.
+    """
+    if not isinstance(model, CompressedModel):
+        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
 
 
 def masked(state: TokenState) -> TokenState:

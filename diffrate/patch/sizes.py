@@ -20,6 +20,12 @@ def configured_size(model: nn.Module) -> Size:
     return height, width
 
 
+def input_size(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a patched `model` takes."""
+    height, width = model.image_size
+    return getattr(model, "in_chans", 3), height, width
+
+
 def as_size(size: Any, name: str = "input_size") -> Size:
     """Height and width in pixels, of both or of one side; `name` stands for them in messages.
 

@@ -6,48 +6,42 @@ to gain. What is compiled, and how it is kept, stands in `merging_code.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState, size_dtype
+from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, require_patched
+from diffrate.patch.sizes import input_size
 from diffrate.running.merging_code import Kind, merging_of
 from diffrate.running.precision import place_of
 
 FOLLOWED = ("place", "origin", "last")  # what may be known of tokens
 
 
-@dataclass(frozen=True)
-class CompiledMerging:
-    """Prunes and merges tokens on a CPU, where no gradient is asked for.
+def merged_by_code(rules: ReductionRules, state: TokenState, importance: Tensor, kept: Kept) -> TokenState | None:
+    """The tokens that are left by `importance` `[B, N - prefix]`, pruned and merged by compiled code; None for those
+    that it is not for: it merges on a CPU, where no gradient is asked for.
 
     It is compiled when it is first needed, which takes some ten seconds unless it is on disk.
+
+    Raises:
+        MergingCompileError: there is no compiler that works.
     """
-
-    def __call__(self, rules: ReductionRules, state: TokenState, importance: Tensor, kept: Kept) -> TokenState | None:
-        """The tokens that are left; None for those that it is not for.
-
-        Raises:
-            MergingCompileError: there is no compiler that works.
-        """
-        if kept.merged == kept.pruned or kept.merged <= rules.spared or not _takes(state):
-            return None
-        # Few operations, here above all: with the caches full of a model's weights, each takes microseconds.
-        x, size, kind = state.x, state.size, kind_of(rules, state)
-        if size is None:
-            size = x.new_ones(x.shape[:2], dtype=size_dtype(x))
-        counts = torch.empty(kept.merged, kept.pruned - kept.merged, device=x.device)
-        inputs = [x.contiguous(), size.contiguous(), importance.to(size.dtype).contiguous(), counts]
-        for name in kind.followed:
-            known = getattr(state, name)
-            inputs.append(known.expand(x.shape[0], *known.shape[1:]).contiguous())
-        features, sizes, *others = merging_of(kind)(inputs)
-        return TokenState(features, sizes, **dict(zip(kind.followed, others, strict=True)))
+    if kept.merged == kept.pruned or kept.merged <= rules.spared or not _takes(state):
+        return None
+    # Few operations, here above all: with the caches full of a model's weights, each takes microseconds.
+    x, sizes, kind = state.x, state.sizes(), kind_of(rules, state)
+    counts = torch.empty(kept.merged, kept.pruned - kept.merged, device=x.device)
+    inputs = [x.contiguous(), sizes.contiguous(), importance.to(sizes.dtype).contiguous(), counts]
+    for name in kind.followed:
+        known = getattr(state, name)
+        inputs.append(known.expand(x.shape[0], *known.shape[1:]).contiguous())
+    features, merged, *others = merging_of(kind)(inputs)
+    return TokenState(features, merged, **dict(zip(kind.followed, others, strict=True)))
 
 
 def compile_merging(model: CompressedModel) -> CompressedModel:
@@ -60,9 +54,8 @@ def compile_merging(model: CompressedModel) -> CompressedModel:
     Raises:
         UnsupportedModelError: the model is not patched.
     """
-    if not isinstance(model, CompressedModel):
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
-    model.rules = replace(model.rules, compiled=CompiledMerging())
+    require_patched(model)
+    model.rules = replace(model.rules, compiled=merged_by_code)
     return model
 
 
@@ -79,12 +72,12 @@ def ready(model: CompressedModel, schedule: Schedule) -> None:
         MergingCompileError: there is no compiler that works.
     """
     device, dtype = place_of(model)
-    counts = running_counts(schedule, model.compression.space.limits[0])
-    if not merges_compiled(model, device) or all(kept.merged == kept.pruned for kept in counts):
+    if not merges_compiled(model, device):
         return
-    channels = getattr(model, "in_chans", 3)
+    if all(kept.merged == kept.pruned for kept in running_counts(schedule, model.compression.space.limits[0])):
+        return
     with torch.no_grad():
-        entry = model.enter(torch.zeros(1, channels, *model.image_size, dtype=dtype, device=device))
+        entry = model.enter(torch.zeros(1, *input_size(model), dtype=dtype, device=device))
     merging_of(kind_of(model.rules, model.prepared(entry.state, schedule)))
 
 

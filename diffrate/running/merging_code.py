@@ -11,7 +11,6 @@ import platform
 import shutil
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -30,7 +29,7 @@ from diffrate.blocks.tokens import TokenState, size_dtype
 from diffrate.budgets.schedule import Kept
 from diffrate.files import cache_folder, first_line
 from diffrate.running.machine import cpu_features, machine_name
-from diffrate.running.quiet import errors_alone
+from diffrate.running.quiet import errors_alone, no_warnings_of
 
 # What the graph is traced with; it runs with any. All differ, so that torch does not take two for the same.
 IMAGES, OTHERS, STAYING, LEAVING, CHANNELS, AT_FIRST = 2, 31, 13, 7, 64, 90
@@ -122,9 +121,8 @@ def _made(kind: Kind, scratch: Path) -> Path:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
-            warnings.catch_warnings(),
+            no_warnings_of(r"torch\.|copyreg"),
         ):
-            warnings.simplefilter("ignore")  # torch's, at its own code
             *tensors, known = example = _example(kind)
             shapes = (*map(_any_size, tensors), tuple(map(_any_size, known)))
             program = torch.export.export(_Merging(kind), example, dynamic_shapes=shapes)

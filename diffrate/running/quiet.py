@@ -1,8 +1,9 @@
-"""Packages that log what users cannot act on: kept to errors, for a while."""
+"""Packages that log or warn of what users cannot act on: quiet, for a while."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,3 +20,12 @@ def errors_alone(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def no_warnings_of(modules: str) -> Iterator[None]:
+    """Without warnings at code of the modules that this pattern names, inside the block."""
+    with warnings.catch_warnings():
+        for category in (UserWarning, DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=modules)
+        yield

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.schedule import Schedule
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model
 from diffrate.running.merging import ready
@@ -77,8 +76,7 @@ def benchmark(
         UnsupportedModelError: the model is not patched.
         ValueError: a batch size or a number of rounds below 1.
     """
-    if not isinstance(model, CompressedModel):
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    require_patched(model)
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: found {value}; accepted: from 1")

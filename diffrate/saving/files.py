@@ -18,6 +18,7 @@ import diffrate
 from diffrate.budgets.schedule import Schedule, ScheduleError
 from diffrate.files import first_line, whole_path
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.sizes import input_size
 from diffrate.saving import hub
 from diffrate.saving.about import CROP_MODES, About, SavedModelError, about
 from diffrate.saving.arguments import architecture_of, constructor_arguments
@@ -92,7 +93,7 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         architecture=architecture,
         arguments=constructor_arguments(model),
         num_classes=module.num_classes,
-        input_size=_input_size(model),
+        input_size=input_size(model),
         mean=config.get("mean"),
         std=config.get("std"),
         interpolation=config.get("interpolation"),
@@ -106,12 +107,6 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         classes=None if classes is None else tuple(classes),
     )
     return About.from_metadata(described.to_metadata())
-
-
-def _input_size(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that `model` takes."""
-    height, width = model.image_size
-    return model.in_chans, height, width
 
 
 def _tensors(model: CompressedModel, schedule: Schedule) -> dict[str, Tensor]:
@@ -150,7 +145,7 @@ def _check_depth(described: About, tensors: int, where: str) -> None:
 def _check_header(model: CompressedModel, described: About, where: str) -> None:
     """Refuse a header that contradicts the model built from its other entries."""
     module: Any = model
-    for name, built in {"num_classes": module.num_classes, "input_size": _input_size(model)}.items():
+    for name, built in {"num_classes": module.num_classes, "input_size": input_size(model)}.items():
         found = getattr(described, name)
         if found != built:
             raise SavedModelError(f"{where}{name}: found {found}; accepted: {built}, as the arguments make it")

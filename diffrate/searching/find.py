@@ -22,7 +22,7 @@ from diffrate.budgets.schedule import Schedule
 from diffrate.files import UNREADABLE, first_line
 from diffrate.latency.confirm import Again, Confirmed
 from diffrate.latency.table import LatencyTable
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.state import CompressionState
 from diffrate.rates.rate import RateError
 from diffrate.running.evaluation import Batches, Scores, evaluate, modes_kept
@@ -154,8 +154,7 @@ def search(
         StoppedError: the observer asked to stop.
         ValueError: the loader ends before an epoch does.
     """
-    if not isinstance(model, CompressedModel):
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    require_patched(model)
     if criterion is not None and loss != SearchSettings.loss:
         raise SearchSettingError(f"criterion: found one with the loss {loss!r}; accepted: none, or the loss 'labels'")
     if method == METHODS[0] and criterion is None and loss == SearchSettings.loss and not model.has_head():

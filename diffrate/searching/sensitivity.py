@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 from diffrate.group import all_sum
-from diffrate.patch.base import CompressedModel
+from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import autocast, place_of
 from diffrate.searching.loop import NonFiniteLossError
@@ -92,8 +91,7 @@ def sensitivity(
         NonFiniteLossError: a loss is no number.
         ValueError: there is no batch.
     """
-    if not isinstance(model, CompressedModel):
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
+    require_patched(model)
     candidates = _candidates(model.compression.space, shares)
     place = place_of(model, device)
     sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=place.device)  # of losses, of agreements

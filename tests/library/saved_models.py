@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffrate.patch.base import CompressedModel
-from diffrate.saving import files
+from diffrate.patch.sizes import input_size
 from diffrate.saving.about import SavedModelError
 
 
@@ -27,7 +27,7 @@ def scheduled(model: CompressedModel) -> CompressedModel:
 @torch.no_grad()
 def logits(model: CompressedModel) -> Tensor:
     """Of two images that are always the same."""
-    said = files._input_size(model)
+    said = input_size(model)
     images = torch.randn(2, *said, generator=torch.Generator().manual_seed(1))
     return model(images.to(next(model.parameters()).dtype), return_flop=False)
 

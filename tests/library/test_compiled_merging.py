@@ -17,7 +17,7 @@ from diffrate.budgets.schedule import Kept
 from diffrate.latency import measure
 from diffrate.latency.setting import check_table, use_for
 from diffrate.running import merging
-from diffrate.running.merging import CompiledMerging
+from diffrate.running.merging import merged_by_code
 from diffrate.running.merging_code import Kind, Run, _name, merging_of
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
@@ -77,7 +77,7 @@ def test_the_same_as_eager(rules: ReductionRules, dtype: torch.dtype, followed: 
         for before in (state, state._replace(size=None)):
             before = known_of(before) if followed else before
             expected = kept_and_merged(rules, before, importance, kept)
-            assert_alike(CompiledMerging()(rules, before, importance, kept), expected)
+            assert_alike(merged_by_code(rules, before, importance, kept), expected)
 
 
 def test_models_of_one_kind_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_graphs_of_a_model_do_without(family: str, monkeypatch: pytest.MonkeyPat
 def test_what_compiled_code_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "merging_of", lambda kind: pytest.fail("was asked"))
     state, importance = tokens_of(2, 9, torch.float32, PUBLISHED)
-    merge = CompiledMerging()
+    merge = merged_by_code
     assert merge(PUBLISHED, state, importance, Kept(9, 6, 6)) is None, "pruning alone"
     assert merge(PUBLISHED, state, importance, Kept(9, 6, 1)) is None, "nothing to merge into"
     learning = state._replace(x=state.x.clone().requires_grad_())
@@ -146,7 +146,9 @@ def test_tables_are_of_one_way_to_merge(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(measure, name, value)
     table = diffrate.measure_latency(model, batch_size=1, seconds=0.01)
     compiled = diffrate.compile_merging(copy.deepcopy(model))
-    with pytest.raises(ValueError, match=r"^latency: found a table made eager; accepted: .*no compile_merging"):
+    check_table(table, model)
+    message = r"^latency: found a table of a model with other mode \(eager\); accepted: eager, merging compiled$"
+    with pytest.raises(ValueError, match=message):
         check_table(table, compiled)
     monkeypatch.setattr(merging, "merging_of", lambda kind: pytest.fail("was asked"))
     assert use_for(compiled, 1, torch.float32, True, torch.device("cpu")).mode == "compiled"
