@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg
 
 from models.errors import CheckpointError

@@ -12,9 +12,12 @@ from timm.models import (
     get_arch_pretrained_cfgs,
     get_deprecated_models,
     is_model,
-    resolve_model_input_args,
+    load_model_config_from_hf,
+    parse_model_name,
+    resolve_pretrained_cfg,
     split_model_name_tag,
 )
+from timm.models._hub import load_model_config_from_path
 
 from models.download import first_line, quiet_hub
 from models.errors import UnknownModelError
@@ -81,15 +84,14 @@ def _entry_of_timm(name: str) -> ModelEntry:
     """
     try:
         with quiet_hub():
-            options = resolve_model_input_args(name)
+            architecture, config, options = _resolve(name)
     except Exception as error:  # no network, repository, file or architecture: an error of its own each
         raise UnknownModelError(
             f"--model {name}: cannot read its config.json ({first_line(error)}); accepted: a timm model's repository "
             "that can be reached or is in the Hugging Face cache (HF_HOME), or a timm name with --checkpoint FILE"
         ) from error
-    architecture, config = options.pop("model_name"), options.pop("pretrained_cfg")
     classes = options.pop("num_classes", config["num_classes"])
-    for told_by_the_configuration in ("pretrained_model_args", "in_chans", "img_size"):
+    for told_by_the_configuration in ("in_chans", "img_size"):
         options.pop(told_by_the_configuration, None)
     inputs = resolve_data_config({}, pretrained_cfg=config)
     channels, rows, columns = inputs["input_size"]
@@ -110,6 +112,23 @@ def _entry_of_timm(name: str) -> ModelEntry:
         interpolation=inputs["interpolation"],
         config=config,
     )
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The architecture that `name` stands for, its full pretrained configuration, and the model's own arguments.
+
+    Raises:
+        Exception: timm's or the hub's own, for a name that leads nowhere.
+    """
+    source, identifier = parse_model_name(name)
+    if not source:
+        architecture, tag = split_model_name_tag(identifier)
+        return architecture, resolve_pretrained_cfg(architecture, tag or None).to_dict(), {}
+    read = load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
+    config, architecture, arguments = read(identifier)
+    if not is_model(architecture):
+        raise ValueError(f"its architecture {architecture!r} is none of timm's")
+    return architecture, resolve_pretrained_cfg(architecture, config).to_dict(), dict(arguments or {})
 
 
 def _weights_of(name: str, config: Mapping[str, Any]) -> TimmWeights | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import timm
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
 from models.download import connection_timeout, download_hub, first_line
 from models.errors import CheckpointError

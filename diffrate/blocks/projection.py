@@ -7,12 +7,10 @@ name, a timm attention's `forward` is never called.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
-from timm.layers.diff_attention import DiffAttention
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.metaformer import Attention as MetaFormerAttention
@@ -124,15 +122,20 @@ class Differential(Projection):
         return first.exp() - second.exp() + attention.lambda_init
 
 
-PROJECTIONS: Mapping[type[nn.Module], Projection] = {
+PROJECTIONS: dict[type[nn.Module], Projection] = {
     Attention: Fused(),
     MetaFormerAttention: Fused(),
     RelPosAttention: Fused(),
     BeitAttention: FusedWithBiases(),
     EvaAttention: Either(FusedWithBiases()),
     AttentionRope: Either(Fused()),
-    DiffAttention: Differential(),
 }
+try:
+    from timm.layers.diff_attention import DiffAttention
+except ImportError:  # before timm 1.0.24, which has no models with it either
+    pass
+else:
+    PROJECTIONS[DiffAttention] = Differential()
 
 
 def projection_of(attention: nn.Module) -> Projection:

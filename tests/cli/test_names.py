@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 import diffrate
