@@ -103,8 +103,6 @@ def finetune(
         StopRequestedError: a signal asked to stop; the state was saved before.
     """
     runtime, settings = training.runtime, training.settings
-    for rate in model.arch_parameters():  # fixed counts: only weights learn
-        rate.requires_grad_(False)
     compiled: nn.Module = compile_model(model) if training.compiled else model
     evaluated = FixedBatch(compiled, training.val.batch_size or 1) if training.compiled else model
     trained = _distributed(compiled, runtime)

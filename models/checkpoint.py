@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from models.download import fetch, first_line
 from models.errors import CheckpointError
-from models.layouts import COMPRESSION_PREFIX, StateDict, convert
+from models.layouts import COMPRESSION_PREFIX, SHOWN_KEYS, StateDict, convert
 from models.numpy_files import is_numpy_file, read_numpy
 
 # The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm CAFormer;
@@ -26,7 +28,6 @@ UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError),
     *(SafetensorError, pickle.UnpicklingError),
 )
-SHOWN_KEYS = 3
 # Words beside 'model' and 'state_dict' that tensors stand under: BEiT v2, I-JEPA.
 WRAPPERS = ("module", "encoder")
 # Parts that files have and a model may be built without: timm leaves them out, too.
@@ -114,7 +115,8 @@ def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
-        state: Mapping[str, Any] = load_state_dict(str(path), weights_only=True)
+        with safe_globals([Namespace]):  # official files hold their flags, and timm knows so from 1.0.23 on
+            state: Mapping[str, Any] = load_state_dict(str(path), weights_only=True)
     except UNREADABLE as error:
         reason = first_line(error)
         raise CheckpointError(
@@ -125,8 +127,19 @@ def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
     for candidate in (state, clean_state_dict(inner)):
         tensors = {key: value for key, value in candidate.items() if isinstance(value, Tensor)}
         if tensors:
-            return tensors
+            return _without_prefix(tensors)
     raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")
+
+
+def _without_prefix(state: StateDict) -> StateDict:
+    """`state` without the words that all its names begin with, such as `model.` or `backbone.`: a training framework
+    or another module held the model. A model of its own has parts of several names."""
+    while len(state) > 1:
+        words = {key.partition(".")[0] for key in state}
+        if len(words) > 1 or not all("." in key for key in state):
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    return state
 
 
 def local_file(path_or_url: str | Path, bar: bool = True) -> Path:

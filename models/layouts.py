@@ -16,6 +16,7 @@ from models.download import first_line
 from models.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
+SHOWN_KEYS = 3  # of each side in a message
 
 # What a patched model adds to its state: absent from official files, skipped for dense models.
 COMPRESSION_PREFIX = "compression."
@@ -41,7 +42,7 @@ def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, on how timm interpolates relative positions
-            return {**converter(theirs, model), **ours}
+            converted = {**converter(theirs, model), **ours}
     except KeyError as error:
         raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
     except (RuntimeError, ValueError, AttributeError, IndexError, TypeError, AssertionError) as error:
@@ -50,6 +51,13 @@ def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
         raise CheckpointError(
             f"checkpoint {name} does not fit the model: timm does not read it as weights of {kind} ({reason})"
         ) from error
+    expected = model.state_dict().keys()
+    if not converted.keys() & expected:
+        found, accepted = (", ".join(list(names)[:SHOWN_KEYS]) for names in (state, expected))
+        raise CheckpointError(
+            f"checkpoint {name} does not fit the model: found {found}, ...; accepted: {accepted}, ..."
+        )
+    return converted
 
 
 def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:

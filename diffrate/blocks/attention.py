@@ -6,7 +6,7 @@ times, by adding `log(size)` to its scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import alone, autocasts, size_dtype
+from diffrate.blocks.tokens import alone, autocasts, in_graph, replaced, size_dtype
 
 CACHED_ELEMENTS = 2**18  # of the maps that are made at a time on a CPU: 1 MiB in float32
 IMAGE_ELEMENTS = 2**20  # of one image's maps, up to which they pay there
@@ -31,7 +31,7 @@ class Heads(NamedTuple):
 
     def asking(self, tokens: int | None) -> Heads:
         """The same, with the queries of the first `tokens` alone; of all for None."""
-        return self if tokens is None else self._replace(query=self.query[:, :, :tokens])
+        return self if tokens is None else replaced(self, query=self.query[:, :, :tokens])
 
 
 def size_bias(size: Tensor | None) -> Tensor | None:
@@ -65,13 +65,17 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, speakers:
     if speakers and not _maps_pay(heads):
         return attend(heads, bias, dropout), speakers_importance(heads, bias, speakers)
     parts = list(_parts(heads.key, _map_elements(heads)))
+
+    def drop(weights: Tensor) -> Tensor:
+        return F.dropout(weights, dropout) if dropout > 0 else weights
+
     if len(parts) == 1:
-        return _attend_with_map(heads, bias, dropout, speakers)
+        return attend_with_map(heads, bias, drop, speakers)
     mixed, importance = [], []
     for part in parts:
         few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
         own = bias if bias is None or bias.shape[0] == 1 else bias[part]
-        attended, received = _attend_with_map(few, own, dropout, speakers)
+        attended, received = attend_with_map(few, own, drop, speakers)
         mixed.append(attended)
         importance.append(received)
     return torch.cat(mixed), torch.cat(importance)
@@ -86,7 +90,7 @@ def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Ten
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
     if alone(query) and not autocasts(query.device.type):
-        return _full_scores(heads._replace(query=query), bias).softmax(dim=-1).mean(dim=0)
+        return _full_scores(replaced(heads, query=query), bias).softmax(dim=-1).mean(dim=0)
     # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
     # product first copies them, heads apart.
     key, query = heads.key, query * heads.scale
@@ -105,30 +109,34 @@ def _maps_pay(heads: Heads) -> bool:
     stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention runs on.
     """
     query = heads.query
-    if query.device.type != "cpu" or query.requires_grad or torch.compiler.is_compiling() or autocasts("cpu"):
+    if query.device.type != "cpu" or query.requires_grad or in_graph() or autocasts("cpu"):
         return False
     return _map_elements(heads) <= IMAGE_ELEMENTS and (query.dtype == size_dtype(query) or not _has_matrix_unit())
 
 
 @cache
 def _has_matrix_unit() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.cpu._is_amx_tile_supported()
 
 
-def _attend_with_map(heads: Heads, bias: Tensor | None, dropout: float, speakers: int) -> tuple[Tensor, Tensor]:
-    # Scores and weights in float32 at least: in half precision importances tie.
+def attend_with_map(
+    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor], speakers: int
+) -> tuple[Tensor, Tensor]:
+    """`attend_and_rank` by the attention maps of all images `[B * H, Q, N]`, which pass `drop` on their way to values.
+
+    Scores and weights are in float32 at least: in half precision importances tie.
+    """
     images = heads.query.shape[:2]
     weights = _scores(heads, bias).softmax(dim=-1)
     asking = weights.unflatten(0, images)
     importance = (asking[:, :, :speakers] if speakers else asking).sum(dim=(1, 2))
-    dropped = F.dropout(weights, dropout) if dropout > 0 else weights
-    mixed = torch.bmm(dropped.to(heads.value.dtype), heads.value.flatten(0, 1))
+    mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
     return mixed.unflatten(0, images), importance
 
 
 def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, in float32 at least."""
-    if heads.query.device.type == "cpu" and not torch.compiler.is_compiling() and not autocasts("cpu"):
+    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
         return _full_scores(heads, bias)
     query, key = heads.query.flatten(0, 1), heads.key.flatten(0, 1).transpose(-2, -1)
     scores = torch.bmm(query * heads.scale, key).to(size_dtype(query))
@@ -149,7 +157,7 @@ def _parts(key: Tensor, elements: int) -> Iterator[slice]:
     """The images of `key` in parts whose maps or products, `elements` of each image, fit a CPU's cache, or a share of a
     GPU's memory; in one part for a graph that is compiled or exported, which is for batches of any size."""
     batch = key.shape[0]
-    if torch.compiler.is_compiling():
+    if in_graph():
         return iter([slice(None)])
     held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
     size = max(1, held // elements)

@@ -7,19 +7,20 @@ their parts are attributes that only timm's classes, not `nn.Module`, declare.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrate.blocks.attention import add_bias, attend, attend_and_rank, size_bias
-from diffrate.blocks.forms import form_of, through
+from diffrate.blocks.attention import add_bias, attend, attend_and_rank, attend_with_map, size_bias
+from diffrate.blocks.forms import called, form_of, has_hooks, through
 from diffrate.blocks.merge import merge_tokens
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
 from diffrate.blocks.prune import keep_tokens, most_important
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState
+from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.budgets.schedule import Kept
 
 
@@ -31,9 +32,31 @@ def fixed_block(
     With `read` nothing but that many first tokens is read of what it leaves, and they are all that is
     left: the others serve as keys and values, and need neither reduction nor MLP.
     """
-    state, importance = attended(block, positions, rules, state, kept, read)
-    state = reduced(rules, state, importance, kept)
-    return state._replace(x=mlp_branch(block, state.x))
+
+    def step(state: TokenState, read: int | None) -> TokenState:
+        state, importance = attended(block, positions, rules, state, kept, read)
+        state = reduced(rules, state, importance, kept)
+        return replaced(state, x=mlp_branch(block, state.x))
+
+    return with_hooks(block, state, read, step)
+
+
+def with_hooks(
+    block: Any, state: TokenState, read: int | None, step: Callable[[TokenState, int | None], TokenState]
+) -> TokenState:
+    """`step(state, read)`, with the hooks of `block` around it, where it has any: they see all tokens before and after,
+    whatever is read of them."""
+    if not has_hooks(block):
+        return step(state, read)
+    left = state
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal left
+        left = step(replaced(state, x=x), None)
+        return left.x
+
+    x = called(block, state.x, run)
+    return replaced(left, x=x) if read is None else TokenState(x[:, :read])
 
 
 def removes(kept: Kept, read: int | None) -> bool:
@@ -47,7 +70,7 @@ def attended(
     """The first part of a block: the tokens after attention, the first `read` alone if that says so, and the
     importance `[B, N - prefix]` of all but the prefix where some are to go."""
     x, importance = _attention(block, positions, rules, state, removes(kept, read), read)
-    return (state._replace(x=x) if read is None else TokenState(x)), importance
+    return (replaced(state, x=x) if read is None else TokenState(x)), importance
 
 
 def reduced(rules: ReductionRules, state: TokenState, importance: Tensor | None, kept: Kept) -> TokenState:
@@ -75,30 +98,44 @@ def mlp_branch(block: Any, x: Tensor) -> Tensor:
     return through(block, form.skip2, x) + y
 
 
-def attention_branch(block: Any, x: Tensor, mixed: Tensor, entering: Tensor) -> Tensor:
-    """The residual stream after attention, `[B, Q, C]`: of tokens `x` `[B, N, C]`, whose heads' output is
-    `mixed` `[B, H, Q, V]`, and which came to the attention as `entering`."""
+def attention_branch(block: Any, x: Tensor, mix: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """The residual stream after attention, `[B, Q, C]`, of tokens `x` `[B, N, C]`.
+
+    `mix(attention, entering)` gives the heads' output `[B, H, Q, V]` for what enters the attention, `[B, N, C]`.
+    """
     form = form_of(block)
     attention = getattr(block, form.attention)
-    y = through(block, form.after1, projection_of(attention).join(attention, mixed, entering))
-    return through(block, form.skip1, x[:, : mixed.shape[2]]) + y
+
+    def run(entering: Tensor) -> Tensor:
+        return projection_of(attention).join(attention, mix(attention, entering), entering)
+
+    y = through(block, form.after1, called(attention, through(block, form.before1, x), run))
+    return through(block, form.skip1, x[:, : y.shape[1]]) + y
 
 
 def _attention(
     block: Any, positions: Positions, rules: ReductionRules, state: TokenState, removes: bool, read: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """The residual stream after attention, and the importance `[B, N - prefix]` if tokens are to go."""
-    form = form_of(block)
-    attention = getattr(block, form.attention)
-    entering = through(block, form.before1, state.x)
-    heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
-    pairs = positions.pairs(state.place)
-    bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    importance = None
-    if removes:
-        mixed, importance = attend_and_rank(heads, bias, dropout, rules.speakers)
-    else:
-        mixed = attend(heads, bias, dropout)
-    x = attention_branch(block, state.x, mixed, entering)
-    return x, importance if importance is None else importance[:, rules.prefix :]
+    importance: Tensor | None = None
+
+    def mix(attention: Any, entering: Tensor) -> Tensor:
+        nonlocal importance
+        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
+        pairs = positions.pairs(state.place)
+        bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
+        drop = attention.attn_drop
+        dropout = getattr(drop, "p", 0.0) if attention.training else 0.0
+        if has_hooks(drop):  # which are there to see the maps, each head's
+            images = heads.query.shape[:2]
+            mixed, importance = attend_with_map(
+                heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rules.speakers
+            )
+        elif removes:
+            mixed, importance = attend_and_rank(heads, bias, dropout, rules.speakers)
+        else:
+            mixed = attend(heads, bias, dropout)
+        return mixed
+
+    x = attention_branch(block, state.x, mix)
+    return x, importance[:, rules.prefix :] if removes and importance is not None else None

@@ -7,8 +7,9 @@ Someone who adds a block adds a row here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from timm.models.beit import Block as BeitBlock
@@ -83,6 +84,45 @@ def through(block: Any, path: Iterable[str], x: Tensor) -> Tensor:
     return x
 
 
+def run_inside(
+    module: Any, x: Tensor, *given: Any, run: Callable[[Tensor], Tensor] | None = None, **options: Any
+) -> Any:
+    """What stands for the `forward` of a module that a patched model reads by its parts.
+
+    With `run`, that, so that hooks of the module see what enters and what leaves; else the class's own.
+    """
+    return type(module).forward(module, x, *given, **options) if run is None else run(x)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def called(module: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run(x)` as what `module` makes of `x`, with its hooks around it, where it has any."""
+    if not has_hooks(module):
+        return run(x)
+    if not _runs_inside(module):
+        module.forward = partial(run_inside, module)
+    return module(x, run=run)
+
+
+def _runs_inside(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is run_inside
+
+
+def is_read(block: nn.Module) -> bool:
+    """Whether a block, and its attention, are of a known kind and run as their parts say: a quick look."""
+    form = FORMS.get(type(block))
+    attention = None if form is None else getattr(block, form.attention)
+    if attention is None or type(attention) not in PROJECTIONS:
+        return False
+    return all("forward" not in vars(module) or _runs_inside(module) for module in (block, attention))
+
+
 def check_block(block: nn.Module, where: str) -> None:
     """Refuse a block of an unknown kind, or with parts that would be passed over.
 
@@ -99,6 +139,26 @@ def check_block(block: nn.Module, where: str) -> None:
         raise UnsupportedModelError(f"{where}.{form.attention}: found {type(attention).__name__}; accepted: {kinds}")
     _check_parts(block, form.parts(), where)
     _check_parts(attention, set(projection_of(attention).parts), f"{where}.{form.attention}")
+    dropout = attention.attn_drop
+    if not isinstance(dropout, nn.Dropout | nn.Identity):  # it is read, unless it has hooks
+        found = f"{where}.{form.attention}.attn_drop: found {type(dropout).__name__}"
+        raise UnsupportedModelError(f"{found}; accepted: Dropout, Identity")
+    for module, name in ((block, where), (attention, f"{where}.{form.attention}")):
+        check_methods(module, name)
+
+
+def check_methods(module: nn.Module, where: str) -> None:
+    """Refuse a module whose methods were replaced: what is read by its parts never calls them.
+
+    Raises:
+        UnsupportedModelError: names them.
+    """
+    kind = type(module)
+    found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
+    if not kind.forward.__module__.startswith(("timm.", "diffrate.")):  # the class itself was changed, for all modules
+        found.append("forward")
+    if found:
+        raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {kind.__name__}'s own")
 
 
 def _check_parts(module: nn.Module, known: set[str], where: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.prune import keep_tokens
-from diffrate.blocks.tokens import TokenState, alone, autocasts, moved, rows_of, size_dtype, take
+from diffrate.blocks.tokens import TokenState, alone, autocasts, in_graph, moved, rows_of, size_dtype, take
 
 # Negative cosines can bring a similarity-weighted size to 0 or below, and its logarithm to NaN. The
 # floor lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
@@ -138,7 +138,7 @@ def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
     `x` may be overwritten, unless a backward pass asks for it.
     """
     leaves = x.narrow(-2, kept, x.shape[-2] - kept)
-    if on_cpu(x) and torch.compiler.is_compiling():  # a graph has nothing to do in place, and more runtimes know this
+    if on_cpu(x) and in_graph():  # a graph has nothing to do in place, and more runtimes know this
         return x[:, :kept].scatter_add(1, destination[:, :, None].expand_as(leaves), leaves)
     if x.ndim == 2:
         stays = x.narrow(0, 0, kept)

@@ -15,6 +15,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor
 
 from diffrate.blocks.attention import Heads
+from diffrate.blocks.tokens import replaced
 
 
 class Positions:
@@ -43,7 +44,7 @@ class Rotary(Positions):
         table = self.table[place] if self.table.ndim == 2 else self.table[:, place].transpose(0, 1)
         angles = table if table.ndim == 4 else table[:, None]  # [B, 1 or H, N, 2 D]
         query, key = (apply_rot_embed_cat(item, angles, half=self.half) for item in (heads.query, heads.key))
-        return heads._replace(query=query.type_as(heads.value), key=key.type_as(heads.value))
+        return replaced(heads, query=query.type_as(heads.value), key=key.type_as(heads.value))
 
 
 @dataclass(frozen=True, eq=False)

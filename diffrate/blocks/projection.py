@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.attention import Heads
+from diffrate.blocks.tokens import replaced
 
 
 class Projection(ABC):
@@ -64,7 +65,10 @@ class FusedWithBiases(Fused):
     def project(self, attention: Any, x: Tensor) -> Tensor:
         if attention.q_bias is None:
             return attention.qkv(x)
-        return F.linear(x, attention.qkv.weight, torch.cat([attention.q_bias, attention.k_bias, attention.v_bias]))
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        if type(attention.qkv) is not nn.Linear:  # such as an adapter, which its weight alone does not show
+            return attention.qkv(x) + bias
+        return F.linear(x, attention.qkv.weight, bias)
 
 
 class Either(Projection):
@@ -86,7 +90,7 @@ class Either(Projection):
         if groups == 1:
             return heads
         key, value = (item.repeat_interleave(groups, dim=1) for item in (heads.key, heads.value))
-        return heads._replace(key=key, value=value)
+        return replaced(heads, key=key, value=value)
 
 
 class Differential(Projection):

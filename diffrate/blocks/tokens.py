@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Values = TypeVar("Values", bound=tuple[Any, ...])
+
+
+def replaced(values: Values, **parts: Any) -> Values:
+    """The named tuple `values` with other `parts`: its `_replace`, which torch compiles from 2.7 on only."""
+    kind: Any = type(values)
+    return kind(**{**dict(zip(kind._fields, values, strict=True)), **parts})
 
 
 class TokenState(NamedTuple):
@@ -40,15 +48,15 @@ class TokenState(NamedTuple):
     def traced(self) -> TokenState:
         """The same tokens, each its own origin: from here on every reduction is followed."""
         batch, tokens, _ = self.x.shape
-        return self._replace(origin=torch.arange(tokens, device=self.x.device).expand(batch, tokens))
+        return replaced(self, origin=torch.arange(tokens, device=self.x.device).expand(batch, tokens))
 
     def placed(self) -> TokenState:
         """The same tokens, each at its own place: from here on places go with them."""
-        return self._replace(place=torch.arange(self.x.shape[1], device=self.x.device)[None])
+        return replaced(self, place=torch.arange(self.x.shape[1], device=self.x.device)[None])
 
     def remembered(self) -> TokenState:
         """The same tokens, traced: from here on what pruned tokens last were is kept."""
-        return self.traced()._replace(last=torch.zeros_like(self.x))
+        return replaced(self.traced(), last=torch.zeros_like(self.x))
 
 
 def size_dtype(x: Tensor) -> torch.dtype:
@@ -58,8 +66,16 @@ def size_dtype(x: Tensor) -> torch.dtype:
 
 def alone(values: Tensor) -> bool:
     """Whether there is one image, `[1, ...]`: then views do where batches need copies or sums of indices. Never in a
-    graph that is compiled or exported, which is for batches of any size."""
-    return values.shape[0] == 1 and not torch.compiler.is_compiling()
+    graph, which is for batches of any size."""
+    return not in_graph() and values.shape[0] == 1
+
+
+def in_graph() -> bool:
+    """Whether operations are recorded for a graph: compiled, exported, or traced by `torch.jit.trace`.
+
+    A choice by the batch size would be part of the graph, and wrong for other batches.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
 
 
 def autocasts(device_type: str) -> bool:
@@ -100,7 +116,7 @@ def followed(before: TokenState, after: TokenState, to: Tensor) -> TokenState:
     if last is not None:
         pruned = (origin < 0) & (before.origin >= 0)
         last = torch.where(pruned[:, :, None], standing(before.x, before.origin), last)
-    return after._replace(origin=origin, last=last)
+    return replaced(after, origin=origin, last=last)
 
 
 def moved(before: TokenState, after: TokenState, index: Tensor, to: Tensor) -> TokenState:

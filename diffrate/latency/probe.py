@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.block import attended, mlp_branch, reduced, removes
-from diffrate.blocks.tokens import TokenState
+from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.budgets.schedule import Kept, Schedule
 from diffrate.patch.base import CompressedModel
 
@@ -124,7 +124,7 @@ def timed_run(model: CompressedModel, parts: Parts, images: Tensor, schedule: Sc
         if removes(counts, read):
             state = parts.reduced(model.rules, state, importance, counts)
         clock.mark()
-        state = state._replace(x=parts.mlp(block, state.x))
+        state = replaced(state, x=parts.mlp(block, state.x))
         clock.mark()
     model.classify(state)
     clock.mark()

@@ -49,12 +49,14 @@ def vit(
     prune_granularity: int = GRANULARITY,
     merge_granularity: int = GRANULARITY,
     input_size: int | Size | None = None,
+    return_flop: bool = True,
 ) -> CompressedModel:
     """Patch a timm ViT in place, by the family that its class shows.
 
     `input_size`, height and width or a side, is for models that take images of any size: one size is what kept counts
     are for; by default what the model was built for, or what its `pretrained_cfg` says. The granularities
-    are the steps between the candidates of a count.
+    are the steps between the candidates of a count. Without `return_flop` the model's forward gives logits alone, as
+    that of a timm model does, so that it can take the place of one inside other modules.
 
     Raises:
         UnsupportedModelError: no family handles `model`, or it takes images of another size only.
@@ -63,10 +65,10 @@ def vit(
     kind = type(model)
     size = None if input_size is None else as_size(input_size)
     if kind is MetaFormer:
-        return caformer(model, prune_granularity, merge_granularity, size or configured_size(model))
+        return caformer(model, prune_granularity, merge_granularity, size or configured_size(model), return_flop)
     if kind not in PLAIN:
         accepted = ", ".join(sorted(known.__name__ for known in families()))
         raise UnsupportedModelError(f"found {kind.__name__}; accepted: a model of timm not yet patched, {accepted}")
-    patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), size)
+    patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), size, return_flop)
     assert isinstance(model, CompressedModel)
     return model

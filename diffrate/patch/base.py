@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffrate.blocks.block import fixed_block
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.forms import UnsupportedModelError, check_block, has_hooks, is_read
 from diffrate.blocks.positions import NO_POSITIONS, Positions
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState, size_dtype
+from diffrate.blocks.tokens import TokenState, in_graph, replaced, size_dtype
 from diffrate.budgets.flops import Count
 from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
 from diffrate.patch.state import CompressionState
@@ -31,11 +32,11 @@ class Entry(NamedTuple):
 
     def traced(self) -> Entry:
         """The same, with tokens that are traced."""
-        return self._replace(state=self.state.traced())
+        return replaced(self, state=self.state.traced())
 
     def remembered(self) -> Entry:
         """The same, with tokens that are traced, and remembered where they are pruned."""
-        return self._replace(state=self.state.remembered())
+        return replaced(self, state=self.state.remembered())
 
 
 class Step(NamedTuple):
@@ -61,6 +62,7 @@ class CompressedModel(nn.Module):
     num_classes: int  # outputs; 0 for a model without a head
     pretrained_cfg: Any  # timm's: what the model's inputs are like
     image_size: tuple[int, int]  # height and width of the images that the model takes
+    return_flop: bool = True  # whether a forward pass gives the cost beside the logits, unless it is asked otherwise
 
     @abstractmethod
     def compressible_blocks(self) -> Sequence[nn.Module]:
@@ -87,6 +89,19 @@ class CompressedModel(nn.Module):
     @abstractmethod
     def classify(self, state: TokenState) -> Tensor:
         """Logits `[B, K]` from what the last compressible block left; `[B, N0, K]` of models without a pooling."""
+
+    def containers(self) -> Sequence[nn.Module]:
+        """The modules that hold the blocks: they are never called."""
+        return [self.get_submodule("blocks")]
+
+    def attention_blocks(self) -> Sequence[nn.Module]:
+        """The blocks that run by their parts, which the counts of a schedule belong to."""
+        return self.compressible_blocks()
+
+    def recomputes(self) -> bool:
+        """Whether activations inside the compressible blocks are computed again for the backward pass
+        (`set_grad_checkpointing`)."""
+        return bool(getattr(self, "grad_checkpointing", False))
 
     def has_head(self) -> bool:
         """Whether there are logits to compare with labels: a pooling, and a classifier."""
@@ -162,12 +177,15 @@ class CompressedModel(nn.Module):
         """`flops_at` the present kept counts."""
         return self.flops_at(self.compression.current())
 
-    def forward(self, images: Tensor, return_flop: bool = True) -> Any:
+    def forward(self, images: Tensor, return_flop: bool | None = None) -> Any:
         """Logits of images `[B, 3, H, W]`, as `classify` gives them, and with `return_flop` the cost of one image.
+
+        By default as the model was patched.
 
         The cost is in multiply-accumulates: an integer at fixed counts, in search a scalar tensor
         that carries the gradient to the rates.
         """
+        return_flop = self.return_flop if return_flop is None else return_flop
         if self.training and self.compression.schedule is None:
             logits, flops = self.search_step(images)
             return (logits, flops) if return_flop else logits
@@ -179,7 +197,7 @@ class CompressedModel(nn.Module):
         """What `classify` gives of images `[B, 3, H, W]` at `schedule`, whatever the model is set to."""
         entry = self.enter(images)
         state = self.prepared(entry.state, schedule)
-        return self.classify(self._compress(entry._replace(state=state), schedule, self.read))
+        return self.classify(self._compress(replaced(entry, state=state), schedule, self.read))
 
     def search_step(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
         """One step of the search: what `classify` gives, and the expected cost with gradients, in whatever mode.
@@ -187,13 +205,13 @@ class CompressedModel(nn.Module):
         The cost is in multiply-accumulates, or what `cost` makes of the plans of all blocks.
         """
         entry = self.enter(images)
-        state, spent = self._search(entry._replace(state=self.prepared(masked(entry.state), None)), self.read, cost)
+        state, spent = self._search(replaced(entry, state=self.prepared(masked(entry.state), None)), self.read, cost)
         return self.classify(state), spent
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
         state = self._compress(self.enter(images).traced(), self.compression.current(), None)
-        return state._replace(size=state.sizes())
+        return replaced(state, size=state.sizes())
 
     def forward_blocks(self, images: Tensor) -> list[TokenState]:
         """The tokens of images `[B, 3, H, W]` after each compressible block, with their origins.
@@ -208,7 +226,10 @@ class CompressedModel(nn.Module):
         Raises:
             TypeError: the images are no tensor.
             ValueError: they make another grid of tokens than the model was patched for.
+            UnsupportedModelError: parts of the model were replaced since it was patched.
         """
+        if not in_graph():
+            self.check_parts()
         self.check_grid(images)
         x, positions = self.embed(images)
         tokens, expected = x.shape[1], self.compression.space.limits[0]
@@ -218,6 +239,21 @@ class CompressedModel(nn.Module):
         # Places are kept only where some attention looks something up by them.
         looked_up = any(table is not NO_POSITIONS for table in positions)
         return Entry(state.placed() if looked_up else state, positions)
+
+    def check_parts(self) -> None:
+        """Refuse what was changed since the model was patched, and would be passed over.
+
+        Raises:
+            UnsupportedModelError: names it.
+        """
+        blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
+        if len(blocks) != expected:
+            raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {expected}, as when it was patched")
+        for number, block in enumerate(blocks):
+            if not is_read(block):
+                check_block(block, f"blocks.{number}")
+        if any(map(has_hooks, self.containers())):
+            raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
 
     def check_grid(self, images: Tensor) -> None:
         """Refuse images of another grid of tokens, as `enter` does."""
@@ -233,7 +269,7 @@ class CompressedModel(nn.Module):
         """The tokens after each of the first `end` compressible blocks, or after all."""
         states = [entry.state]
         for block, positions, kept in self._blocks(entry, self.compression.current())[:end]:
-            states.append(fixed_block(block, positions, self.rules, states[-1], kept))
+            states.append(self._run(block, positions, states[-1], kept))
         return states[1:]
 
     def run_from(self, entry: Entry, schedule: Schedule, start: int, state: TokenState) -> list[TokenState]:
@@ -244,7 +280,7 @@ class CompressedModel(nn.Module):
         """
         states = [state]
         for block, positions, kept, read in self.steps(entry, schedule)[start:]:
-            states.append(fixed_block(block, positions, self.rules, states[-1], kept, read))
+            states.append(self._run(block, positions, states[-1], kept, read))
         return states[1:]
 
     def steps(self, entry: Entry, schedule: Schedule) -> list[Step]:
@@ -257,14 +293,26 @@ class CompressedModel(nn.Module):
         state = entry.state
         *blocks, (last, where, final) = self._blocks(entry, schedule)
         for block, positions, kept in blocks:
-            state = fixed_block(block, positions, self.rules, state, kept)
-        return fixed_block(last, where, self.rules, state, final, read)
+            state = self._run(block, positions, state, kept)
+        return self._run(last, where, state, final, read)
+
+    def _run(
+        self, block: nn.Module, positions: Positions, state: TokenState, kept: Kept, read: int | None = None
+    ) -> TokenState:
+        """`fixed_block` by the model's rules."""
+        return self._recomputed(fixed_block, block, positions, self.rules, state, kept, read)
+
+    def _recomputed(self, step: Callable[..., TokenState], *given: Any) -> TokenState:
+        """`step(*given)`, whose activations are not kept for the backward pass where the model recomputes them."""
+        if self.recomputes() and torch.is_grad_enabled():
+            return checkpoint(step, *given, use_reentrant=False)
+        return step(*given)
 
     def _blocks(self, entry: Entry, schedule: Schedule) -> list[tuple[nn.Module, Positions, Kept]]:
         """The compressible blocks, what they know of positions, and what happens to the tokens in each."""
         blocks = self.compressible_blocks()
         # CAFormer's schedules go on with counts for the blocks after the compressible ones.
-        counts = running_counts(schedule, entry.state.x.shape[1])[: len(blocks)]
+        counts = running_counts(schedule, self.compression.space.limits[0])[: len(blocks)]
         return list(zip(blocks, entry.positions, counts, strict=True))
 
     def _search(self, entry: Entry, read: int | None, cost: PlannedCost | None) -> tuple[TokenState, Tensor]:
@@ -273,7 +321,7 @@ class CompressedModel(nn.Module):
         plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
         for index, (block, positions, plan) in enumerate(zip(blocks, entry.positions, plans, strict=True)):
             last = index == len(blocks) - 1
-            state = search_block(block, positions, self.rules, state, plan, read if last else None)
+            state = self._recomputed(search_block, block, positions, self.rules, state, plan, read if last else None)
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent
@@ -292,7 +340,7 @@ def require_patched(model: object) -> None:
 def masked(state: TokenState) -> TokenState:
     """The same tokens as they enter a search: with a mask that says that all of them are there."""
     x = state.x
-    return state._replace(mask=torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device))
+    return replaced(state, mask=torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device))
 
 
 def has_classifier(model: nn.Module) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
-from diffrate.blocks.block import fixed_block
-from diffrate.blocks.forms import UnsupportedModelError, check_block
+from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.positions import NO_POSITIONS, Positions
 from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState
@@ -42,6 +41,15 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
     def compressible_blocks(self) -> Sequence[nn.Module]:
         return self.stages[2].blocks
+
+    def containers(self) -> Sequence[nn.Module]:
+        return [part for stage in self.stages[2:] for part in (stage, stage.blocks)]
+
+    def attention_blocks(self) -> Sequence[nn.Module]:
+        return [*self.stages[2].blocks, *self.stages[3].blocks]
+
+    def recomputes(self) -> bool:
+        return self.stages[2].grad_checkpointing  # timm sets that of all stages
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -126,7 +134,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         state = TokenState(fourth.downsample(x).flatten(2).transpose(1, 2))
         tokens = state.x.shape[1]
         for block in fourth.blocks:
-            state = fixed_block(block, NO_POSITIONS, self.rules, state, Kept(tokens, tokens, tokens))
+            state = self._run(block, NO_POSITIONS, state, Kept(tokens, tokens, tokens))
         return as_map(state.x, self.grids[3])
 
 
@@ -135,6 +143,7 @@ def caformer(
     prune_granularity: int = GRANULARITY,
     merge_granularity: int = GRANULARITY,
     input_size: int | Grid = 224,
+    return_flop: bool = True,
 ) -> CompressedCaformer:
     """Patch a timm CAFormer for images of `input_size`, a side or height and width, in place.
 
@@ -168,7 +177,7 @@ def caformer(
     if isinstance(classifier, MlpHead):
         norm: Any = classifier.norm
         norm.eps = ORIGINAL_HEAD_EPS
-    model.image_size, model.grids = image_size, grids
+    model.image_size, model.grids, model.return_flop = image_size, grids, return_flop
     model.add_module("compression", compression)
     return model
 
@@ -184,7 +193,9 @@ def _check_caformer(model: nn.Module) -> None:
     head: Any = model.head
     if not isinstance(head.fc, MlpHead | nn.Identity):
         raise UnsupportedModelError(f"head.fc: found {type(head.fc).__name__}; accepted: MlpHead, or none")
+    check_methods(model, "model")
     for index in (2, 3):
+        check_methods(stages[index], f"stages.{index}")
         for position, block in enumerate(stages[index].blocks):
             check_block(block, f"stages.{index}.blocks.{position}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from diffrate.blocks.tokens import TokenState
+from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.budgets.schedule import Schedule
 from diffrate.patch.base import CompressedModel, PlannedCost, masked
 from diffrate.patch.grid import as_map, restore
@@ -42,7 +42,7 @@ class Features(_Model):
     def search_features(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
         """The same in a step of the search, with the expected cost as in `search_step`; both carry gradients."""
         entry = self.enter(images)
-        state, spent = self._search(entry._replace(state=masked(entry.state).remembered()), None, cost)
+        state, spent = self._search(replaced(entry, state=masked(entry.state).remembered()), None, cost)
         return self._patches(state), spent
 
     def forward_intermediates(

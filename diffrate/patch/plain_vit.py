@@ -12,10 +12,10 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from diffrate.blocks.forms import UnsupportedModelError, check_block
+from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState
+from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.budgets.flops import Count, VitShape, vit_flops
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
@@ -115,6 +115,39 @@ class CompressedVit(Features, CompressedModel, _Vit):
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         return self.norm_pre(self._pos_embed(self.patch_embed(images))), self.no_positions()
 
+    def reset_classifier(self, num_classes: int, *args: Any, **options: Any) -> None:
+        """timm's: another head, and another pooling where one is given. The kept counts stay as they are.
+
+        Raises:
+            UnsupportedModelError: a pooling that compression does not handle.
+            ScheduleError: the counts that are set leave too few tokens for the pooling.
+        """
+        super().reset_classifier(num_classes, *args, **options)
+        _check(self)
+        self.shape = _shape(self, self.image_size)
+        space, before = _space(self, self.image_size), self.compression
+        if space != before.space:  # other blocks may be searched now
+            granularity = (before.granularity["prune"], before.granularity["merge"])
+            self.compression = CompressionState(space, *granularity).to(next(self.parameters()).device)
+            if before.schedule is not None:
+                self.set_kept_num(before.schedule.prune, before.schedule.merge)
+
+    def prune_intermediate_layers(self, *_: Any, **__: Any) -> Any:
+        """timm's, which leaves out blocks that kept counts are for.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError("prune_intermediate_layers: found a patched model; accepted: one not yet patched")
+
+    def set_input_size(self, *_: Any, **__: Any) -> None:
+        """timm's, which changes the number of tokens that kept counts are for.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError("set_input_size: found a patched model; accepted: one not yet patched")
+
     def has_head(self) -> bool:
         return bool(self.global_pool) and super().has_head()
 
@@ -124,14 +157,18 @@ class CompressedVit(Features, CompressedModel, _Vit):
 
     def classify(self, state: TokenState) -> Tensor:
         if self.global_pool:
-            features = pooled(self, state._replace(x=self.norm(state.x)), self.left_out())
+            features = pooled(self, replaced(state, x=self.norm(state.x)), self.left_out())
         else:
             features = self.norm(restore(state))
         return self.head(self.head_drop(self.fc_norm(features)))
 
 
 def patch_vit(
-    model: Any, compressed: type[CompressedVit], granularity: tuple[int, int], input_size: Size | None = None
+    model: Any,
+    compressed: type[CompressedVit],
+    granularity: tuple[int, int],
+    input_size: Size | None = None,
+    return_flop: bool = True,
 ) -> None:
     """Turn `model`, in place, into a `compressed`, for images of `input_size` where it takes any.
 
@@ -154,7 +191,7 @@ def patch_vit(
         raise
     speakers, prefix = model.speakers(), model.num_prefix_tokens
     model.rules = ReductionRules(prefix, speakers, spared=prefix, weigh_by_similarity=True)
-    model.image_size, model.shape = size, shape
+    model.image_size, model.shape, model.return_flop = size, shape, return_flop
     model.add_module("compression", compression)
 
 
@@ -163,6 +200,7 @@ def _check(model: CompressedVit) -> None:
     if refused:
         pools = ", ".join(map(repr, ("", *POOLS)))
         raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: global_pool of {pools}, and no patch_drop")
+    check_methods(model, "model")
     for index, block in enumerate(model.blocks):
         check_block(block, f"blocks.{index}")
 

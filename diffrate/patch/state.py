@@ -23,8 +23,22 @@ class CompressionState(nn.Module):
     def __init__(self, space: SearchSpace, prune_granularity: int, merge_granularity: int) -> None:
         super().__init__()
         self.space = space
-        self.schedule: Schedule | None = None
+        self._schedule: Schedule | None = None
         self.set_granularity(prune_granularity, merge_granularity)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The fixed kept counts; None while the rate logits say how many tokens are kept.
+
+        The logits take gradients only then: parameters that nothing reads would hold up `DistributedDataParallel`.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule | None) -> None:
+        self._schedule = schedule
+        for rate in self.parameters():
+            rate.requires_grad_(schedule is None)
 
     def set_granularity(self, prune: int, merge: int) -> None:
         """Choose among counts these steps apart: fresh rate logits, where the old ones were if there are any.

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.attention import size_bias
-from diffrate.blocks.block import attention_branch, mlp_branch
-from diffrate.blocks.forms import form_of, through
+from diffrate.blocks.block import attention_branch, mlp_branch, with_hooks
+from diffrate.blocks.forms import UnsupportedModelError, has_hooks
 from diffrate.blocks.merge import length_of, most_similar
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState, follow, followed, size_dtype, take
+from diffrate.blocks.tokens import TokenState, follow, followed, replaced, size_dtype, take
 from diffrate.rates.masked_attention import masked_attention
 from diffrate.rates.rate import Choice
 from diffrate.rates.ste import ste_leaving
@@ -76,24 +76,40 @@ def search_block(
     With `read` nothing but that many first tokens is read of what it leaves: the others need no
     reduction, which would come too late to be seen, and no MLP.
     """
-    assert state.mask is not None
-    form = form_of(block)
-    attention = getattr(block, form.attention)
-    entering = through(block, form.before1, state.x)
-    heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
-    pairs = positions.pairs(state.place)
-    if pairs is not None:
-        pairs = pairs[:, :, : heads.query.shape[2]]
-    mixed, importance = masked_attention(
-        heads, size_bias(state.size), state.mask, rules.speakers, pairs, rules.removed_speak
-    )
-    x = attention_branch(block, state.x, mixed, entering)
+
+    def step(state: TokenState, read: int | None) -> TokenState:
+        return _search_step(block, positions, rules, state, plan, read)
+
+    return with_hooks(block, state, read, step)
+
+
+def _search_step(
+    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, plan: BlockPlan, read: int | None
+) -> TokenState:
+    mask = state.mask
+    assert mask is not None
+    importance = mask
+
+    def mix(attention: Any, entering: Tensor) -> Tensor:
+        nonlocal importance
+        if has_hooks(attention.attn_drop):
+            raise UnsupportedModelError("attn_drop: found hooks; accepted: none in a search, whose map is another")
+        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
+        pairs = positions.pairs(state.place)
+        if pairs is not None:
+            pairs = pairs[:, :, : heads.query.shape[2]]
+        mixed, importance = masked_attention(
+            heads, size_bias(state.size), mask, rules.speakers, pairs, rules.removed_speak
+        )
+        return mixed
+
+    x = attention_branch(block, state.x, mix)
     if read is not None:
         return TokenState(mlp_branch(block, x))
-    state = state._replace(x=x)
+    state = replaced(state, x=x)
     if plan.merged < plan.entering:
         state = _reduce(state, importance, rules, plan)
-    return state._replace(x=mlp_branch(block, state.x))
+    return replaced(state, x=mlp_branch(block, state.x))
 
 
 def _reduce(state: TokenState, importance: Tensor, rules: ReductionRules, plan: BlockPlan) -> TokenState:
@@ -107,9 +123,9 @@ def _reduce(state: TokenState, importance: Tensor, rules: ReductionRules, plan: 
         elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
             kept = order[:, : plan.merged]
             stays = (state.origin[:, :, None] == kept[:, None]).any(-1)
-            state = state._replace(origin=torch.where(stays, state.origin, -1))
+            state = replaced(state, origin=torch.where(stays, state.origin, -1))
         assert state.mask is not None
-        state = state._replace(mask=_remove(state.mask, order, plan.merge, plan.pruned))
+        state = replaced(state, mask=_remove(state.mask, order, plan.merge, plan.pruned))
     return state
 
 
@@ -133,7 +149,7 @@ def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor
 def _prune(state: TokenState, mask: Tensor) -> TokenState:
     """`state` with a new mask; input tokens whose token is gone were pruned."""
     assert state.mask is not None
-    masked = state._replace(mask=mask)
+    masked = replaced(state, mask=mask)
     if state.last is None:
         return masked
     stay = torch.arange(mask.shape[1], device=mask.device)
@@ -167,4 +183,4 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRu
     if origin is not None:
         stay = torch.arange(tokens, device=x.device).expand(len(x), tokens)
         origin = follow(origin, stay.scatter(1, sources, destination))
-    return state._replace(x=merged.to(x.dtype), size=size, origin=origin)
+    return replaced(state, x=merged.to(x.dtype), size=size, origin=origin)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.rules import ReductionRules
-from diffrate.blocks.tokens import TokenState
+from diffrate.blocks.tokens import TokenState, in_graph
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.sizes import input_size
@@ -90,7 +90,6 @@ def kind_of(rules: ReductionRules, state: TokenState) -> Kind:
 def _takes(state: TokenState) -> bool:
     """Whether compiled code is for these tokens: not where operations are followed, to learn or to make a graph."""
     x = state.x
-    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
-    if followed or type(x) is not Tensor:
+    if in_graph() or type(x) is not Tensor:
         return False
     return x.device.type == "cpu" and state.mask is None and not (x.requires_grad and torch.is_grad_enabled())

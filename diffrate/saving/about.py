@@ -50,6 +50,7 @@ class About:
     versions: of diffrate, timm and torch, that the file was written with.
     name: what the one who saved it calls the model.
     classes: words for the outputs, in order.
+    return_flop: whether the model's forward gives the cost beside the logits.
     """
 
     architecture: str
@@ -67,6 +68,7 @@ class About:
     crop_mode: str = CROP_MODES[0]
     name: str | None = None
     classes: tuple[str, ...] | None = None
+    return_flop: bool = True
 
     def to_metadata(self) -> dict[str, str]:
         """The header's entries: plain text, or JSON for all that is no text; nothing for what is None."""
@@ -78,7 +80,7 @@ class About:
         return {FORMAT_FIELD: FORMAT} | {
             name: str(value) if _FIELDS[name].plain else json.dumps(value, default=str)
             for name, value in values.items()
-            if value is not None
+            if value is not None and (name, value) != ("return_flop", True)  # what files without it mean
         }
 
     @classmethod
@@ -100,6 +102,7 @@ class About:
         except ScheduleError as error:
             raise SavedModelError(str(error)) from error
         values["crop_mode"] = values["crop_mode"] or CROP_MODES[0]  # of files from before there was a choice
+        values["return_flop"] = values["return_flop"] is not False
         arrays = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(schedule=schedule, **{**values, **arrays})
 
@@ -206,6 +209,7 @@ _FIELDS: dict[str, _Field] = {
     "granularity": _Field("two whole numbers from 1", _array_of(_is_count, 2)),
     "gflops": _Field("a number from 0", lambda value: _is_number(value) and value >= 0),
     "versions": _Field("an object of texts", _are_texts),
+    "return_flop": _Field("true or false", lambda value: isinstance(value, bool), optional=True),
     "name": _Field("a line of text", _is_line, plain=True, optional=True),
     "classes": _Field("an array of texts", _array_of(lambda value: isinstance(value, str)), optional=True),
 }

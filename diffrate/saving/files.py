@@ -105,6 +105,7 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         versions={"diffrate": diffrate.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
         name=name,
         classes=None if classes is None else tuple(classes),
+        return_flop=model.return_flop,
     )
     return About.from_metadata(described.to_metadata())
 

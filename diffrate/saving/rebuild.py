@@ -47,7 +47,7 @@ def rebuild(about: About, where: str = "") -> CompressedModel:
         config = {name: getattr(about, name) for name in CONFIG_FIELDS}
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config}
         with torch.device("meta"):
-            return vit(model, *about.granularity, (height, width))
+            return vit(model, *about.granularity, (height, width), about.return_flop)
     except (SavedModelError, UnsupportedModelError, RateError) as error:
         raise SavedModelError(f"{where}{error}") from error
 
