@@ -90,7 +90,6 @@ def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     use = replace(
         settings.latency,
         batch_size=settings.data.batch_sizes[0] if settings.data.batch_sizes else settings.latency.batch_size,
-        precision=settings.run.amp or settings.latency.precision,
     )
     table = latency_table(use, model, runtime)
     name = subject.entry.name

@@ -219,6 +219,12 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"--arch-min-lr {args.arch_min_lr:g}: accepted: up to --arch-lr {args.arch_lr:g}")
 
 
+def _check_same(first: str, one: Any, second: str, other: Any) -> None:
+    """Refuse two flags that say the same thing differently."""
+    if None not in (one, other) and one != other:
+        raise UsageError(f"--{first} {one} --{second} {other}: found two values; accepted: one of the flags")
+
+
 def _check_targets(args: argparse.Namespace, mode: str) -> None:
     """The flags that say which schedule: `--target_flops` and those that name files of schedules."""
     meeting = mode in (SEARCH, "baseline")
@@ -228,10 +234,14 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"{names}: found several; accepted: one of them")
     if timed and not meeting:
         raise UsageError(f"--{timed[0]} goes with a search or a --baseline")
-    about_times = {"latency_batch": LATENCY_BATCH, "latency_precision": "off", "latency_file": None}
+    about_times = {"latency_batch": LATENCY_BATCH, "latency_precision": None, "latency_file": None}
     idle = [name for name, usual in about_times.items() if getattr(args, name) != usual]
     if idle and not timed and benchmark_of(args) != "latency":
         raise UsageError(f"--{idle[0]} goes with --target_speedup, --target_latency and --benchmark latency")
+    if benchmark_of(args) == "latency":  # where both flags of a pair say what to measure
+        _check_same("amp", args.amp, "latency_precision", args.latency_precision)
+        if args.batch_sizes and args.latency_batch != LATENCY_BATCH:
+            _check_same("batch-size", args.batch_sizes[0], "latency_batch", args.latency_batch)
     for name in timed:
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise UsageError(f"--{name} {' '.join(f'{value:g}' for value in getattr(args, name))}: accepted: each once")
@@ -481,8 +491,7 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--latency_precision",
         choices=PRECISIONS,
-        default="off",
-        help="of weights there, default float32; see --compile",
+        help="of weights there, default that of --amp, or float32; see --compile",
     )
     group.add_argument(
         "--latency_file",

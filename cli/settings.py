@@ -215,7 +215,9 @@ def settings_from(args: Namespace) -> Settings:
         recipe=RecipeSettings(
             args.search_loss, args.search_transform, args.init, args.budget, args.search, args.minutes
         ),
-        latency=LatencySettings(args.latency_batch, args.latency_precision, args.compile, args.latency_file),
+        latency=LatencySettings(
+            args.latency_batch, args.latency_precision or args.amp or "off", args.compile, args.latency_file
+        ),
         training=_training(args),
         augmentation=_augmentation(args),
         mixing=Mixing(
