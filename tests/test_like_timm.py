@@ -1,0 +1,270 @@
+"""What timm's models can be told works on patched ones, or is refused by name: nothing is passed over."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import diffrate
+from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
+
+KW = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+
+
+def plain(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **{**KW, **options}).eval()
+
+
+def reduced(model: Any = None, **options: Any) -> Any:
+    model = diffrate.patch.vit(plain() if model is None else model, **options)
+    model.set_kept_num([17, 14, 10, 8], [17, 12, 9, 6])
+    return model
+
+
+def images(count: int = 5) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+@pytest.mark.parametrize(("traced_at", "run_at"), [(1, 5), (3, 1)])
+def test_a_trace_is_for_batches_of_any_size(name: str, traced_at: int, run_at: int) -> None:
+    model = diffrate.patch.vit(build(name), input_size=size_of(name))
+    tokens, least = model.compression.space.limits[0], model.compression.space.least
+    counts = [max(least, round(share * tokens)) for share in (1, 0.7, 0.5, 0.4)]
+    model.set_kept_num(counts, [max(least, count - 1) if index else count for index, count in enumerate(counts)])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on what a trace fixes, and on its age
+        traced = torch.jit.trace(model, images_for(name, traced_at), check_trace=False)
+        found = traced(images_for(name, run_at))[0]
+    torch.testing.assert_close(found, model(images_for(name, run_at))[0], rtol=0, atol=1e-9)
+
+
+def test_distributed_training_at_fixed_counts_goes_on_after_a_step(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(reduced().train())
+        for _ in range(3):
+            nn.functional.cross_entropy(model(images())[0], torch.arange(5)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_rates_learn_only_while_they_say_the_counts() -> None:
+    model = reduced()
+    assert not any(rate.requires_grad for rate in model.arch_parameters())
+    model.compression.schedule = None
+    assert all(rate.requires_grad for rate in model.arch_parameters())
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(search: bool) -> None:
+    def gradients(recomputes: bool) -> tuple[int, list[Tensor]]:
+        model, kept = reduced().train(), 0
+        if search:
+            model.compression.schedule = None
+        model.set_grad_checkpointing(recomputes)
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits, flops = model(images())
+        (logits.square().sum() + (flops / 1e9 if search else 0)).backward()
+        return kept, [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    (less, ours), (more, theirs) = gradients(True), gradients(False)
+    assert less < more / 2
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_checkpointing_of_a_caformer() -> None:
+    model = diffrate.patch.caformer(timm.create_model("caformer_s18"), input_size=64)
+    third, fourth = len(model.stages[2].blocks), len(model.stages[3].blocks)
+    model.train().set_kept_num(None, [16, *[9] * (third - 1), *[4] * fourth])
+    model.set_grad_checkpointing(True)
+    entered = []
+    mlp = model.stages[2].blocks[1].mlp
+    mlp.register_forward_pre_hook(lambda module, given: entered.append(given[0].shape[1]))
+    model(torch.randn(2, 3, 64, 64), return_flop=False).sum().backward()
+    assert entered == [9, 9]  # once more for the backward pass
+    assert mlp.fc1.weight.grad is not None
+
+
+def test_hooks_see_blocks_attentions_and_maps() -> None:
+    model, seen = reduced(), {}
+    expected = model(images())[0]
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda module, given, left: seen.update({name: (module, given[0].shape, left.shape)})
+
+    block = model.blocks[1]
+    for name, module in {"block": block, "attn": block.attn, "map": block.attn.attn_drop}.items():
+        module.register_forward_hook(see(name))
+    last = []
+    model.blocks[-1].register_forward_hook(lambda module, given, left: last.append(left))
+    torch.testing.assert_close(model(images())[0], expected)
+    assert seen["block"] == (block, (5, 17, 48), (5, 12, 48))
+    assert seen["attn"] == (block.attn, (5, 17, 48), (5, 17, 48))
+    assert seen["map"] == (block.attn.attn_drop, (5, 3, 17, 17), (5, 3, 17, 17))
+    assert last[0].shape == (5, 6, 48)  # all that are left, though the class token alone is read
+
+
+def test_hooks_may_change_what_passes_and_see_gradients() -> None:
+    model, gradients = reduced(), []
+    whole = model(images())[0]
+    handle = model.blocks[2].register_forward_hook(lambda module, given, left: 2 * left)
+    assert not torch.allclose(model(images())[0], whole)
+    handle.remove()
+    torch.testing.assert_close(model(images())[0], whole)
+    model.blocks[0].register_full_backward_hook(lambda module, given, left: gradients.append(left[0].shape))
+    model(images())[0].sum().backward()
+    assert gradients == [(5, 17, 48)]
+
+
+def test_hooks_in_a_search() -> None:
+    model, seen = reduced().train(), []
+    model.compression.schedule = None
+    model.blocks[1].register_forward_hook(lambda module, given, left: seen.append(left.shape))
+    model(images())
+    assert seen == [(5, 17, 48)]  # sources stay beside their destinations
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: None)
+    with pytest.raises(diffrate.UnsupportedModelError, match="attn_drop: found hooks; accepted"):
+        model(images())
+
+
+def test_another_head_and_pooling_after_patching() -> None:
+    model, expected = reduced(), plain()
+    model.reset_classifier(7, "avg")
+    expected.reset_classifier(7, "avg")
+    fresh = diffrate.patch.vit(expected)
+    fresh.set_kept_num(*model.get_kept_num())
+    fresh.load_state_dict(model.state_dict())
+    assert model.flops() == fresh.flops()
+    assert model.compression.space == fresh.compression.space
+    torch.testing.assert_close(model(images())[0], fresh(images())[0])
+
+
+def _methods(block: Any) -> None:
+    block.forward = lambda tokens, **_: tokens
+
+
+def _attention(block: Any) -> None:
+    block.attn.forward = lambda tokens, **_: tokens
+
+
+def _kind(block: Any) -> None:
+    block.attn = nn.Identity()
+
+
+def _dropout(block: Any) -> None:
+    block.attn.attn_drop = nn.AlphaDropout()
+
+
+@pytest.mark.parametrize("change", [_methods, _attention, _kind, _dropout])
+def test_what_would_be_passed_over_is_refused_when_patched(change: Callable[[Any], None]) -> None:
+    model = plain()
+    change(model.blocks[2])
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks\.2.*: found .*; accepted: "):
+        diffrate.patch.vit(model)
+    assert type(model).__module__.startswith("timm")
+
+
+def test_a_replaced_forward_of_the_model_is_refused() -> None:
+    model = plain()
+    model.forward_features = lambda images: images
+    with pytest.raises(diffrate.UnsupportedModelError, match="model: found another forward_features; accepted"):
+        diffrate.patch.vit(model)
+
+
+def test_a_forward_replaced_in_the_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain()
+    monkeypatch.setattr(type(model.blocks[0].attn), "forward", lambda self, x, **_: x)
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"blocks\.0\.attn: found another forward"):
+        diffrate.patch.vit(model)
+
+
+@pytest.mark.parametrize("change", [_methods, _attention, _kind])
+def test_what_would_be_passed_over_is_refused_at_the_next_pass(change: Callable[[Any], None]) -> None:
+    model = reduced()
+    change(model.blocks[2])
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks\.2.*: found .*; accepted: "):
+        model(images())
+
+
+def test_fewer_blocks_and_other_sizes_are_refused() -> None:
+    model = reduced()
+    for call in (lambda: model.prune_intermediate_layers(2), lambda: model.set_input_size(img_size=64)):
+        with pytest.raises(diffrate.UnsupportedModelError, match="found a patched model; accepted"):
+            call()
+    model.blocks = model.blocks[:3]
+    with pytest.raises(diffrate.UnsupportedModelError, match="blocks: found 3; accepted: 4"):
+        model(images())
+    model = reduced()
+    model.blocks.register_forward_hook(lambda *_: None)
+    with pytest.raises(diffrate.UnsupportedModelError, match="container"):
+        model(images())
+
+
+def test_logits_alone_inside_other_modules(tmp_path: Any) -> None:
+    model = reduced(return_flop=False)
+    diffrate.save(model, tmp_path / "model.safetensors")
+    expected = model(images())
+    loaded = diffrate.load(tmp_path / "model.safetensors")
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        torch.testing.assert_close(nn.Sequential(each, nn.Softmax(-1))(images()), expected.softmax(-1))
+    logits, flops = model(images(), return_flop=True)
+    assert flops == model.flops()
+    torch.testing.assert_close(logits, expected)
+    assert diffrate.about(tmp_path / "model.safetensors").return_flop is False
+
+
+class Adapter(nn.Module):
+    """A low-rank update beside a linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("name", ["class_token", "relative_table", "eva"])
+def test_an_adapter_of_the_projection_counts(name: str) -> None:
+    model = diffrate.patch.vit(build(name).float())
+    before = model(images_for(name).float())[0]
+    model.blocks[1].attn.qkv = Adapter(model.blocks[1].attn.qkv)
+    assert not torch.allclose(model(images_for(name).float())[0], before)
+
+
+def test_quantized_linear_layers() -> None:
+    model = reduced()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, on the age of its quantization
+        smaller = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
+        found = smaller(images())[0]
+    torch.testing.assert_close(found, model(images())[0], rtol=0, atol=0.2)
+
+
+def test_inference_mode_and_data_parallel() -> None:
+    model = reduced()
+    expected = model(images())[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images())[0], expected)
+    torch.testing.assert_close(nn.DataParallel(model)(images())[0], expected)
