@@ -24,7 +24,7 @@ from diffrate.patch.features import Features
 from diffrate.patch.grid import restore
 from diffrate.patch.pooling import POOLS, pool_parts, pooled
 from diffrate.patch.shapes import block_shape, pool_shape, stem_flops, weights
-from diffrate.patch.sizes import Size, as_size
+from diffrate.patch.sizes import Size, as_size, channels_of
 from diffrate.patch.state import CompressionState
 
 LEAST_PATCHES = 2  # one is nothing to choose from
@@ -84,7 +84,7 @@ class CompressedVit(Features, CompressedModel, _Vit):
         stem = self.patch_embed
         if type(stem) is PatchEmbed:
             return self.tokens_at(size) * stem.proj.weight.numel()
-        return stem_flops(stem, self.in_chans, size)
+        return stem_flops(stem, channels_of(self), size)
 
     def tokens_at(self, size: Size) -> int:
         """Tokens of an image of `size`, prefix included."""

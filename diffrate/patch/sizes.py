@@ -20,10 +20,18 @@ def configured_size(model: nn.Module) -> Size:
     return height, width
 
 
+def channels_of(model: Any) -> int:
+    """Channels of the images that a model takes: timm says it on the model from 1.0.26 on, else its stem shows it."""
+    for part in (model, getattr(model, "embeds", None)):
+        if getattr(part, "in_chans", None) is not None:
+            return part.in_chans
+    return next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), DEFAULT_INPUT[0])
+
+
 def input_size(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a patched `model` takes."""
     height, width = model.image_size
-    return getattr(model, "in_chans", 3), height, width
+    return channels_of(model), height, width
 
 
 def as_size(size: Any, name: str = "input_size") -> Size:

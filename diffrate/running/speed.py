@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffrate.budgets.schedule import Schedule
 from diffrate.patch.base import CompressedModel, require_patched
+from diffrate.patch.sizes import channels_of
 from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model
 from diffrate.running.merging import ready
@@ -115,7 +116,7 @@ def forward_pass(
 ) -> Callable[[], Tensor]:
     """What runs `model`, plain or compressed, on random images of `size`, rows and columns; it is changed in place."""
     model = model.eval().requires_grad_(False).to(device, dtype)
-    channels = getattr(model, "in_chans", 3)
+    channels = channels_of(model)
     images = torch.randn(batch_size, channels, *size, device=device, dtype=dtype)
     forward = compile_model(model) if compiled else model
     options: dict[str, Any] = {}

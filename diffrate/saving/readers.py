@@ -15,6 +15,8 @@ from typing import Any
 from timm.layers.drop import DropPath
 from torch import nn
 
+from diffrate.patch.sizes import channels_of
+
 Reader = Callable[[Any], Any]
 
 
@@ -90,7 +92,7 @@ def _scales(name: str) -> Reader:
 
 
 _STEM: dict[str, Reader] = {
-    "in_chans": _at("in_chans"),
+    "in_chans": channels_of,
     "img_size": _sides("patch_embed.img_size", "embeds.default_img_size"),
     "patch_size": _sides("patch_embed.patch_size", "embeds.patch_size"),
     "embed_dim": _at("embed_dim"),
