@@ -23,8 +23,9 @@ def configured_size(model: nn.Module) -> Size:
 def channels_of(model: Any) -> int:
     """Channels of the images that a model takes: timm says it on the model from 1.0.26 on, else its stem shows it."""
     for part in (model, getattr(model, "embeds", None)):
-        if getattr(part, "in_chans", None) is not None:
-            return part.in_chans
+        channels = getattr(part, "in_chans", None)
+        if channels is not None:
+            return channels
     return next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), DEFAULT_INPUT[0])
 
 
