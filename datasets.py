@@ -7,7 +7,9 @@ import logging
 import lzma
 import os
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,7 +152,7 @@ def load_image(path: str | Path, upright: bool = True) -> Image.Image:
         DataError: the file is damaged or no picture, or its values have no known range.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
             picture = _rgb(image, path)
             turn = TURNS.get(_orientation(image)) if upright else None
@@ -410,17 +412,28 @@ def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The file as Pillow opens it, without a word about damaged EXIF: the picture is whole."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*orrupt EXIF")
+        with Image.open(path) as image:
+            # Else Pillow maps files into memory, and TIFFs at the size after turning: they come out garbled.
+            image.filename = ""  # type: ignore[attr-defined]
+            yield image
+
+
 def _orientation(image: Image.Image) -> Any:
     """What the EXIF says, None where it is damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of whatever kind: the picture is whole
+    except Exception:  # of whatever kind
         return None
 
 
 def _is_turned(path: str) -> bool:
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return image.format != "TIFF" and _orientation(image) in TURNS  # Pillow turns TIFFs itself
     except Exception:  # no file, or one that reading it will tell of
         return False
