@@ -279,7 +279,7 @@ class ImageLoader(DataLoader[Any]):
     `unreadable` takes down the files that samples with `skip` leave out; batches without any image are passed over.
     """
 
-    def __init__(self, dataset: Samples, unreadable: dict[str, None] | None, **options: Any) -> None:
+    def __init__(self, dataset: Samples, unreadable: dict[str, None] | None = None, **options: Any) -> None:
         super().__init__(dataset, collate_fn=None if unreadable is None else _readable, **options)
         self.unreadable = unreadable
 

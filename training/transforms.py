@@ -153,5 +153,10 @@ def _operations(steps: list[Any]) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, which at the strongest asks for no bits: black, as Pillow gave before 13, which refuses it."""
-    return posterize(image, bits, **options) if bits >= 1 else Image.new(image.mode, image.size)
+    """timm's, which at the strongest asks for no bits: black from Pillow before 13, which refuses it."""
+    try:
+        return posterize(image, bits, **options)
+    except ValueError:
+        if bits >= 1:
+            raise
+        return Image.new(image.mode, image.size)
