@@ -7,14 +7,19 @@ import logging
 import lzma
 import os
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -24,9 +29,21 @@ from sample.unpack import unpack_sample
 from samplers import SeededOrder
 
 IMAGENET_CLASSES = 1000
-SHOWN_CLASSES = 10
-# What Pillow raises on files that are cut short, damaged or no images.
-BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+SHOWN_NAMES = 10
+BITS_PER_SAMPLE = 258  # a tag of TIFF
+LOOKED_AT = 100  # images of a data set, for what cameras say of their orientation
+# What turns a picture of each EXIF orientation upright; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Formats of which Pillow gives grey pictures as 32-bit integers that fill 16 bits.
+SCALED_TO_16_BITS = ("PNG", "PPM")
 
 Transform = Callable[[Image.Image], Tensor]
 log = logging.getLogger(__name__)
@@ -54,12 +71,14 @@ def build_dataset(
     names: Sequence[str] | None = None,
     sample: Path = SAMPLE_ARCHIVE,
     bar: bool = False,
+    upright: bool = False,
 ) -> LabelledDataset:
     """The `train` or `val` split of the data set `name`; only that split is opened.
 
     `head` is the number of classes of a model that was trained before, and `names` are its outputs'
     where they are known; labels are then its outputs. Without it the data decide how many there are.
     SAMPLE without a `root` is the archive `sample`, unpacked on first use, with a progress `bar` if wanted.
+    `upright` turns pictures as EXIF says, which published accuracies do not.
 
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
@@ -70,16 +89,18 @@ def build_dataset(
     elif name == "CIFAR":
         dataset = _cifar(CIFAR100, root, split, transform)
     elif name in ("INAT", "INAT19"):
-        dataset = INaturalist(Path(str(root)), split, 2018 if name == "INAT" else 2019, transform)
+        dataset = INaturalist(Path(str(root)), split, 2018 if name == "INAT" else 2019, transform, upright)
     else:
         folder = _unpacked(sample, bar) if root is None else Path(root)
-        return ClassFolder(folder / split, transform, head, names)
+        return ClassFolder(folder / split, transform, head, names, upright)
     if head is not None and head != len(dataset.classes):
         raise DataError(f"--data-set {name} has {len(dataset.classes)} classes, the checkpoint's head {head}")
     return dataset
 
 
-def build_images(name: str, root: str | Path | None, transform: Transform, bar: bool = False) -> LabelledDataset:
+def build_images(
+    name: str, root: str | Path | None, transform: Transform, bar: bool = False, upright: bool = False
+) -> LabelledDataset:
     """The images of the data set `name` to search on, whatever their labels.
 
     Of a folder, every image file below its `train/`, or below itself where it has no splits.
@@ -88,13 +109,13 @@ def build_images(name: str, root: str | Path | None, transform: Transform, bar: 
         DataError: as `build_dataset`, or there is no image.
     """
     if not in_folders(name):
-        return build_dataset(name, root, "train", transform)
+        return build_dataset(name, root, "train", transform, upright=upright)
     given = data_root(name, root)
     folder = _unpacked(SAMPLE_ARCHIVE, bar) if given is None else given
     train = folder / "train"
     if not train.is_dir() and (folder / "val").is_dir():
         raise DataError(f"--data-path {folder}: val/ and no folder train/; accepted: both, or images without splits")
-    return ImageFiles(train if train.is_dir() else folder, transform)
+    return ImageFiles(train if train.is_dir() else folder, transform, upright)
 
 
 def has_validation(name: str, root: str | Path | None) -> bool:
@@ -124,36 +145,57 @@ def data_root(name: str, root: str | Path | None) -> Path | None:
     return folder
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """The picture in `path`, in RGB.
+def load_image(path: str | Path, upright: bool = True) -> Image.Image:
+    """The picture in `path`, in RGB with 8 bits, on white where it is transparent; `upright` turns it as EXIF says.
 
     Raises:
-        DataError: the file is damaged or no picture.
+        DataError: the file is damaged or no picture, or its values have no known range.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except BAD_IMAGE as error:
+        with _opened(path) as image:
+            image.load()
+            picture = _rgb(image, path)
+            turn = TURNS.get(_orientation(image)) if upright else None
+            return picture if turn is None else picture.transpose(turn)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers let through what damaged files make them stumble over
         raise DataError(f"image {path}: cannot be read ({_reason(error)}); accepted: a whole image file") from error
+
+
+def turned_images(dataset: LabelledDataset) -> tuple[int, int]:
+    """How many of the first images of `dataset` lie on a side or are mirrored by their EXIF, and of how many."""
+    looked_at = min(LOOKED_AT, len(dataset))
+    return sum(_is_turned(_name(dataset, index)) for index in range(looked_at)), looked_at
 
 
 class ClassFolder(ImageFolder):
     """One split in ImageFolder layout, `<class>/<image>`, with labels that are a model's outputs."""
 
-    def __init__(self, root: Path, transform: Transform, head: int | None, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, root: Path, transform: Transform, head: int | None, names: Sequence[str] | None, upright: bool
+    ) -> None:
         if not root.is_dir():
             raise DataError(
                 f"--data-path {root.parent}: no folder {root.name}/; accepted: train/ and val/ of class folders"
             )
         self.head, self.names = head, names
         try:
-            super().__init__(str(root), transform=transform, loader=load_image)
+            super().__init__(
+                str(root),
+                transform=transform,
+                loader=partial(load_image, upright=upright),
+                is_valid_file=partial(_is_image, str(root)),
+            )
         except FileNotFoundError as error:  # torchvision's word for no class folders, or an empty one
-            reason = str(error).split(" Supported", 1)[0].rstrip(".")
+            reason = str(error).rstrip(".")
             raise DataError(f"--data-path {root}: {reason}; accepted: images in every class folder") from error
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes, order = super().find_classes(directory)
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        order = {name: index for index, name in enumerate(classes)}
         return classes, order if self.head is None else label_outputs(classes, self.head, directory, self.names)
 
 
@@ -162,36 +204,49 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     classes: Sequence[str] = ()
 
-    def __init__(self, root: Path, transform: Transform) -> None:
+    def __init__(self, root: Path, transform: Transform, upright: bool) -> None:
         walked = os.walk(root, followlinks=True)
         found = (Path(folder) / name for folder, _, names in walked for name in names)
-        files = sorted(path for path in found if path.suffix.lower() in IMG_EXTENSIONS)
+        files = sorted(path for path in found if _is_image(str(root), str(path)))
         if not files:
             raise DataError(f"--data-path {root}: no image files; accepted: {', '.join(IMG_EXTENSIONS)}, at any depth")
-        self.samples, self.transform = [(str(path), 0) for path in files], transform
+        self.samples, self.transform, self.upright = [(str(path), 0) for path in files], transform, upright
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        return self.transform(load_image(path)), label
+        return self.transform(load_image(path, self.upright)), label
 
 
-class Samples(Dataset[tuple[Any, int]]):
-    """A data set whose every error names the image at fault, in one line."""
+@dataclass(frozen=True)
+class LeftOut:
+    """Files that cannot be read, and the sample `instead` of them, None for none."""
 
-    def __init__(self, dataset: LabelledDataset) -> None:
-        self.dataset = dataset
+    files: tuple[str, ...]
+    instead: Any = None
+
+
+class Samples(Dataset[Any]):
+    """A data set whose every error names the image at fault, in one line.
+
+    With `skip`, an image that cannot be read is no error: `LeftOut` stands for it.
+    """
+
+    def __init__(self, dataset: LabelledDataset, skip: bool = False) -> None:
+        self.dataset, self.skip = dataset, skip
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> tuple[Any, int]:
+    def __getitem__(self, index: Any) -> Any:
         try:
             return self.dataset[index]
         except DataError:
-            raise
+            if not self.skip:
+                raise
+            return LeftOut((_name(self.dataset, index),))
         except Exception as error:  # a transform's, of whatever kind
             kind = type(error).__name__
             raise DataError(
@@ -200,21 +255,43 @@ class Samples(Dataset[tuple[Any, int]]):
 
 
 class SeededSamples(Samples):
-    """The same with augmentation that is drawn from a seed that comes with each index."""
+    """The same with augmentation that is drawn from a seed that comes with each index.
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+    With `skip`, the next image that can be read takes the place of one that cannot: batches keep their size.
+    """
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key
+        files: tuple[str, ...] = ()
         with generators_kept():
             seed_everything(seed)
-            return super().__getitem__(index)
+            for step in range(len(self)):
+                sample = super().__getitem__((index + step) % len(self))
+                if not isinstance(sample, LeftOut):
+                    return LeftOut(files, sample) if files else sample
+                files += sample.files
+        raise DataError(f"image {files[0]}: cannot be read, nor any other; accepted: one that can")
 
 
 class ImageLoader(DataLoader[Any]):
-    """Batches, from any position of a training order on; errors of loader processes in one line."""
+    """Batches, from any position of a training order on; errors of loader processes in one line.
+
+    `unreadable` takes down the files that samples with `skip` leave out; batches without any image are passed over.
+    """
+
+    def __init__(self, dataset: Samples, unreadable: dict[str, None] | None = None, **options: Any) -> None:
+        super().__init__(dataset, collate_fn=None if unreadable is None else _readable, **options)
+        self.unreadable = unreadable
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            if self.unreadable is None:
+                yield from super().__iter__()
+                return
+            for batch, files in super().__iter__():
+                self.unreadable.update(dict.fromkeys(files))
+                if batch is not None:
+                    yield batch
         except DataError as error:
             raise DataError(_last_line(error)) from error
         except (RuntimeError, OSError, TypeError, ValueError, MemoryError) as error:
@@ -242,7 +319,7 @@ def label_outputs(classes: Sequence[str], head: int, folder: str, names: Sequenc
     if names is not None:
         unknown = [name for name in classes if name not in names]
         if unknown:
-            raise DataError(f"--data-path {folder}: class {unknown[0]}; accepted: the checkpoint's, {_listed(names)}")
+            raise DataError(f"--data-path {folder}: class {unknown[0]}; accepted: the checkpoint's, {listed(names)}")
         return {name: list(names).index(name) for name in classes}
     in_order = {name: index for index, name in enumerate(classes)}
     if head == len(classes):
@@ -267,7 +344,7 @@ class INaturalist(Dataset[tuple[Any, int]]):
     Labels are the category ids in order; only the index of the split asked for is read.
     """
 
-    def __init__(self, root: Path, split: str, year: int, transform: Transform) -> None:
+    def __init__(self, root: Path, split: str, year: int, transform: Transform, upright: bool) -> None:
         index = root / f"{split}{year}.json"
         try:
             content = json.loads(index.read_text())
@@ -282,14 +359,92 @@ class INaturalist(Dataset[tuple[Any, int]]):
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{index}: not an iNaturalist index ({error!r})".replace("\n", " ")) from error
         self.classes = [str(category["name"]) for category in categories]
-        self.transform = transform
+        self.transform, self.upright = transform, upright
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        return self.transform(load_image(path)), label
+        return self.transform(load_image(path, self.upright)), label
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+def _is_image(root: str, path: str) -> bool:
+    """Whether `path` below `root` is called like an image, and neither it nor a folder on the way is hidden."""
+    return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(root) :]
+
+
+def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _eight_bits(image, path).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    picture = Image.new("RGB", layer.size, "white")
+    picture.paste(layer, mask=layer)
+    return picture
+
+
+def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """A grey picture of 16-bit integers, or floats from 0 to 1, in 8 bits; Pillow itself would cut them off at 255.
+
+    Raises:
+        DataError: integers of no known range, or floats outside of theirs.
+    """
+    values, floats = np.asarray(image), image.mode == "F"
+    known = floats or image.mode != "I" or image.format in SCALED_TO_16_BITS
+    most = 1 if floats else 65535
+    if image.format == "TIFF" and not floats:
+        most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # type: ignore[attr-defined]  # 12 of 16 bits there are, too
+    if not (known and values.min() >= 0 and values.max() <= most):  # also where there is one that is no number
+        kind = "floats" if floats else "integers"
+        accepted = "8 or 16 bits, or floats from 0 to 1"
+        raise DataError(f"image {path}: found {kind} from {values.min()} to {values.max()}; accepted: {accepted}")
+    pixels = np.rint(values / most * 255).astype(np.uint8)
+    if "transparency" in image.info:  # the one grey that stands for it
+        pixels[values == image.info["transparency"]] = 255
+    return Image.fromarray(pixels)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The file as Pillow opens it, without a word about damaged EXIF: the picture is whole."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*orrupt EXIF")
+        with Image.open(path) as image:
+            # Else Pillow maps files into memory, and TIFFs at the size after turning: they come out garbled.
+            image.filename = ""  # type: ignore[attr-defined]
+            yield image
+
+
+def _orientation(image: Image.Image) -> Any:
+    """What the EXIF says, None where it is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of whatever kind
+        return None
+
+
+def _is_turned(path: str) -> bool:
+    try:
+        with _opened(path) as image:
+            return image.format != "TIFF" and _orientation(image) in TURNS  # Pillow turns TIFFs itself
+    except Exception:  # no file, or one that reading it will tell of
+        return False
+
+
+def _readable(samples: Sequence[Any]) -> tuple[Any, list[str]]:
+    """A batch of the samples that there are, None of none, and the files that are left out."""
+    left_out = [sample for sample in samples if isinstance(sample, LeftOut)]
+    there = [sample.instead if isinstance(sample, LeftOut) else sample for sample in samples]
+    there = [sample for sample in there if sample is not None]
+    return default_collate(there) if there else None, [file for sample in left_out for file in sample.files]
 
 
 def _unpacked(archive: Path, bar: bool) -> Path:
@@ -297,12 +452,6 @@ def _unpacked(archive: Path, bar: bool) -> Path:
         return unpack_sample(archive, bar)
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_CLASSES]) + (
-        f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
-    )
 
 
 def _name(dataset: Any, index: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import diffrate
-from cli.data import eval_loader
+from cli.data import eval_loader, warn_of_turned
 from cli.entry import chosen_entry, meta_model, patched
 from cli.goals import aims_of
 from cli.results import report, save_schedules
@@ -38,6 +38,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
 def _score(settings: Settings, runtime: Runtime) -> None:
     kind = settings.run.baseline
     trained = trained_model(settings, runtime)
+    warn_of_turned(settings, runtime, trained.val)
     model = patched(trained.model, settings.model).to(runtime.device)
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":

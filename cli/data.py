@@ -23,6 +23,7 @@ from datasets import (
     build_dataset,
     build_images,
     data_root,
+    turned_images,
 )
 from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
@@ -52,7 +53,8 @@ def eval_dataset(
     """The validation split, labelled for a model with `head` classes, called `names` where that is known."""
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
-    return build_dataset(data.data_set, data.path, "val", transform, head, names, bar=bar_fits(settings.run.quiet))
+    bar = bar_fits(settings.run.quiet)
+    return build_dataset(data.data_set, data.path, "val", transform, head, names, bar=bar, upright=data.exif)
 
 
 def train_dataset(
@@ -66,7 +68,8 @@ def train_dataset(
     """
     data = settings.data
     transform = train_transform(view_of(settings, entry), settings.augmentation)
-    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar_fits(settings.run.quiet))
+    bar = bar_fits(settings.run.quiet)
+    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar, upright=data.exif)
 
 
 def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> Any:
@@ -77,7 +80,7 @@ def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> A
     """
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
-    return _spread(build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet)), images)
+    return _spread(build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet), data.exif), images)
 
 
 def search_dataset(
@@ -97,8 +100,8 @@ def search_dataset(
         transform = mirrored_transform(view, settings.augmentation.hflip if augmented else 0.0)
     bar = bar_fits(settings.run.quiet)
     if settings.search.loss != SearchSettings.loss:
-        return build_images(data.data_set, data.path, transform, bar)
-    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar)
+        return build_images(data.data_set, data.path, transform, bar, data.exif)
+    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar, upright=data.exif)
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
@@ -114,11 +117,28 @@ def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
         )
 
 
+def warn_of_turned(settings: Settings, runtime: Runtime, *datasets: LabelledDataset) -> None:
+    """Say, on the main process, where images carry an orientation that is not looked at."""
+    if settings.data.exif or not runtime.processes.is_main:
+        return
+    for dataset in datasets:
+        turned, looked_at = turned_images(dataset)
+        if turned:
+            log.warning(
+                "%d of the first %d images carry an EXIF orientation, which is not looked at; --exif applies it",
+                turned,
+                looked_at,
+            )
+            return
+
+
 def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
     """Every image once, over all processes."""
     sampler = eval_sampler(len(dataset), runtime.processes.rank, runtime.processes.world)
     batch_size = settings.data.batch_size
-    return _loader(Samples(dataset), sampler, batch_size, settings, runtime, drop_last=False)
+    return _loader(
+        Samples(dataset, settings.data.skip_unreadable), sampler, batch_size, settings, runtime, drop_last=False
+    )
 
 
 def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime: Runtime) -> ImageLoader:
@@ -139,7 +159,7 @@ def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime)
         DataError: fewer images than one batch over all processes.
     """
     processes = runtime.processes
-    samples = SeededSamples(dataset)
+    samples = SeededSamples(dataset, settings.data.skip_unreadable)
     sampler = train_sampler(samples, processes.rank, processes.world, settings.augmentation.repeated, settings.run.seed)
     batch_size, images = settings.data.batch_size, len(sampler)
     if not settings.data.batch_sizes and 2 <= images < batch_size:
@@ -157,6 +177,7 @@ def _loader(
     _check_memory(min(batch_size, len(dataset)), settings.model.input_size or (0, 0))
     return ImageLoader(
         dataset,
+        runtime.unreadable if dataset.skip else None,
         sampler=sampler,
         batch_size=batch_size,
         drop_last=drop_last,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cli.data import eval_loader
+from cli.data import eval_loader, warn_of_turned
 from cli.inference import for_inference
 from cli.model import compressed
 from cli.results import report, save_model
@@ -16,6 +16,7 @@ from processes.runtime import Runtime
 def run(settings: Settings, runtime: Runtime) -> None:
     """Score, report, and with `--save` leave the model in a file."""
     trained = trained_model(settings, runtime)
+    warn_of_turned(settings, runtime, trained.val)
     model = compressed(trained.model, settings.model, trained.entry, trained.weights)
     use_searched(model, settings, trained.entry, runtime)
     save_model(settings, trained.entry, model, trained.classes, runtime)  # before its weights change precision

@@ -6,7 +6,7 @@ import logging
 
 import diffrate
 import models
-from cli.data import check_same_classes, eval_dataset, eval_loader, train_dataset, train_loader
+from cli.data import check_same_classes, eval_dataset, eval_loader, train_dataset, train_loader, warn_of_turned
 from cli.entry import chosen_entry, input_size_of
 from cli.model import compressed
 from cli.results import save_model
@@ -31,6 +31,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     # The data decide the classes: a head that does not fit starts fresh.
     train, val = (dataset(settings, entry, head=None, names=None) for dataset in (train_dataset, eval_dataset))
     check_same_classes(train, val)
+    warn_of_turned(settings, runtime, train, val)
     classes = len(train.classes)
     model = _model(settings, entry, weights, classes).to(runtime.device)
     loader = train_loader(train, settings, runtime)

@@ -532,6 +532,16 @@ def _add_data_flags(parser: Parser) -> None:
     )
     group.add_argument("--num_workers", type=WHOLE, help="loader processes of each process, default one per core")
     group.add_argument(
+        "--exif",
+        action="store_true",
+        help="turn images upright as their EXIF says, which published accuracies do not; --visualize always does",
+    )
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out files that cannot be read, and say which at the end; in training, the next image stands in",
+    )
+    group.add_argument(
         "--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory on CUDA"
     )
 

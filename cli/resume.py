@@ -21,8 +21,8 @@ from utils import UsageError
 AUTO = "auto"
 # No flags, but what several come to.
 KEPT, STEPS, STARTED = "kept counts", "updates an epoch", "starting weights"
-# The flags of searches from before there was a choice.
-EARLIER = {
+# The flags from before there was a choice: of searches alone, and all.
+OF_SEARCHES = {
     "search_loss": PAPER.loss,
     "search_transform": PAPER.transform,
     "init": PAPER.start,
@@ -30,10 +30,12 @@ EARLIER = {
     "search": PAPER.method,
     "compile_merging": False,
 }
+EARLIER = {**OF_SEARCHES, "exif": False}
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
 FREE = (
     *("output_dir", "resume", "save", "print_freq", "quiet", "num_workers", "pin_mem", "device", "tensorboard"),
+    "skip_unreadable",  # what a training that met such a file goes on with
     *("data_path", "checkpoint", "finetune", "dense", "compile", "compression_rate_file"),
     *("load_compression_rate", "target_flops", "scale_compression_rate"),  # the kept counts themselves are held
     *("target_speedup", "target_latency", "latency_batch", "latency_precision", "latency_file"),
@@ -84,6 +86,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
         "init": settings.recipe.start,
         "budget": search.budget,
         "search": settings.recipe.method,
+        "exif": settings.data.exif,
     }
 
 
@@ -111,7 +114,7 @@ def training_flags(
     """
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
     del flags["batch_sizes"]  # a list only for benchmarks
-    for name in EARLIER:  # of searches alone
+    for name in OF_SEARCHES:
         flags.pop(name)
     kept = [list(counts or ()) for counts in model.get_kept_num()]
     started = {} if teacher is None else {STARTED: digest(teacher)}

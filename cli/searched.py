@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from torch import nn
 
 import diffrate
-from cli.data import check_same_classes, eval_dataset, eval_loader, part_loader, search_dataset, train_loader
+from cli.data import (
+    check_same_classes,
+    eval_dataset,
+    eval_loader,
+    part_loader,
+    search_dataset,
+    train_loader,
+    warn_of_turned,
+)
 from cli.entry import chosen_entry, input_size_of
 from cli.model import plain_model
 from cli.recipe import with_recipe
@@ -86,6 +94,7 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     if settings.search.loss == SearchSettings.loss:
         assert val is not None
         check_same_classes(train, val)
+    warn_of_turned(settings, runtime, train, *([] if val is None else [val]))
     return Searched(
         settings,
         entry,

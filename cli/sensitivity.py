@@ -9,7 +9,7 @@ from typing import Any
 
 import diffrate
 from benchmarks.tables import table
-from cli.data import calibration_dataset, eval_loader
+from cli.data import calibration_dataset, eval_loader, warn_of_turned
 from cli.entry import chosen_entry, patched
 from cli.inference import for_inference
 from cli.model import plain_model
@@ -53,6 +53,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     entry = chosen_entry(settings.model)
     check_inputs(settings, entry)
     dataset = calibration_dataset(settings, entry, images)  # before anything is downloaded
+    warn_of_turned(settings, runtime, dataset)
     if settings.model.checkpoint == OFFICIAL:
         _check_digits(settings, entry, entry.num_classes)
     weights = read_weights(settings.model, entry, runtime)

@@ -54,7 +54,10 @@ class Target:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images."""
+    """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images.
+
+    exif: turn images as it says. skip_unreadable: go on without files that cannot be read.
+    """
 
     data_set: str
     path: str | None
@@ -62,6 +65,8 @@ class DataSettings:
     batch_sizes: tuple[int, ...]
     workers: int | None
     pin_memory: bool
+    exif: bool
+    skip_unreadable: bool
 
     @property
     def batch_size(self) -> int:
@@ -186,6 +191,8 @@ def settings_from(args: Namespace) -> Settings:
             batch_sizes=tuple(args.batch_sizes or ()),
             workers=args.num_workers,
             pin_memory=args.pin_mem,
+            exif=args.exif,
+            skip_unreadable=args.skip_unreadable,
         ),
         model=ModelSettings(
             name=args.model,

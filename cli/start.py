@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 
 import torch
@@ -9,7 +10,7 @@ import torch
 import diffrate
 import models
 from cli.settings import SEARCH, Settings
-from datasets import DataError
+from datasets import DataError, listed
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.uniform import BaselineError
 from diffrate.running.allocator import keep_freed_memory
@@ -22,6 +23,7 @@ from reporting.log import setup_logging
 from reporting.progress import bar_fits
 from utils import STOPPED, StopRequestedError, UsageError, make_output_dir
 
+log = logging.getLogger(__name__)
 # The file of each mode in this folder: only that of the one that is asked for is imported.
 MODES = {
     "eval": "evaluate",
@@ -63,7 +65,12 @@ def run(settings: Settings) -> None:
     processes = processes_from_environment()
     runtime = _runtime(settings, processes)
     with process_group(processes, runtime.device):
-        import_module(f"cli.{MODES[settings.run.mode]}").run(settings, runtime)
+        try:
+            import_module(f"cli.{MODES[settings.run.mode]}").run(settings, runtime)
+        finally:
+            if runtime.unreadable:
+                files = list(runtime.unreadable)
+                log.warning("left out %d images that cannot be read: %s", len(files), listed(files))
         if settings.run.mode not in WITHOUT_PLOTS and runtime.writes:
             from drawing.plot_folder import plot_run  # half a second of matplotlib
 
@@ -77,6 +84,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, NAMED_LIKE_FLAGS):
         return f"error: --{line}", 2
     if isinstance(error, INPUT_ERRORS):
+        return f"error: {line}", 2
+    if line.startswith("loader: found"):  # fewer batches than the library needs: the rest cannot be read
         return f"error: {line}", 2
     if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when one dies
         return f"error: loading: {line}", 2

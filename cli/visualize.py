@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
-from PIL import ImageOps
-
 import diffrate
 from cli.entry import chosen_entry, view_of
 from cli.named import named_model
@@ -72,8 +70,7 @@ def _seen(
     """Every image, read and run in batches."""
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
-        # Turned upright as their camera says: people look at them.
-        photographs = [ImageOps.exif_transpose(load_image(path)) for path in batch]
+        photographs = [load_image(path) for path in batch]
         with runtime.autocast():
             pictures = see(model, photographs, view)
         yield from zip(batch, pictures, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Runtime:
     board: Any = None
     dtype: torch.dtype = torch.float32  # of images, and of weights at rest
     bar: bool = False  # whether progress is a bar on the terminal
+    unreadable: dict[str, None] = field(default_factory=dict)  # files left out so far, in order: a set has none
 
     def inside(self, name: str) -> Runtime:
         """The same with a folder `name` in the output folder for its own."""

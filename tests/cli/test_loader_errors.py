@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -12,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import cli.data
 import diffrate
+from datasets import ImageLoader, Samples, SeededSamples, build_dataset
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import PLAIN
 from tests.cli.test_search import MODEL, words
 from tests.conftest import Cli, write_image
+from tests.forked import two_mains
+from training.transforms import View, eval_transform
 
 STRANGE = (47, 47)  # pixels of the image that transforms choke on
 # Loader processes run what is patched here only where they are forked.
@@ -187,3 +192,116 @@ def test_images_of_odd_names(name: str, workers: int, cli: Cli, image_folder: Pa
     (image_folder / "val" / "dog" / name).write_bytes(b"no picture")
     result = cli(*command("eval", image_folder, tmp_path), "--num_workers", workers)
     check(result, f"{name.splitlines()[-1]}: cannot be read")
+
+
+def damage(folder: Path, split: str) -> list[Path]:
+    """Two files of the split that cannot be read."""
+    bad = [folder / split / "dog" / f"{index}.jpg" for index in (0, 1)]
+    for path in bad:
+        path.write_bytes(b"no picture")
+    return bad
+
+
+def left_out(out: str) -> list[str]:
+    return [line.split("left out ")[1] for line in out.splitlines() if "left out " in line]
+
+
+@WORKERS
+@pytest.mark.parametrize("size", [1, 4])
+def test_evaluation_goes_on_without_what_cannot_be_read(
+    size: int, workers: int, cli: Cli, image_folder: Path, tmp_path: Path
+) -> None:
+    """Also where all of a batch is."""
+    bad = damage(image_folder, "val")
+    words = ["--batch-size", size, "--num_workers", workers, "--skip-unreadable", "--output_dir", tmp_path / "out"]
+    code, out, err = cli(*command("eval", image_folder, tmp_path), *words)
+    assert (code, err) == (0, "")
+    assert left_out(out) == [f"2 images that cannot be read: {bad[0]}, {bad[1]}"]
+    assert json.loads((tmp_path / "out" / "log.txt").read_text())["images"] == 7
+
+
+@WORKERS
+@pytest.mark.parametrize("mode", ["search", "finetune"])
+def test_training_takes_the_next_image(
+    mode: str, workers: int, cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = damage(image_folder, "train")
+    result = cli(*command(mode, image_folder, tmp_path / "ends"), "--num_workers", workers)
+    check(result, "cannot be read")
+    sizes, original = [], ImageLoader.batches_from
+
+    def noted(loader: Any, epoch: int, batch: int) -> Iterator[Any]:
+        for images, labels in original(loader, epoch, batch):
+            sizes.append((len(images) == loader.batch_size, len(labels) == loader.batch_size))
+            yield images, labels
+
+    monkeypatch.setattr(ImageLoader, "batches_from", noted)
+    words = ["--num_workers", workers, "--skip-unreadable"]
+    code, out, err = cli(*command(mode, image_folder, tmp_path / "out"), *words)
+    assert (code, err) == (0, "")
+    assert sizes
+    assert set(sizes) == {(True, True)}
+    assert [sorted(line.split(": ")[1].split(", ")) for line in left_out(out)] == [[str(path) for path in bad]]
+
+
+def test_the_next_image_is_the_one_after(image_folder: Path) -> None:
+    damage(image_folder, "train")
+    dataset = build_dataset("IMNET", image_folder, "train", eval_transform(View(8, 1.0)))
+    samples = SeededSamples(dataset, skip=True)
+    found = samples[4, 0]
+    assert found.files == tuple(str(image_folder / "train" / "dog" / f"{index}.jpg") for index in (0, 1))
+    assert torch.equal(found.instead[0], samples[6, 0][0])
+
+
+def test_images_that_vanish_are_left_out(image_folder: Path) -> None:
+    samples = Samples(build_dataset("IMNET", image_folder, "val", eval_transform(View(8, 1.0))), skip=True)
+    (image_folder / "val" / "emu" / "2.jpg").unlink()
+    unreadable: dict[str, None] = {}
+    batches = list(ImageLoader(samples, unreadable, batch_size=4))
+    assert [len(images) for images, _ in batches] == [4, 4]
+    assert list(unreadable) == [str(image_folder / "val" / "emu" / "2.jpg")]
+
+
+@pytest.mark.parametrize("mode", ["eval", "search", "finetune", "--sensitivity"])
+def test_where_nothing_can_be_read(mode: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    for path in image_folder.rglob("*.jpg"):
+        path.write_bytes(b"no picture")
+    words = command(mode, image_folder, tmp_path / "out")
+    result = cli(*(["--sensitivity", *words[1:]] if mode == "--sensitivity" else words), "--skip-unreadable")
+    check(result, "accepted: ")
+    if mode in ("eval", "--sensitivity"):
+        (said,) = left_out(result[1])
+        assert said.endswith("and 2 more") == (mode != "eval")
+
+
+@pytest.mark.parametrize("mode", ["eval", "search"])
+def test_two_processes_leave_out_what_cannot_be_read(mode: str, image_folder: Path, tmp_path: Path) -> None:
+    bad = damage(image_folder, "val" if mode == "eval" else "train")
+    words = command(mode, image_folder, tmp_path)
+    ended = two_mains(tmp_path, *words, "--skip-unreadable", "--output_dir", tmp_path / "out")
+    assert [(done.code, done.err) for done in ended] == [(0, ""), (0, "")]
+    told = " ".join(line for done in ended for line in left_out(done.out))
+    assert all(str(path) in told for path in bad)
+
+
+@pytest.mark.parametrize(("mode", "split"), [("eval", "val"), ("search", "train"), ("finetune", "val")])
+def test_turned_images_are_told_of_once(mode: str, split: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 40)).save(image_folder / split / "dog" / "1.jpg", exif=exif)
+    Image.new("RGB", (50, 40)).save(image_folder / split / "dog" / "2.jpg", exif=b"Exif\0\0nonsense")
+    words = [*command(mode, image_folder, tmp_path / "out"), "--num_workers", 0]
+    code, out, err = cli(*words)
+    assert (code, err) == (0, "")
+    assert out.count("EXIF") == 1
+    assert f"1 of the first {9 if split == 'val' else 12} images carry an EXIF orientation" in out
+    again = [tmp_path / "again" if word == tmp_path / "out" else word for word in words]
+    code, out, err = cli(*again, "--exif")
+    assert (code, err, out.count("EXIF")) == (0, "", 0)
+
+
+def test_a_training_goes_on_with_its_images_as_they_lay(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    words = [*command("finetune", image_folder, tmp_path / "out"), "--num_workers", 0]
+    assert cli(*words)[0] == 0
+    check(cli(*words, "--resume", "auto", "--exif"), "was made with --exif False; accepted: True")
+    assert cli(*words, "--resume", "auto", "--skip-unreadable")[0] == 0

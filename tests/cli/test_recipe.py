@@ -17,7 +17,7 @@ from tests.cli.test_eval import PROJECT
 from tests.cli.test_finetune import FULL, records
 from tests.conftest import Cli
 from training.settings import Augmentation
-from training.transforms import View, train_transform
+from training.transforms import View, _posterize, train_transform
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 SIDES = (64, 80, 100)  # pixels of what is cut out of them
@@ -67,9 +67,10 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
 
 
 def test_posterizing_to_no_bits_is_black() -> None:
-    """Refused from Pillow 13 on, which requirements.txt leaves out for it."""
+    """Also from Pillow 13 on, which refuses it."""
     cutting = cuttings("chelsea", 1)[0]
-    assert ImageOps.posterize(cutting, 0).getextrema() == ((0, 0),) * 3
+    assert _posterize(cutting, 0).getextrema() == ((0, 0),) * 3
+    assert _posterize(cutting, 1).tobytes() == ImageOps.posterize(cutting, 1).tobytes()
 
 
 def test_three_thousand_views(asked: Callable[[], list[int]]) -> None:

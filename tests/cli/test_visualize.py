@@ -116,6 +116,24 @@ def test_pictures_of_any_file(cli: Cli, tmp_path: Path) -> None:
     assert text.count("->") == len(files)
 
 
+def test_turned_pictures_are_drawn_upright(cli: Cli, tmp_path: Path) -> None:
+    """As one that was saved upright, and a transparent one as on white."""
+    image, exif = Image.new("RGB", (40, 40), "white"), Image.Exif()
+    image.paste("black", (0, 0, 20, 10))
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    image.save(tmp_path / "lying.png", exif=exif)
+    mask = image.convert("L").point(lambda value: 255 - value)
+    clear = Image.composite(image, Image.new("RGB", image.size, "red"), mask)
+    clear.putalpha(mask)
+    clear.save(tmp_path / "clear.png", exif=exif)
+    files = [tmp_path / f"{name}.png" for name in ("upright", "lying", "clear")]
+    words = ("--visualize", *files, "--load_compression_rate", "--output_dir", tmp_path / "out")
+    assert cli(*words)[0] == 0
+    drawn = [Image.open(tmp_path / "out" / f"{file.stem}_tokens.png").tobytes() for file in files]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 def test_a_photograph_on_a_full_size_model(cli: Cli, tmp_path: Path) -> None:
     photograph = PROJECT / "figures" / "chelsea.jpg"
     model = ("--model", "vit_deit_tiny_patch16_224", "--checkpoint", "scratch")
