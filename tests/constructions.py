@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ _SIZED = _SMALL | {"img_size": SIDE, "patch_size": 8}
 _NAFLEX = _SMALL | {"patch_size": 8, "pos_embed_grid_size": (3, 3)}  # interpolated to the grid of 4 x 4
 
 # timm's name, and what makes it small; the grid is 4 x 4, of stems that pool 2 x 2 or more.
-CONSTRUCTIONS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
+_ALL: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
     {
         "class_token": ("vit_tiny_patch16_224", _SIZED),
         "class_token_avg": ("vit_tiny_patch16_224", _SIZED | {"global_pool": "avg"}),
@@ -79,6 +81,16 @@ CONSTRUCTIONS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
         "naflex_rope": ("naflexvit_base_patch16_gap", _NAFLEX | {"rope_type": "axial"}),
         "naflex_rope_mixed": ("naflexvit_base_patch16_gap", _NAFLEX | {"rope_type": "mixed"}),
         "naflex_factorised": ("naflexvit_base_patch16_parfac_gap", _NAFLEX),
+    }
+)
+
+_MULTIMODAL = "rope_mrope_section" in signature(Eva).parameters
+# Those that the installed timm has.
+CONSTRUCTIONS = MappingProxyType(
+    {
+        name: (architecture, options)
+        for name, (architecture, options) in _ALL.items()
+        if timm.is_model(architecture) and (_MULTIMODAL or "rope_mrope_section" not in options)
     }
 )
 
