@@ -1,1 +1,1 @@
-"""What `--benchmark` measures: each measurement beside its rows, and tables of rows."""
+"""What `--benchmark` measures, and what can only be known on a GPU: each measurement beside its rows, and tables."""

@@ -1,4 +1,4 @@
-"""Rows of figures as a table for readers, and as JSON and CSV for programs."""
+"""Rows of figures as a table for readers, plain or in Markdown, and as JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ def table(rows: Sequence[Any], headings: Mapping[str, str]) -> list[str]:
 
     A field whose heading ends in `%` is a share of 1.
     """
-    lines = [list(headings.values())]
-    lines += [[_cell(getattr(row, name), heading) for name, heading in headings.items()] for row in rows]
+    lines = _cells(rows, headings)
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def markdown(rows: Sequence[Any], headings: Mapping[str, str]) -> list[str]:
+    """The same as a table of Markdown."""
+    first, *others = (f"| {' | '.join(line)} |" for line in _cells(rows, headings))
+    return [first, "|" + "---|" * len(headings), *others]
 
 
 def write_rows(rows: Sequence[Any], folder: Path, name: str) -> None:
@@ -35,6 +40,11 @@ def write_rows(rows: Sequence[Any], folder: Path, name: str) -> None:
     writer.writerows(content)
     with whole_file(folder / f"{name}.csv") as file:
         file.write(text.getvalue().encode())
+
+
+def _cells(rows: Sequence[Any], headings: Mapping[str, str]) -> list[list[str]]:
+    lines = [[_cell(getattr(row, name), heading) for name, heading in headings.items()] for row in rows]
+    return [list(headings.values()), *lines]
 
 
 def _cell(value: Any, heading: str) -> str:

@@ -111,16 +111,22 @@ def test_an_impossible_granularity_is_refused() -> None:
         diffrate.patch.deit(plain("deit"), prune_granularity=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_searches(family: str) -> None:
-    """A step gives every rate a gradient, and costs what the evaluated schedule costs."""
+def falling(family: str) -> diffrate.CompressedModel:
+    """Searching, at falling counts, so that every block reduces."""
     torch.manual_seed(0)
     model = getattr(diffrate.patch, family)(plain(family), 4, 4).train()
-    with torch.no_grad():  # falling counts, so that every block reduces
+    with torch.no_grad():
         for block in model.compression.space.searchable:
             for offset, kind in enumerate(model.compression.space.kinds):
                 rate = model.compression.get_parameter(f"{kind}{block}")
                 rate[min(len(rate) - 2, 2 * block + offset)] = 9
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_searches(family: str) -> None:
+    """A step gives every rate a gradient, and costs what the evaluated schedule costs."""
+    model = falling(family)
     logits, flops = model(recipe_weights.images(2, IMAGE_SIZE[family]).float())
     assert logits.isfinite().all()
     (F.cross_entropy(logits, torch.tensor([1, 3])) + flops / 1e9).backward()
