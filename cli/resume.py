@@ -29,6 +29,7 @@ EARLIER = {
     "budget": PAPER.budget,
     "search": PAPER.method,
     "compile_merging": False,
+    "multi_label": False,
 }
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
@@ -84,6 +85,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
         "init": settings.recipe.start,
         "budget": search.budget,
         "search": settings.recipe.method,
+        "multi_label": settings.model.multi_label,
     }
 
 

@@ -52,6 +52,7 @@ INPUT_ERRORS = (
     diffrate.ExportError,
     diffrate.SearchCheckpointError,
     diffrate.NonFiniteLossError,
+    diffrate.ScoresError,
     SearchSettingError,
     diffrate.LatencyFileError,
 )
