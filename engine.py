@@ -34,16 +34,23 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: nn.Module, loader: ImageLoader, runtime: Runtime, between: Callable[[], None] | None = None
+    model: nn.Module,
+    loader: ImageLoader,
+    runtime: Runtime,
+    between: Callable[[], None] | None = None,
+    multi_label: bool = False,
 ) -> diffrate.Scores:
     """`diffrate.evaluate` with progress; `between` is called after each batch.
 
     Raises:
         DataError: an image cannot be read.
         NonFiniteLossError: the loss is no number.
+        ScoresError: as `diffrate.evaluate`.
     """
     shown = shown_scores(loader, runtime, between)
-    scores = diffrate.evaluate(model, loader, device=runtime.device, precision=runtime.amp, callback=shown)
+    scores = diffrate.evaluate(
+        model, loader, multi_label=multi_label, device=runtime.device, precision=runtime.amp, callback=shown
+    )
     if not math.isfinite(scores.loss):
         raise diffrate.NonFiniteLossError(
             f"the loss is {scores.loss} on the validation images; accepted: weights, and a precision, that give numbers"
@@ -58,7 +65,7 @@ def shown_scores(loader: ImageLoader, runtime: Runtime, between: Callable[[], No
     def show(tally: Tally) -> None:
         if between is not None:
             between()
-        progress.advance(lambda: _so_far(tally.scores()))
+        progress.advance(lambda: _so_far(tally))
 
     return show
 
@@ -134,8 +141,9 @@ def finetune(
                 record["ema_acc1"] = evaluate(recipe.ema.module, training.val, runtime, between).acc1
             named = {"mode": "finetune", "model": flags["model"], "epoch": state.epoch}
             runtime.record(record | named | scores.record(model.flops()))
-            better = state.best is None or scores.acc1 > state.best
-            state.best = scores.acc1 if better else state.best
+            reached = scores.ranked[1]
+            better = state.best is None or reached > state.best
+            state.best = reached if better else state.best
             state.epoch, state.step, state.losses = state.epoch + 1, 0, 0.0
             checkpoint.save()
             if better:
@@ -233,7 +241,10 @@ def _teacher(training: Training) -> Teacher | None:
     return Teacher(compile_model(model) if training.compiled else model, weight)
 
 
-def _so_far(scores: diffrate.Scores) -> str:
+def _so_far(tally: Tally) -> str:
+    if tally.kept:  # all that was kept makes the other figures, which takes time
+        return f"loss {tally.loss:.4f}"
+    scores = tally.scores()
     return f"loss {scores.loss:.4f}  acc@1 {scores.acc1:.3f}  acc@5 {scores.acc5:.3f}"
 
 

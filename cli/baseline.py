@@ -49,7 +49,8 @@ def _score(settings: Settings, runtime: Runtime) -> None:
         with generators_kept():
             schedule, speed = aim.goal.confirmed(model, first, runtime.device, again)
         model.set_kept_num(schedule.prune, schedule.merge)
-        report(f"baseline {kind}", trained.entry, model, evaluate(model, loader, runtime), runtime)
+        scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
+        report(f"baseline {kind}", trained.entry, model, scores, runtime)
         if speed is not None:
             log.info(speed.line())
         save_schedules(settings, trained.entry, aim.named(model, schedule), schedule, runtime)

@@ -21,5 +21,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     use_searched(model, settings, trained.entry, runtime)
     save_model(settings, trained.entry, model, trained.classes, runtime)  # before its weights change precision
     running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
-    scores = evaluate(running, eval_loader(trained.val, settings, runtime), inside)
+    scores = evaluate(
+        running, eval_loader(trained.val, settings, runtime), inside, multi_label=settings.model.multi_label
+    )
     report("eval", trained.entry, model, scores, runtime)

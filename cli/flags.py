@@ -278,6 +278,8 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
     if args.resume and mode != SEARCH and mode != "finetune" and (args.load_compression_rate or args.dense):
         other = "--dense" if args.dense else "--load_compression_rate"
         raise UsageError(f"--resume and {other} name two schedules; accepted: one of them")
+    if args.multi_label and mode not in (SEARCH, "eval", "baseline", "sensitivity"):
+        raise UsageError("--multi-label goes with a search, --eval, --baseline and --sensitivity")
     if args.distill and mode != "finetune":
         raise UsageError("--distill goes with --finetune")
     if args.distill and args.checkpoint == FROM_SCRATCH:
@@ -451,6 +453,12 @@ def _add_model_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--export-normalize", action="store_true", help="let the file of --export take RGB in 0..1, and normalise it"
+    )
+    group.add_argument(
+        "--multi-label",
+        action="store_true",
+        help="outputs stand for labels of their own, by a sigmoid each: losses are binary cross-entropies, and scores "
+        "mean average precisions",
     )
     group.add_argument("--dense", action="store_true", help="keep all tokens, whatever the checkpoint was trained at")
     group.add_argument(

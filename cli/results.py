@@ -100,9 +100,9 @@ def log_found(
         runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
         uniform = {"target_gflops": target, "uniform": _uniform(compressed, budget)}
         runtime.append(_record("found", entry, compressed, schedule, reached) | uniform, FOUND)
-        top1 = reached.acc1 - dense.acc1
+        (name, now), (_, before) = reached.ranked, dense.ranked
         log.info("dense: %s", dense.line(whole))
-        log.info("found: %s (%.0f %% of dense, top-1 %+.3f)", reached.line(flops), 100 * flops / whole, top1)
+        log.info("found: %s (%.0f %% of dense, %s %+.3f)", reached.line(flops), 100 * flops / whole, name, now - before)
     if found.speed is not None:
         runtime.record({"mode": "speed", "model": entry.name, **asdict(found.speed)})
         log.info(found.speed.line())

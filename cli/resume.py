@@ -29,6 +29,7 @@ OF_SEARCHES = {
     "budget": PAPER.budget,
     "search": PAPER.method,
     "compile_merging": False,
+    "multi_label": False,
 }
 EARLIER = {**OF_SEARCHES, "exif": False}
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
         "budget": search.budget,
         "search": settings.recipe.method,
         "exif": settings.data.exif,
+        "multi_label": settings.model.multi_label,
     }
 
 

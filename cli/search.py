@@ -55,7 +55,8 @@ def _search_one(aim: Aim, several: bool, searched: Searched, model: diffrate.Com
         check_search(resume, identity)
     fresh = resume is None and method != "calibrated"
     start = start_of(searched, model, aim.goal.budget, runtime) if fresh else None
-    accumulate = search.accumulate
+    accumulate, multi_label = search.accumulate, settings.model.multi_label
+    softmax = not multi_label and model.num_classes != 1
     with StopSignals() as signals:
         found = diffrate.search(
             model,
@@ -69,8 +70,9 @@ def _search_one(aim: Aim, several: bool, searched: Searched, model: diffrate.Com
             calibration=searched.calibration,
             minutes=settings.recipe.minutes,
             trials=TrialReporter(inner, signals),
-            criterion=build_criterion(settings.mixing) if labelled else None,
+            criterion=build_criterion(settings.mixing) if labelled and softmax else None,
             loss=search.loss,
+            multi_label=multi_label,
             budget=search.budget,
             mixup=build_mixup(settings.mixing, model.num_classes),
             flops_loss=search.flops_loss,
@@ -91,21 +93,21 @@ def _search_one(aim: Aim, several: bool, searched: Searched, model: diffrate.Com
         )
     target = aim.named(model, found.schedule)
     file = save_schedules(settings, entry, target, found.schedule, runtime)
-    scores = None if val is None else _scores(model, found, val, runtime)
+    scores = None if val is None else _scores(model, found, val, runtime, multi_label)
     apart = None if found.calibrated is None else log_calibrated(found.calibrated, inner)
     if not labelled and (found.calibrated is None or found.schedule != found.calibrated.schedule):
-        apart = losses_at(model, [found.schedule], searched.part, runtime.amp)[0]
+        apart = losses_at(model, [found.schedule], searched.part, runtime.amp, multi_label)[0]
     save_model(settings, entry, model, searched.classes, runtime)
     log_found(settings, entry, target, aim.goal.budget, model, found, scores, file, runtime, apart)
 
 
 def _scores(
-    model: diffrate.CompressedModel, found: diffrate.Found, val: ImageLoader, runtime: Runtime
+    model: diffrate.CompressedModel, found: diffrate.Found, val: ImageLoader, runtime: Runtime, multi_label: bool
 ) -> tuple[diffrate.Scores, diffrate.Scores]:
     """Of the model at what was found, where it is left, and of the dense one."""
-    scores = found.scores or evaluate(model, val, runtime)
+    scores = found.scores or evaluate(model, val, runtime, multi_label=multi_label)
     dense = model.dense_schedule()
     model.set_kept_num(dense.prune, dense.merge)
-    whole = evaluate(model, val, runtime)
+    whole = evaluate(model, val, runtime, multi_label=multi_label)
     model.set_kept_num(found.schedule.prune, found.schedule.merge)
     return scores, whole

@@ -113,7 +113,7 @@ def start_of(searched: Searched, model: diffrate.CompressedModel, budget: Budget
     """Where the search of `model` for `budget` begins, None for all candidates alike."""
     settings = searched.settings
     if settings.recipe.start == "uniform":
-        return best_uniform(model, budget, searched.part, runtime.amp)
+        return best_uniform(model, budget, searched.part, runtime.amp, settings.model.multi_label)
     named = start_schedule(settings.model, searched.entry, model)
     return None if named is None else named.schedule
 

@@ -67,6 +67,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     found = diffrate.sensitivity(
         running,
         loader,
+        multi_label=settings.model.multi_label,
         device=inside.device,
         precision=inside.amp,
         callback=lambda block: progress.advance(lambda: f"block {block}"),

@@ -54,6 +54,7 @@ INPUT_ERRORS = (
     diffrate.ExportError,
     diffrate.SearchCheckpointError,
     diffrate.NonFiniteLossError,
+    diffrate.ScoresError,
     SearchSettingError,
     diffrate.LatencyFileError,
 )

@@ -14,7 +14,7 @@ from .latency.table import LatencyTable
 from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
-from .running.evaluation import Scores, Tally, evaluate
+from .running.evaluation import Scores, ScoresError, Tally, evaluate
 from .running.merging import compile_merging
 from .running.merging_code import MergingCompileError
 from .running.speed import Speed, benchmark
@@ -53,6 +53,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Scores",
+    "ScoresError",
     "SearchCheckpointError",
     "SearchSettingError",
     "Sensitivity",

@@ -55,6 +55,15 @@ def made_by_first(make: Callable[[], Made]) -> Made:
     return made
 
 
+def all_parts(part: Any) -> list[Any]:
+    """The `part` of every process, in their order; for a single one its own alone."""
+    if not _joined():
+        return [part]
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
 def least(value: int, device: torch.device) -> int:
     """The smallest `value` of all processes, which meet on `device`."""
     if not _joined():

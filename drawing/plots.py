@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 def accuracy_figure(records: Sequence[Record]) -> Figure | None:
     """Top-1 against GFLOPs of every model that was scored, a panel per architecture."""
-    scored = [(record, kind) for record in records if (kind := _kind(record)) is not None]
+    scored = [(record, kind) for record in records if "acc1" in record and (kind := _kind(record)) is not None]
     names = sorted({record["model"] for record, _ in scored})
     if not names:
         return None

@@ -225,7 +225,7 @@ class CompressedModel(nn.Module):
 
         Raises:
             TypeError: the images are no tensor.
-            ValueError: they make another grid of tokens than the model was patched for.
+            ValueError: they have no four dimensions, or make another grid of tokens than the model was patched for.
             UnsupportedModelError: parts of the model were replaced since it was patched.
         """
         if not in_graph():
@@ -259,6 +259,8 @@ class CompressedModel(nn.Module):
         """Refuse images of another grid of tokens, as `enter` does."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images: found {type(images).__name__}; accepted: a tensor [B, channels, H, W]")
+        if images.ndim != 4:
+            raise ValueError(f"images: found the shape {list(images.shape)}; accepted: [B, channels, H, W]")
         height, width = images.shape[-2:]
         found = self.grid_at((height, width))
         if found != self.token_grid:

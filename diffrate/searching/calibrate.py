@@ -20,7 +20,7 @@ from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import Place
 from diffrate.searching.calibrated import FINALISTS, CalibratedSearch, TrialRecord, Trials
 from diffrate.searching.calibration import Calibration, gather_images
-from diffrate.searching.checkpoint import KIND, SearchCheckpointError, plain_row, read_checkpoint
+from diffrate.searching.checkpoint import EARLIER, KIND, SearchCheckpointError, plain_row, read_checkpoint
 from diffrate.searching.moves import Moves
 from diffrate.searching.teacher import Teacher
 
@@ -87,6 +87,7 @@ def calibrate(
     place: Place,
     *,
     loss: str = "distill",
+    multi_label: bool = False,
     precision: torch.dtype | None = None,
     given: Mapping[str, Schedule] | None = None,
     observer: CalibrationObserver | None = None,
@@ -101,6 +102,7 @@ def calibrate(
 
     Raises:
         SearchCheckpointError: `resume` is another search's.
+        SearchSettingError: as `CalibratedSearch.run`.
         ValueError: fewer than two images, or no schedule to start from.
     """
     observer, told = observer or CalibrationObserver(), []
@@ -112,7 +114,7 @@ def calibrate(
         count, held = len(images), _held_back(len(images))
         searched_on, chosen_on = images[~held], images[held]
         del images  # they are large
-        teacher = Teacher(model, loss)
+        teacher = Teacher(model, loss, multi_label)
         ready = time.monotonic()
         calibration = Calibration(teacher, searched_on, place, precision)
         speed = calibration.work / max(1e-9, time.monotonic() - ready)
@@ -122,7 +124,8 @@ def calibrate(
             starts |= _given(resume)
         choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * target / cost(model.dense_schedule()))
         work = _work(plan, calibration, choosing, speed, place)
-        setting = {"seed": plan.seed, "images": count, "target": target, "loss": loss, "work": plan.work}
+        setting = {"seed": plan.seed, "images": count, "target": target, "work": plan.work}
+        setting |= {"loss": loss, "multi_label": multi_label}
         saved = None if resume is None else _read(resume, setting)
         observer.on_plan(count, work, speed)
         search = CalibratedSearch(moves, calibration, work - choosing, plan.seed, saved)
@@ -138,7 +141,7 @@ def calibrate(
 
         found = search.run(list(starts.values()), after, save)
         searched = time.monotonic()
-        chooser = Calibration(teacher, chosen_on, place, precision)
+        chooser = Calibration(teacher, chosen_on, place, precision, calibration.spread)
         candidates = [(CALIBRATED, schedule) for schedule in found] + list(starts.items())
         losses = [(name, chooser.mean(schedule)) for name, schedule in candidates]
     best = min(range(len(losses)), key=lambda place: losses[place][1])
@@ -220,7 +223,7 @@ def _read(path: Path, setting: Mapping[str, Any]) -> Trials:
     if content is None:
         raise SearchCheckpointError(f"{path}: found a gradient search's; accepted: the checkpoint of a calibrated one")
     for name, expected in setting.items():
-        found = content["setting"].get(name)
+        found = content["setting"].get(name, EARLIER.get(name))
         if found != expected:
             raise SearchCheckpointError(
                 f"{path}: was made with {name} {found}; accepted: {expected}, as in this search"

@@ -20,6 +20,7 @@ from diffrate.budgets.schedule import Schedule
 from diffrate.group import from_first
 from diffrate.searching.calibration import Calibration, Draw, Reference
 from diffrate.searching.moves import Counts, Moves
+from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.surrogate import Surrogate
 from diffrate.seeds import step_seed
 
@@ -98,6 +99,10 @@ class CalibratedSearch:
 
         `after` is called with a record after each round, `save` with all that is needed to go on; either may raise
         to end the search.
+
+        Raises:
+            SearchSettingError: the first schedules all come to the same loss.
+            ValueError: none of `starts` can be brought onto the budget.
         """
         if not self.trials.measured:
             self._begin(starts)
@@ -147,6 +152,12 @@ class CalibratedSearch:
         for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
             if counts != best:
                 self._measure(counts, rng)
+        tried = {counts for counts, _, _ in trials.measured}
+        if len(tried) > 1 and all(value == 0 for _, value, _ in trials.measured):
+            raise SearchSettingError(
+                f"loss: found {min(losses):.6g} for each of {len(tried)} schedules; accepted: a model, and a loss, "
+                "that tell schedules apart"
+            )
         trials.improved = self.calibration.work
         self._fit()
 

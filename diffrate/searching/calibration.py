@@ -19,8 +19,9 @@ from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.group import all_sum, world
 from diffrate.patch.base import CompressedModel
+from diffrate.running.batch import images_of
 from diffrate.running.precision import Place, autocast
-from diffrate.searching.teacher import Teacher, images_of
+from diffrate.searching.teacher import Teacher, spread_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
 IMAGE_BYTES = 2**31  # of images
@@ -42,7 +43,7 @@ def gather_images(loader: Iterable[Any], count: int) -> Tensor:
     cpu, found, there = Place(torch.device("cpu"), torch.float32), [], 0
     for batch in loader:
         images = images_of(batch, cpu)
-        most = images_that_fit(images[0].numel(), count)
+        most = images_that_fit(images.shape[1:].numel(), count)
         found.append(images[: max(0, most - there)])
         there += len(found[-1])
         if there >= most:
@@ -63,10 +64,19 @@ class Draw:
 class Calibration:
     """`images` `[M, 3, H, W]`, and what the dense model makes of them.
 
+    spread: what squared errors of a head with one output are relative to, by default the variance of the dense
+    outputs over the images of all processes; 1 for all other heads.
     work: forward passes so far, in those of the dense model on one image, over all processes.
     """
 
-    def __init__(self, teacher: Teacher, images: Tensor, place: Place, precision: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        images: Tensor,
+        place: Place,
+        precision: torch.dtype | None,
+        spread: float | None = None,
+    ) -> None:
         self.model: CompressedModel = teacher.model
         self.teacher, self.images, self.place, self.precision = teacher, images, place, precision
         self.dense = self.model.flops_at(self.model.dense_schedule())
@@ -77,6 +87,7 @@ class Calibration:
             with torch.inference_mode(), autocast(place.device, precision):
                 parts.append(teacher.taught(self._to(part)).cpu())
         self.taught = torch.cat(parts)
+        self.spread = spread_of(teacher.moments(self.taught).to(place.device)) if spread is None else spread
         self._worked(len(images), 1.0)
 
     def whole(self) -> Tensor:
@@ -133,7 +144,7 @@ class Calibration:
                 start, states = 0, []
                 outputs = self.teacher.at(images, schedule)
             apart = self.teacher.apart(outputs, self.taught[index].to(outputs.device))
-        losses = apart.float().cpu()
+        losses = apart.float().cpu() / self.spread
         self.felt.index_add_(0, index, losses)
         self.seen.index_add_(0, index, torch.ones(len(index)))
         self._worked(len(index), self._share(schedule, start))

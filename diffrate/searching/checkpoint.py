@@ -18,7 +18,7 @@ from diffrate.searching.multiplier import Multiplier
 from diffrate.searching.settings import Course
 
 KIND = "search"
-EARLIER = {"loss": "labels", "budget": "penalty"}  # of files from before there was a choice
+EARLIER = {"loss": "labels", "budget": "penalty", "multi_label": False}  # of files from before there was a choice
 
 
 class SearchCheckpointError(ValueError):

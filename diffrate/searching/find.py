@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.budget import Budget
@@ -25,7 +26,15 @@ from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.state import CompressionState
 from diffrate.rates.rate import RateError
-from diffrate.running.evaluation import Batches, Scores, evaluate, modes_kept
+from diffrate.running.evaluation import (
+    Batches,
+    Scores,
+    Tally,
+    class_indices,
+    evaluate,
+    modes_kept,
+    multi_hot,
+)
 from diffrate.running.precision import default_precision, place_of
 from diffrate.searching.batches import updates_of, with_length
 from diffrate.searching.calibrate import IMAGES, Calibrated, CalibrationObserver, Plan, calibrate, is_calibrated
@@ -81,6 +90,7 @@ def search(
     criterion: Criterion | None = None,
     mixup: Mixup | None = None,
     loss: str = SearchSettings.loss,
+    multi_label: bool = SearchSettings.multi_label,
     budget: str = SearchSettings.budget,
     flops_loss: str = SearchSettings.flops_loss,
     flops_weight: float = SearchSettings.flops_weight,
@@ -109,9 +119,9 @@ def search(
     brings its own part of the images, and gradients are averaged.
 
     Args:
-        loader: batches of images `[B, 3, H, W]` and labels, gone through once an epoch: a DataLoader, a
-            list, any iterable. Labels are classes `[B]`, or shares of classes `[B, K]`. Without `steps`, a
-            generator is kept in memory, and what has no length is counted first.
+        loader: batches of images `[B, 3, H, W]` and labels as `evaluate` takes them, gone through once an epoch: a
+            DataLoader, a list, any iterable. Labels are classes `[B]`, or shares of classes `[B, K]`. Without
+            `steps`, a generator is kept in memory, and what has no length is counted first.
         target_flops: the budget in multiply-accumulates of an image; or `share`, of the dense model's; or
             `target_speedup`, how many times as fast as dense; or `target_latency`, seconds of an image.
         latency: what schedules take, of `measure_latency`: for the batch size, precision and mode that a speed is
@@ -126,10 +136,14 @@ def search(
         trials: told how `calibrated` goes on.
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
-        criterion: loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1.
+        criterion: loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1, and
+            with `multi_label` binary cross-entropy. A head with one output has no default.
         loss: `labels`; or what needs none, and takes batches of images alone: `distill`, how far the outputs are
             from the dense model's (the pooled features of a model without a head), or `tokens`, how far the
-            features of every patch are.
+            features of every patch are. `distill` of a head with one output is the squared error relative to the
+            variance of the dense outputs, on the calibration images or those of a step.
+        multi_label: outputs stand for labels of their own, by a sigmoid each: losses, `distill` too, are binary
+            cross-entropies, and `val` is scored by `evaluate` with it.
         budget: `penalty`, the cost in the loss, as `flops_loss` and `flops_weight` say; or `held`, on the target by
             a multiplier that is learnt, which those two have no part in.
         mixup: mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does.
@@ -148,11 +162,12 @@ def search(
     Raises:
         UnsupportedModelError: the model is not patched, or has no head for the default loss.
         SearchSettingError, BudgetError, RateError, ScheduleError: a setting, the target, the granularity or
-            the start makes no sense.
+            the start makes no sense; or all schedules that `calibrated` tries come to the same loss.
         SearchCheckpointError: `resume` is missing, damaged, or another search's.
         NonFiniteLossError: the loss is no number.
         StoppedError: the observer asked to stop.
-        ValueError: the loader ends before an epoch does.
+        ScoresError: labels do not fit the head, or scikit-learn is not there to score `multi_label` on `val`.
+        ValueError: the loader ends before an epoch does, or a batch has another form.
     """
     require_patched(model)
     if criterion is not None and loss != SearchSettings.loss:
@@ -187,7 +202,10 @@ def search(
         seed=seed,
         loss=loss,
         budget=budget,
+        multi_label=multi_label,
     )
+    if val is not None:
+        Tally(place.device, multi_label)  # what it lacks, it says before the search
     goal = goal_of(model, asked, latency, place.device)
     target = goal.budget.target
     precision = precision or default_precision(place.device)
@@ -196,14 +214,14 @@ def search(
     found, given, again = None, {}, None
     with generators_kept():
         if method != "calibrated" and not (method == "both" and going_on is not None and is_calibrated(going_on)):
-            teacher = None if loss == SearchSettings.loss else Teacher(model, loss)
+            teacher = None if loss == SearchSettings.loss else Teacher(model, loss, multi_label)
             loader, batches = with_length(loader, steps)
             if minutes is not None and isinstance(loader, Iterator):
                 raise SearchSettingError(
                     f"minutes: found {minutes!r} and a generator with steps; accepted: one of them"
                 )
             course = Course(settings, target, updates_of(batches, steps, accumulate, place.device))
-            means = Means(place, precision, criterion or default_criterion(), mixup, val, teacher, goal.cost)
+            means = Means(place, precision, criterion or default_criterion(multi_label), mixup, val, teacher, goal.cost)
             saved = None if file is None else _checkpoint(file, save_every, notes or {})
             with modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
                 model.to(place.device)
@@ -235,6 +253,7 @@ def search(
                 goal.budget.cost,
                 place=place,
                 loss="tokens" if loss == "tokens" else "distill",
+                multi_label=multi_label,
                 precision=precision,
             )
             if asked.timed:  # a speed may be out of reach of every uniform schedule
@@ -253,10 +272,10 @@ def search(
                 resume=going_on,
             )
             best = came_to.schedule
-            scores = None if val is None else evaluate_at(model, best, val, precision)
+            scores = None if val is None else evaluate_at(model, best, val, precision, multi_label)
             found = Found(best, model.flops_at(best), scores, () if found is None else found.history, came_to)
     assert found is not None, "there is a method"
-    return _settled(model, found, goal, again, val, precision)
+    return _settled(model, found, goal, again, val, precision, multi_label)
 
 
 class _Stopping(CalibrationObserver):
@@ -289,29 +308,41 @@ def _settled(
     again: Again | None,
     val: Batches | None,
     precision: torch.dtype | None,
+    multi_label: bool,
 ) -> Found:
     """What was found, with its speed where that was asked for; the model is left at its schedule."""
     with generators_kept():
         schedule, speed = goal.confirmed(model, found.schedule, place_of(model).device, again)
     if schedule != found.schedule:
-        scores = None if val is None else evaluate_at(model, schedule, val, precision)
+        scores = None if val is None else evaluate_at(model, schedule, val, precision, multi_label)
         found = replace(found, schedule=schedule, flops=model.flops_at(schedule), scores=scores)
     model.set_kept_num(schedule.prune, schedule.merge)
     return replace(found, speed=speed)
 
 
-def evaluate_at(model: CompressedModel, schedule: Schedule, val: Batches, precision: torch.dtype | None) -> Scores:
+def evaluate_at(
+    model: CompressedModel, schedule: Schedule, val: Batches, precision: torch.dtype | None, multi_label: bool
+) -> Scores:
     """The scores of `model` at `schedule`, which it is left at."""
     model.set_kept_num(schedule.prune, schedule.merge)
-    return evaluate(model, val, precision=precision)
+    return evaluate(model, val, multi_label=multi_label, precision=precision)
 
 
-def default_criterion() -> Criterion:
-    """Cross-entropy, with smoothing where labels are classes; labels that were mixed are smooth already."""
+def default_criterion(multi_label: bool = False) -> Criterion:
+    """Cross-entropy, with smoothing where labels are classes; labels that were mixed are smooth already. With
+    `multi_label`, binary cross-entropy."""
     hard, soft = LabelSmoothingCrossEntropy(SMOOTHING), SoftTargetCrossEntropy()
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return (soft if labels.is_floating_point() else hard)(logits, labels)
+        if multi_label:
+            return F.binary_cross_entropy_with_logits(logits, multi_hot(labels, logits).to(logits.dtype))
+        if logits.shape[-1] == 1:
+            raise SearchSettingError(
+                "loss: found 'labels' for a head with one output; accepted: a criterion, or the loss 'distill'"
+            )
+        if labels.is_floating_point() and labels.shape == logits.shape:
+            return soft(logits, labels)
+        return hard(logits, class_indices(labels, logits))
 
     return loss
 

@@ -16,6 +16,7 @@ from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import all_sum, rank, world
 from diffrate.patch.base import CompressedModel, PlannedCost
+from diffrate.running.batch import split_batch
 from diffrate.running.evaluation import Batches, Scores, Tally, evaluate
 from diffrate.running.precision import Place, autocast, to_place
 from diffrate.searching.batches import Batch, batches_from
@@ -154,7 +155,11 @@ class Search:
         self.observer.on_score_start()
         try:
             scores = evaluate(
-                self.model, self.means.val, precision=self.means.precision, callback=self.observer.on_score
+                self.model,
+                self.means.val,
+                multi_label=self.course.settings.multi_label,
+                precision=self.means.precision,
+                callback=self.observer.on_score,
             )
         finally:
             self.model.compression.schedule = None  # back to searching
@@ -261,7 +266,7 @@ class Search:
         """The next images and labels where they are computed; zeros where there are none, and none are needed.
 
         Raises:
-            ValueError: there is no batch left, or there are no labels to hold the outputs against.
+            ValueError: there is no batch left, or it has another form, or no labels to hold the outputs against.
         """
         batch = next(batches, None)
         if batch is None:
@@ -269,10 +274,15 @@ class Search:
                 f"loader: no batch left at epoch {self.state.epoch}, step {self.state.step}; accepted: "
                 f"{self.course.steps * self.course.settings.accumulate} batches in every epoch"
             )
-        images, *labels = [batch] if isinstance(batch, Tensor) else batch
-        if not labels and self.means.teacher is None:
-            raise ValueError("loader: found images alone; accepted: images and labels, or the loss 'distill'")
-        return to_place(images, labels[0] if labels else torch.zeros(len(images), dtype=torch.int64), self.means.place)
+        images, labels = split_batch(batch)
+        if not isinstance(labels, Tensor):
+            if self.means.teacher is None:
+                found = "images alone" if labels is None else f"labels of type {type(labels).__name__}"
+                raise ValueError(
+                    f"loader: found {found}; accepted: images and labels, both tensors, or the loss 'distill'"
+                )
+            labels = torch.zeros(len(images), dtype=torch.int64)
+        return to_place(images, labels, self.means.place)
 
     def _save(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None and rank() == 0:
@@ -292,7 +302,7 @@ class Search:
             schedule=schedule,
             flops=self.model.flops_at(schedule),
             scores=scores,
-            best=scores is None or before is None or scores.acc1 > before.acc1,
+            best=scores is None or before is None or scores.ranked[1] > before.ranked[1],
         )
 
 

@@ -14,11 +14,12 @@ from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel, require_patched
+from diffrate.running.batch import images_of
 from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import autocast, place_of
 from diffrate.searching.loop import NonFiniteLossError
 from diffrate.searching.settings import SearchSettingError
-from diffrate.searching.teacher import angle, divergence, images_of
+from diffrate.searching.teacher import Teacher, angle, spread_of
 
 SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of a block's tokens, kept
 
@@ -29,7 +30,7 @@ class Sensitivity:
 
     kind: how it does, `prune` or `merge`. kept: what it leaves of its `tokens`, prefix included.
     loss: the mean over `images` images of how far the outputs are from the dense model's.
-    agreement: the share of these images with the dense model's likeliest class; None without classes.
+    agreement: the share of these images with the dense model's likeliest class; None where outputs are no classes.
     """
 
     block: int
@@ -66,6 +67,7 @@ def sensitivity(
     loader: Iterable[Any],
     *,
     shares: Sequence[float] = SHARES,
+    multi_label: bool = False,
     device: torch.device | str | None = None,
     precision: torch.dtype | None = None,
     callback: Callable[[int], None] | None = None,
@@ -73,44 +75,50 @@ def sensitivity(
     """What the outputs of a patched `model` lose where one block alone prunes, or merges, down to each of `shares`.
 
     Tokens are really dropped: all later blocks have as many as the block leaves. The dense blocks before it run
-    once a batch. The loss is Kullback and Leibler's divergence from the dense outputs, and for models without a
-    head one less the cosine of the features that they pool. In the order of the blocks, falling shares in each.
+    once a batch. The loss is Kullback and Leibler's divergence from the dense outputs; of one output, the squared
+    error relative to the variance of the dense one; and for models without a head one less the cosine of the
+    features that they pool. In the order of the blocks, falling shares in each.
 
     The model runs in evaluation mode, on `device` (by default where it is) and under autocast to `precision` (by
     default in its weights' own); its training mode and its schedule are as before afterwards. Inside an
     initialised process group the images of all processes count.
 
     Args:
-        loader: batches of images `[B, 3, H, W]`, alone or before labels, which are not looked at.
+        loader: batches of images `[B, 3, H, W]`, as `evaluate` takes them; labels are not looked at.
         shares: of a block's tokens, kept; those that round to the same number of tokens count once.
+        multi_label: the loss is that of `diffrate.search` with it.
         callback: told the block, after each block of each batch.
 
     Raises:
         UnsupportedModelError: the model is not patched.
         SearchSettingError: a share that keeps all, or nothing.
         NonFiniteLossError: a loss is no number.
-        ValueError: there is no batch.
+        ValueError: there is no batch, or one of another form.
     """
     require_patched(model)
     candidates = _candidates(model.compression.space, shares)
     place = place_of(model, device)
     sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=place.device)  # of losses, of agreements
     images = torch.zeros((), dtype=torch.float64, device=place.device)
+    teacher, moments = Teacher(model, multi_label=multi_label), sums.new_zeros(3)
     model.to(place.device)  # outside inference mode: the weights stay fit for training
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         for batch in loader:
             seen = images_of(batch, place)
             with autocast(place.device, precision):
-                sums += _batch_sums(model, seen, candidates, callback)
+                found, dense = _batch_sums(teacher, seen, candidates, callback)
+            sums += found
+            moments += dense if model.has_head() else 0
             images += len(seen)
     total = float(all_sum(images))
     if total == 0:
         raise ValueError("loader: found no batch; accepted: batches of images")
+    spread = spread_of(moments)
     means = (all_sum(sums) / total).tolist()
-    classes = model.has_head()
+    classes = model.has_head() and not multi_label and not moments.any()  # those of one output
     return tuple(
-        _finite(candidate, loss, agreement if classes else None, model.compression.space, int(total))
+        _finite(candidate, loss / spread, agreement if classes else None, model.compression.space, int(total))
         for candidate, (loss, agreement) in zip(candidates, means, strict=True)
     )
 
@@ -135,10 +143,12 @@ def _candidates(space: SearchSpace, shares: Sequence[float]) -> list[_Candidate]
 
 
 def _batch_sums(
-    model: CompressedModel, images: Tensor, candidates: Sequence[_Candidate], callback: Callable[[int], None] | None
-) -> Tensor:
-    """Sums over a batch of the loss and of the agreement of each candidate, `[candidates, 2]`."""
-    measure = divergence if model.has_head() else angle
+    teacher: Teacher, images: Tensor, candidates: Sequence[_Candidate], callback: Callable[[int], None] | None
+) -> tuple[Tensor, Tensor]:
+    """Sums over a batch of the loss and of the agreement of each candidate, `[candidates, 2]`; and the moments of the
+    dense outputs."""
+    model = teacher.model
+    measure = teacher.apart if model.has_head() else angle
     entry = model.enter(images)
     state = model.prepared(entry.state, candidates[0].schedule)  # followed where anything is removed, in any block
     entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
@@ -152,7 +162,7 @@ def _batch_sums(
         last = index + 1 == len(candidates) or candidates[index + 1].block != candidate.block
         if last and callback is not None:
             callback(candidate.block)
-    return torch.stack(sums)
+    return torch.stack(sums), teacher.moments(taught)
 
 
 def _finite(

@@ -37,6 +37,7 @@ class SearchSettings:
     accumulate: batches an update.
     loss: what the compressed model is held against: `labels` (the paper), the dense model's outputs
         (`distill`), or its features of every patch (`tokens`).
+    multi_label: whether outputs are labels of their own, by a sigmoid each, and not classes.
     budget: how the cost is: a `penalty` in the loss (the paper), or `held` on its target by a multiplier that
         the search learns.
     """
@@ -52,6 +53,7 @@ class SearchSettings:
     seed: int = 0
     loss: str = "labels"
     budget: str = "penalty"
+    multi_label: bool = False
 
     @property
     def held(self) -> bool:

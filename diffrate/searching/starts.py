@@ -16,14 +16,18 @@ from diffrate.searching.teacher import losses_at
 
 
 def best_uniform(
-    model: CompressedModel, budget: Budget, loader: Iterable[Any], precision: torch.dtype | None = None
+    model: CompressedModel,
+    budget: Budget,
+    loader: Iterable[Any],
+    precision: torch.dtype | None = None,
+    multi_label: bool = False,
 ) -> Schedule | None:
     """The uniform schedule that meets `budget` and whose outputs are nearest to the dense model's on the images of
     `loader`; None where no uniform one meets it."""
     found = list(uniform_schedules(model.compression.space, budget.cost, budget.target).values())
     if not found:
         return None
-    losses = losses_at(model, found, loader, precision) if len(found) > 1 else [0.0]
+    losses = losses_at(model, found, loader, precision, multi_label) if len(found) > 1 else [0.0]
     return _within_reach(found[losses.index(min(losses))])
 
 

@@ -140,10 +140,10 @@ def test_dependencies_are_what_is_imported(metadata: Message) -> None:
     assert declared(metadata).keys() == third_party(PROJECT / "diffrate") - DRAWING.keys() - EXPORT
     assert declared(metadata, "drawing").keys() == {*DRAWING.values(), "matplotlib"}
     assert declared(metadata, "export").keys() == EXPORT
-    assert metadata.get_all("Provides-Extra") == ["drawing", "tensorboard", "export"]
+    assert metadata.get_all("Provides-Extra") == ["drawing", "tensorboard", "export", "multilabel"]
 
 
-@pytest.mark.parametrize("extra", ["", "drawing", "tensorboard", "export"])
+@pytest.mark.parametrize("extra", ["", "drawing", "tensorboard", "export", "multilabel"])
 def test_bounds_are_those_of_the_requirements(metadata: Message, extra: str) -> None:
     known = (
         requirements("requirements-export.txt")
