@@ -33,6 +33,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
         path,
         dtype=AMP_DTYPES.get(settings.run.export_dtype) or torch.float32,
         normalize=settings.run.export_normalize,
+        opset=settings.run.export_opset,
         name=entry.name,
         classes=names or None,
         mean=entry.mean,

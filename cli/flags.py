@@ -313,12 +313,14 @@ def _check_exported(args: argparse.Namespace) -> None:
     """The file to export to, and those to time."""
     if args.export is not None:
         try:
-            check_destination(args.export, args.export_dtype)
+            check_destination(args.export, args.export_dtype, args.export_opset)
         except ExportError as error:
             raise UsageError(f"--export {error}") from error
-    elif args.export_normalize or args.export_dtype != EXPORTED_PRECISIONS[0]:
-        flag = "--export-normalize" if args.export_normalize else "--export-dtype"
-        raise UsageError(f"{flag} goes with --export")
+    else:
+        usual = {"export_normalize": False, "export_dtype": EXPORTED_PRECISIONS[0], "export_opset": None}
+        idle = [name for name, value in usual.items() if getattr(args, name) != value]
+        if idle:
+            raise UsageError(f"--{idle[0].replace('_', '-')} goes with --export")
     if benchmark_of(args) == FILES:
         try:
             for name in args.benchmark:
@@ -453,6 +455,9 @@ def _add_model_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--export-normalize", action="store_true", help="let the file of --export take RGB in 0..1, and normalise it"
+    )
+    group.add_argument(
+        "--export-opset", type=COUNT, metavar="OPSET", help="of an .onnx file, from 18, the default; 23 is faster"
     )
     group.add_argument(
         "--multi-label",

@@ -40,7 +40,7 @@ FREE = (
     *("data_path", "checkpoint", "finetune", "dense", "compile", "compression_rate_file"),
     *("load_compression_rate", "target_flops", "scale_compression_rate"),  # the kept counts themselves are held
     *("target_speedup", "target_latency", "latency_batch", "latency_precision", "latency_file"),
-    *("export", "export_dtype", "export_normalize"),
+    *("export", "export_dtype", "export_normalize", "export_opset"),
 )
 
 

@@ -133,8 +133,8 @@ class RunSettings:
     """Where and how a run computes, and what it leaves.
 
     images, folder, baseline, benchmark, pattern: what the mode is about, and sensitivity: on how many images.
-    exported: files to time, of the benchmark that has them. export, export_dtype, export_normalize: the file to write,
-    the precision of its weights, and whether it takes images in [0, 1].
+    exported: files to time, of the benchmark that has them. export, export_dtype, export_normalize, export_opset: the
+    file to write, the precision of its weights, whether it takes images in [0, 1], and which operators it has.
     resume: a path or `auto`.
     flags: all of them as plain values, for checkpoints.
     """
@@ -148,6 +148,7 @@ class RunSettings:
     export: Path | None
     export_dtype: str
     export_normalize: bool
+    export_opset: int | None
     sensitivity: int | None
     pattern: str | None
     output_dir: Path | None
@@ -278,6 +279,7 @@ def _run(args: Namespace) -> RunSettings:
         export=args.export,
         export_dtype=args.export_dtype,
         export_normalize=args.export_normalize,
+        export_opset=args.export_opset,
         sensitivity=args.sensitivity,
         pattern=args.list_models,
         output_dir=args.output_dir,

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch.export import ExportedProgram
-
 from diffrate.exporting import onnx, openvino, pt2
 from diffrate.exporting.metadata import Metadata
 from diffrate.exporting.runner import Runner
@@ -23,7 +21,7 @@ from diffrate.files import first_line
 class Kind(NamedTuple):
     """How a kind of file is written and run."""
 
-    write: Callable[[ExportedProgram, dict[str, str], Path], None]
+    write: Callable[..., None]  # program, entries, path; `.onnx` takes an opset as well
     run: Callable[[Path, int | None], Runner]
 
 

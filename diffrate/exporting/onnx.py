@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from diffrate.exporting.operators import OPSET, translations
+from diffrate.exporting.operators import translations
 from diffrate.exporting.runner import INPUT, OUTPUT, Runner
+from diffrate.exporting.targets import LEAST_OPSET
 from diffrate.running.quiet import errors_alone, no_warnings_of
 
 LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
+BATCH = "batch"  # what the file calls the number of images
 DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it
 
 
-def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
-    """Write `program` with `entries` as metadata, weights beside it in `path`.data where protobuf has no room."""
+def write(program: ExportedProgram, entries: dict[str, str], path: Path, opset: int = LEAST_OPSET) -> None:
+    """Write `program` with `entries` as metadata, in the operators of `opset`, weights beside it in `path`.data where
+    protobuf has no room."""
     import onnx
     from onnxscript import optimizer
 
@@ -29,14 +32,16 @@ def write(program: ExportedProgram, entries: dict[str, str], path: Path) -> None
             program,
             dynamo=True,
             verbose=False,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            custom_translation_table=translations(),
+            custom_translation_table=translations(opset),
             optimize=False,
         )
         optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
         made.optimize()
+    for value in (*made.model.graph.inputs, *made.model.graph.outputs):
+        value.shape = type(value.shape)([BATCH, *value.shape[1:]])  # torch calls it by a number
     made.model.metadata_props.update(entries)
     made.model.producer_name, made.model.producer_version = "diffrate", None
     made.save(path, external_data=_weights(program) > LARGEST)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-OPSET = 23  # the first with an operator for attention
+ATTENTION_OPSET = 23  # the first with an operator for attention
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What torch's exporter is to take for each of its operators, over its own choice."""
+def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What torch's exporter is to take for each of its operators, over its own choice, in files of `opset`."""
     import onnxscript
 
-    op: Any = onnxscript.opset23
+    op: Any = onnxscript.opset23 if opset >= ATTENTION_OPSET else onnxscript.opset18
 
     def attention(
         query: Any,
@@ -30,6 +31,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         onnxruntime's kernel takes a bias for every query, not one for all.
         """
+        if opset < ATTENTION_OPSET:
+            return _by_products(op, query, key, value, attn_mask, scale)
         heads, queries, width = query.shape[1], query.shape[2], value.shape[3]
         bias = attn_mask
         if bias is not None and bias.shape[2] == 1 and queries != 1:
@@ -44,7 +47,31 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         apart = op.Reshape(mixed, op.Constant(value_ints=[-1, queries, heads, width]))
         return op.Transpose(apart, perm=[0, 2, 1, 3])
 
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
+    def length(x: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: int = -1) -> Any:
+        """The Euclidean length along `dim`: onnxruntime's quantizer knows the shape of a sum, not that of a norm."""
+        if ord != 2 or dim is None:
+            raise ValueError(f"norm: found order {ord} over {dim}; accepted: order 2 over some dimensions")
+        axes = op.Constant(value_ints=list(dim))
+        return op.Sqrt(op.ReduceSum(op.Mul(x, x), axes, keepdims=int(keepdim)))
+
+    def highest(x: Any, dim: int, keepdim: bool = False) -> Any:
+        """The highest values along `dim`, and where they are, by operators whose shapes the quantizer knows."""
+        index = op.ArgMax(x, axis=dim, keepdims=1)
+        found = op.GatherElements(x, index, axis=dim), index
+        return found if keepdim else tuple(op.Squeeze(part, op.Constant(value_ints=[dim])) for part in found)
+
+    return {
+        torch.ops.aten.max.dim: highest,
+        torch.ops.aten.scaled_dot_product_attention.default: attention,
+        torch.ops.aten.linalg_vector_norm.default: length,
+    }
+
+
+def _by_products(op: Any, query: Any, key: Any, value: Any, bias: Any, scale: float | None) -> Any:
+    """The same as two products, the first of which onnxruntime does with the transposing and the scale."""
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.Mul(scores, op.Constant(value_float=scale or 1 / math.sqrt(query.shape[3])))
+    return op.MatMul(op.Softmax(scores if bias is None else op.Add(scores, bias), axis=-1), value)
 
 
 def _side_by_side(op: Any, heads: Any) -> Any:

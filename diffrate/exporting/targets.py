@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
 PRECISIONS = ("float32", "bf16", "fp16")
 REQUIREMENTS = "requirements-export.txt"
+ONNX = ".onnx"
+LEAST_OPSET = 18  # the first that torch's exporter writes
 
 
 class ExportError(ValueError):
@@ -23,12 +26,13 @@ class Target:
     runtime: str
     packages: tuple[str, ...]
     precisions: tuple[str, ...]
+    torch: tuple[int, ...] = (2, 6)  # the lowest version that writes it
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         # onnxruntime's CPU kernels know no bfloat16.
-        ".onnx": Target("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("float32", "fp16")),
+        ONNX: Target("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("float32", "fp16"), (2, 9)),
         ".pt2": Target("torch", (), PRECISIONS),
         ".xml": Target("openvino", ("openvino",), PRECISIONS),
     }
@@ -53,18 +57,31 @@ def target_of(path: Path) -> Target:
     return target
 
 
-def check_destination(path: Path, precision: str) -> None:
-    """Refuse a file that cannot be written, or not in `precision`.
+def check_destination(path: Path, precision: str, opset: int | None = None) -> None:
+    """Refuse a file that cannot be written, or not in `precision`, or not by the operators of `opset`.
 
     Raises:
-        ExportError: the suffix, a package, the precision or the folder.
+        ExportError: the suffix, a package or its version, the precision, the opset or the folder.
     """
     target = target_of(path)
     if precision not in target.precisions:
         raise ExportError(
             f"{path}: found the precision {precision}; {target.runtime} accepts: {', '.join(target.precisions)}"
         )
+    if tuple(map(int, version("torch").split(".")[:2])) < target.torch:
+        raise ExportError(f"{path}: needs torch {'.'.join(map(str, target.torch))}; found {version('torch')}")
+    if opset is not None:
+        _check_opset(path, opset)
     if path.is_dir():
         raise ExportError(f"{path}: found a folder; accepted: the name of a file")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: no folder {path.parent}")
+
+
+def _check_opset(path: Path, opset: int) -> None:
+    if path.suffix != ONNX:
+        raise ExportError(f"{path}: found the opset {opset}; accepted: none, it goes with {ONNX}")
+    from onnx.defs import onnx_opset_version
+
+    if not LEAST_OPSET <= opset <= onnx_opset_version():
+        raise ExportError(f"{path}: found the opset {opset}; accepted: {LEAST_OPSET} to {onnx_opset_version()}")
