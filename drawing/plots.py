@@ -39,7 +39,9 @@ Record = dict[str, Any]
 
 def accuracy_figure(records: Sequence[Record]) -> Figure | None:
     """Top-1 against GFLOPs of every model that was scored, a panel per architecture."""
-    scored = [(record, kind) for record in records if "acc1" in record and (kind := _kind(record)) is not None]
+    others = {"mae", "mean_average_precision"}  # scores of heads that have no accuracy
+    by_accuracy = (record for record in records if not others & record.keys())
+    scored = [(record, kind) for record in by_accuracy if (kind := _kind(record)) is not None]
     names = sorted({record["model"] for record, _ in scored})
     if not names:
         return None

@@ -54,9 +54,11 @@ class CompressionState(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Rate logits of zero, as a search starts: all candidates alike. In float32, which small updates show in."""
+        """Rate logits of zero that learn, as a search starts: all candidates alike. In float32, which small updates
+        show in."""
         for rate in self.logits():
             rate.data = torch.zeros_like(rate, dtype=torch.float32)
+            rate.requires_grad_(True)
 
     def patches(self, block: int) -> int:
         """Tokens of `block` that can go."""

@@ -186,6 +186,7 @@ def test_multi_label_is_scored_by_average_precision() -> None:
 
 @pytest.mark.parametrize("missing", ["sklearn", "sklearn.metrics"])
 def test_a_package_that_is_not_there_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sklearn.metrics", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(diffrate.ScoresError, match=r"^multi_label: found no scikit-learn; accepted: .*pip install"):
         diffrate.evaluate(headed(5), [], multi_label=True)
