@@ -157,8 +157,6 @@ def check_methods(module: nn.Module, where: str) -> None:
     found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
     own = kind.__module__.startswith("timm.")
     if own and not kind.forward.__module__.startswith("timm."):  # changed in the class, for all modules
-        "timm."
-    ):  # the class itself was changed, for all modules
         found.append("forward")
     if found:
         raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {kind.__name__}'s own")

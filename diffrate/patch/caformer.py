@@ -28,12 +28,14 @@ ORIGINAL_HEAD_EPS = 1e-5
 Grid = tuple[int, int]
 
 
+# As published, the most important token is no destination.
+RULES = ReductionRules(prefix=0, speakers=0, spared=1, weigh_by_similarity=False, removed_speak=True)
+
+
 class CompressedCaformer(CompressedModel, MetaFormer):
     """A CAFormer whose third stage merges tokens. `grids` are the rows and columns of each stage for
     images of `image_size`, height and width."""
 
-    # As published, the most important token is no destination.
-    rules = ReductionRules(prefix=0, speakers=0, spared=1, weigh_by_similarity=False, removed_speak=True)
     image_size: Grid
     grids: tuple[Grid, ...]
     stages: Any  # typed by timm as plain modules
@@ -177,6 +179,7 @@ def caformer(
     if isinstance(classifier, MlpHead):
         norm: Any = classifier.norm
         norm.eps = ORIGINAL_HEAD_EPS
+    model.rules = RULES
     model.image_size, model.grids, model.return_flop = image_size, grids, return_flop
     model.add_module("compression", compression)
     return model
