@@ -85,12 +85,13 @@ _ALL: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
 )
 
 _MULTIMODAL = "rope_mrope_section" in signature(Eva).parameters
-# Those that the installed timm has.
+# Those that the installed timm has; older timm's mixed angles are no doubles.
 CONSTRUCTIONS = MappingProxyType(
     {
         name: (architecture, options)
         for name, (architecture, options) in _ALL.items()
-        if timm.is_model(architecture) and (_MULTIMODAL or "rope_mrope_section" not in options)
+        if timm.is_model(architecture)
+        and (_MULTIMODAL or not (options.keys() & {"rope_mrope_section"} or name == "rope_mixed"))
     }
 )
 
