@@ -70,7 +70,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 def _by_products(op: Any, query: Any, key: Any, value: Any, bias: Any, scale: float | None) -> Any:
     """The same as two products, the first of which onnxruntime does with the transposing and the scale."""
     scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
-    scores = op.Mul(scores, op.Constant(value_float=scale or 1 / math.sqrt(query.shape[3])))
+    scores = op.Mul(scores, op.CastLike(op.Constant(value_float=scale or 1 / math.sqrt(query.shape[3])), scores))
     return op.MatMul(op.Softmax(scores if bias is None else op.Add(scores, bias), axis=-1), value)
 
 
