@@ -219,3 +219,22 @@ def test_patched_models_load_too(tmp_path: Path) -> None:
     models.load_weights(model, tmp_path / "mae.pth")
     expected = recipe_weights.tensor("fc_norm.weight", (48,)).float()
     torch.testing.assert_close(model.fc_norm.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "model.timm_model."])
+def test_a_prefix_that_all_names_share_is_left_out(prefix: str, tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "prefixed.pth")
+    fresh = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5)
+    models.load_weights(fresh, tmp_path / "prefixed.pth")
+    torch.testing.assert_close(fresh.state_dict(), model.state_dict())
+
+
+def test_names_of_another_model_are_shown(tmp_path: Path) -> None:
+    torch.save({"a.x": torch.ones(1), "b.y": torch.ones(1), "c.z": torch.ones(1)}, tmp_path / "other.pth")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5)
+    with pytest.raises(
+        models.CheckpointError, match=r"found a\.x, b\.y, c\.z, .*accepted: cls"
+    ):
+        models.load_weights(model, tmp_path / "other.pth")

@@ -110,3 +110,10 @@ def test_the_samples_weights_are_finetuned_within_minutes() -> None:
         expected = (SAMPLE_TUNING["epochs"], SAMPLE_TUNING["lr"], SAMPLE_TUNING["warmup_epochs"])
         assert (found.epochs, found.learning_rate, found.warmup_epochs) == expected
     assert parse_flags(["--finetune", "official", "--epochs", "1"]).training.epochs == 1
+
+
+def test_seconds_are_measured_in_the_precision_of_the_run() -> None:
+    words = ["--target_speedup", "1.2"]
+    assert parse_flags(words).latency.precision == "off"
+    assert parse_flags([*words, "--amp", "bf16"]).latency.precision == "bf16"
+    assert parse_flags([*words, "--amp", "bf16", "--latency_precision", "off"]).latency.precision == "off"
