@@ -234,7 +234,5 @@ def test_a_prefix_that_all_names_share_is_left_out(prefix: str, tmp_path: Path) 
 def test_names_of_another_model_are_shown(tmp_path: Path) -> None:
     torch.save({"a.x": torch.ones(1), "b.y": torch.ones(1), "c.z": torch.ones(1)}, tmp_path / "other.pth")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5)
-    with pytest.raises(
-        models.CheckpointError, match=r"found a\.x, b\.y, c\.z, .*accepted: cls"
-    ):
+    with pytest.raises(models.CheckpointError, match=r"found a\.x, b\.y, c\.z, .*accepted: cls"):
         models.load_weights(model, tmp_path / "other.pth")
