@@ -72,7 +72,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
             bent = op.Tanh(op.Mul(cubic, number(math.sqrt(2 / math.pi))))
         else:
             bent = op.Erf(op.Div(x, number(math.sqrt(2))))
-        return op.Mul(op.Mul(x, op.Add(bent, number(1.0))), number(0.5))
+        return op.Mul(op.Mul(x, number(0.5)), op.Add(bent, number(1.0)))
 
     own: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.aten.max.dim: highest,
