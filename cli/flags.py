@@ -456,9 +456,7 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--export-normalize", action="store_true", help="let the file of --export take RGB in 0..1, and normalise it"
     )
-    group.add_argument(
-        "--export-opset", type=COUNT, metavar="OPSET", help="of an .onnx file, from 18, the default; 23 is faster"
-    )
+    group.add_argument("--export-opset", type=COUNT, metavar="OPSET", help="of an .onnx file, from 18, the default")
     group.add_argument(
         "--multi-label",
         action="store_true",

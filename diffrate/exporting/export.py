@@ -57,7 +57,7 @@ def export(
     the file takes images in [0, 1], and normalises them itself. `mean` and `std` are by default what timm's
     configuration of the model says, `name` what it calls the model; `classes` are words for the outputs, in order.
     `opset` is that of `.onnx`, by default 18, the lowest, which quantizers and older runtimes know; from 23
-    on there is an operator for attention, which makes the file faster in onnxruntime.
+    on there is an operator for attention.
 
     The file is loaded again and compared with the model on images from `seed`, at two batch sizes: there is none
     unless they agree. The weights of `.xml`, and those of `.onnx` where they are more than 2 GB, are in a file beside

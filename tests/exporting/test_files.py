@@ -27,11 +27,11 @@ SUFFIXES = tuple(TARGETS)
 DEPTH = 3  # exporters take a second for each block
 
 
-def small(family: str) -> diffrate.CompressedModel:
+def small(family: str, **options: Any) -> diffrate.CompressedModel:
     """A compressed model of the family, which prunes and merges."""
     torch.manual_seed(0)
     shallow = {} if family == "caformer" else {"depth": DEPTH}
-    model = getattr(diffrate.patch, family)(plain(family, **shallow), 1, 1).eval().requires_grad_(False)
+    model = getattr(diffrate.patch, family)(plain(family, **shallow, **options), 1, 1).eval().requires_grad_(False)
     for parameter in model.parameters():  # as fresh weights are, tokens hardly matter to the logits
         parameter.add_(0.05 * torch.randn_like(parameter))
     tokens = TOKENS[family]
@@ -92,6 +92,30 @@ def test_attention_is_one_operator_and_sees_fewer_tokens_from_block_to_block(
     attention = [node for node in graph.node if node.op_type == "Attention"]
     entering = [65, *model.get_kept_num()[1][:-1]]
     assert [shapes[node.input[1]][1] for node in attention] == entering
+
+
+@pytest.mark.parametrize(("layer", "kernel"), [("gelu", "BiasGelu"), ("gelu_tanh", "FastGelu")])
+def test_onnxruntime_has_kernels_for_what_opset_18_spells_out(layer: str, kernel: str, tmp_path: Path) -> None:
+    """Keys are not copied a second time for the scores, and no pass over them is the scale's or a bias of GELU's."""
+    import onnx
+    import onnxruntime
+
+    live = small("deit", act_layer=layer)
+    made = diffrate.export(live, tmp_path / "model.onnx")
+    assert made.agreement.difference < 1e-4
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(made.path, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "run.onnx").graph.node
+    assert {node.domain for node in onnx.load(made.path).graph.node} == {""}
+    assert [node.op_type for node in nodes].count(kernel) == DEPTH
+    products = [
+        {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        for node in nodes
+        if node.op_type == "FusedMatMul"
+    ]
+    assert len([one for one in products if one["alpha"] != 1 and one["transB"] == 1]) == DEPTH
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
