@@ -128,7 +128,7 @@ class CompressionState(nn.Module):
         """The fixed schedule; before there is one, that of the rate logits, which is dense while all of them are zero."""
         if self.schedule is not None:
             return self.schedule
-        return self.expected_schedule() if torch.cat(self.logits()).any() else self.space.dense()
+        return self.expected_schedule() if any(bool(rate.any()) for rate in self.logits()) else self.space.dense()
 
     def get_extra_state(self) -> Tensor:
         """The fixed counts `[2, blocks]`, prune and merge (`[1, blocks]` without prune); `[0]` for none."""
