@@ -155,8 +155,7 @@ class CompressedModel(nn.Module):
         check_schedule(schedule, space.limits, space.prunes, where, space.least)
 
     def get_kept_num(self) -> tuple[list[int] | None, list[int]]:
-        """The kept counts of every block, prune (None for CAFormer) and merge: those that the model runs at in evaluation
-        mode."""
+        """The kept counts of every block in evaluation mode, prune (None for CAFormer) and merge."""
         schedule = self.compression.current()
         return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)
 

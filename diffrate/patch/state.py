@@ -125,7 +125,7 @@ class CompressionState(nn.Module):
 
     @torch.no_grad()
     def current(self) -> Schedule:
-        """The fixed schedule; before there is one, that of the rate logits, which is dense while all of them are zero."""
+        """The fixed schedule; before there is one, that of the rate logits, or dense while all of them are zero."""
         if self.schedule is not None:
             return self.schedule
         return self.expected_schedule() if any(bool(rate.any()) for rate in self.logits()) else self.space.dense()
