@@ -18,6 +18,7 @@ from diffrate.exporting import files
 from diffrate.exporting.export import Exported
 from diffrate.exporting.files import load_exported
 from diffrate.exporting.targets import TARGETS
+from diffrate.exporting.verify import compare
 from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain, schedule_for
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
@@ -227,6 +228,35 @@ def test_a_plain_module_pickles_compiles_exports_and_loads_with_torch_alone(
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(images), expected, **EXACT)
     again = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(again.module()(images[:3]), expected[:3], **EXACT)
+
+
+def test_images_that_are_given_are_compared_on(model: diffrate.CompressedModel, tmp_path: Path) -> None:
+    agreement = diffrate.export(model, tmp_path / "a.pt2", images=images_for("deit", 13)).agreement
+    assert (agreement.images, agreement.source, agreement.ties) == (13, "given", 0)
+    assert "of 13 given images" in agreement.line()
+    for images in (images_for("deit", 1), torch.zeros(3, 3, 28, 32), torch.zeros(3, 3, 32, 32).double()):
+        with pytest.raises(diffrate.ExportError, match=r"images: found .*; accepted: \[N, 3, 32, 32\] in"):
+            diffrate.export(model, tmp_path / "b.pt2", images=images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+
+
+def test_images_on_which_the_last_bits_decide_are_counted_apart() -> None:
+    """A file may answer there as the live model does for the next image, and nowhere else otherwise."""
+
+    def live(images: Tensor) -> Tensor:
+        return (images.mean((1, 2, 3))[:, None] > 0.5).float() * torch.tensor([0.3, 0.0])
+
+    def file(images: Tensor) -> Tensor:
+        return live(images + 1e-7) + 1e-5
+
+    images = torch.full((9, 1, 2, 2), 0.25)
+    images[4] = 0.5
+    found = compare(file, live, images, "float32", "given")
+    assert (found.images, found.ties, found.tied) == (9, 1, pytest.approx(0.3, abs=1e-4))
+    assert found.difference == pytest.approx(1e-5, abs=1e-6)
+    assert found.line().endswith("; up to 3.0e-01 on 1 whose tokens nearly tie")
+    wrong = compare(lambda batch: file(batch) + 0.1 * (batch[:, 0, 0, 0] > 0.4)[:, None], live, images, "float32", "")
+    assert (wrong.ties, wrong.difference > wrong.limit) == (0, True)
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
