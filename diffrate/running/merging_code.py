@@ -34,7 +34,7 @@ from diffrate.running.quiet import errors_alone, no_warnings_of
 # What the graph is traced with; it runs with any. All differ, so that torch does not take two for the same.
 IMAGES, OTHERS, STAYING, LEAVING, CHANNELS, AT_FIRST = 2, 31, 13, 7, 64, 90
 
-LEAST_TORCH = (2, 9)  # older ones do not trace it for any size
+LEAST_TORCH = (2, 14)  # 2.6 does not trace it for any size, and the loader of 2.9 takes no folder
 Run = Callable[[list[Tensor]], list[Tensor]]
 _one_at_a_time = threading.Lock()
 
