@@ -137,7 +137,17 @@ def parse_flags(words: Sequence[str] | None = None, usual: Mapping[str, Any] = M
     _check_numbers(args, mode)
     _check_targets(args, mode)
     _check_combinations(args, mode)
+    _check_paths(args)
     return settings_from(args, words)
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse what is not there at once, where reading it would wait for torch."""
+    elsewhere = args.checkpoint in (OFFICIAL, FROM_SCRATCH) or args.checkpoint.startswith(("http://", "https://"))
+    if not elsewhere and not Path(args.checkpoint).is_file():
+        raise UsageError(f"checkpoint {args.checkpoint}: no such file")
+    if args.data_path is not None and not Path(args.data_path).is_dir():
+        raise UsageError(f"--data-path {args.data_path}: no such folder")
 
 
 def _fill_search(args: argparse.Namespace, parser: Parser) -> None:
@@ -347,13 +357,21 @@ class _Benchmark(argparse.Action):
         namespace.benchmark = words
 
 
-def _number(kind: type[int] | type[float], low: float, high: float = float("inf"), open_low: bool = False):
-    """An argparse type: a number from `low` (left out when `open_low`) to `high`."""
+def _number(
+    kind: type[int] | type[float],
+    low: float,
+    high: float = float("inf"),
+    open_low: bool = False,
+    open_high: bool = False,
+):
+    """An argparse type: a number from `low` to `high`, each left out where it is open."""
 
     def convert(text: str) -> int | float:
         value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-            upper = f" to {high:.10g}" if high < float("inf") else ""
+        above = low < value if open_low else low <= value
+        below = value < high if open_high else value <= high
+        if not above or not below or math.isinf(value):
+            upper = f" to {'below ' if open_high else ''}{high:.10g}" if high < float("inf") else ""
             limits = f"{'above' if open_low else 'from'} {low:g}{upper}"
             raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
         return value
@@ -376,6 +394,8 @@ def _target(text: str) -> Target:
 
 def _path(text: str) -> str:
     """An argparse type: a path or URL, with `~` for a user's folder also where the shell leaves it, as after `=`."""
+    if not text:
+        raise argparse.ArgumentTypeError("found an empty name; accepted: a path")
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError as error:
@@ -383,6 +403,7 @@ def _path(text: str) -> str:
 
 
 COUNT, WHOLE, FRACTION = _number(int, 1, MOST), _number(int, 0, MOST), _number(float, 0, 1)
+DROPPED = _number(float, 0, 1, open_high=True)
 SEED, PIXELS = _number(int, 0, 2**32 - 1), _number(int, 1, LARGEST_INPUT)
 POSITIVE, NOT_NEGATIVE = _number(float, 0, LARGEST, open_low=True), _number(float, 0, LARGEST)
 
@@ -476,7 +497,7 @@ def _add_model_flags(parser: Parser) -> None:
         metavar="PIXELS",
         help="side of the input, or its rows and columns, default the model's own",
     )
-    group.add_argument("--drop-path", type=FRACTION, default=0.1, metavar="RATE", help="stochastic depth in training")
+    group.add_argument("--drop-path", type=DROPPED, default=0.1, metavar="RATE", help="stochastic depth in training")
     group.add_argument(
         "--load_compression_rate", action="store_true", help="compress at a schedule of the compression rate file"
     )

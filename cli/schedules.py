@@ -50,7 +50,9 @@ def start_schedule(settings: ModelSettings, entry: ModelEntry, model: diffrate.C
     Raises:
         ScheduleError: as `chosen_schedule`.
     """
-    return None if settings.start is None else _find(settings, entry, settings.start, model)
+    if settings.start is None:
+        return None
+    return _find(settings, entry, settings.start, model, "--init_compression_rate")
 
 
 def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> list[Schedule]:
@@ -104,11 +106,15 @@ def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
 
 
 def _find(
-    settings: ModelSettings, entry: ModelEntry, target: Target | None, model: diffrate.CompressedModel
+    settings: ModelSettings,
+    entry: ModelEntry,
+    target: Target | None,
+    model: diffrate.CompressedModel,
+    flag: str = "--target_flops",
 ) -> NamedSchedule:
-    """The entry of the file for `target`, checked, or scaled, to the tokens of `model`."""
+    """The entry of the file for `target`, which `flag` asked for, checked, or scaled, to the tokens of `model`."""
     file = rate_file(settings)
-    schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model))
+    schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model), flag)
     space = model.compression.space
     if schedule.tokens is None and max((*schedule.merge, *(schedule.prune or ())), default=0) != space.limits[0]:
         # Files that do not say it: the published one, and those of earlier searches.

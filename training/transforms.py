@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -109,6 +110,10 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     Raises:
         UsageError: an augmentation policy that timm does not know.
     """
+    policy, *sections = augmentation.auto_augment.split("-") if augmentation.auto_augment else ("",)
+    for section in sections if policy == "rand" else ():  # timm passes over sections without a number
+        if not section.startswith("t") and not re.fullmatch(r"[a-z]+\d+(\.\d*)?", section):
+            raise UsageError(f"--aa {augmentation.auto_augment}: found {section!r}; accepted: a name and a number")
     try:
         composed: Any = create_transform(
             input_size=view.size,

@@ -145,7 +145,7 @@ def read_schedules(path: Path) -> dict[str, Any]:
     return table
 
 
-def find_schedule(path: Path, key: str, target_flops: float | None) -> Schedule:
+def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = "--target_flops") -> Schedule:
     """The schedule of model `key` for a target in GFLOPs; `11.50` finds `11.5`.
 
     Without a target the model's only entry is taken. Counts may be JSON arrays or, as in the
@@ -156,10 +156,10 @@ def find_schedule(path: Path, key: str, target_flops: float | None) -> Schedule:
     """
     targets: Mapping[str, Any] = _entry(path, read_schedules(path), key)
     if target_flops is None and len(targets) != 1:
-        raise ScheduleError(f"{path}: {key} needs --target_flops; accepted: {', '.join(targets)}")
+        raise ScheduleError(f"{path}: {key} needs {flag}; accepted: {', '.join(targets)}")
     found = [name for name in targets if target_flops is None or _number(name) == target_flops]
     if not found:
-        raise ScheduleError(f"{path}: {key} has no --target_flops {target_flops:g}; accepted: {', '.join(targets)}")
+        raise ScheduleError(f"{path}: {key} has no {flag} {target_flops:g}; accepted: {', '.join(targets)}")
     where = f"{path}: {key} {found[0]} "
     fields = targets[found[0]]
     if not isinstance(fields, dict) or MERGE_FIELD not in fields:

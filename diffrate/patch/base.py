@@ -17,6 +17,7 @@ from diffrate.blocks.rules import ReductionRules
 from diffrate.blocks.tokens import TokenState, in_graph, replaced, size_dtype
 from diffrate.budgets.flops import Count
 from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
+from diffrate.patch.sizes import channels_of
 from diffrate.patch.state import CompressionState
 from diffrate.rates.masked_block import BlockPlan, plan_search, search_block
 
@@ -261,6 +262,11 @@ class CompressedModel(nn.Module):
             raise TypeError(f"images: found {type(images).__name__}; accepted: a tensor [B, channels, H, W]")
         if images.ndim != 4:
             raise ValueError(f"images: found the shape {list(images.shape)}; accepted: [B, channels, H, W]")
+        if not in_graph():
+            channels = channels_of(self)
+            if images.shape[1] != channels or not images.is_floating_point():
+                found = f"{images.shape[1]} channels of {str(images.dtype).removeprefix('torch.')}"
+                raise ValueError(f"images: found {found}; accepted: {channels} channels of floats")
         height, width = images.shape[-2:]
         found = self.grid_at((height, width))
         if found != self.token_grid:

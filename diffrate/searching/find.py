@@ -185,6 +185,9 @@ def search(
     for name, value in (("work", work), ("minutes", minutes)):
         if value is not None and not 0 < value < math.inf:
             raise SearchSettingError(f"{name}: found {value!r}; accepted: above 0, or none")
+    for name, value, kind in (("latency", latency, LatencyTable), ("start", start, Schedule)):
+        if value is not None and not isinstance(value, kind):
+            raise SearchSettingError(f"{name}: found {type(value).__name__}; accepted: a {kind.__name__}, or none")
     asked = Asked(target_flops, share, target_speedup, target_latency)
     asked.check()
     if asked.timed and resume is not None and latency is None:

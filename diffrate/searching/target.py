@@ -40,6 +40,8 @@ class Asked:
             names = ", ".join(vars(self))
             raise SearchSettingError(f"{names}: found {', '.join(given) or 'none'}; accepted: one of them")
         ((name, value),) = given.items()
+        if not hasattr(value, "__float__"):
+            raise SearchSettingError(f"{name}: found {value!r}; accepted: a number")
         if name == "share" and not 0 < value <= 1:
             raise SearchSettingError(f"share: found {value!r}; accepted: above 0 to 1, of the dense model's FLOPs")
         if self.timed and not 0 < value < math.inf:

@@ -58,6 +58,11 @@ def check(result: tuple[int, str, str], *expected: str) -> None:
         (("--finetune", "--batch-size", "3", "--mixup", "0.8"), ["--batch-size 3: accepted: an even number"]),
         (("--finetune", "--opt", "sgdd"), ["--opt sgdd", "adamw"]),
         (("--finetune", "--aa", "paint"), ["--aa paint"]),
+        (("--finetune", "--aa", "rand-mxx"), ["--aa rand-mxx: found 'mxx'; accepted: a name and a number"]),
+        (("--finetune", "--aa", "rand-m9-mstdx-inc1"), ["found 'mstdx'"]),
+        (("--finetune", "--drop-path", "1"), ["--drop-path: found 1; accepted: from 0 to below 1"]),
+        (("--eval", "--checkpoint", ""), ["--checkpoint: found an empty name"]),
+        (("--init_compression_rate", "0.3"), ["ViT-Sample has no --init_compression_rate 0.3; accepted: 0.0169"]),
         (
             ("--finetune", "--epochs", "3", "--warmup-epochs", "3"),
             ["3: accepted: less than --epochs 3"],

@@ -83,4 +83,25 @@ def test_labels_that_are_no_tensor_are_refused_where_they_are_asked_for() -> Non
 def test_a_model_refuses_an_image_without_its_batch() -> None:
     with pytest.raises(ValueError, match=r"^images: found the shape \[3, 32, 32\]; accepted: \[B, channels, H, W\]$"):
         small().eval()(IMAGES[0])
+    with pytest.raises(ValueError, match=r"^images: found 3 channels of uint8; accepted: 3 channels of floats$"):
+        small().eval()(IMAGES.byte())
     assert np.isfinite(diffrate.evaluate(small(), [{"image": IMAGES, "label": LABELS}]).loss)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_images_of_other_channels_are_refused(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"^images: found 1 channels of float32; accepted: 3 channels of floats$"):
+        call([(IMAGES[:, :1], LABELS)])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"share": 0.6, "latency": {}}, "latency: found dict; accepted: a LatencyTable, or none"),
+        ({"share": 0.6, "start": "dense"}, "start: found str; accepted: a Schedule, or none"),
+        ({"share": "half"}, "share: found 'half'; accepted: a number"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(diffrate.SearchSettingError, match=f"^{message}$"):
+        diffrate.search(small(), [(IMAGES, LABELS)], **given)
