@@ -23,7 +23,7 @@ from cli.inference import for_inference
 from cli.latency import latency_table
 from cli.model import compressed
 from cli.schedules import schedules_that_fit
-from cli.settings import DEFAULT_BATCH, FILES, Settings
+from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, Settings
 from cli.weights import Weights
 from datasets import DataError
 from diffrate.saving.about import about, is_saved_model
@@ -139,7 +139,7 @@ def _check_alike(loaded: Sequence[exported.File], size: tuple[int, ...]) -> None
         if said.input_size != size:
             found, accepted = (" x ".join(map(str, sides)) for sides in (said.input_size, size))
             raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")
-        if said.model != first:
+        if models.bare_name(said.model) != models.bare_name(first):
             raise UsageError(f"--benchmark {file.path}: found one of {said.model}; accepted: of {first}, as the first")
 
 
@@ -152,9 +152,11 @@ def _subject(settings: Settings) -> Subject:
     Raises:
         ScheduleError: no such schedule, or one that does not fit; before anything is timed.
     """
-    entry, chosen = chosen_entry(settings.model), settings.model
+    chosen = settings.model
+    saved = is_saved_model(chosen.checkpoint)
+    entry = chosen_entry(chosen if saved else replace(chosen, checkpoint=FROM_SCRATCH))
     size = input_size_of(chosen, entry)
-    schedule = about(chosen.checkpoint).schedule if is_saved_model(chosen.checkpoint) else None
+    schedule = about(chosen.checkpoint).schedule if saved else None
     with models.shapes_alone():
         model = compressed(built(chosen, entry), chosen, entry, Weights(None, chosen.checkpoint, schedule))
     schedule = model.compression.current()

@@ -24,6 +24,7 @@ from datasets import (
     build_dataset,
     build_images,
     data_root,
+    has_validation,
     turned_images,
 )
 from diffrate.searching.settings import SearchSettings
@@ -82,6 +83,19 @@ def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> A
     data = settings.data
     transform = eval_transform(view_of(settings, entry))
     return _spread(build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet), data.exif), images)
+
+
+def pictures(settings: Settings, entry: ModelEntry, most: int) -> torch.Tensor:
+    """Up to `most` images of the validation split, or of a folder without splits, spread evenly, `[N, C, H, W]`.
+
+    Raises:
+        DataError: as `build_dataset` and `build_images`.
+    """
+    if has_validation(settings.data.data_set, settings.data.path):
+        dataset = _spread(eval_dataset(settings, entry, None, None), most)
+    else:
+        dataset = calibration_dataset(settings, entry, most)
+    return torch.stack([image for image, _ in dataset])
 
 
 def search_dataset(

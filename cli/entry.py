@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import diffrate
 import models
-from cli.settings import ModelSettings, Settings
+from cli.settings import OFFICIAL, ModelSettings, Settings
 from diffrate.files import first_line
 from diffrate.saving.about import About, about, is_saved_model
 from models.zoo import ModelEntry, find
@@ -20,15 +21,19 @@ from utils import UsageError
 def chosen_entry(settings: ModelSettings) -> ModelEntry:
     """The model that `--model` names, or that a file of `--save` says it holds.
 
+    A pretrained tag of timm's is in its name where these are the weights.
+
     Raises:
         UnknownModelError, UsageError: there is no such model, or the two say different things.
     """
     assert settings.name is not None, "flags make sure of a name"
     if not is_saved_model(settings.checkpoint):
-        return models.entry_of(settings.name)
+        entry = models.entry_of(settings.name)
+        return entry if settings.checkpoint == OFFICIAL else replace(entry, name=models.bare_name(entry.name))
     saved = about(settings.checkpoint)
     known = saved.name or saved.architecture
-    if settings.name not in (known, saved.architecture) and models.entry_of(settings.name).name != known:
+    names = (known, saved.architecture)
+    if settings.name not in names and models.bare_name(models.entry_of(settings.name).name) != models.bare_name(known):
         raise UsageError(
             f"--model {settings.name}: {settings.checkpoint} holds {known}; accepted: {known}, or no --model"
         )
@@ -114,4 +119,7 @@ def _entry_of(saved: About, name: str) -> ModelEntry:
     published = find(name)
     if published is not None:
         return replace(published, **inputs)
-    return ModelEntry(name=name, schedule_key=name, weights=None, **inputs)
+    key = name
+    with suppress(models.UnknownModelError):  # schedules are filed by names of timm's with their tags
+        key = models.full_name(name)
+    return ModelEntry(name=name, schedule_key=key, weights=None, **inputs)

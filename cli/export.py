@@ -7,12 +7,17 @@ import logging
 import torch
 
 import diffrate
+from cli.data import pictures
 from cli.entry import chosen_entry
 from cli.named import named_model
 from cli.settings import Settings
+from datasets import DataError
+from diffrate.exporting.export import LEAST_IMAGES
+from models.zoo import ModelEntry
 from processes.runtime import AMP_DTYPES, Runtime
 
 log = logging.getLogger(__name__)
+CHECKED = 32  # images of --data-path that a file is compared on
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
@@ -28,6 +33,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     model, names = named_model(settings, entry, runtime)
     if not runtime.processes.is_main:
         return
+    images = None if settings.data.path is None else _pictures(settings, entry)
     made = diffrate.export(
         model,
         path,
@@ -39,6 +45,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
         mean=entry.mean,
         std=entry.std,
         seed=settings.run.seed,
+        images=images,
     )
     log.info("exported %s: %.3f GFLOPs, %.1f MiB", path, made.metadata.gflops, made.size / 2**20)
     log.info(made.agreement.line())
@@ -51,5 +58,25 @@ def run(settings: Settings, runtime: Runtime) -> None:
             "gflops": made.metadata.gflops,
             "difference": agreement.difference,
             "top1": agreement.top1,
+            "images": agreement.images,
+            "ties": agreement.ties,
+            "tied": agreement.tied,
         }
     )
+
+
+def _pictures(settings: Settings, entry: ModelEntry) -> torch.Tensor:
+    """Images of `--data-path` to compare the file on, as it takes them.
+
+    Raises:
+        DataError: there are none, or too few.
+    """
+    path = settings.data.path
+    images = pictures(settings, entry, CHECKED)
+    if len(images) < LEAST_IMAGES:
+        raise DataError(f"--data-path {path}: found {len(images)} images; accepted: {LEAST_IMAGES} or more")
+    log.info("comparing on %d images of %s", len(images), path)
+    if not settings.run.export_normalize:
+        return images
+    mean, std = (torch.tensor(row)[:, None, None] for row in (entry.mean, entry.std))
+    return images * std + mean  # the file does what the transform has done

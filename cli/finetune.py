@@ -9,6 +9,7 @@ import models
 from cli.data import check_same_classes, eval_dataset, eval_loader, train_dataset, train_loader, warn_of_turned
 from cli.entry import chosen_entry, input_size_of
 from cli.model import compressed
+from cli.recipe import with_augmentation, with_rate
 from cli.results import save_model
 from cli.resume import check_training, resume_path, training_flags
 from cli.settings import Settings
@@ -31,10 +32,16 @@ def run(settings: Settings, runtime: Runtime) -> None:
     # The data decide the classes: a head that does not fit starts fresh.
     train, val = (dataset(settings, entry, head=None, names=None) for dataset in (train_dataset, eval_dataset))
     check_same_classes(train, val)
+    if len(train.classes) == 1:
+        raise UsageError(f"--data-path {settings.data.path}: found one class; accepted: two or more, to tell apart")
+    fewer = with_augmentation(settings, len(train))
+    if fewer != settings:
+        settings, train = fewer, train_dataset(fewer, entry, head=None, names=None)
     warn_of_turned(settings, runtime, train, val)
     classes = len(train.classes)
-    model = _model(settings, entry, weights, classes).to(runtime.device)
     loader = train_loader(train, settings, runtime)
+    settings = with_rate(settings, len(train), loader.batch_size or 1, runtime)
+    model = _model(settings, entry, weights, classes).to(runtime.device)
     teacher = None if settings.training.distill is None else dense_copy(model)
     flags = training_flags(settings, entry, model, len(loader), teacher)
     resume = resume_path(settings, runtime)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from cli.settings import (
@@ -96,14 +97,18 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def parse_flags(words: Sequence[str] | None = None) -> Settings:
+def parse_flags(words: Sequence[str] | None = None, usual: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """Parse and check the command line; defaults that depend on other flags are filled in.
+
+    usual: defaults in place of those declared, but for the sample's own.
 
     Raises:
         UsageError: a flag, a value, or a combination that makes no sense.
         SavedModelError: `--checkpoint` is a damaged file of `--save`.
     """
     parser = get_args_parser()
+    parser.set_defaults(**usual)
+    words = tuple(sys.argv[1:] if words is None else words)
     args = parser.parse_args(words)
     if sum(bool(getattr(args, mode)) for mode in MODES) > 1:
         flags = ", ".join("--" + mode.replace("_", "-") for mode in MODES)
@@ -132,7 +137,7 @@ def parse_flags(words: Sequence[str] | None = None) -> Settings:
     _check_numbers(args, mode)
     _check_targets(args, mode)
     _check_combinations(args, mode)
-    return settings_from(args)
+    return settings_from(args, words)
 
 
 def _fill_search(args: argparse.Namespace, parser: Parser) -> None:
@@ -456,9 +461,7 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--export-normalize", action="store_true", help="let the file of --export take RGB in 0..1, and normalise it"
     )
-    group.add_argument(
-        "--export-opset", type=COUNT, metavar="OPSET", help="of an .onnx file, from 18, the default; 23 is faster"
-    )
+    group.add_argument("--export-opset", type=COUNT, metavar="OPSET", help="of an .onnx file, from 18, the default")
     group.add_argument(
         "--multi-label",
         action="store_true",
@@ -585,7 +588,8 @@ def _add_search_flags(parser: Parser) -> None:
     group.add_argument(
         "--epochs",
         type=COUNT,
-        help=f"default 3 for a search, 30 for --finetune, {SAMPLE_TUNING['epochs']} where it tunes the sample",
+        help="default 3 for a search, 30 for --finetune and more from scratch, "
+        f"{SAMPLE_TUNING['epochs']} where it tunes the sample",
     )
     group.add_argument(
         "--arch-lr",
@@ -653,9 +657,16 @@ def _add_search_flags(parser: Parser) -> None:
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training (--finetune)")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
-    group.add_argument("--lr", type=POSITIVE, default=1e-5, help="learning rate for 512 images a step")
+    group.add_argument(
+        "--lr",
+        type=POSITIVE,
+        default=1e-5,
+        help="learning rate for 512 images a step; the default goes by what is trained",
+    )
     group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
-    group.add_argument("--min-lr", type=NOT_NEGATIVE, default=1e-6, help="where the schedule ends")
+    group.add_argument(
+        "--min-lr", type=NOT_NEGATIVE, default=1e-6, help="where the schedule ends, default 1e-6 or lower"
+    )
     group.add_argument("--warmup-lr", type=NOT_NEGATIVE, default=1e-6, help="where the warm-up starts")
     group.add_argument("--warmup-epochs", type=WHOLE, help="default 5, or none in runs of up to 5 epochs")
     group.add_argument("--sched", choices=("cosine", "tanh", "step", "poly", "constant", "none"), default="cosine")
@@ -677,7 +688,7 @@ def _add_training_flags(parser: Parser) -> None:
 
 
 def _add_augmentation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("augmentation (training)")
+    group = parser.add_argument_group("augmentation (training; of few images, --finetune has the mildest by default)")
     group.add_argument(
         "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's AutoAugment policy, or none"
     )

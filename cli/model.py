@@ -30,7 +30,8 @@ def plain_model(
     size, outputs = input_size_of(settings, entry), classes if weights.state is None else weights.head or 0
     model = models.create(entry, size, num_classes=outputs, **options)
     if weights.state is not None:
-        models.fit_state(model, weights.state, weights.name)
+        for note in models.fit_state(model, weights.state, weights.name).notes:
+            log.info(note)
     return model
 
 

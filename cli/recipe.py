@@ -1,17 +1,32 @@
-"""The recipe of a search: the paper's for its models, another for all that have none of their own."""
+"""Recipes: of a search, the paper's for its models, another for all that have none of their own; and of a training,
+by where it starts, and by how many images there are."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import Any
 
-from cli.settings import RecipeSettings, Settings
+from cli.flags import parse_flags
+from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
 from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
+from processes.runtime import Runtime
+from training.recipe import SCALED_BATCH, step_rate
 from utils import UsageError
 
 PAPER = RecipeSettings(
     loss=SearchSettings.loss, transform="train", start="flat", budget=SearchSettings.budget, method="gradient"
 )
+# DeiT's recipe is for 1.28 million images. Up to so many, its augmentation and learning rate leave too few steps.
+FEW = 50_000
+MILD = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "repeated_aug": False, "drop_path": 0.0}
+# Epochs, and the rate of a step whatever its images: from fresh weights, and from trained ones.
+FEW_FROM_SCRATCH, FEW_FROM_WEIGHTS = {"epochs": 100, "lr": 1e-3}, {"lr": 5e-5}
+MANY_FROM_SCRATCH, MANY_FROM_WEIGHTS = {"epochs": 300, "lr": 5e-4}, {"lr": 1e-5}  # DeiT's own, and the paper's
+FALLING = ("cosine", "tanh", "poly")  # schedules that end at --min-lr
+ENDS = 0.1  # of the rate, where that lies below the usual end
+log = logging.getLogger(__name__)
 OTHERS = RecipeSettings(loss="distill", transform="eval", start="flat", budget="held", method="calibrated")
 
 
@@ -45,3 +60,56 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
         raise UsageError(f"--batch-size {settings.data.batch_size}: accepted: an even number with --mixup or --cutmix")
     search = replace(settings.search, loss=recipe.loss, budget=recipe.budget)
     return replace(settings, recipe=recipe, search=search, augmentation=augmentation, mixing=mixing)
+
+
+def with_augmentation(settings: Settings, images: int) -> Settings:
+    """`settings` with what the flags leave open of a training on so many images, but for its learning rate."""
+    usual = _usual(settings, images)
+    del usual["lr"]  # goes by the batches
+    return parse_flags(settings.run.words, usual)
+
+
+def with_rate(settings: Settings, images: int, batch_size: int, runtime: Runtime) -> Settings:
+    """`settings` with all that the flags leave open of a training, at `batch_size` images a step on each process.
+
+    Raises:
+        UsageError: the learning rate lies below the end that was asked for.
+    """
+    usual, step, training = _usual(settings, images), batch_size * runtime.processes.world, settings.training
+    if not training.unscaled:
+        usual["lr"] *= SCALED_BATCH / step if images <= FEW else max(1.0, DEFAULT_BATCH / step)
+    settings = parse_flags(settings.run.words, usual)
+    training = settings.training
+    rate, least = step_rate(training, step), training.least_learning_rate
+    scaled = "" if training.unscaled else f" (--lr {training.learning_rate:.3g} for {SCALED_BATCH})"
+    said = f"learning rate {rate:.3g} at {step} images a step{scaled}"
+    if rate < least and training.schedule in FALLING:
+        usual |= {"min_lr": ENDS * rate, "warmup_lr": ENDS * rate}
+        settings = parse_flags(settings.run.words, usual)
+        if settings.training.least_learning_rate == least:
+            raise UsageError(f"--min-lr {least:g}: found a {said}; accepted: up to that, or another --lr")
+        if runtime.processes.is_main:
+            log.warning("%s lies below the usual --min-lr %g, and ends at %.3g", said, least, ENDS * rate)
+    left = " ".join(_flag(name, value) for name, value in usual.items() if settings.run.flags[name] == value)
+    log.info("%d images, %d epochs, %s; by default %s", images, training.epochs, said, left or "nothing")
+    return settings
+
+
+def _usual(settings: Settings, images: int) -> dict[str, Any]:
+    """The defaults of a training on so many images."""
+    scratch = settings.model.checkpoint == FROM_SCRATCH
+    if images > FEW:
+        return dict(MANY_FROM_SCRATCH if scratch else MANY_FROM_WEIGHTS)
+    return MILD | (FEW_FROM_SCRATCH if scratch else FEW_FROM_WEIGHTS)
+
+
+def _flag(name: str, value: Any) -> str:
+    """A flag with its value, as it would be typed."""
+    dashed = name.replace("_", "-")
+    return (
+        f"--no-{dashed}"
+        if value is False
+        else f"--{dashed} {value:.3g}"
+        if isinstance(value, float)
+        else f"--{dashed} {value}"
+    )

@@ -138,7 +138,9 @@ def next_command(settings: Settings, entry: ModelEntry, target: float, file: Pat
     if file != PROJECT_RATES:
         words.append(f"--compression_rate_file {quote(str(file))}")
     if own_data or settings.model.checkpoint != OFFICIAL:
-        words += [f"--model {entry.name}", *data, f"--checkpoint {quote(settings.model.checkpoint)}"]
+        # As it was given where the weights are others than its tag says: the tag says what images are like, too.
+        name = entry.name if settings.model.checkpoint == OFFICIAL else settings.model.name
+        words += [f"--model {name}", *data, f"--checkpoint {quote(settings.model.checkpoint)}"]
     if settings.model.input_size is not None:
         words.append(f"--input-size {size_words(settings.model.input_size)}")
     return " ".join(words)

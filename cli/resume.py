@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffrate
+import models
 from cli.recipe import PAPER
 from cli.schedules import fit_tokens
 from cli.settings import Settings, Target
@@ -166,6 +167,12 @@ def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) 
     found = content.get("flags", {})
     for name, value in expected.items():
         made = found.get(name, EARLIER.get(name))
-        if made != value:
+        if made != value and not (name == "model" and _same_model(str(made), value)):
             called = name if name in (KEPT, STEPS, STARTED) else f"--{name}"
             raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")
+
+
+def _same_model(made: str, name: str) -> bool:
+    """Whether two names differ in a pretrained tag that one of them does not say."""
+    bare = models.bare_name(name)
+    return models.bare_name(made) == bare and bare in (made, name)

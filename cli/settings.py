@@ -136,7 +136,7 @@ class RunSettings:
     exported: files to time, of the benchmark that has them. export, export_dtype, export_normalize, export_opset: the
     file to write, the precision of its weights, whether it takes images in [0, 1], and which operators it has.
     resume: a path or `auto`.
-    flags: all of them as plain values, for checkpoints.
+    flags: all of them as plain values, for checkpoints. words: the command line as it was typed.
     """
 
     mode: str
@@ -165,6 +165,7 @@ class RunSettings:
     rounds: int
     tensorboard: bool
     flags: MappingProxyType[str, Any]
+    words: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,10 @@ class Settings:
     mixing: Mixing
 
 
-def settings_from(args: Namespace) -> Settings:
-    """The settings that parsed and checked flags stand for."""
+def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
+    """The settings that parsed and checked flags stand for; `words` are what was parsed."""
     return Settings(
-        run=_run(args),
+        run=_run(args, words),
         data=DataSettings(
             data_set=args.data_set,
             path=args.data_path,
@@ -268,7 +269,7 @@ def _rows_columns(sizes: list[int] | None) -> tuple[int, int] | None:
     return None if sizes is None else (sizes[0], sizes[-1])
 
 
-def _run(args: Namespace) -> RunSettings:
+def _run(args: Namespace, words: tuple[str, ...]) -> RunSettings:
     return RunSettings(
         mode=mode_of(args),
         images=tuple(args.visualize or ()),
@@ -296,6 +297,7 @@ def _run(args: Namespace) -> RunSettings:
         rounds=args.rounds,
         tensorboard=args.tensorboard,
         flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()} | _side(args.input_size)),
+        words=words,
     )
 
 

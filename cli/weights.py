@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from models.zoo import ModelEntry
 from processes.group import local_main_first
 from processes.runtime import Runtime
 from training.checkpoint import flags_in
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def read_weights(settings: ModelSettings, entry: ModelEntry, runtime: Runtime) -
         else:
             read = models.read_file(entry, settings.checkpoint, size, runtime.bar, made_at)
     models.check_finite(read.state, read.name)
+    for note in read.notes:
+        log.info(note)
     if is_saved_model(read.name):
         header = about(read.name)
         return Weights(read.state, read.name, header.schedule, header.classes)

@@ -8,7 +8,7 @@ from models.checkpoint import LoadReport, check_finite, fit_state, head_classes,
 from models.download import fetch, official_file
 from models.errors import CheckpointError, InputSizeError, UnknownModelError
 from models.layouts import StateDict, convert
-from models.names import entry_of
+from models.names import bare_name, entry_of, full_name
 from models.reading import Read, read_file, read_official
 from models.registry import Size, create, register
 from models.shapes import shapes_alone
@@ -27,12 +27,14 @@ __all__ = [
     "Size",
     "StateDict",
     "UnknownModelError",
+    "bare_name",
     "check_finite",
     "convert",
     "create",
     "entry_of",
     "fetch",
     "fit_state",
+    "full_name",
     "head_classes",
     "load_weights",
     "lookup",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -10,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from timm.models import clean_state_dict, load_state_dict
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from models.download import fetch, first_line
 from models.errors import CheckpointError
-from models.layouts import COMPRESSION_PREFIX, SHOWN_KEYS, StateDict, convert
+from models.layouts import COMPRESSION_PREFIX, SHOWN_KEYS, StateDict, convert, resampled
 from models.numpy_files import is_numpy_file, read_numpy
 
 # The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm CAFormer;
@@ -28,15 +31,16 @@ UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError),
     *(SafetensorError, pickle.UnpicklingError),
 )
-# Words beside 'model' and 'state_dict' that tensors stand under: BEiT v2, I-JEPA.
-WRAPPERS = ("module", "encoder")
+# Words that tensors stand under, in timm's order, the averaged ones first; then those of BEiT v2 and I-JEPA.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
 # Parts that files have and a model may be built without: timm leaves them out, too.
 POOLING = "attn_pool."
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading changed besides copying: the names of fresh tensors, and a note for the log on each."""
+    """What loading did besides copying: the names of fresh tensors, and a note for the log on each thing."""
 
     reinitialized: tuple[str, ...]
     notes: tuple[str, ...]
@@ -48,15 +52,21 @@ def load_weights(model: nn.Module, path_or_url: str | Path) -> LoadReport:
     Reads what timm's converter of the model's family reads (`models/layouts.py`): official files of
     DeiT and DeiT III, MAE, CAFormer, BEiT, EVA, CLIP, DINOv2 and others, timm's own, safetensors, the NumPy
     archives (`.npz`) of Google's ViTs, and what this project saves. A head with another number of
-    classes keeps the model's fresh weights, and the report says so; position embeddings, tables of
-    relative positions and patch kernels of another size are interpolated.
+    classes keeps the model's fresh weights, and position embeddings and tables of relative positions of another size
+    are interpolated; the report and the log say so, and under which word of the file the weights were found.
 
     Raises:
-        CheckpointError: the file is missing or unreadable, or does not fit the model.
+        CheckpointError: the file is missing or unreadable, or does not fit the model, or is for patches of another
+            size.
     """
-    path = local_file(path_or_url)
-    state = read_numpy(path, copy.deepcopy(model)) if is_numpy_file(path) else read_state(path)
-    return fit_state(model, state, str(path_or_url))
+    path, name = local_file(path_or_url), str(path_or_url)
+    found, notes = read_numpy(path, copy.deepcopy(model)) if is_numpy_file(path) else read_noted(path, name)
+    state = convert(found, model, name)
+    report = _fit(model, state, name)
+    report = LoadReport(report.reinitialized, (*report.notes, *notes, *resampled(found, state, name)))
+    for note in report.notes:
+        log.info(note)
+    return report
 
 
 def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = False) -> LoadReport:
@@ -67,7 +77,11 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
     Raises:
         CheckpointError: the tensors do not fit the model.
     """
-    found = convert(state, model, name)
+    return _fit(model, convert(state, model, name), name, fresh_head)
+
+
+def _fit(model: nn.Module, found: StateDict, name: str, fresh_head: bool = False) -> LoadReport:
+    """`fit_state` for tensors under timm's names."""
     expected = model.state_dict()
     optional = {key for key in expected if key.startswith(COMPRESSION_PREFIX)}
     if not optional:
@@ -75,14 +89,16 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
     # What this project saves has buffers that timm computes by itself, at this size of images.
     computed = {key for key, _ in model.named_buffers()} - expected.keys()
     found = {key: value for key, value in found.items() if key not in computed}
-    if not any(key.startswith(POOLING) for key in expected):
+    notes = []
+    if not any(key.startswith(POOLING) for key in expected) and any(key.startswith(POOLING) for key in found):
         found = {key: value for key, value in found.items() if not key.startswith(POOLING)}
+        notes.append(f"{name}: the pooling {POOLING}* is left out, which the model has not")
     reinitialized, why = _drop_other_head(found, expected), "the head has another number of classes"
     if fresh_head and head_classes(found) is None and not reinitialized:
         reinitialized, why = _names_of_head(expected, expected), "there is no head"
     _check_fit(name, found, expected, optional=optional | set(reinitialized))
     model.load_state_dict(found, strict=False)
-    notes = [f"{name}: {why}; {', '.join(reinitialized)} start fresh"] if reinitialized else []
+    notes += [f"{name}: {why}; {', '.join(reinitialized)} start fresh"] if reinitialized else []
     return LoadReport(tuple(reinitialized), tuple(notes))
 
 
@@ -111,23 +127,39 @@ def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
     Raises:
         CheckpointError: the file is missing, cut short, or holds no tensors by name.
     """
-    path = local_file(path_or_url, bar)
+    return read_noted(local_file(path_or_url, bar), str(path_or_url))[0]
+
+
+def read_noted(path: Path, name: str) -> tuple[StateDict, list[str]]:
+    """`read_state` of a file on this machine, called `name`, with a note on where in the file the tensors were.
+
+    Raises:
+        CheckpointError: as `read_state`.
+    """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
-        with safe_globals([Namespace]):  # official files hold their flags, and timm knows so from 1.0.23 on
-            state: Mapping[str, Any] = load_state_dict(str(path), weights_only=True)
+        with safe_globals([Namespace]):  # official files hold their flags
+            content: Any = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
     except UNREADABLE as error:
         reason = first_line(error)
         raise CheckpointError(
             f"checkpoint {path}: cannot be read, cut short or not a checkpoint ({reason}); "
             "accepted: a file of torch.save with plain tensors, safetensors, or for Google's ViTs .npz"
         ) from error
-    inner = next((state[word] for word in WRAPPERS if isinstance(state.get(word), dict)), {})
-    for candidate in (state, clean_state_dict(inner)):
-        tensors = {key: value for key, value in candidate.items() if isinstance(value, Tensor)}
-        if tensors:
-            return _without_prefix(tensors)
+    notes = []
+    while isinstance(content, dict) and (words := [word for word in WRAPPERS if isinstance(content.get(word), dict)]):
+        others = f", not {', '.join(map(repr, words[1:]))}" if len(words) > 1 else ""
+        notes.append(f"{name}: weights read from {words[0]!r}{others}")
+        content = content[words[0]]
+    found = content if isinstance(content, dict) else {}
+    tensors = clean_state_dict({key: value for key, value in found.items() if isinstance(value, Tensor)})
+    if tensors:
+        return _without_prefix(tensors), notes
     raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")
 
 

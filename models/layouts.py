@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,17 +26,25 @@ TIMM = "timm.models."
 # Positions of another input size are interpolated as the weights were trained, which timm tells by the name.
 BILINEAR = ("flexi", "radio")
 ALIGNED_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
+FLEXIBLE = "flexi"  # trained on patches of many sizes: those of another are interpolated
+POSITIONS = ("pos_embed", "relative_position_bias_table")
 
 
 def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
-    """Bring `state` to timm's names and to the patches and the input's size of `model`; `name` starts messages.
+    """Bring `state` to timm's names and to the input's size of `model`; `name` starts messages.
 
     Tensors that are there in this form already stay as they are.
 
     Raises:
-        CheckpointError: timm has no converter for this kind of model, or it does not take these tensors.
+        CheckpointError: timm has no converter for this kind of model, or it does not take these tensors, or their
+            patches are of another size.
     """
     converter = _converter(model)
+    own = patch_kernel(model)
+    if own is not None:  # whatever the layout, a kernel of patches has the model's width and channels
+        kernels = [value.shape[2:] for value in state.values() if value.ndim == 4 and value.shape[:2] == own.shape[:2]]
+        if kernels and own.shape[2:] not in kernels:
+            check_patches(kernels[0], model, name)
     # timm's know nothing of ours, and some look every key up in the model.
     ours = {key: value for key, value in state.items() if key.startswith(COMPRESSION_PREFIX)}
     theirs = {key: value for key, value in state.items() if key not in ours}
@@ -60,13 +69,58 @@ def convert(state: StateDict, model: nn.Module, name: str) -> StateDict:
     return converted
 
 
+def patch_kernel(model: nn.Module) -> Tensor | None:
+    """What turns patches into tokens, None in a model that has no such convolution."""
+    weight = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.ndim == 4 else None
+
+
+def check_patches(found: Sequence[int], model: nn.Module, name: str) -> None:
+    """Refuse weights for patches of `found` rows and columns in a model of others, unless it was trained for any.
+
+    Raises:
+        CheckpointError: names both sizes, and timm's model with such patches if there is one.
+    """
+    own, architecture = patch_kernel(model), _architecture(model)
+    if own is None or own.shape[2:] == tuple(found) or FLEXIBLE in architecture:
+        return
+    fitting = re.sub(r"patch\d+", f"patch{found[0]}", architecture)
+    instead = f", or --model {fitting}" if is_model(fitting) else ""
+    (rows, columns), (own_rows, own_columns) = found, own.shape[2:]
+    raise CheckpointError(
+        f"checkpoint {name} does not fit the model: it is for patches of {rows} by {columns} pixels; "
+        f"accepted: of {own_rows} by {own_columns}{instead}"
+    )
+
+
+def resampled(state: StateDict, converted: StateDict, name: str) -> list[str]:
+    """A note on positions in `converted` that are not the file's own in `state`, but interpolated ones, if any."""
+    held = {value.untyped_storage().data_ptr() for value in state.values()}
+    made = [
+        key
+        for key, value in converted.items()
+        if key.endswith(POSITIONS) and value.untyped_storage().data_ptr() not in held
+    ]
+    if not made:
+        return []
+    first = made[0]
+    came = f" {list(state[first].shape)}" if first in state else ""
+    more = f", and {len(made) - 1} more" if len(made) > 1 else ""
+    return [f"{name}: positions resampled, {first}{came} to {list(converted[first].shape)}{more}"]
+
+
+def _architecture(model: nn.Module) -> str:
+    """timm's name of a model's architecture, as far as the model knows it."""
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+
+
 def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
     """timm's converter for `model`, as the function that builds its architecture would call it.
 
     Raises:
         CheckpointError: timm has none.
     """
-    architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+    architecture = _architecture(model)
     for module in _modules(model, architecture):
         function: Any = getattr(module, CONVERTER, None)
         if function is not None:

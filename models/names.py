@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -27,6 +28,7 @@ HUB = "hf-hub:"
 SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
 CLOSE = 3  # names that a refusal suggests
 CHANNELS = 3
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".npz")  # how files of weights end
 
 
 def entry_of(name: str) -> ModelEntry:
@@ -38,16 +40,27 @@ def entry_of(name: str) -> ModelEntry:
     Raises:
         UnknownModelError: there is no such model, tag or repository; or it reads no colour images.
     """
-    return find(name) or _entry_of_timm(name if name.startswith(SOURCES) else _full_name(name))
+    return find(name) or _entry_of_timm(name if name.startswith(SOURCES) else full_name(name))
 
 
-def _full_name(name: str) -> str:
+def bare_name(name: str) -> str:
+    """`name` without timm's pretrained tag, if it has one: what a model is called that has other weights."""
+    architecture, _ = split_model_name_tag(name)
+    return architecture if name in get_arch_pretrained_cfgs(architecture) else name
+
+
+def full_name(name: str) -> str:
     """timm's name in use for `name`, with a pretrained tag where timm has one.
 
     Raises:
-        UnknownModelError: timm has no such model, or no such tag of it.
+        UnknownModelError: timm has no such model, or no such tag of it; or it is a file.
     """
     spelled = name if is_model(name) else name.replace("-", "_")
+    if Path(name).suffix in WEIGHTS or (not is_model(spelled) and Path(name).is_file()):
+        raise UnknownModelError(
+            f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
+            "(--list-models), or no --model where --save left the file"
+        )
     if not is_model(spelled):
         raise UnknownModelError(f"--model {name}: unknown model; {_alternatives(name)}")
     architecture, tag = split_model_name_tag(spelled)

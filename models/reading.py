@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from models.checkpoint import local_file, read_state
+from models.checkpoint import local_file, read_noted
 from models.download import official_file
-from models.layouts import StateDict, convert
+from models.layouts import StateDict, convert, resampled
 from models.numpy_files import is_numpy_file, read_numpy
 from models.registry import Size, create
 from models.shapes import shapes_alone
@@ -15,11 +15,13 @@ from models.zoo import ModelEntry, TimmWeights
 
 
 class Read(NamedTuple):
-    """Tensors under timm's names and at the input's size, and as they were found; what to call them in messages."""
+    """Tensors under timm's names and at the input's size, and as they were found; what to call them in messages; a note
+    on where in the file they were, and on each thing that was adapted."""
 
     state: StateDict
     found: StateDict
     name: str
+    notes: tuple[str, ...] = ()
 
 
 def read_official(entry: ModelEntry, input_size: Size, bar: bool = True) -> Read:
@@ -29,11 +31,12 @@ def read_official(entry: ModelEntry, input_size: Size, bar: bool = True) -> Read
         CheckpointError: there are none, or they cannot be had.
     """
     if isinstance(entry.weights, TimmWeights):
-        found, name = timm_state(entry.weights, bar), entry.name
+        found, notes, name = timm_state(entry.weights, bar), [], entry.name
     else:
         path = official_file(entry, bar)
-        found, name = read_state(path), str(path)
-    return Read(_converted(found, entry, input_size, name, entry.input_size), found, name)
+        name = str(path)
+        found, notes = read_noted(path, name)
+    return _read(found, notes, entry, input_size, name, entry.input_size)
 
 
 def read_file(entry: ModelEntry, source: str, input_size: Size, bar: bool = True, made_at: Size | None = None) -> Read:
@@ -49,13 +52,15 @@ def read_file(entry: ModelEntry, source: str, input_size: Size, bar: bool = True
     if is_numpy_file(path):
         # Read for another grid of as many positions, timm would leave them as they are: oblong ones come after.
         made_at = input_size if input_size[0] == input_size[1] else entry.input_size
-        found = read_numpy(path, create(entry, made_at))
+        found, notes = read_numpy(path, create(entry, made_at))
     else:
-        found = read_state(path, bar)
-    return Read(_converted(found, entry, input_size, source, made_at), found, source)
+        found, notes = read_noted(path, source)
+    return _read(found, notes, entry, input_size, source, made_at)
 
 
-def _converted(found: StateDict, entry: ModelEntry, input_size: Size, name: str, made_at: Size | None) -> StateDict:
+def _read(
+    found: StateDict, notes: list[str], entry: ModelEntry, input_size: Size, name: str, made_at: Size | None
+) -> Read:
     """`found` as the entry's model at `input_size` has its tensors."""
     with shapes_alone():
         model: Any = create(entry, input_size)
@@ -64,4 +69,5 @@ def _converted(found: StateDict, entry: ModelEntry, input_size: Size, name: str,
         fits = positions is not None and own is not None and positions.shape == own.shape
         made_at = input_size if fits else entry.input_size
     model.pretrained_model_args = {"img_size": made_at}  # where timm looks for the source's size
-    return convert(found, model, name)
+    state = convert(found, model, name)
+    return Read(state, found, name, (*notes, *resampled(found, state, name)))

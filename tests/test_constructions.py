@@ -46,11 +46,12 @@ def reduced(name: str, prune: tuple[float, ...], merge: tuple[float, ...]) -> di
 
 
 @pytest.mark.parametrize("name", CONSTRUCTIONS)
-def test_with_nothing_removed_all_is_timms(name: str) -> None:
+def test_fresh_from_patching_all_is_timms(name: str) -> None:
     plain, images = build(name), images_for(name)
     logits, features = plain(images), plain.forward_features(images)
     middle = plain.forward_intermediates(images, indices=[1, 3], norm=True)
-    model = dense(patched(name))
+    model = patched(name)
+    assert model.compression.current() == model.dense_schedule()
     torch.testing.assert_close(model(images, return_flop=False), logits, **EXACT)
     torch.testing.assert_close(model.forward_features(images), features, **EXACT)
     torch.testing.assert_close(model.forward_intermediates(images, indices=[1, 3], norm=True), middle, **EXACT)
@@ -176,7 +177,7 @@ def test_search_has_gradients_and_its_cost_is_that_of_its_counts(name: str) -> N
         assert rate.grad is not None
         assert rate.grad.isfinite().all()
         assert rate.grad.abs().max() > 0
-    assert flops.item() == pytest.approx(model.flops(), rel=1e-6)
+    assert flops.item() == pytest.approx(model.flops_at(model.compression.expected_schedule()), rel=1e-6)
 
 
 def test_a_search_leaves_batch_norms_as_they_are() -> None:

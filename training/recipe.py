@@ -71,6 +71,12 @@ def build_recipe(
     )
 
 
+def step_rate(settings: TrainingSettings, images_per_step: int) -> float:
+    """The learning rate that the schedule starts from, at so many images a step over all processes."""
+    scale = 1.0 if settings.unscaled else images_per_step / SCALED_BATCH
+    return settings.learning_rate * scale
+
+
 def build_criterion(mixing: Mixing) -> nn.Module:
     """The training loss: against mixed labels with mixup or cutmix, else with label smoothing."""
     if mixing.mixes:
@@ -99,11 +105,10 @@ def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: in
         raise UsageError(
             f"--opt {settings.optimizer}: unknown to timm, or of second order; accepted: {', '.join(map(str, known))}"
         )
-    rate = settings.learning_rate
     # timm's factories read attributes, by these names.
     chosen = SimpleNamespace(
         opt=settings.optimizer,
-        lr=rate if settings.unscaled else rate * images_per_step / SCALED_BATCH,
+        lr=step_rate(settings, images_per_step),
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
     )

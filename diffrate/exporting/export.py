@@ -26,6 +26,7 @@ from diffrate.running.precision import place_of
 from diffrate.running.speed import precision_name
 
 LONGEST = 300  # characters of another package's message
+LEAST_IMAGES = 2  # so that batches are not all of one size
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def export(
     std: Sequence[float] | None = None,
     seed: int = 0,
     opset: int | None = None,
+    images: Tensor | None = None,
 ) -> Exported:
     """Write `model` at its kept counts as `.onnx`, `.pt2` (torch) or `.xml` (OpenVINO): images -> logits.
 
@@ -57,11 +59,12 @@ def export(
     the file takes images in [0, 1], and normalises them itself. `mean` and `std` are by default what timm's
     configuration of the model says, `name` what it calls the model; `classes` are words for the outputs, in order.
     `opset` is that of `.onnx`, by default 18, the lowest, which quantizers and older runtimes know; from 23
-    on there is an operator for attention, which makes the file faster in onnxruntime.
+    on there is an operator for attention.
 
-    The file is loaded again and compared with the model on images from `seed`, at two batch sizes: there is none
-    unless they agree. The weights of `.xml`, and those of `.onnx` where they are more than 2 GB, are in a file beside
-    it (`.bin`, `.onnx.data`). The model itself is not touched.
+    The file is loaded again and compared with the model at two batch sizes, on `images` (two at least, as the file
+    takes them) or on random ones from `seed`: there is none unless they agree, but where tokens nearly tie. The
+    weights of `.xml`, and those of `.onnx` where they are more than 2 GB, are in a file beside it (`.bin`,
+    `.onnx.data`). The model itself is not touched.
 
     Raises:
         ExportError: another suffix, a missing package or folder, a precision that the file does not take, a model that
@@ -70,6 +73,7 @@ def export(
     path, precision = Path(path), precision_name(dtype)
     check_patched(model)
     check_destination(path, precision, opset)
+    _check_images(model, images)
     known = _normalization(model, mean, std)
     metadata = _metadata(model, precision, normalize, known, name, classes)
     program = traced(model, dtype, known if normalize else None)
@@ -78,7 +82,7 @@ def export(
             options = {} if opset is None else {"opset": opset}
             KINDS[path.suffix].write(program, metadata.entries(), scratch, **options)
             del program  # as large as the model
-            agreement = _checked(model, scratch, metadata, known, seed)
+            agreement = _checked(model, scratch, metadata, known, seed, images)
     except ExportError:
         raise
     except Exception as error:  # the writers have errors of their own
@@ -86,10 +90,32 @@ def export(
     return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
 
 
+def _check_images(model: CompressedModel, images: Tensor | None) -> None:
+    """Refuse images that do not tell one batch size from another, or that the model does not take.
+
+    Raises:
+        ExportError: their number, their size or their type.
+    """
+    size = input_size(model)
+    if images is None:
+        return
+    fits = images.ndim == 4 and tuple(images.shape[1:]) == size and images.dtype == torch.float32
+    if not fits or len(images) < LEAST_IMAGES:
+        raise ExportError(
+            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
+            f"torch.float32, N from {LEAST_IMAGES}"
+        )
+
+
 def _checked(
-    model: CompressedModel, path: Path, metadata: Metadata, known: Normalization | None, seed: int
+    model: CompressedModel,
+    path: Path,
+    metadata: Metadata,
+    known: Normalization | None,
+    seed: int,
+    images: Tensor | None,
 ) -> Agreement:
-    """How the file at `path` compares with `model`.
+    """How the file at `path` compares with `model`, on `images` or on random ones.
 
     Raises:
         ExportError: they do not agree.
@@ -105,9 +131,11 @@ def _checked(
 
     with torch.inference_mode(), modes_kept(model):
         model.eval()
-        images = fresh_images(live, metadata.input_size, None if metadata.normalizes else known, seed)
+        source = "random" if images is None else "given"
+        if images is None:
+            images = fresh_images(live, metadata.input_size, None if metadata.normalizes else known, seed)
         coarser = max(metadata.precision, precision_name(place.dtype), key=lambda name: LIMITS.get(name, 0.0))
-        agreement = compare(load_exported(path).runner.logits, live, images, coarser)
+        agreement = compare(load_exported(path).runner.logits, live, images.cpu(), coarser, source)
     if not agreement.difference <= agreement.limit:
         raise ExportError(f"{path.name}: not written: {agreement.line()}")
     return agreement

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 ATTENTION_OPSET = 23  # the first with an operator for attention
+GELU_OPSET = 20  # the first with one for GELU
 
 
 def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -60,17 +61,40 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         found = op.GatherElements(x, index, axis=dim), index
         return found if keepdim else tuple(op.Squeeze(part, op.Constant(value_ints=[dim])) for part in found)
 
-    return {
+    def gelu(x: Any, approximate: str = "none") -> Any:
+        """In the order of operations that onnxruntime has a kernel for: it does not know that of torch's exporter."""
+
+        def number(value: float) -> Any:
+            return op.CastLike(op.Constant(value_float=value), x)
+
+        if approximate == "tanh":
+            cubic = op.Add(x, op.Mul(op.Pow(x, number(3.0)), number(0.044715)))
+            bent = op.Tanh(op.Mul(cubic, number(math.sqrt(2 / math.pi))))
+        else:
+            bent = op.Erf(op.Div(x, number(math.sqrt(2))))
+        return op.Mul(op.Mul(x, number(0.5)), op.Add(bent, number(1.0)))
+
+    own: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.aten.max.dim: highest,
         torch.ops.aten.scaled_dot_product_attention.default: attention,
         torch.ops.aten.linalg_vector_norm.default: length,
     }
+    return own if opset >= GELU_OPSET else own | {torch.ops.aten.gelu.default: gelu}
 
 
 def _by_products(op: Any, query: Any, key: Any, value: Any, bias: Any, scale: float | None) -> Any:
-    """The same as two products, the first of which onnxruntime does with the transposing and the scale."""
-    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
-    scores = op.Mul(scores, op.CastLike(op.Constant(value_float=scale or 1 / math.sqrt(query.shape[3])), scores))
+    """The same as two products, the first of which onnxruntime does with the transposing and the scale.
+
+    It does so with the heads of all images in one axis alone: of keys with axes of their own for both, which come from
+    a transposing, it makes one that takes longer.
+    """
+    (heads, queries, width), keys = query.shape[1:], key.shape[2]
+    query, key = (
+        op.Reshape(item, op.Constant(value_ints=[-1, count, width])) for item, count in ((query, queries), (key, keys))
+    )
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 2, 1]))
+    scores = op.Mul(scores, op.CastLike(op.Constant(value_float=scale or 1 / math.sqrt(width)), scores))
+    scores = op.Reshape(scores, op.Constant(value_ints=[-1, heads, queries, keys]))
     return op.MatMul(op.Softmax(scores if bias is None else op.Add(scores, bias), axis=-1), value)
 
 

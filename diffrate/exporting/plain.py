@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import fx, nn
 
 from diffrate.exporting.graph import traced
-from diffrate.exporting.targets import ExportError
+from diffrate.exporting.targets import TRACES, ExportError, check_torch
 from diffrate.patch.base import CompressedModel
 from diffrate.running.precision import place_of
 
@@ -18,9 +20,10 @@ def plain(model: CompressedModel) -> nn.Module:
     `torch.load(..., weights_only=False)` reads where torch alone is installed. Images are float32 in any precision.
 
     Raises:
-        ExportError: `model` is not patched, or torch cannot trace it.
+        ExportError: `model` is not patched, torch is older than 2.8, or cannot trace it.
     """
     check_patched(model)
+    check_torch("diffrate.plain", TRACES)
     return module_of(traced(model, place_of(model).dtype, None))
 
 
@@ -36,7 +39,8 @@ def check_patched(model: object) -> None:
 
 def module_of(program: torch.export.ExportedProgram) -> nn.Module:
     """The graph of `program` as a module of its own: torch's has checks of its input inside that do not pickle."""
-    whole = program.module(check_guards=False)
+    guarded = "check_guards" in inspect.signature(program.module).parameters  # since torch 2.9
+    whole = program.module(**{"check_guards": False} if guarded else {})
     graph, copies = fx.Graph(), {}
     for node in whole.graph.nodes:
         if node.op == "output":

@@ -13,6 +13,7 @@ PRECISIONS = ("float32", "bf16", "fp16")
 REQUIREMENTS = "requirements-export.txt"
 ONNX = ".onnx"
 LEAST_OPSET = 18  # the first that torch's exporter writes
+TRACES = (2, 8)  # the lowest torch that traces these models for any batch size
 
 
 class ExportError(ValueError):
@@ -26,15 +27,15 @@ class Target:
     runtime: str
     packages: tuple[str, ...]
     precisions: tuple[str, ...]
-    torch: tuple[int, ...] = (2, 6)  # the lowest version that writes it
+    torch: tuple[int, ...]  # the lowest version that writes it
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         # onnxruntime's CPU kernels know no bfloat16.
         ONNX: Target("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("float32", "fp16"), (2, 9)),
-        ".pt2": Target("torch", (), PRECISIONS),
-        ".xml": Target("openvino", ("openvino",), PRECISIONS),
+        ".pt2": Target("torch", (), PRECISIONS, TRACES),
+        ".xml": Target("openvino", ("openvino",), PRECISIONS, (2, 9)),
     }
 )
 
@@ -57,6 +58,16 @@ def target_of(path: Path) -> Target:
     return target
 
 
+def check_torch(what: str, least: tuple[int, ...]) -> None:
+    """Refuse `what` where torch is older than the version `least`.
+
+    Raises:
+        ExportError: it is.
+    """
+    if tuple(map(int, version("torch").split(".")[:2])) < least:
+        raise ExportError(f"{what}: needs torch {'.'.join(map(str, least))}; found {version('torch')}")
+
+
 def check_destination(path: Path, precision: str, opset: int | None = None) -> None:
     """Refuse a file that cannot be written, or not in `precision`, or not by the operators of `opset`.
 
@@ -68,8 +79,7 @@ def check_destination(path: Path, precision: str, opset: int | None = None) -> N
         raise ExportError(
             f"{path}: found the precision {precision}; {target.runtime} accepts: {', '.join(target.precisions)}"
         )
-    if tuple(map(int, version("torch").split(".")[:2])) < target.torch:
-        raise ExportError(f"{path}: needs torch {'.'.join(map(str, target.torch))}; found {version('torch')}")
+    check_torch(str(path), target.torch)
     if opset is not None:
         _check_opset(path, opset)
     if path.is_dir():

@@ -53,8 +53,9 @@ class CompressedModel(nn.Module):
     """A timm model whose blocks prune and merge tokens; a family fills in the abstract methods.
 
     Before `set_kept_num`, a forward pass in training mode is a step of the search, and one in
-    evaluation mode runs at the counts that the rate logits stand for. After it, both run at the
-    fixed counts. Nothing in a forward pass is kept on the model: threads may share it.
+    evaluation mode removes nothing until the rate logits have learned, then runs at the counts that
+    they stand for. After it, both run at the fixed counts. Nothing in a forward pass is kept on the
+    model: threads may share it.
     """
 
     rules: ReductionRules  # the family's, unless a baseline replaces them on its model
@@ -154,8 +155,7 @@ class CompressedModel(nn.Module):
         check_schedule(schedule, space.limits, space.prunes, where, space.least)
 
     def get_kept_num(self) -> tuple[list[int] | None, list[int]]:
-        """The kept counts of every block, prune (None for CAFormer) and merge: as they were set, or
-        before that as the rate logits have them."""
+        """The kept counts of every block in evaluation mode, prune (None for CAFormer) and merge."""
         schedule = self.compression.current()
         return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)
 

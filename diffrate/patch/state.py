@@ -123,9 +123,12 @@ class CompressionState(nn.Module):
             rows[kind] = expectation(logits, patches, self.granularity[kind]) + self.space.prefix
         return torch.stack([rows[kind] for kind in self.space.kinds], dim=1).flatten().tolist()
 
+    @torch.no_grad()
     def current(self) -> Schedule:
-        """The fixed schedule, or before there is one that of the rate logits."""
-        return self.expected_schedule() if self.schedule is None else self.schedule
+        """The fixed schedule; before there is one, that of the rate logits, or dense while all of them are zero."""
+        if self.schedule is not None:
+            return self.schedule
+        return self.expected_schedule() if any(bool(rate.any()) for rate in self.logits()) else self.space.dense()
 
     def get_extra_state(self) -> Tensor:
         """The fixed counts `[2, blocks]`, prune and merge (`[1, blocks]` without prune); `[0]` for none."""

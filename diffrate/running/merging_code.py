@@ -34,6 +34,7 @@ from diffrate.running.quiet import errors_alone, no_warnings_of
 # What the graph is traced with; it runs with any. All differ, so that torch does not take two for the same.
 IMAGES, OTHERS, STAYING, LEAVING, CHANNELS, AT_FIRST = 2, 31, 13, 7, 64, 90
 
+LEAST_TORCH = (2, 14)  # 2.6 does not trace it for any size, and the loader of 2.9 takes no folder
 Run = Callable[[list[Tensor]], list[Tensor]]
 _one_at_a_time = threading.Lock()
 
@@ -115,6 +116,10 @@ def _example(kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, 
 
 def _made(kind: Kind, scratch: Path) -> Path:
     """A folder with the compiled code, in the folder `scratch`."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST_TORCH:
+        raise MergingCompileError(
+            f"compile_merging: needs torch {'.'.join(map(str, LEAST_TORCH))}; found {torch.__version__}"
+        )
     package, folder = scratch / "merging.pt2", scratch / "merging"
     try:
         with (

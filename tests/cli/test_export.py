@@ -53,6 +53,24 @@ def test_a_missing_package_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytes
     check(cli(*words), "needs openvino; accepted: after pip install openvino, or all of requirements-export.txt")
 
 
+@pytest.mark.parametrize("normalize", [(), ("--export-normalize",)])
+def test_files_are_compared_on_the_images_of_the_data(
+    normalize: tuple[str, ...], saved: Path, image_folder: Path, photographs: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """Nine images of the validation split, eight of a folder without splits, and no fewer than two."""
+    named = tmp_path / "named.safetensors"  # without, classes are read off folders
+    diffrate.save(diffrate.load(saved), named, classes=["cat", "dog", "emu"])
+    words = ("--export", tmp_path / "a.pt2", "--checkpoint", named, *normalize, "--data-path")
+    for folder, count in ((image_folder, 9), (photographs, 8)):
+        code, out, err = cli(*words, folder)
+        assert (code, err) == (0, "")
+        assert f"comparing on {count} images of {folder}" in out
+        assert f"of {count} given images" in out
+    for path in sorted(photographs.iterdir())[1:]:
+        path.unlink()
+    check(cli(*words, photographs), "found 1 images; accepted: 2 or more")
+
+
 def test_files_are_timed_beside_their_model(saved: Path, cli: Cli, tmp_path: Path) -> None:
     dense, small = tmp_path / "dense.pt2", tmp_path / "small.pt2"
     for path, more in ((dense, ("--dense",)), (small, ())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ import torch
 
 import engine
 import models
+from cli.flags import parse_flags
+from cli.recipe import FEW, with_augmentation, with_rate
+from cli.settings import Settings
 from diffrate.budgets.schedule import find_schedule
-from tests.conftest import Cli
+from tests.cli.test_errors import check
+from tests.conftest import Cli, write_image
+from training.recipe import step_rate
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -127,3 +133,73 @@ def test_a_loss_that_is_no_number_stops_with_the_step(cli: Cli, image_folder: Pa
     assert code == 2
     assert "the loss is nan at epoch 0, step " in err
     assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def settled(words: tuple[object, ...], images: int, batch_size: int, processes: int = 1) -> Settings:
+    """The settings of a training on so many images."""
+    runtime: Any = SimpleNamespace(processes=SimpleNamespace(world=processes, is_main=True))
+    settings = parse_flags([*map(str, words), "--data-path", "x"])
+    return with_rate(with_augmentation(settings, images), images, batch_size, runtime)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in models.ZOO.items() if entry.published])
+def test_the_papers_recipe_is_that_of_its_models(name: str) -> None:
+    words = ("--finetune", "official", "--model", name)
+    for batch_size, processes in ((64, 1), (256, 4)):
+        assert settled(words, 1_281_167, batch_size, processes) == parse_flags([*words, "--data-path", "x"])
+    training = settled(words, 1_281_167, 8).training
+    assert (step_rate(training, 8), training.least_learning_rate) == pytest.approx((1e-5 * 64 / 512, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("start", "images", "epochs", "rate", "mixup"),
+    [
+        ("scratch", 240, 100, 1e-3, 0.0),
+        ("a.pth", FEW, 30, 5e-5, 0.0),
+        ("scratch", FEW + 1, 300, 5e-4 * 64 / 512, 0.8),
+        ("a.pth", FEW + 1, 30, 1e-5 * 64 / 512, 0.8),
+    ],
+)
+def test_defaults_go_by_what_is_trained(start: str, images: int, epochs: int, rate: float, mixup: float) -> None:
+    words = ("--finetune", start, "--model", "vit_tiny_patch16_224")
+    for batch_size in (16, 64):
+        for more in ((), ("--unscale-lr",)):
+            found = settled((*words, *more), images, batch_size)
+            unscaled = rate if images <= FEW or not more else rate * 512 / 64
+            assert step_rate(found.training, batch_size) == pytest.approx(unscaled)
+            assert (found.training.epochs, found.mixing.mixup) == (epochs, mixup)
+            assert found.augmentation.repeated == (mixup > 0)
+    given = settled((*words, "--lr", 1e-3, "--epochs", 7, "--mixup", 0.5, "--repeated-aug"), images, 64)
+    assert step_rate(given.training, 64) == 1e-3 * 64 / 512
+    assert (given.training.epochs, given.mixing.mixup, given.augmentation.repeated) == (7, 0.5, True)
+
+
+def test_a_training_of_few_images_learns_by_default(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    words = ("--finetune", "--model", MODEL, "--data-path", image_folder, "--num_workers", 0, "--epochs", 15)
+    code, out, err = cli(*words, "--batch-size", 4, "--output_dir", tmp_path)
+    assert (code, err) == (0, "")
+    assert "12 images, 15 epochs, learning rate 0.001 at 4 images a step (--lr 0.128 for 512); by default --aa " in out
+    losses, rates = ([record[name] for record in records(tmp_path)] for name in ("train_loss", "train_lr"))
+    assert losses[-1] < 0.7 * losses[0]
+    assert max(rates) > 5e-4
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_a_rate_below_its_end_is_said_or_refused(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    words = (*PLAIN, "--data-path", image_folder, "--epochs", 3, "--lr", 1e-5, "--output_dir", tmp_path)
+    code, out, _ = cli(*words)
+    assert code == 0
+    below = "learning rate 7.81e-08 at 4 images a step (--lr 1e-05 for 512)"
+    assert f"warning: {below} lies below the usual --min-lr 1e-06, and ends at 7.81e-09\n" in out
+    rates = [record["train_lr"] for record in records(tmp_path)]
+    assert rates == sorted(rates, reverse=True)
+    check(cli(*words, "--min-lr", 1e-6), f"--min-lr 1e-06: found a {below}; accepted: up to that, or another --lr")
+    assert "lies below" not in cli(*words, "--sched", "constant")[1]
+
+
+def test_a_head_of_one_output_is_refused(cli: Cli, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_image(tmp_path / split / "all" / "1.png", seed=1)
+    words = (*PLAIN, "--data-path", tmp_path)
+    check(cli(*words), f"--data-path {tmp_path}: found one class; accepted: two or more")
+    check(cli(*words, "--multi-label"), "--multi-label goes with a search, --eval, ")

@@ -17,6 +17,8 @@ import diffrate
 import models
 from models.registry import Size
 from models.zoo import ModelEntry
+from tests.cli.test_errors import check
+from tests.conftest import Cli
 
 State = dict[str, Tensor]
 # A model of each family, and of each way in which timm tells how weights of another size are interpolated.
@@ -266,6 +268,8 @@ def test_a_pooling_that_the_model_has_not_is_left_out(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "siglip.pth")
     model = loaded_by_us(mean, tmp_path / "siglip.pth", (64, 64))
     assert torch.equal(model.blocks[1].mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
+    notes = models.load_weights(models.create(mean), tmp_path / "siglip.pth").notes
+    assert notes == (f"{tmp_path / 'siglip.pth'}: the pooling attn_pool.* is left out, which the model has not",)
 
 
 def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
@@ -286,3 +290,92 @@ def test_patched_models_load_with_what_is_theirs(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "theirs.pth")
     models.load_weights(patched, tmp_path / "theirs.pth")
     assert torch.equal(patched.blocks[3].mlp.fc1.weight, plain.blocks[3].mlp.fc1.weight)
+
+
+def eight(entry: ModelEntry) -> ModelEntry:
+    return replace(entry, options={**entry.options, "patch_size": 8})
+
+
+@pytest.mark.parametrize("layout", [dict, clip])
+def test_weights_for_other_patches_are_refused_with_a_model_that_fits(layout: Any, tmp_path: Path) -> None:
+    entry, file = small("vit_small_patch16_224"), tmp_path / "eight.pth"
+    torch.save(layout(weights_of(eight(entry))), file)
+    refused = rf"{file} does not fit the model: it is for patches of 8 by 8 pixels; accepted: of 16 by 16, or --model "
+    with pytest.raises(models.CheckpointError, match=f"{refused}vit_small_patch8_224$"):
+        models.read_file(entry, str(file), entry.input_size)
+    model = models.create(entry)
+    before = model.norm.weight.clone()
+    with pytest.raises(models.CheckpointError, match=refused):
+        models.load_weights(model, file)
+    assert torch.equal(model.norm.weight, before)
+
+
+def test_archives_for_other_patches_are_refused(tmp_path: Path) -> None:
+    entry, file = small("vit_tiny_patch16_224"), tmp_path / "eight.npz"
+    np.savez(file, **google(weights_of(eight(entry)), heads=3))
+    with pytest.raises(models.CheckpointError, match=r"for patches of 8 by 8 pixels; accepted: of 16 by 16$"):
+        models.read_file(entry, str(file), entry.input_size)
+
+
+def test_models_of_any_patches_take_others(tmp_path: Path) -> None:
+    entry, file = small("flexivit_small"), tmp_path / "eight.pth"
+    torch.save(weights_of(eight(entry)), file)
+    assert loaded_by_us(entry, file, entry.input_size).patch_embed.proj.weight.shape[2:] == (16, 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_that_are_interpolated_are_said(name: str, tmp_path: Path) -> None:
+    entry, file = small(name), tmp_path / "weights.pth"
+    torch.save(weights_of(entry), file)
+    assert models.read_file(entry, str(file), entry.input_size).notes == ()
+    patch = 14 if "patch14" in name else 16
+    said = [note for note in models.read_file(entry, str(file), (8 * patch, 6 * patch)).notes if "positions" in note]
+    computed = ("dinov3", "relpos", "naflexvit")  # positions, from the input's size
+    assert len(said) == (not any(word in name for word in computed)), said
+
+
+def test_official_positions_of_clip_are_not_called_interpolated(tmp_path: Path) -> None:
+    entry, file = small("vit_base_patch32_clip_224.openai"), tmp_path / "clip.pth"
+    torch.save(clip(weights_of(entry)), file)
+    assert models.read_file(entry, str(file), entry.input_size).notes == ()
+
+
+def test_the_library_says_what_it_adapts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry, file = small("vit_tiny_patch16_224"), tmp_path / "both.pth"
+    state = weights_of(entry)
+    torch.save({"model": state, "model_ema": state, "epoch": 3}, file)
+    with caplog.at_level("INFO"):
+        report = models.load_weights(models.create(entry, 64, num_classes=5), file)
+    assert report.notes == (
+        f"{file}: the head has another number of classes; head.weight, head.bias start fresh",
+        f"{file}: weights read from 'model_ema', not 'model'",
+        f"{file}: positions resampled, pos_embed [1, 197, 192] to [1, 17, 192]",
+    )
+    logged = [record.message for record in caplog.records if not record.name.startswith("timm")]
+    assert logged == list(report.notes)
+    np.savez(tmp_path / "google.npz", **google(state, heads=3))
+    notes = models.load_weights(models.create(entry, 64), tmp_path / "google.npz").notes
+    assert notes == (f"{tmp_path / 'google.npz'}: positions resampled, [1, 197, 192] to [1, 17, 192]",)
+
+
+def test_the_command_line_says_what_it_adapts_and_refuses_other_patches(
+    cli: Cli, image_folder: Path, tmp_path: Path
+) -> None:
+    name, file = "vit_tiny_patch16_224", tmp_path / "mine.pth"
+    words = ("--eval", "--model", name, "--checkpoint", file, "--data-path", image_folder, "--num_workers", 0)
+    torch.save({"state_dict": timm.create_model(name, num_classes=3).state_dict()}, file)
+    code, out, err = cli(*words, "--input-size", 64)
+    assert (code, err) == (0, "")
+    assert f"{file}: weights read from 'state_dict'\n" in out
+    assert f"{file}: positions resampled, pos_embed [1, 197, 192] to [1, 17, 192]\n" in out
+    assert "resampled" not in cli(*words)[1]
+    torch.save(timm.create_model(name, num_classes=3, patch_size=8).state_dict(), file)
+    for more in ((), ("--input-size", 112)):  # with as many patches, too
+        check(cli(*words, *more), f"checkpoint {file} does not fit the model: it is for patches of 8 by 8 pixels")
+
+
+@pytest.mark.parametrize("word", ["state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder"])
+def test_the_dictionary_that_is_read_is_said(word: str, tmp_path: Path) -> None:
+    entry, file = small("vit_tiny_patch16_224"), tmp_path / "wrapped.pth"
+    torch.save({word: weights_of(entry), "optimizer": {}}, file)
+    assert models.read_file(entry, str(file), entry.input_size).notes == (f"{file}: weights read from '{word}'",)

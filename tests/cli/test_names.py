@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ def test_what_inputs_are_like_comes_from_timms_configuration() -> None:
         ("local-dir:/nowhere", ["cannot read its config.json", "/nowhere"]),
         ("resnet50", ["found ResNet; accepted: "]),
         ("vit_base_patch16_18x2_224", ["blocks.0: found ParallelThingsBlock"]),
+        ("best.pth", ["a file of weights is given as --checkpoint best.pth; accepted: the model's name "]),
+        ("out/model_best.pth", ["--checkpoint out/model_best.pth"]),
+        ("vit_tiny_patch16_224.safetensors", ["or no --model where --save left the file"]),
+        ("README.md", ["--checkpoint README.md"]),
         ("test_vit4", ["has no pretrained weights; accepted: a file with --checkpoint"]),
     ],
 )
@@ -168,6 +173,48 @@ def test_pretrained_weights_are_those_of_the_tag(tmp_path: Path, monkeypatch: py
     oblong = models.read_official(entry, (320, 80)).state
     assert oblong["pos_embed"].shape == state["pos_embed"].shape
     assert not torch.equal(oblong["pos_embed"], state["pos_embed"])
+
+
+def names_in(folder: Path) -> set[str]:
+    return {json.loads(line)["model"] for line in (folder / "log.txt").read_text().splitlines()}
+
+
+def test_without_its_weights_a_pretrained_tag_is_not_named(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    data = ("--data-path", image_folder, "--input-size", 64, *FAST)
+    file, saved = tmp_path / "a" / "checkpoint.pth", tmp_path / "own.safetensors"
+    train = ("--finetune", "--model", "test_vit", *data, "--epochs", 1, "--output_dir", tmp_path / "a")
+    assert cli(*train, "--save", saved)[::2] == (0, "")
+    assert names_in(tmp_path / "a") == {diffrate.about(saved).name} == {"test_vit"}
+    search = ("--target_flops", "70%", "--granularity", 1, "--minutes", 0.01, "--output_dir", tmp_path / "b", *data)
+    code, out, err = cli("--model", "test_vit", "--checkpoint", file, *search)
+    assert (code, err) == (0, "")
+    following = shlex.split(out.split("next: python main.py ")[1].splitlines()[0])
+    assert following[following.index("--model") + 1] == "test_vit"
+    assert cli(*following, *FAST)[::2] == (0, "")
+    # Named in full it is the same model, and schedules are found by any of its names.
+    rates = following[following.index("--load_compression_rate") : following.index("--model")]
+    for checkpoint in (file, saved):
+        words = ("--eval", "--model", "test_vit.r160_in1k", "--checkpoint", checkpoint, *data, *rates)
+        assert cli(*words, "--output_dir", tmp_path / "c")[::2] == (0, "")
+    assert names_in(tmp_path / "c") == {"test_vit"}
+    # What was trained when the tag was named goes on.
+    content = torch.load(file, weights_only=True)
+    content["flags"]["model"] = "test_vit.r160_in1k"
+    torch.save(content, file)
+    assert cli(*train, "--resume", "auto")[::2] == (0, "")
+    result = cli(*train, "--model", "test_vit2", "--resume", "auto")
+    check(result, "made with --model test_vit.r160_in1k; accepted: test_vit2, as")
+
+
+def test_with_its_weights_the_tag_is_named(
+    cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "model.safetensors")
+    for place in ("huggingface_hub.hf_hub_download", "timm.models._hub.hf_hub_download"):
+        monkeypatch.setattr(place, lambda *args, **options: str(tmp_path / "model.safetensors"))
+    words = ("--finetune", "official", "--model", "test_vit", "--data-path", image_folder, "--epochs", 1, *FAST)
+    assert cli(*words, "--output_dir", tmp_path / "out")[::2] == (0, "")
+    assert names_in(tmp_path / "out") == {"test_vit.r160_in1k"}
 
 
 def test_a_saved_model_is_cropped_as_its_file_says(tmp_path: Path) -> None:

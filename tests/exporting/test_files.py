@@ -18,6 +18,7 @@ from diffrate.exporting import files
 from diffrate.exporting.export import Exported
 from diffrate.exporting.files import load_exported
 from diffrate.exporting.targets import TARGETS
+from diffrate.exporting.verify import compare
 from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain, schedule_for
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
@@ -27,11 +28,11 @@ SUFFIXES = tuple(TARGETS)
 DEPTH = 3  # exporters take a second for each block
 
 
-def small(family: str) -> diffrate.CompressedModel:
+def small(family: str, **options: Any) -> diffrate.CompressedModel:
     """A compressed model of the family, which prunes and merges."""
     torch.manual_seed(0)
     shallow = {} if family == "caformer" else {"depth": DEPTH}
-    model = getattr(diffrate.patch, family)(plain(family, **shallow), 1, 1).eval().requires_grad_(False)
+    model = getattr(diffrate.patch, family)(plain(family, **shallow, **options), 1, 1).eval().requires_grad_(False)
     for parameter in model.parameters():  # as fresh weights are, tokens hardly matter to the logits
         parameter.add_(0.05 * torch.randn_like(parameter))
     tokens = TOKENS[family]
@@ -92,6 +93,30 @@ def test_attention_is_one_operator_and_sees_fewer_tokens_from_block_to_block(
     attention = [node for node in graph.node if node.op_type == "Attention"]
     entering = [65, *model.get_kept_num()[1][:-1]]
     assert [shapes[node.input[1]][1] for node in attention] == entering
+
+
+@pytest.mark.parametrize(("layer", "kernel"), [("gelu", "BiasGelu"), ("gelu_tanh", "FastGelu")])
+def test_onnxruntime_has_kernels_for_what_opset_18_spells_out(layer: str, kernel: str, tmp_path: Path) -> None:
+    """Keys are not copied a second time for the scores, and no pass over them is the scale's or a bias of GELU's."""
+    import onnx
+    import onnxruntime
+
+    live = small("deit", act_layer=layer)
+    made = diffrate.export(live, tmp_path / "model.onnx")
+    assert made.agreement.difference < 1e-4
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(made.path, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "run.onnx").graph.node
+    assert {node.domain for node in onnx.load(made.path).graph.node} == {""}
+    assert [node.op_type for node in nodes].count(kernel) == DEPTH
+    products = [
+        {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        for node in nodes
+        if node.op_type == "FusedMatMul"
+    ]
+    assert len([one for one in products if one["alpha"] != 1 and one["transB"] == 1]) == DEPTH
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -203,6 +228,35 @@ def test_a_plain_module_pickles_compiles_exports_and_loads_with_torch_alone(
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(images), expected, **EXACT)
     again = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(again.module()(images[:3]), expected[:3], **EXACT)
+
+
+def test_images_that_are_given_are_compared_on(model: diffrate.CompressedModel, tmp_path: Path) -> None:
+    agreement = diffrate.export(model, tmp_path / "a.pt2", images=images_for("deit", 13)).agreement
+    assert (agreement.images, agreement.source, agreement.ties) == (13, "given", 0)
+    assert "of 13 given images" in agreement.line()
+    for images in (images_for("deit", 1), torch.zeros(3, 3, 28, 32), torch.zeros(3, 3, 32, 32).double()):
+        with pytest.raises(diffrate.ExportError, match=r"images: found .*; accepted: \[N, 3, 32, 32\] in"):
+            diffrate.export(model, tmp_path / "b.pt2", images=images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+
+
+def test_images_on_which_the_last_bits_decide_are_counted_apart() -> None:
+    """A file may answer there as the live model does for the next image, and nowhere else otherwise."""
+
+    def live(images: Tensor) -> Tensor:
+        return (images.mean((1, 2, 3))[:, None] > 0.5).float() * torch.tensor([0.3, 0.0])
+
+    def file(images: Tensor) -> Tensor:
+        return live(images + 1e-7) + 1e-5
+
+    images = torch.full((9, 1, 2, 2), 0.25)
+    images[4] = 0.5
+    found = compare(file, live, images, "float32", "given")
+    assert (found.images, found.ties, found.tied) == (9, 1, pytest.approx(0.3, abs=1e-4))
+    assert found.difference == pytest.approx(1e-5, abs=1e-6)
+    assert found.line().endswith("; up to 3.0e-01 on 1 whose tokens nearly tie")
+    wrong = compare(lambda batch: file(batch) + 0.1 * (batch[:, 0, 0, 0] > 0.4)[:, None], live, images, "float32", "")
+    assert (wrong.ties, wrong.difference > wrong.limit) == (0, True)
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:

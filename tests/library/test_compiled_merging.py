@@ -18,13 +18,15 @@ from diffrate.latency import measure
 from diffrate.latency.setting import check_table, use_for
 from diffrate.running import merging
 from diffrate.running.merging import merged_by_code
-from diffrate.running.merging_code import Kind, Run, _name, merging_of
+from diffrate.running.merging_code import LEAST_TORCH, Kind, Run, _made, _name, merging_of
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
 from tests.test_patch import images, patched
 
 PUBLISHED = ReductionRules(prefix=1, speakers=1, spared=1, weigh_by_similarity=True)
 OTHER = ReductionRules(prefix=0, speakers=0, spared=1, weigh_by_similarity=False)
+NEW_ENOUGH = tuple(map(int, torch.__version__.split(".")[:2])) >= LEAST_TORCH
+pytestmark = pytest.mark.skipif(not NEW_ENOUGH, reason="compiled merging needs a newer torch")
 COUNTS = [(2, 9, 8, 3), (1, 9, 8, 7), (5, 40, 40, 39), (1, 3, 3, 2), (1, 197, 190, 60), (3, 50, 49, 2)]
 
 
@@ -175,3 +177,11 @@ def test_nothing_is_left_where_compiling_fails(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(diffrate.MergingCompileError):  # it is tried again
         merging_of(kind)
     assert not damaged.exists()
+
+
+def test_an_older_torch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("diffrate.running.merging_code.LEAST_TORCH", (99, 1))
+    kind = Kind(torch.float32, ("place",), 1, 1, True, 1)
+    with pytest.raises(diffrate.MergingCompileError, match=r"^compile_merging: needs torch 99\.1; found \d"):
+        _made(kind, tmp_path)
+    assert not any(tmp_path.iterdir())

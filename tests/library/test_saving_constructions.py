@@ -20,6 +20,7 @@ from torch import nn
 
 from diffrate.patch.any import families, vit
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.sizes import input_size
 from diffrate.saving.about import about
 from diffrate.saving.arguments import ARGUMENTS
 from diffrate.saving.files import load, save
@@ -52,7 +53,7 @@ def come_back(model: CompressedModel, path: Path) -> CompressedModel:
     """`model` from its file, where it has to be the same."""
     save(model, path)
     said, plain = about(path), model.pretrained_cfg
-    assert said.input_size == (model.in_chans, *model.image_size)
+    assert said.input_size == input_size(model)
     assert said.num_classes == model.num_classes
     assert (said.mean, said.std, said.crop_pct) == (plain["mean"], plain["std"], plain["crop_pct"])
     loaded = load(path)
