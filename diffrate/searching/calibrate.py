@@ -123,28 +123,23 @@ def calibrate(
     """
     observer, told = observer or CalibrationObserver(), []
     before = {} if resume is None else _content(resume)
-    saved_before = bool(before) or METHODS[0] in (given or {})
-    clock = Clock(place.device, None if plan.minutes is None else 60 * plan.minutes, observer.stop, saved_before)
+    clock = Clock(place.device, None if plan.minutes is None else 60 * plan.minutes, observer.stop)
+    clock.saved = bool(before) or METHODS[0] in (given or {})
     clock.begun -= before.get("seconds", 0.0)
     # What is gone on from had its images: they are the same again, however long that takes.
-    loading = clock.untimed() if before else clock
-    timed = before["setting"].get("timed", False) if before else clock.limited
-    begun = clock.now()
+    loading, begun = clock.untimed() if before else clock, clock.now()
     with modes_kept(model):
         model.eval()
-        images = gather_images(loader, before["setting"]["images"] if before and timed else plan.images, loading)
-        images = images[: least(len(images), place.device)]  # as many in all processes
-        count, held = len(images), _held_back(len(images))
-        order = torch.arange(count)
-        if timed:  # the first of them may be all that there is time for
-            order = order[torch.randperm(count, generator=torch.Generator().manual_seed(plan.seed))]
-        searched_on, chosen_on = images[order[~held]], images[order[held]]
-        del images  # they are large
-        if before:
-            searched_on = searched_on[: len(before["felt"])]
-        teacher = Teacher(model, loss, multi_label)
+        timed = before["setting"].get("timed", False) if before else clock.limited
+        searched_on, chosen_on = _images(loader, plan, before, timed, loading)
+        setting = {"seed": plan.seed, "images": len(searched_on) + len(chosen_on), "target": target, "work": plan.work}
+        setting |= {"loss": loss, "multi_label": multi_label}
+        saved = None if resume is None else _trials(resume, before, setting)
+        setting |= {"timed": timed}
+        if saved is not None and saved.felt is not None:
+            searched_on = searched_on[: len(saved.felt)]
         ready = clock.now()
-        calibration = Calibration(teacher, searched_on, place, precision, clock=loading)
+        calibration = Calibration(Teacher(model, loss, multi_label), searched_on, place, precision, clock=loading)
         calibration.clock = clock
         speed = calibration.work / max(1e-9, clock.now() - ready)
         moves = Moves(model.compression.space, cost, target, _is_last_idle(model))
@@ -152,12 +147,8 @@ def calibrate(
         starts |= {name: make_schedule(*row) for name, row in before.get("starts", {}).items()}
         share = target / cost(model.dense_schedule())
         choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * share)
-        reserve = min(choosing / speed, CHOICE * clock.seconds)
-        setting = {"seed": plan.seed, "images": count, "target": target, "work": plan.work}
-        setting |= {"loss": loss, "multi_label": multi_label}
-        saved = _trials(resume, before, setting) if before and resume is not None else None
-        setting |= {"timed": timed}
         work = _work(plan, calibration, choosing, place)
+        reserve = min(choosing / speed, CHOICE * clock.seconds)
         search = CalibratedSearch(moves, calibration, work - choosing, plan.seed, saved, speed, reserve)
         observer.on_plan(len(calibration.images) + len(chosen_on), search.limit + choosing, speed)
 
@@ -165,32 +156,51 @@ def calibrate(
             told.append(record)
             observer.on_trials(record)
 
-        def save(trials: Trials) -> None:
+        def keep(trials: Trials, best: Schedule) -> None:
             if checkpoint is not None and rank() == 0:
-                _write(checkpoint, trials, setting, told[-1].schedule, starts, notes or {})
-            clock.saved = checkpoint is not None
+                _write(checkpoint, trials, setting, best, starts, notes or {})
+            clock.saved = clock.saved or checkpoint is not None
+
+        def save(trials: Trials) -> None:
+            keep(trials, told[-1].schedule)
             observer.after_trials()
 
         found = search.run(list(starts.values()), after, save)
-        searched = clock.now()
-        state = search.state()
-        tried = [(CALIBRATED, schedule) for schedule in found]
-        candidates = tried + list(starts.items())
-        if clock.limited:
-            passes = clock.left() * speed / (min(FIRST_PART, len(chosen_on)) * world())
-            candidates = [*tried[:1], *starts.items(), *tried[1:]][: max(2, int((passes - 1) / share))]
+        searched, state = clock.now(), search.state()
+        passes = clock.left() * search.pace / world()
+        candidates = _candidates(found, starts, (passes / min(FIRST_PART, len(chosen_on)) - 1) / share)
         losses, chosen_work = _losses(calibration, chosen_on, [schedule for _, schedule in candidates])
     chosen, alike, noise = _chosen([name for name, _ in candidates], losses, place)
-    if checkpoint is not None and rank() == 0:
-        _write(checkpoint, state, setting, candidates[chosen][1], starts, notes or {})
+    name, schedule = candidates[chosen]
+    keep(state, schedule)
     stages = (
         Stage("images", 0.0, ready - begun),
-        Stage("calibrated search", calibration.work, searched - ready),
+        Stage("calibrated search", state.work, searched - ready),
         Stage("choice", chosen_work, clock.now() - searched),
     )
     means = [(name, _mean(row, place)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
-    name, schedule = candidates[chosen]
     return Calibrated(schedule, name, tuple(means), stages, tuple(told), alike, noise)
+
+
+def _images(
+    loader: Iterable[Any], plan: Plan, before: Mapping[str, Any], timed: bool, clock: Clock
+) -> tuple[Tensor, Tensor]:
+    """Those to search on, and those held back to choose on, as many in all processes."""
+    images = gather_images(loader, before["setting"]["images"] if before and timed else plan.images, clock)
+    images = images[: least(len(images), clock.device)]
+    if timed:  # the first of them may be all that there is time for
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(plan.seed))]
+    held = _held_back(len(images))
+    return images[~held], images[held]
+
+
+def _candidates(found: list[Schedule], starts: Mapping[str, Schedule], most: float) -> list[tuple[str, Schedule]]:
+    """What to choose among: up to `most`, of which the best that was found and the starts come first."""
+    tried = [(CALIBRATED, schedule) for schedule in found]
+    candidates = [*tried, *starts.items()]
+    if most >= len(candidates):
+        return candidates
+    return [*tried[:1], *starts.items(), *tried[1:]][: max(2, int(most))]
 
 
 def _losses(calibration: Calibration, images: Tensor, schedules: list[Schedule]) -> tuple[list[Tensor], float]:

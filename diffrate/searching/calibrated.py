@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from diffrate.budgets.schedule import Schedule
-from diffrate.group import from_first
+from diffrate.group import from_first, world
 from diffrate.searching.calibration import Calibration, Draw, Reference
 from diffrate.searching.moves import Counts, Moves
 from diffrate.searching.settings import SearchSettingError
@@ -161,7 +161,8 @@ class CalibratedSearch:
         if not fitted:
             raise ValueError("starts: none of them can be brought onto the budget")
         first = self.calibration.drawn(LOOKS, rng)
-        index = torch.cat(first.images[: self._looks(first, fitted)])
+        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first.images[0]) * world())
+        index = torch.cat(first.images[: max(1, int(looks)) if self.clock.limited else LOOKS])
         losses: list[float] = []
         for counts in fitted:
             if not losses or self._in_time(BEGUN[0]):
@@ -351,13 +352,6 @@ class CalibratedSearch:
         """Make the work what is left of the time suffices for."""
         if self.clock.limited:
             self.limit = min(self.most, self.calibration.work + self.pace * max(0.0, self.end - self.clock.now()))
-
-    def _looks(self, first: Draw, fitted: list[Counts]) -> int:
-        """How many chunks there is time to compare the starts on."""
-        if not self.clock.limited:
-            return LOOKS
-        images = sum(self.calibration.work_of(self.moves.schedule(counts), len(first.images[0])) for counts in fitted)
-        return max(1, min(LOOKS, int(COMPARED * (self.limit - self.calibration.work) / images)))
 
     def _start_work(self) -> float:
         return float(len(self.calibration.images))

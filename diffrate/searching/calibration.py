@@ -91,11 +91,11 @@ class Calibration:
         for part in self.clock.parts(len(images), CHUNK, TAUGHT * self.clock.seconds):
             with torch.inference_mode(), autocast(place.device, precision):
                 parts.append(teacher.taught(self._to(images[part])).cpu())
+            self._worked(len(parts[-1]), 1.0)
         self.taught = torch.cat(parts)
         self.images = images[: len(self.taught)]
         self.felt, self.seen = torch.zeros(len(self.images)), torch.zeros(len(self.images))
         self.spread = spread_of(teacher.moments(self.taught).to(place.device)) if spread is None else spread
-        self._worked(len(self.images), 1.0)
 
     def whole(self) -> Tensor:
         """All images."""
@@ -176,10 +176,6 @@ class Calibration:
         """Of a dense pass's work: that of the blocks from `start` on goes by the tokens that enter them."""
         entering = [kept.entering for kept in self.kept(schedule)]
         return self.model.flops_at(schedule) / self.dense * sum(entering[start:]) / sum(entering)
-
-    def work_of(self, schedule: Schedule, images: int) -> float:
-        """Of so many images of each process at `schedule`, in forward passes of the dense model on one."""
-        return images * world() * self._share(schedule, 0)
 
     def _worked(self, images: int, share: float) -> None:
         self.work += images * world() * share
