@@ -34,6 +34,7 @@ MOST_CHOSEN_ON = 512  # images
 CHOICE = 0.25  # of the time at most: where all images and candidates would take longer, there are fewer of them
 CALIBRATED = "calibrated"
 UNIFORM = "uniform"  # and the kind
+KNOWN = 0.1  # of the least loss: where a difference is measured no closer, too few images say that two are alike
 # Of schedules that measurement does not tell apart, the first by this order is chosen: simple ones before others.
 SIMPLEST = (f"{UNIFORM} merge", f"{UNIFORM} prune", f"{UNIFORM} both")  # then what was given, then what was calibrated
 
@@ -51,8 +52,9 @@ class Stage:
 class Calibrated:
     """What calibration came to. chosen: whose schedule it is. losses: on the images held back, of all candidates.
 
-    alike: the candidates whose loss is within a standard error of the least, image by image; the simplest of them is
-    chosen. noise: that standard error of the chosen one; 0 where it has the least loss itself.
+    alike: the candidates whose loss is within a standard error of the least, image by image, where that error is small
+    beside the loss; the simplest of them is chosen. noise: that error of the chosen one; 0 where it has the least
+    loss itself.
     """
 
     schedule: Schedule
@@ -224,8 +226,8 @@ def _chosen(names: list[str], losses: list[Tensor], place: Place) -> tuple[int, 
     difference between its loss and the least."""
     means = [_mean(row, place)[0] for row in losses]
     least_lost = losses[means.index(min(means))]
-    apart = [_mean(row.double() - least_lost.double(), place) for row in losses]
-    alike = [index for index, (mean, error) in enumerate(apart) if mean <= error]
+    apart, known = [_mean(row.double() - least_lost.double(), place) for row in losses], KNOWN * max(0.0, min(means))
+    alike = [index for index, (mean, error) in enumerate(apart) if mean <= error <= known or mean == error == 0]
     chosen = min(alike, key=lambda index: (_rank_of(names[index]), means[index]))
     return chosen, tuple(dict.fromkeys(names[index] for index in alike)), apart[chosen][1]
 

@@ -267,9 +267,8 @@ def test_what_measurement_does_not_tell_apart_goes_to_the_simplest() -> None:
     names, rng = ["calibrated", "start", "uniform both", "uniform merge"], torch.Generator().manual_seed(0)
     place, noise = place_of(small()), torch.randn(4, 400, generator=rng).abs()
 
-    def chosen(*means: float, shared: bool = False) -> str:
-        rows = [mean + (noise[0] if shared else row) for mean, row in zip(means, noise, strict=True)]
-        rows = [row - row.mean() + mean for row, mean in zip(rows, means, strict=True)]
+    def chosen(*means: float, images: int = 400) -> str:
+        rows = [row - row.mean() + mean for row, mean in zip(noise[:, :images], means, strict=True)]
         index, alike, error = _chosen(names, rows, place)
         assert names[index] in alike
         assert (error == 0) == (means[index] == min(means))
@@ -279,6 +278,7 @@ def test_what_measurement_does_not_tell_apart_goes_to_the_simplest() -> None:
     assert chosen(1.0, 1.01, 1.01, 1.5) == "uniform both"
     assert chosen(1.0, 1.01, 1.5, 1.5) == "start"
     assert chosen(1.0, 1.5, 1.5, 1.5) == "calibrated"
+    assert chosen(1.0, 1.01, 1.01, 1.01, images=8) == "calibrated"  # too few to say that they are alike
     assert _chosen(names, [torch.zeros(8)] * 4, place)[:2] == (3, tuple(names))
 
 
