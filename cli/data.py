@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from random import Random
 from threading import Thread
 from typing import Any
 
@@ -156,8 +157,12 @@ def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) 
 
 
 def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime: Runtime) -> ImageLoader:
-    """Up to `most` images from all over `dataset`, each once, over all processes."""
-    return eval_loader(_spread(dataset, most), settings, runtime)
+    """Up to `most` images from all over `dataset`, each once, over all processes; where a search may not have the time
+    for all of them, the first ones are from all over, too."""
+    part = _spread(dataset, most)
+    if settings.recipe.minutes is not None:
+        Random(settings.run.seed).shuffle(part.indices)
+    return eval_loader(part, settings, runtime)
 
 
 def _spread(dataset: Any, most: int) -> Any:

@@ -93,7 +93,7 @@ def log_found(
     flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
     if apart is not None:
         log.info(
-            "found: loss against dense %.4f flops %.3f (%.0f %% of dense)", apart, flops / 1e9, 100 * flops / whole
+            "found: loss against dense %#.3g flops %.3f (%.0f %% of dense)", apart, flops / 1e9, 100 * flops / whole
         )
     if scores is not None:
         reached, dense = scores

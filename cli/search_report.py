@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 
-import torch
-
 import diffrate
 from datasets import ImageLoader
 from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
-from diffrate.group import all_sum
 from diffrate.running.evaluation import Tally
 from diffrate.searching.calibrate import UNIFORM, Calibrated, CalibrationObserver
 from diffrate.searching.calibrated import TrialRecord
@@ -95,7 +92,7 @@ class Reporter(diffrate.Observer):
         if record.scores is not None:
             log.info(record.scores.line(record.flops))
         else:
-            log.info("* loss %.4f flops %.3f", record.loss, record.flops / 1e9)
+            log.info("* loss %#.3g flops %.3f", record.loss, record.flops / 1e9)
         if record.best and self.runtime.writes:
             assert self.runtime.output_dir is not None
             with (
@@ -117,7 +114,7 @@ class Reporter(diffrate.Observer):
         spent = sum(record.flops for record in self.epoch) / count
         gflops = f"GFLOPs {spent / 1e9:.4f}" if self.goal.table is None else f"ms an image {1000 * spent:.3f}"
         rate = self.epoch[-1].learning_rate
-        return f"loss {loss:.4f}  cost loss {cost:.5f}  {gflops}  lr {rate:.2e}"
+        return f"loss {loss:#.3g}  cost loss {cost:.5f}  {gflops}  lr {rate:.2e}"
 
     def _costs(self, before: str, spent: float) -> dict[str, float]:
         """An expected cost and its target, for records: in GFLOPs, or in seconds of an image."""
@@ -146,14 +143,12 @@ class TrialReporter(CalibrationObserver):
         if record.seconds - self.told >= TOLD_EVERY:
             self.told = record.seconds
             log.info(
-                "Calibrate: [%.0f/%.0f]  %d schedules  loss %.4f  %.0f s",
+                "Calibrate: [%.0f/%.0f]  %d schedules  loss %#.3g  %.0f s",
                 *(record.work, self.work, record.trials, record.loss, record.seconds),
             )
 
-    def after_trials(self) -> None:
-        """Raises StopRequestedError where a signal asks any process to stop."""
-        if all_sum(torch.tensor(float(self.signals.requested), device=self.runtime.device)) > 0:
-            raise StopRequestedError("stopped while schedules were tried: go on with --resume")
+    def stop(self) -> bool:
+        return self.signals.requested
 
 
 def log_calibrated(found: Calibrated, runtime: Runtime) -> float:
@@ -166,8 +161,14 @@ def log_calibrated(found: Calibrated, runtime: Runtime) -> float:
     best: dict[str, float] = {}
     for name, loss in found.losses:
         best[name] = min(loss, best.get(name, loss))
-    log.info("on images held back: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in best.items()))
-    log.info("chosen: %s", found.chosen)
+    log.info("on images held back: %s", ", ".join(f"{name} {loss:#.3g}" for name, loss in best.items()))
+    if len(found.alike) > 1:
+        log.info(
+            "chosen: %s, the simplest of %s: their losses differ by less than the noise of measurement (%#.3g)",
+            *(found.chosen, ", ".join(found.alike), found.noise),
+        )
+    else:
+        log.info("chosen: %s", found.chosen)
     for name, loss in best.items():
         if name.startswith(UNIFORM):
             stage = name.removeprefix(UNIFORM).strip()

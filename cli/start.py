@@ -105,7 +105,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, StopRequestedError):
         return line, STOPPED
     if isinstance(error, diffrate.StoppedError):
-        return f"{line}: go on with --resume", STOPPED
+        return f"{line}: go on with --resume" if error.saved else f"{line}, before anything was saved", STOPPED
     return None
 
 

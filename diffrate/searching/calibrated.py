@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from diffrate.budgets.schedule import Schedule
-from diffrate.group import from_first
+from diffrate.group import from_first, world
 from diffrate.searching.calibration import Calibration, Draw, Reference
 from diffrate.searching.moves import Counts, Moves
 from diffrate.searching.settings import SearchSettingError
@@ -36,6 +36,8 @@ DARING = 1.0  # how many deviations better than the mean a schedule is hoped to 
 PATIENCE = 0.4  # of the work, without a better schedule
 BETTER = 0.005  # of the first reference's loss, at least
 FINALISTS = 6  # schedules among which images held back decide
+COMPARED = 0.1  # of the work that time leaves, to compare the starts with
+BEGUN = (0.3, 0.4, 0.55, 0.65)  # of the time: starts, starts again, schedules drawn, and these again are over by then
 LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
 
 
@@ -82,10 +84,26 @@ class Trials:
 
 
 class CalibratedSearch:
-    """A search with `work` forward passes of the dense model, from the better ones of `starts`."""
+    """A search with `work` forward passes of the dense model, from the better ones of `starts`.
 
-    def __init__(self, moves: Moves, calibration: Calibration, work: float, seed: int, trials: Trials | None) -> None:
+    pace: forward passes a second. Where the calibration's clock has a limit, the search ends `reserve` seconds before
+    that, and its phases go by how much work fits in.
+    """
+
+    def __init__(
+        self,
+        moves: Moves,
+        calibration: Calibration,
+        work: float,
+        seed: int,
+        trials: Trials | None,
+        pace: float = 0.0,
+        reserve: float = 0.0,
+    ) -> None:
         self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
+        self.clock, self.most, self.end = calibration.clock, work, calibration.clock.seconds - reserve
+        self.pace = pace
+        self._fit_in()
         self.trials = trials or Trials(work=calibration.work)
         self.surrogate = Surrogate(moves.groups())
         self.begun = time.monotonic() - self.trials.seconds
@@ -104,9 +122,15 @@ class CalibratedSearch:
             SearchSettingError: the first schedules all come to the same loss.
             ValueError: none of `starts` can be brought onto the budget.
         """
+        begun, before = self.clock.now(), self.calibration.work
         if not self.trials.measured:
             self._begin(starts)
-        while not self._over():
+        while True:
+            if self.calibration.work > before:  # from here on with all that is computed between trials
+                self.pace = (self.calibration.work - before) / max(1e-9, self.clock.now() - begun)
+            self._fit_in()
+            if self._over():
+                break
             self._round()
             after(self._record())
             save(self.state())
@@ -137,20 +161,26 @@ class CalibratedSearch:
         if not fitted:
             raise ValueError("starts: none of them can be brought onto the budget")
         first = self.calibration.drawn(LOOKS, rng)
-        index = torch.cat(first.images)
-        losses = [self.calibration.mean(self.moves.schedule(counts), index) for counts in fitted]
+        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first.images[0]) * world())
+        index = torch.cat(first.images[: max(1, int(looks)) if self.clock.limited else LOOKS])
+        losses: list[float] = []
+        for counts in fitted:
+            if not losses or self._in_time(BEGUN[0]):
+                losses.append(self.calibration.mean(self.moves.schedule(counts), index))
         trials.scale = max(min(losses), 1e-12)
         best = fitted[int(np.argmin(losses))]
         self._redraw(best, rng)
         trials.measured.append((best, 0.0, 1e-4))
         for counts in fitted:
             for _ in range(2 if counts != best else 0):
-                self._measure(counts, rng)
+                if self._in_time(BEGUN[1]):
+                    self._measure(counts, rng)
         found = [self._first(trial, best, fitted, rng) for trial in range(FIRST)]
         for counts in dict.fromkeys(counts for counts in found if counts is not None):
-            self._measure(counts, rng, part=GLANCE)
+            if self._in_time(BEGUN[2]):
+                self._measure(counts, rng, part=GLANCE)
         for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
-            if counts != best:
+            if counts != best and self._in_time(BEGUN[3]):
                 self._measure(counts, rng)
         tried = {counts for counts, _, _ in trials.measured}
         if len(tried) > 1 and all(value == 0 for _, value, _ in trials.measured):
@@ -163,6 +193,7 @@ class CalibratedSearch:
 
     def _first(self, trial: int, best: Counts, fitted: list[Counts], rng: Random) -> Counts | None:
         """A schedule to begin with: one near a start in three, else of a few steps."""
+        self.clock.now()
         if trial % 3:
             return self.moves.stepped(rng)
         near = self.moves.changed(rng.choice([best, *fitted]), rng)
@@ -177,7 +208,7 @@ class CalibratedSearch:
             self.surrogate.choose_scales(*self._arrays(), seed=step_seed(self.seed, trials.round))
             self._fit()
         hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
-        trials.exhausted = not hoped
+        trials.exhausted = not hoped and not self._spent()
         for counts in hoped:
             if not self._spent():
                 self._measure(counts, rng)
@@ -219,7 +250,10 @@ class CalibratedSearch:
         chosen: list[Counts] = []
         for _ in range(TOGETHER):
             daring, pool = abs(rng.gauss(0, DARING)), list(leaders)
+            if self._spent():
+                break
             for _ in range(GENERATIONS):
+                self.clock.now()
                 near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW)]
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
@@ -308,7 +342,16 @@ class CalibratedSearch:
         return self._spent() or self.trials.exhausted or quiet > PATIENCE * self.limit
 
     def _spent(self) -> bool:
-        return self.calibration.work >= self.limit
+        return self.calibration.work >= self.limit or not self._in_time(1.0)
+
+    def _in_time(self, share: float) -> bool:
+        """Whether less than a `share` of the time is over."""
+        return not self.clock.limited or self.clock.now() < share * self.end
+
+    def _fit_in(self) -> None:
+        """Make the work what is left of the time suffices for."""
+        if self.clock.limited:
+            self.limit = min(self.most, self.calibration.work + self.pace * max(0.0, self.end - self.clock.now()))
 
     def _start_work(self) -> float:
         return float(len(self.calibration.images))

@@ -21,12 +21,14 @@ from diffrate.group import all_sum, world
 from diffrate.patch.base import CompressedModel
 from diffrate.running.batch import images_of
 from diffrate.running.precision import Place, autocast
+from diffrate.searching.clock import Clock
 from diffrate.searching.teacher import Teacher, spread_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
 IMAGE_BYTES = 2**31  # of images
 STATE_BYTES = 2**30  # of the tokens that are kept between blocks
 FLOOR = 1.0  # of the mean loss, which the odds of an image never fall below
+LOADED, TAUGHT = 0.2, 0.35  # of the time, after which no more images are loaded, or shown to the dense model
 
 
 def images_that_fit(numbers: int, count: int) -> int:
@@ -34,11 +36,12 @@ def images_that_fit(numbers: int, count: int) -> int:
     return min(count, max(CHUNK, IMAGE_BYTES // max(1, numbers * torch.float32.itemsize)))
 
 
-def gather_images(loader: Iterable[Any], count: int) -> Tensor:
-    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large.
+def gather_images(loader: Iterable[Any], count: int, clock: Clock) -> Tensor:
+    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large or slow.
 
     Raises:
         ValueError: there are fewer than two.
+        StoppedError: as `Clock.now`.
     """
     cpu, found, there = Place(torch.device("cpu"), torch.float32), [], 0
     for batch in loader:
@@ -46,8 +49,9 @@ def gather_images(loader: Iterable[Any], count: int) -> Tensor:
         most = images_that_fit(images.shape[1:].numel(), count)
         found.append(images[: max(0, most - there)])
         there += len(found[-1])
-        if there >= most:
+        if there >= most or clock.asked() or (there >= 2 and clock.late(LOADED)):
             break
+    clock.now()
     if there < 2:
         raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
     return torch.cat(found)
@@ -62,7 +66,7 @@ class Draw:
 
 
 class Calibration:
-    """`images` `[M, 3, H, W]`, and what the dense model makes of them.
+    """`images` `[M, 3, H, W]`, as many as the dense model has time for by `clock`, and what it makes of them.
 
     spread: what squared errors of a head with one output are relative to, by default the variance of the dense
     outputs over the images of all processes; 1 for all other heads.
@@ -76,19 +80,22 @@ class Calibration:
         place: Place,
         precision: torch.dtype | None,
         spread: float | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = Clock(place.device) if clock is None else clock
         self.model: CompressedModel = teacher.model
-        self.teacher, self.images, self.place, self.precision = teacher, images, place, precision
+        self.teacher, self.place, self.precision = teacher, place, precision
         self.dense = self.model.flops_at(self.model.dense_schedule())
-        self.felt, self.seen = torch.zeros(len(images)), torch.zeros(len(images))
         self.work = 0.0
-        parts = []
-        for part in images.split(CHUNK):
+        parts: list[Tensor] = []
+        for part in self.clock.parts(len(images), CHUNK, TAUGHT * self.clock.seconds):
             with torch.inference_mode(), autocast(place.device, precision):
-                parts.append(teacher.taught(self._to(part)).cpu())
+                parts.append(teacher.taught(self._to(images[part])).cpu())
+            self._worked(len(parts[-1]), 1.0)
         self.taught = torch.cat(parts)
+        self.images = images[: len(self.taught)]
+        self.felt, self.seen = torch.zeros(len(self.images)), torch.zeros(len(self.images))
         self.spread = spread_of(teacher.moments(self.taught).to(place.device)) if spread is None else spread
-        self._worked(len(images), 1.0)
 
     def whole(self) -> Tensor:
         """All images."""
@@ -130,7 +137,11 @@ class Calibration:
         self, schedule: Schedule, index: Tensor, known: tuple[int, TokenState | None] | None
     ) -> tuple[Tensor, list[TokenState]]:
         """Losses, and where blocks may be resumed the tokens after each; `known` is the block to go on at and what
-        enters it."""
+        enters it.
+
+        Raises:
+            StoppedError: as `Clock.now`.
+        """
         model, images = self.model, self._to(self.images[index])
         with torch.inference_mode(), autocast(self.place.device, self.precision):
             if self.resumable:
@@ -148,6 +159,7 @@ class Calibration:
         self.felt.index_add_(0, index, losses)
         self.seen.index_add_(0, index, torch.ones(len(index)))
         self._worked(len(index), self._share(schedule, start))
+        self.clock.now()
         return losses, states
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.files import UNREADABLE, first_line
+from diffrate.group import made_by_first
 from diffrate.latency.confirm import Again, Confirmed
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel, require_patched
@@ -131,8 +133,8 @@ def search(
             on images without labels, against the dense model's outputs; or `both`, one after the other.
         calibration: what `calibrated` takes its images from, by default `loader`; `images` of them at most.
         work: of `calibrated`, in forward passes of the dense model on one image; by default 22,000, or fewer where
-            there are few images. minutes: to end within, with fewer steps and trials; loading images and scoring
-            come on top.
+            there are few images. minutes: to end within, by the clock of the first process, with fewer steps, trials
+            and images; measuring seconds and scoring come on top.
         trials: told how `calibrated` goes on.
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         steps: updates an epoch, where the loader has no length or is longer than wanted.
@@ -214,7 +216,7 @@ def search(
     precision = precision or default_precision(place.device)
     going_on = None if resume is None else Path(resume)
     file = None if checkpoint is None else Path(checkpoint)
-    found, given, again = None, {}, None
+    found, given, again, begun = None, {}, None, time.monotonic()
     with generators_kept():
         if method != "calibrated" and not (method == "both" and going_on is not None and is_calibrated(going_on)):
             teacher = None if loss == SearchSettings.loss else Teacher(model, loss, multi_label)
@@ -247,7 +249,9 @@ def search(
             if file is not None:
                 _checkpoint(file, save_every, notes or {})
             model.to(place.device)
-            left = minutes if minutes is None or method != "both" else minutes * (1 - GRADIENT_SHARE)
+            left = minutes
+            if minutes is not None:
+                left = made_by_first(partial(_left, minutes, begun, asked.timed, method))
             plan, source = Plan(seed, images, work, left), loader if calibration is None else calibration
             run = partial(
                 calibrate,
@@ -263,8 +267,9 @@ def search(
                 space = model.compression.space
                 given["at once"] = goal.budget.rounded([space.least] * len(space.searchable) * len(space.kinds), space)
             if not isinstance(source, Iterator):  # whose images are gone
-                less = replace(plan, minutes=None if left is None else AGAIN * left, share=AGAIN)
-                again = partial(_searched_on, run, less, _Stopping(trials))
+                less = replace(plan, share=AGAIN)
+                ends = math.inf if minutes is None else begun + 60 * minutes
+                again = partial(_searched_on, run, less, _Stopping(trials), ends)
             came_to = run(
                 target,
                 plan,
@@ -290,16 +295,33 @@ class _Stopping(CalibrationObserver):
     def after_trials(self) -> None:
         self.first.after_trials()
 
+    def stop(self) -> bool:
+        return self.first.stop()
+
+
+def _left(minutes: float, begun: float, timed: bool, method: str) -> float:
+    """Of the `minutes`, for a search at hard counts: without what a corrected speed may take, and half of `both`."""
+    usual = minutes * (1 - AGAIN if timed else 1) * (1 if method == "calibrated" else 1 - GRADIENT_SHARE)
+    return max(0.0, min(usual, minutes - (time.monotonic() - begun) / 60))
+
 
 def _searched_on(
     run: Callable[..., Calibrated],
     plan: Plan,
     observer: CalibrationObserver,
+    ends: float,
     budget: Budget,
     before: Schedule,
     rounded: Schedule,
 ) -> Schedule:
-    """A schedule of a corrected budget, from the one before, where that costs no more, and the same rounded to it."""
+    """A schedule of a corrected budget, from the one before, where that costs no more, and the same rounded to it;
+    that alone where the time `ends`."""
+    if plan.minutes is not None:
+        most = AGAIN * plan.minutes
+        minutes = made_by_first(lambda: min(most, (ends - time.monotonic()) / 60))
+        if minutes <= 0:
+            return rounded
+        plan = replace(plan, minutes=minutes)
     given = {"rounded": rounded} | ({"before": before} if budget.cost(before) <= budget.target else {})
     return run(budget.target, plan, given=given, observer=observer).schedule
 

@@ -35,7 +35,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """Somebody asked a search to stop, and it saved its state where it has a checkpoint."""
+    """Somebody asked a search to stop, and it saved its state where it has a checkpoint; `saved` is False where it had
+    come to nothing that could be."""
+
+    def __init__(self, message: str, saved: bool = True) -> None:
+        super().__init__(message)
+        self.saved = saved
 
 
 class Observer:

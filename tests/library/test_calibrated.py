@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import diffrate
 from diffrate.budgets.rounding import meets_budget
 from diffrate.running.precision import place_of
+from diffrate.searching.calibrate import _chosen
 from diffrate.searching.calibration import Calibration, Reference
 from diffrate.searching.moves import Moves
 from diffrate.searching.settings import SearchSettingError
@@ -202,6 +203,83 @@ def test_settings_that_make_no_sense(more: dict[str, Any], message: str) -> None
 def test_one_image_is_too_few() -> None:
     with pytest.raises(ValueError, match="found 1 images; accepted: from 2"):
         diffrate.search(small(), [torch.randn(1, 3, 32, 32)], **SETTING)
+
+
+class SlowClock:
+    """Time that passes by forward passes alone: `pace` of the dense model on an image take a second, at other
+    schedules `slower` times as long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pace: float, slower: float) -> None:
+        self.seconds, self.pace, self.slower, worked = 0.0, pace, slower, Calibration._worked
+
+        def passes(held: Calibration, images: int, share: float) -> None:
+            worked(held, images, share)
+            self.seconds += images * share / self.pace * (self.slower if hasattr(held, "seen") else 1.0)
+
+        monkeypatch.setattr(Calibration, "_worked", passes)
+        monkeypatch.setattr("diffrate.searching.clock.time.monotonic", lambda: self.seconds)
+
+
+@pytest.mark.parametrize("slower", [1.0, 8.0])
+@pytest.mark.parametrize("minutes", [0.1, 1.0])
+def test_minutes_are_kept_by_the_clock(slower: float, minutes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that makes 100 passes a second at first, and fewer from the first trial on."""
+    model, clock = small(), SlowClock(monkeypatch, 100.0, slower)
+    loader = list(torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(50))
+    found = diffrate.search(model, loader, share=0.6, method="calibrated", minutes=minutes)
+    assert meets_budget(found.flops, 0.6 * model.flops_at(model.dense_schedule()))
+    assert found.calibrated is not None
+    stages = {stage.name: stage for stage in found.calibrated.stages}
+    assert stages["choice"].seconds > 0
+    assert clock.seconds <= 60 * minutes * 1.15
+    assert clock.seconds >= 60 * minutes * 0.5 or minutes == 1.0  # few images are soon known
+
+
+@pytest.mark.parametrize("asked", [1, 2, 7, 40])
+def test_stops_after_the_trial_in_which_it_is_asked_to(asked: int, tmp_path: Path) -> None:
+    class Stopping(diffrate.CalibrationObserver):
+        left, rounds = asked, 0
+
+        def stop(self) -> bool:
+            self.left -= 1
+            assert self.left >= -1, "it went on"  # loading asks once more
+            return self.left <= 0
+
+        def after_trials(self) -> None:
+            self.rounds += 1
+
+    told, file = Stopping(), tmp_path / "search.pth"
+    with pytest.raises(diffrate.StoppedError, match="stopped while schedules were tried") as stopped:
+        diffrate.search(small(), batches(8), **SETTING, checkpoint=file, trials=told)
+    assert stopped.value.saved == (told.rounds > 0) == file.exists()
+
+
+def test_a_timed_search_goes_on_with_its_images(tmp_path: Path) -> None:
+    file = tmp_path / "search.pth"
+    with pytest.raises(KeyboardInterrupt):
+        diffrate.search(small(), batches(8), **SETTING, minutes=5, checkpoint=file, trials=Stop(2))
+    with_more = diffrate.search(small(), batches(12), **SETTING, minutes=5, resume=file)
+    assert with_more.calibrated is not None
+    assert with_more.calibrated.trials[0].trials > len(with_more.calibrated.losses)  # those before count
+
+
+def test_what_measurement_does_not_tell_apart_goes_to_the_simplest() -> None:
+    names, rng = ["calibrated", "start", "uniform both", "uniform merge"], torch.Generator().manual_seed(0)
+    place, noise = place_of(small()), torch.randn(4, 400, generator=rng).abs()
+
+    def chosen(*means: float, images: int = 400) -> str:
+        rows = [row - row.mean() + mean for row, mean in zip(noise[:, :images], means, strict=True)]
+        index, alike, error = _chosen(names, rows, place)
+        assert names[index] in alike
+        assert (error == 0) == (means[index] == min(means))
+        return names[index]
+
+    assert chosen(1.0, 1.01, 1.01, 1.01) == "uniform merge"
+    assert chosen(1.0, 1.01, 1.01, 1.5) == "uniform both"
+    assert chosen(1.0, 1.01, 1.5, 1.5) == "start"
+    assert chosen(1.0, 1.5, 1.5, 1.5) == "calibrated"
+    assert chosen(1.0, 1.01, 1.01, 1.01, images=8) == "calibrated"  # too few to say that they are alike
+    assert _chosen(names, [torch.zeros(8)] * 4, place)[:2] == (3, tuple(names))
 
 
 def search_apart(folder: Path) -> None:
