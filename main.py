@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cli.flags import get_args_parser, parse_flags
+from cli.flags import check_paths, get_args_parser, parse_flags
 from diffrate.saving.about import SavedModelError
 from utils import STOPPED, UsageError
 
@@ -16,6 +16,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Bad input is one line on standard error and 2."""
     try:
         settings = parse_flags(words)
+        check_paths(settings)
     except (UsageError, SavedModelError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2

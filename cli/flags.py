@@ -137,17 +137,21 @@ def parse_flags(words: Sequence[str] | None = None, usual: Mapping[str, Any] = M
     _check_numbers(args, mode)
     _check_targets(args, mode)
     _check_combinations(args, mode)
-    _check_paths(args)
     return settings_from(args, words)
 
 
-def _check_paths(args: argparse.Namespace) -> None:
-    """Refuse what is not there at once, where reading it would wait for torch."""
-    elsewhere = args.checkpoint in (OFFICIAL, FROM_SCRATCH) or args.checkpoint.startswith(("http://", "https://"))
-    if not elsewhere and not Path(args.checkpoint).is_file():
-        raise UsageError(f"checkpoint {args.checkpoint}: no such file")
-    if args.data_path is not None and not Path(args.data_path).is_dir():
-        raise UsageError(f"--data-path {args.data_path}: no such folder")
+def check_paths(settings: Settings) -> None:
+    """Refuse files that are not there before torch is imported, which takes seconds.
+
+    Raises:
+        UsageError: `--checkpoint` or `--data-path`.
+    """
+    checkpoint, data = settings.model.checkpoint, settings.data.path
+    elsewhere = checkpoint in (OFFICIAL, FROM_SCRATCH) or checkpoint.startswith(("http://", "https://"))
+    if not elsewhere and not Path(checkpoint).is_file():
+        raise UsageError(f"checkpoint {checkpoint}: no such file")
+    if data is not None and not Path(data).is_dir():
+        raise UsageError(f"--data-path {data}: no such folder")
 
 
 def _fill_search(args: argparse.Namespace, parser: Parser) -> None:

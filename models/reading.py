@@ -35,7 +35,7 @@ def read_official(entry: ModelEntry, input_size: Size, bar: bool = True) -> Read
     else:
         path = official_file(entry, bar)
         name = str(path)
-        found, notes = read_noted(path, name)
+        (found, _), notes = read_noted(path, name), []  # a published file has its weights in one place
     return _read(found, notes, entry, input_size, name, entry.input_size)
 
 
