@@ -93,7 +93,9 @@ def test_names_that_are_refused(name: str, expected: list[str], cli: Cli, image_
 @pytest.mark.parametrize("mode", ["--eval", "--visualize", "--benchmark", "--finetune", "--baseline"])
 def test_what_compression_refuses_is_refused_before_anything_is_read(mode: str, cli: Cli, tmp_path: Path) -> None:
     word = {"--visualize": ("figures/chelsea.jpg",), "--baseline": ("merge", "--target_flops", 1)}.get(mode, ())
-    words = (mode, *word, "--model", "resnet50", "--checkpoint", tmp_path / "gone.pth", "--output_dir", tmp_path)
+    unread = tmp_path / "weights.pth"
+    unread.write_bytes(b"no checkpoint")
+    words = (mode, *word, "--model", "resnet50", "--checkpoint", unread, "--output_dir", tmp_path)
     check(cli(*words), "--model resnet50: found ResNet; accepted: ")
 
 

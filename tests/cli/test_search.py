@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_search_is_refused(
         (("--compile_merging",), "--compile_merging goes with --eval and --benchmark, or a target in seconds"),
         (("--compile", "--compile_merging"), "--compile_merging and --compile: found both"),
         (("--load_compression_rate",), "goes with --eval"),
-        (("--init_compression_rate", 9), "no --target_flops 9"),
+        (("--init_compression_rate", 9), "no --init_compression_rate 9"),
         (("--baseline", "best"), "--baseline"),
     ],
 )
