@@ -39,8 +39,8 @@ def aims_of(settings: Settings, model: diffrate.CompressedModel, runtime: Runtim
         LatencyFileError, UsageError: as `latency_table` and `targets_of`.
     """
     targets = targets_of(settings.model, model)
-    timed = any(asked_of(target).timed for target in targets)
-    table = latency_table(settings.latency, model, runtime) if timed else None
+    asked = [asked_of(target) for target in targets]
+    table = latency_table(settings.latency, model, runtime, asked) if any(one.timed for one in asked) else None
     aims = [Aim(target, goal_at(model, asked_of(target), table)) for target in targets]
     for aim in aims:
         aim.goal.budget.check(model.compression.space)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffrate
@@ -12,6 +13,7 @@ from cli.settings import LatencySettings
 from diffrate.files import cache_folder
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import setting_of, use_for
+from diffrate.searching.target import Asked, check_reach
 from processes.runtime import AMP_DTYPES, Runtime
 from reporting.progress import Share
 
@@ -19,11 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def latency_table(
-    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime
+    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, asked: Sequence[Asked] = ()
 ) -> diffrate.LatencyTable:
-    """What `model` takes at any schedule, used as the flags say.
+    """What `model` takes at any schedule, used as the flags say. Where it has to be measured, what is `asked` of it is
+    tried first.
 
     Raises:
+        BudgetError: it is far out of reach.
         LatencyFileError: the file that keeps it cannot be read or written.
     """
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
@@ -31,6 +35,7 @@ def latency_table(
     setting = setting_of(model, use)
     file = settings.file or _kept_in(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
+    check_reach(model, asked, use, file)
     with Share("Latency", SECONDS, runtime) as progress:
         return diffrate.measure_latency(
             model,

@@ -47,6 +47,10 @@ class Seen:
         """The view with the groups of patches after `block`, drawn in."""
         return draw_groups(self.view, origin_groups(self.origins[block], self.grid))
 
+    def has_patches(self, block: int) -> bool:
+        """Whether any patch is left after `block`; where only the class token is, its picture would be all dark."""
+        return bool((self.origins[block] >= 0).any())
+
 
 @torch.inference_mode()
 def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], view: View) -> list[Seen]:
@@ -81,26 +85,27 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
 
 
 def shown_blocks(seen: Seen) -> list[int]:
-    """The blocks that remove tokens, evenly thinned out, the last of them kept."""
+    """The blocks that remove tokens and leave patches, evenly thinned out, the last of them kept."""
     before = (seen.tokens, *seen.kept)
-    last = len(seen.kept) - 1
+    last = _last_shown(seen)
     removing = [block for block in range(last + 1) if seen.kept[block] < before[block]] or [last]
     step = -(-len(removing) // MOST_BLOCKS)
     return removing[::-1][::step][::-1]
 
 
 def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | None = None) -> Figure:
-    """One page: the view, the tokens after the last block and after `blocks` (by default those that
-    remove tokens), and the predictions, if there are any."""
+    """One page: the view, the tokens after the last block that leaves patches and after `blocks` (by default
+    those that remove tokens), and the predictions, if there are any."""
     shown = shown_blocks(seen) if blocks is None else blocks
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(WIDTH * COLUMNS, _height(seen) * (1 + rows) + 0.3), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
-    last = len(seen.kept) - 1
+    last = _last_shown(seen)
     _picture(view, seen.view, "input")
-    _picture(end, seen.tokens_after(last), f"at the end: {_count(seen, last)}")
+    when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
+    _picture(end, seen.tokens_after(last), f"{when}: {_count(seen, last)}")
     draw_predictions(predictions, seen, names)
     for place, axes in enumerate(below.subplots(rows, COLUMNS, squeeze=False).flat):
         if place < len(shown):
@@ -127,11 +132,10 @@ def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
         axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=2, fontsize=8)
     axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 125)  # room for the figures
-    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlim(0, 100)
     axes.set_xlabel("probability in %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
 
 
 def likeliest(probabilities: Tensor, names: Sequence[str]) -> str:
@@ -162,8 +166,14 @@ def _picture(axes: Axes, image: Image.Image, title: str) -> None:
     axes.set_axis_off()
 
 
+def _last_shown(seen: Seen) -> int:
+    """The last block that leaves patches, or the last one where none does."""
+    blocks = range(len(seen.kept))
+    return max((block for block in blocks if seen.has_patches(block)), default=blocks[-1])
+
+
 def _count(seen: Seen, block: int) -> str:
-    return f"{seen.kept[block]} of {seen.tokens} tokens"
+    return f"{seen.kept[block]} of {seen.tokens} tokens" + ("" if seen.has_patches(block) else ", no patches")
 
 
 def _dense_logits(model: diffrate.CompressedModel, images: Tensor) -> Tensor:

@@ -31,11 +31,15 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Unit:
-    """How users speak of a cost: by the option that sets it, and in numbers `of` it with a word behind."""
+    """How users speak of a cost: by the option that sets it, and in numbers `of` it with a word behind.
+
+    advice: what widens the reachable range.
+    """
 
     option: str
     word: str
     of: Callable[[float], float]
+    advice: str = ""
 
     def shown(self, cost: float) -> str:
         """For a message."""
@@ -61,7 +65,7 @@ def check_target(target: float, space: SearchSpace, cost: Cost, unit: Unit = GFL
     if not least <= target <= most:
         low, high = sorted((unit.of(least), unit.of(most)))
         found = f"{unit.of(target):g}{unit.word}"
-        raise BudgetError(f"{unit.option} {found}: accepted: {low:.4g} to {high:.4g}")
+        raise BudgetError(f"{unit.option} {found}: accepted: {low:.4g} to {high:.4g}{unit.advice}")
 
 
 def round_to_budget(

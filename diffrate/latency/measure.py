@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -40,20 +42,23 @@ from diffrate.running.merging import ready
 from diffrate.running.precision import place_of
 from diffrate.seeds import generators_kept
 
+BATCH_SIZE = 8
 SECONDS = 30.0  # of timed runs
 RUNS = (60, 600)  # at least, whatever they take, and at most
 WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is looked at as a whole
 # The schedules, with a share of the FLOPs that is left; the first ones say most, where few fit into the time.
 WHOLE = (("both", 0.5), ("merge", 0.8), ("prune", 0.5), ("both", 0.8), ("merge", 0.5), ("prune", 0.8))
+NOISY = 0.1  # equal runs differ by 0.6 to 6 % on an idle machine, by 11 to 48 % where its cores are taken
 WARM = 3  # runs before the first that counts
 DENSE_EVERY = 4  # runs: how fast the machine is at the moment
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int, float], None]
 
 
 def measure_latency(
     model: CompressedModel,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     dtype: torch.dtype = torch.float32,
     *,
     device: torch.device | str | None = None,
@@ -79,6 +84,8 @@ def measure_latency(
         UnsupportedModelError: the model is not patched.
         ValueError: a batch size below 1, or seconds not above 0.
         LatencyFileError: the file cannot be read or written.
+
+    A warning is logged where times are too noisy to be kept in `file`.
     """
     require_patched(model)
     if batch_size < 1:
@@ -99,15 +106,22 @@ def _read_or_measured(
     if file is not None:
         check_place(file.parent)
     with generators_kept():
-        samples = _sampled(model, use, seconds, progress)
-        table = _repriced(model, use, _table(model, setting, samples), _whole_schedules(model))
-    if file is not None:
+        rounds = _sampled(model, use, seconds, progress)
+        table = _repriced(model, use, _table(model, setting, _steadied(rounds)), _whole_schedules(model))
+    noise = _noise(rounds)
+    if noise > NOISY:
+        log.warning(
+            "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure again "
+            "where nothing else runs",
+            100 * noise,
+        )
+    elif file is not None:
         write_table(file, table)
     return table
 
 
-def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[RunSample]:
-    """Timed runs, each as if the machine had been as fast as in the median run without reductions."""
+def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[RunSample]]:
+    """Timed runs, in rounds that begin with a run without reductions."""
     keep_freed_memory()
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
     images = torch.randn(use.batch_size, *input_size(side)).to(use.device, use.dtype)
@@ -126,7 +140,13 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
         if progress is not None:
             shares = (time.monotonic() - begun) / seconds, done / RUNS[1]
             progress(done, min(1.0, max(shares), done / RUNS[0]))
-    return _steadied(rounds)
+    return rounds
+
+
+def _noise(rounds: Sequence[Sequence[RunSample]]) -> float:
+    """By how much a run without reductions usually differs from the next, as a share."""
+    paces = [samples[0].total() for samples in rounds]
+    return median(2 * abs(one - other) / (one + other) for one, other in pairwise(paces))
 
 
 def _steadied(rounds: Sequence[Sequence[RunSample]]) -> list[RunSample]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from statistics import median
 
 import torch
 
 from diffrate.budgets.budget import Budget
+from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
-from diffrate.latency.budget import latency_budget, speedup_budget
-from diffrate.latency.confirm import Again, Confirmed, confirmed
+from diffrate.group import made_by_first
+from diffrate.latency.budget import ADVICE, LATENCY, SPEEDUP, latency_budget, speedup_budget
+from diffrate.latency.confirm import Again, Confirmed, confirmed, measured_times
 from diffrate.latency.expected import expected_seconds
-from diffrate.latency.measure import measure_latency
-from diffrate.latency.setting import check_table, use_of
+from diffrate.latency.file import read_table
+from diffrate.latency.measure import BATCH_SIZE, measure_latency
+from diffrate.latency.setting import Use, check_table, setting_of, use_for, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel, PlannedCost
+from diffrate.running.timing import PairedTimes
 from diffrate.searching.settings import SearchSettingError
+
+REACH = 1.15  # a few seconds tell a ratio no better: what is further away than this is out of reach
+REACH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,50 @@ def goal_of(model: CompressedModel, asked: Asked, table: LatencyTable | None, de
         BudgetError: it is out of reach.
     """
     if asked.timed and table is None:
-        table = measure_latency(model, device=device)
+        use = use_for(model, BATCH_SIZE, torch.float32, False, device)
+        check_reach(model, [asked], use)
+        table = measure_latency(model, use.batch_size, use.dtype, device=device)
     goal = goal_at(model, asked, table)
     goal.budget.check(model.compression.space)
     return goal
+
+
+def check_reach(model: CompressedModel, asked: Sequence[Asked], use: Use, file: Path | None = None) -> None:
+    """Refuse a speed that the schedule with the fewest tokens is far from, before a table is measured.
+
+    A table takes a minute; this takes a few seconds of runs in turn with the dense model, on the first process. With
+    a table in `file` it takes none: that says precisely what is in reach.
+
+    Raises:
+        BudgetError: names the first of `asked` that is out of reach.
+        LatencyFileError: `file` is none of a table.
+    """
+    timed = [one for one in asked if one.timed]
+    if not timed:
+        return
+    space = model.compression.space
+    fewest = space.schedule([space.least] * len(space.searchable) * len(space.kinds))
+
+    def measured() -> PairedTimes | None:
+        kept = file is not None and read_table(file, setting_of(model, use)) is not None
+        return None if kept else measured_times(model, fewest, use, REACH_SECONDS)
+
+    times = made_by_first(measured)
+    if times is None:
+        return
+    dense, least = (median(side) / use.batch_size for side in (times.baseline, times.rival))
+    for one in timed:
+        if one.target_speedup is not None:
+            option, value, low, high = SPEEDUP, one.target_speedup, 1.0, times.ratio
+        else:
+            assert one.target_latency is not None
+            option, value, low, high = LATENCY, one.target_latency, least, dense
+        if not low / REACH <= value <= high * REACH:
+            word = " s" if option == LATENCY else ""
+            raise BudgetError(
+                f"{option} {value:g}{word}: accepted: {low:.3g} to {high:.3g}, measured with all tokens and with "
+                f"the fewest ({use.words()}){ADVICE[option]}"
+            )
 
 
 def goal_at(model: CompressedModel, asked: Asked, table: LatencyTable | None) -> Goal:

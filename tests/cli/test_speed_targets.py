@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import cli.latency
 import diffrate.latency.check as check_module
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
+import diffrate.searching.target as target
 from diffrate.running import timing
 from sample import MODEL as SAMPLE
 from tests.cli.test_errors import check
@@ -26,6 +28,8 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "SHORT", 0.001)
     monkeypatch.setattr(timing, "FEWEST", 2)
     monkeypatch.setattr(measure, "RUNS", (20, 20))
+    monkeypatch.setattr(measure, "NOISY", math.inf)  # other tests run beside these
+    monkeypatch.setattr(target, "REACH_SECONDS", 0.01)
     monkeypatch.setattr(confirm, "SECONDS", 0.01)
     monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
     monkeypatch.setattr(benchmarks.latency, "RANDOM", 2)
@@ -77,6 +81,7 @@ def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
     [
         (("--target_speedup", 99), "--target_speedup 99: accepted: 1 to "),
         (("--target_latency", 1e-7), "--target_latency 1e-07 s: accepted: "),
+        (("--target_speedup", 1.1, 9), "--target_speedup 9: accepted: 1 to "),
         (("--target_speedup", 1.5, "--target_flops", 0.03), "found several; accepted: one of them"),
         (("--target_speedup", 1.5, 1.5), "--target_speedup 1.5 1.5: accepted: each once"),
         (("--eval", "--latency_batch", 1), "--latency_batch goes with --target_speedup, --target_latency and"),
@@ -87,3 +92,16 @@ def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
 )
 def test_targets_that_make_no_sense(words: tuple[object, ...], message: str, cli: Cli, tmp_path: Path) -> None:
     check(cli(*words, "--output_dir", tmp_path / "out"), message)
+
+
+@pytest.mark.parametrize("option", ["--target_speedup", "--target_latency"])
+def test_what_is_far_out_of_reach_is_refused_before_a_table_is_measured(
+    option: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise AssertionError("it takes a minute")
+
+    monkeypatch.setattr(measure, "_sampled", fails)
+    check(cli(option, 99, "--output_dir", tmp_path / "out"), f"{option} 99", "; a larger batch")
+    assert not list(tmp_path.glob("cache/diffrate/latency/*.json"))
+    monkeypatch.undo()

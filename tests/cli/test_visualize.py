@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +80,25 @@ def test_a_sheet_has_a_panel_for_each_block() -> None:
 
 def test_many_blocks_are_thinned_out_and_the_last_stays() -> None:
     seen = seen_by("deit", noise(60, 60))[0]
-    many = Seen(seen.view, seen.grid, seen.origins, tuple(range(64, 34, -1)), 65, seen.dense, seen.compressed)
+    kept = tuple(range(64, 34, -1))
+    many = replace(seen, origins=seen.origins[:1] * len(kept), kept=kept)
     blocks = shown_blocks(many)
     assert len(blocks) <= MOST_BLOCKS
     assert blocks[-1] == 29
-    whole = Seen(seen.view, seen.grid, seen.origins, (65, 65), 65, seen.dense, seen.compressed)
+    whole = replace(seen, origins=seen.origins[:1] * 2, kept=(65, 65))
     assert shown_blocks(whole) == [1]
+
+
+def test_where_the_class_token_alone_is_left_the_last_block_with_patches_is_shown() -> None:
+    seen = seen_by("deit", noise(60, 60))[0]
+    some = seen.origins[0]
+    seen = replace(seen, origins=(some, some, torch.full_like(some, PRUNED)), kept=(9, 5, 1))
+    assert shown_blocks(seen) == [0, 1]
+    titles = [axes.get_title() for axes in page(seen, [f"class {index}" for index in range(10)], "title").axes]
+    assert "after block 1, the last with patches: 5 of 65 tokens" in titles
+    assert not any(title.startswith("at the end") or "block 2" in title for title in titles)
+    chosen = [axes.get_title() for axes in page(seen, [""] * 10, "title", blocks=[2]).axes]
+    assert "after block 2: 1 of 65 tokens, no patches" in chosen
 
 
 def test_pictures_of_any_file(cli: Cli, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from random import Random
 
@@ -11,6 +13,7 @@ import torch
 import diffrate
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
+import diffrate.searching.target as target
 from diffrate.budgets.uniform import uniform_schedules
 from diffrate.latency.plan import random_schedule
 from diffrate.latency.setting import use_of
@@ -27,6 +30,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "WHOLE_RUNS", 0.01)
     monkeypatch.setattr(timing, "SHORT", 0.001)
     monkeypatch.setattr(timing, "FEWEST", 2)
+    monkeypatch.setattr(measure, "NOISY", math.inf)  # other tests run beside these
+    monkeypatch.setattr(target, "REACH_SECONDS", 0.01)
     monkeypatch.setattr(confirm, "SECONDS", 0.01)
 
 
@@ -60,6 +65,24 @@ def test_times_are_measured_and_kept(family: str, tmp_path: Path, monkeypatch: p
     assert diffrate.measure_latency(model, 2, file=file) == table
     with pytest.raises(AssertionError, match="it is in the file"):
         diffrate.measure_latency(model, 3, file=file)  # another use
+
+
+def test_a_noisy_table_says_so_and_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "NOISY", 0.0)
+    file = tmp_path / "times.json"
+    with caplog.at_level(logging.WARNING):
+        table = diffrate.measure_latency(patched("deit"), 2, seconds=0.1, file=file)
+    assert table.batch_size == 2
+    assert "times are rough, and not kept" in caplog.text
+    assert not file.exists()
+
+
+def test_a_speed_far_out_of_reach_is_refused_before_a_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "measure_latency", lambda *_, **__: pytest.fail("it takes a minute"))
+    with pytest.raises(diffrate.BudgetError, match=r"target_speedup 50: accepted: 1 to .*a larger batch or input size"):
+        diffrate.search(patched("deit"), images(), target_speedup=50, loss="distill")
 
 
 def test_a_model_that_is_not_patched_is_refused() -> None:
