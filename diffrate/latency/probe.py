@@ -119,10 +119,10 @@ def timed_run(model: CompressedModel, parts: Parts, images: Tensor, schedule: Sc
     for block, positions, counts, read in steps:
         kept.append(counts)
         sized.append(state.size is not None)
-        state, importance = parts.attended(block, positions, model.rules, state, counts, read)
+        state, importance = parts.attended(block, positions, model.rule, state, counts, read)
         clock.mark()
         if removes(counts, read):
-            state = parts.reduced(model.rules, state, importance, counts)
+            state = parts.reduced(model.rule, state, importance, counts)
         clock.mark()
         state = replaced(state, x=parts.mlp(block, state.x))
         clock.mark()
