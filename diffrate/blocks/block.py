@@ -79,12 +79,6 @@ def reduced(rules: ReductionRules, state: TokenState, importance: Tensor | None,
         return state
     if rules.random:
         importance = torch.rand_like(importance)
-    found = None if rules.compiled is None else rules.compiled(rules, state, importance, kept)
-    return kept_and_merged(rules, state, importance, kept) if found is None else found
-
-
-def kept_and_merged(rules: ReductionRules, state: TokenState, importance: Tensor, kept: Kept) -> TokenState:
-    """The most important tokens, after the less important of them joined the others."""
     index = most_important(importance, kept.pruned, rules.prefix)
     if kept.merged < kept.pruned:
         return merge_tokens(state, index, kept.merged, rules.spared, rules.weigh_by_similarity)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from torch import Tensor
-
-from diffrate.blocks.tokens import TokenState
-from diffrate.budgets.schedule import Kept
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -23,8 +17,6 @@ class ReductionRules:
     weigh_by_similarity: a merged token counts for its size times its cosine, else for its size.
     removed_speak: in search, tokens that are removed go on being asked (the published search of CAFormer).
     random: any tokens go, whatever their importance (a baseline, drawn from torch's generator).
-    compiled: what is asked first to let tokens go, with the same results (`diffrate.compile_merging`): it returns those
-        that are left by their importance, or None for tokens that it is not for; None where nothing is asked first.
     """
 
     prefix: int
@@ -33,6 +25,3 @@ class ReductionRules:
     weigh_by_similarity: bool
     removed_speak: bool = False
     random: bool = False
-    compiled: Callable[[ReductionRules, TokenState, Tensor, Kept], TokenState | None] | None = field(
-        default=None, compare=False, repr=False
-    )
