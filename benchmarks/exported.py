@@ -159,7 +159,7 @@ def _live(subject: Subject, batch_size: int, setting: Setting) -> Iterator[_Cont
             arguments = (side, subject, batch_size, torch.float32, compiled, str(setting.device))
             yield _Contestant(
                 f"{side} model",
-                mode_name(compiled, subject.compile_merging),
+                mode_name(compiled),
                 "float32",
                 costs[side],
                 build_side,

@@ -94,7 +94,7 @@ def _row(
     return SpeedRow(
         **asdict(speed_of(times, batch_size, precision_name(dtype), costs)),
         model=subject.entry.name,
-        mode=mode_name(compiled, subject.compile_merging),
+        mode=mode_name(compiled),
         dense_memory_mib=_mib(memory[0]),
         compressed_memory_mib=_mib(memory[1]),
     )

@@ -14,17 +14,13 @@ from models.zoo import ModelEntry
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at an input size, rows and columns; `schedule` is None where a benchmark has schedules of its own.
-
-    compile_merging: merge by compiled code.
-    """
+    """A model at an input size, rows and columns; `schedule` is None where a benchmark has schedules of its own."""
 
     entry: ModelEntry
     input_size: models.Size
     schedule: diffrate.Schedule | None
     granularity: int
     seed: int
-    compile_merging: bool = False
 
     def dense(self) -> nn.Module:
         """The plain timm model.
@@ -41,4 +37,4 @@ class Subject:
         if self.schedule is not None:
             model.check(self.schedule)
             model.set_kept_num(self.schedule.prune, self.schedule.merge)
-        return diffrate.compile_merging(model) if self.compile_merging else model
+        return model

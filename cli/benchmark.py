@@ -122,7 +122,7 @@ def _exported(settings: Settings, runtime: Runtime) -> None:
         schedule = _subject(replace(settings, model=chosen)).schedule
     else:
         schedule = min((file.metadata for file in loaded), key=lambda said: said.gflops).schedule
-    subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed, chosen.compile_merging)
+    subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
     setting = exported.Setting(
         (False, True) if settings.run.compile else (False,),
         data.batch_sizes or (DEFAULT_BATCH,),
@@ -160,7 +160,7 @@ def _subject(settings: Settings) -> Subject:
     with models.shapes_alone():
         model = compressed(built(chosen, entry), chosen, entry, Weights(None, chosen.checkpoint, schedule))
     schedule = model.compression.current()
-    return Subject(entry, size, schedule, chosen.granularity, settings.run.seed, chosen.compile_merging)
+    return Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
 
 
 def _dtypes(settings: Settings) -> list[torch.dtype]:

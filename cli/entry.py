@@ -77,10 +77,9 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
         RateError: a granularity that leaves no choice.
     """
     try:
-        model = diffrate.patch.vit(model, settings.granularity, settings.granularity)
+        return diffrate.patch.vit(model, settings.granularity, settings.granularity)
     except diffrate.UnsupportedModelError as error:
         raise UsageError(f"--model {settings.name}: {error}") from error
-    return diffrate.compile_merging(model) if settings.compile_merging else model
 
 
 def meta_model(settings: ModelSettings, entry: ModelEntry, classes: int | None = None) -> diffrate.CompressedModel:

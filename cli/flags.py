@@ -307,12 +307,8 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
         raise UsageError("--blocks goes with --visualize")
     timed = args.target_speedup is not None or args.target_latency is not None
     compiles = args.eval or args.finetune or timed or benchmark_of(args) in ("eval", "loading", "latency", FILES)
-    if args.compile_merging and args.compile:
-        raise UsageError("--compile_merging and --compile: found both; accepted: one of them")
     if args.compile and not compiles:
         raise UsageError("--compile goes with --eval, --finetune and --benchmark, or a target in seconds")
-    if args.compile_merging and (args.finetune or not compiles):
-        raise UsageError("--compile_merging goes with --eval and --benchmark, or a target in seconds")
     _check_exported(args)
     if args.save is not None:
         if mode not in (SEARCH, "eval", "finetune"):
@@ -602,9 +598,6 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--blocks", type=WHOLE, nargs="+", help="blocks to draw with --visualize, counted from 0")
     group.add_argument("--quiet", action="store_true", help="no progress on the terminal: results and warnings alone")
     group.add_argument("--compile", action="store_true", help="run as one compiled graph; --benchmark times both")
-    group.add_argument(
-        "--compile_merging", action="store_true", help="merge by compiled code, all else eager; on a CPU"
-    )
     group.add_argument("--rounds", type=COUNT, default=ROUNDS, help="timed pairs of --benchmark")
 
 

@@ -12,7 +12,7 @@ import diffrate
 from cli.settings import LatencySettings
 from diffrate.files import cache_folder
 from diffrate.latency.measure import SECONDS
-from diffrate.latency.setting import setting_of, use_for
+from diffrate.latency.setting import Use, setting_of
 from diffrate.searching.target import Asked, check_reach
 from processes.runtime import AMP_DTYPES, Runtime
 from reporting.progress import Share
@@ -31,7 +31,7 @@ def latency_table(
         LatencyFileError: the file that keeps it cannot be read or written.
     """
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
-    use = use_for(model, settings.batch_size, dtype, settings.compiled, runtime.device)
+    use = Use(settings.batch_size, dtype, settings.compiled, runtime.device)
     setting = setting_of(model, use)
     file = settings.file or _kept_in(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")

@@ -29,7 +29,6 @@ OF_SEARCHES = {
     "init": PAPER.start,
     "budget": PAPER.budget,
     "search": PAPER.method,
-    "compile_merging": False,
     "multi_label": False,
 }
 EARLIER = {**OF_SEARCHES, "exif": False}
@@ -65,7 +64,6 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
         "latency_batch": timed.batch_size,
         "latency_precision": timed.precision,
         "compile": timed.compiled,
-        "compile_merging": settings.model.compile_merging,
     }
     return {
         "model": entry.name,

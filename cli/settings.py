@@ -82,7 +82,7 @@ class ModelSettings:
     input_size: rows and columns in pixels, None for the model's own.
     load: take a schedule from the file of schedules; scale: to this model's number of tokens.
     dense: keep all tokens, whatever the checkpoint says. start: where a search begins.
-    compile_merging: merge by compiled code. multi_label: outputs stand for labels of their own.
+    multi_label: outputs stand for labels of their own.
     """
 
     name: str | None
@@ -96,7 +96,6 @@ class ModelSettings:
     scale: bool
     dense: bool
     start: Target | None
-    compile_merging: bool
     multi_label: bool
 
 
@@ -209,7 +208,6 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
             scale=args.scale_compression_rate,
             dense=args.dense,
             start=args.init_compression_rate,
-            compile_merging=args.compile_merging,
             multi_label=args.multi_label,
         ),
         search=SearchSettings(

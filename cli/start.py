@@ -13,7 +13,6 @@ from cli.settings import SEARCH, Settings
 from datasets import DataError, listed
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.uniform import BaselineError
-from diffrate.running.allocator import keep_freed_memory
 from diffrate.searching.settings import SearchSettingError
 from diffrate.seeds import seed_everything
 from processes.group import EnvironmentVariableError, Processes, process_group, processes_from_environment
@@ -21,7 +20,7 @@ from processes.heartbeat import LostProcessError
 from processes.runtime import Runtime, amp_dtype, open_board, resolve_device
 from reporting.log import setup_logging
 from reporting.progress import bar_fits
-from utils import STOPPED, StopRequestedError, UsageError, make_output_dir
+from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)
 # The file of each mode in this folder: only that of the one that is asked for is imported.
@@ -39,7 +38,7 @@ MODES = {
 }
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
-NAMED_LIKE_FLAGS = (BudgetError, BaselineError, diffrate.MergingCompileError)
+NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
 INPUT_ERRORS = (
     UsageError,
     EnvironmentVariableError,
@@ -112,8 +111,6 @@ def explain(error: Exception) -> tuple[str, int] | None:
 def _runtime(settings: Settings, processes: Processes) -> Runtime:
     run = settings.run
     device = resolve_device(run.device, processes)
-    if settings.model.compile_merging and device.type != "cpu":
-        raise UsageError(f"--compile_merging: found the device {device.type}; accepted: --device cpu")
     output_dir = make_output_dir(run.output_dir)
     bar = processes.is_main and bar_fits(run.quiet)
     setup_logging(output_dir, processes.is_main, lines=not bar and not run.quiet)

@@ -15,8 +15,6 @@ from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
 from .rates.rate import RateError
 from .running.evaluation import Scores, ScoresError, Tally, evaluate
-from .running.merging import compile_merging
-from .running.merging_code import MergingCompileError
 from .running.speed import Speed, benchmark
 from .saving.about import About, SavedModelError, about
 from .saving.files import load, save
@@ -44,7 +42,6 @@ __all__ = [
     "Found",
     "LatencyFileError",
     "LatencyTable",
-    "MergingCompileError",
     "NonFiniteLossError",
     "Observer",
     "PredictionCheck",
@@ -68,7 +65,6 @@ __all__ = [
     "about",
     "benchmark",
     "check_predictions",
-    "compile_merging",
     "evaluate",
     "export",
     "load",

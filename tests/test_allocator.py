@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import resource, sys
 import torch
-from diffrate.running.allocator import keep_freed_memory
+from utils import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def step():
     return torch.ones(2**21) + torch.ones(2**20).repeat(2)  # 8 MiB each

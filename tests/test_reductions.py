@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from diffrate.blocks import attention
-from diffrate.blocks.attention import Heads, size_bias, first_tokens_attention
+from diffrate.blocks.attention import Heads, first_tokens_attention, size_bias
 from diffrate.blocks.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
 from diffrate.blocks.prune import keep_tokens, most_important
 from diffrate.blocks.tokens import TokenState, follow

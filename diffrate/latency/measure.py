@@ -33,12 +33,10 @@ from diffrate.latency.curves import (
 from diffrate.latency.file import check_place, read_table, write_table
 from diffrate.latency.plan import knots, probing_schedules
 from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
-from diffrate.latency.setting import Kinds, Use, kinds_of, setting_of, use_for
+from diffrate.latency.setting import Use, kinds_of, setting_of
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.sizes import input_size
-from diffrate.running.allocator import keep_freed_memory
-from diffrate.running.merging import ready
 from diffrate.running.precision import place_of
 from diffrate.seeds import generators_kept
 
@@ -92,7 +90,7 @@ def measure_latency(
         raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
-    use = use_for(model, batch_size, dtype, compile, place_of(model, device).device)
+    use = Use(batch_size, dtype, compile, place_of(model, device).device)
     return made_by_first(lambda: _read_or_measured(model, use, seconds, None if file is None else Path(file), progress))
 
 
@@ -122,13 +120,10 @@ def _read_or_measured(
 
 def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[RunSample]]:
     """Timed runs, in rounds that begin with a run without reductions."""
-    keep_freed_memory()
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
     images = torch.randn(use.batch_size, *input_size(side)).to(use.device, use.dtype)
     parts, rng = parts_of(use.compiled), Random(0)
     schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
-    for schedule in _whole_schedules(side) if use.merging else ():
-        ready(side, schedule)
     for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
         timed_run(side, parts, images, schedule)
     rounds: list[list[RunSample]] = []
@@ -194,12 +189,13 @@ def _scaled(sample: RunSample, by: float) -> RunSample:
 
 
 def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[RunSample]) -> LatencyTable:
-    kinds, space = kinds_of(model), model.compression.space
+    kinds, space = dict(kinds_of(model)), model.compression.space
+    order = tuple(setting["blocks"])
     levels = knots(space.least, space.limits[0])
     return LatencyTable(
         setting=setting,
-        kinds=tuple(_kind(kinds, kind, levels, samples) for kind in range(len(kinds.names))),
-        order=kinds.order,
+        kinds=tuple(_kind(read, order, kind, levels, samples) for kind, read in enumerate(kinds.values())),
+        order=order,
         embedding=median(sample.embedding for sample in samples),
         head=fit_line([sample.leaving for sample in samples], [sample.head for sample in samples]),
         tokens=space.limits[0],
@@ -207,10 +203,11 @@ def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[Ru
     )
 
 
-def _kind(kinds: Kinds, kind: int, levels: Sequence[int], samples: Sequence[RunSample]) -> BlockTimes:
+def _kind(
+    read: int | None, order: Sequence[int], kind: int, levels: Sequence[int], samples: Sequence[RunSample]
+) -> BlockTimes:
     """The times of one kind of block."""
-    read = kinds.read[kind]
-    blocks = [part for sample in samples for part in sample.blocks if kinds.order[part.block] == kind]
+    blocks = [part for sample in samples for part in sample.blocks if order[part.block] == kind]
     reducing = [part for part in blocks if removes(part.kept, read)]
     attention = fit_attention(
         [AttentionSample(part.kept.entering, removes(part.kept, read), part.sized, part.attention) for part in blocks],

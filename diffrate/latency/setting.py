@@ -13,7 +13,6 @@ from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
 from diffrate.running.machine import machine_name
-from diffrate.running.merging import merges_compiled
 from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name
 
@@ -22,67 +21,45 @@ OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", 
 
 
 class Use(NamedTuple):
-    """How a model is used: images at a time, the type of its weights, as one compiled graph or not, where, and whether
-    merging alone is compiled."""
+    """How a model is used: images at a time, the type of its weights, as one compiled graph or not, and where."""
 
     batch_size: int
     dtype: torch.dtype
     compiled: bool
     device: torch.device
-    merging: bool = False
-
-    @property
-    def mode(self) -> str:
-        """What tables call it."""
-        return mode_name(self.compiled, self.merging)
 
     def words(self) -> str:
         """For a sentence."""
-        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {self.mode}"
-
-
-def use_for(model: CompressedModel, batch_size: int, dtype: torch.dtype, compiled: bool, device: torch.device) -> Use:
-    """How `model` would be used there."""
-    return Use(batch_size, dtype, compiled, device, not compiled and merges_compiled(model, device))
+        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {mode_name(self.compiled)}"
 
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
     """How the model was used when `table` was made, on `device`."""
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(table.setting["precision"])
-    dtype = kind or getattr(torch, table.setting["precision"])
-    mode = table.setting["mode"]
-    return Use(table.batch_size, dtype, mode == mode_name(True), device, mode == mode_name(False, True))
+    name = table.setting["precision"]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name) or getattr(torch, name)
+    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
 
 
-class Kinds(NamedTuple):
-    """The kinds of compressible blocks, described; the kind of each block; how many tokens are read of each kind."""
+def kinds_of(model: CompressedModel) -> list[tuple[str, int | None]]:
+    """The kind of each compressible block: its description, and how many first tokens are read of it, None for all.
 
-    names: tuple[str, ...]
-    order: tuple[int, ...]
-    read: tuple[int | None, ...]
-
-
-def kinds_of(model: CompressedModel) -> Kinds:
-    """Blocks of one kind have parts of the same types and shapes; the last one differs where little of it is read."""
+    Blocks of one kind have parts of the same types and shapes; the last one differs where little of it is read.
+    """
+    kinds = []
     blocks = model.compressible_blocks()
-    names: dict[str, int] = {}
-    order, read = [], []
-    for index, block in enumerate(blocks):
-        shape, attention = block_shape(block), getattr(block, form_of(block).attention)
+    for block in blocks:
+        shape, heads = block_shape(block), projection_of(getattr(block, form_of(block).attention))
         shown = {"projections": shape.projections, "mixing": shape.mixing, "mlp": shape.mlp}
-        of_it = model.read if index == len(blocks) - 1 else None
-        heads = projection_of(attention)
-        name = f"{type(block).__name__} {type(heads).__name__} {shown}, read {'all' if of_it is None else of_it}"
-        if name not in names:
-            names[name] = len(names)
-            read.append(of_it)
-        order.append(names[name])
-    return Kinds(tuple(names), tuple(order), tuple(read))
+        read = model.read if block is blocks[-1] else None
+        name = f"{type(block).__name__} {type(heads).__name__} {shown}, read {'all' if read is None else read}"
+        kinds.append((name, read))
+    return kinds
 
 
 def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
     """Everything that times depend on, as plain values by name."""
-    kinds = kinds_of(model)
+    kinds = [name for name, _ in kinds_of(model)]
+    different = list(dict.fromkeys(kinds))
     rates = {id(rate) for rate in model.arch_parameters()}
     return {
         "format": FORMAT,
@@ -92,15 +69,15 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
         "timm": timm.__version__,
         "batch_size": use.batch_size,
         "precision": precision_name(use.dtype),
-        "mode": use.mode,
+        "mode": mode_name(use.compiled),
         "model": type(model).__name__,
         "rule": str(model.rule),
         "image_size": list(model.image_size),
         "tokens": model.compression.space.limits[0],
         "parameters": sum(weight.numel() for weight in model.parameters() if id(weight) not in rates),
         "classes": model.num_classes,
-        "kinds": list(kinds.names),
-        "blocks": list(kinds.order),
+        "kinds": different,
+        "blocks": [different.index(kind) for kind in kinds],
     }
 
 
@@ -110,8 +87,7 @@ def check_table(table: LatencyTable, model: CompressedModel) -> None:
     Raises:
         ValueError: names what differs.
     """
-    use = use_of(table, place_of(model).device)
-    expected = setting_of(model, use_for(model, use.batch_size, use.dtype, use.compiled, use.device))
+    expected = setting_of(model, use_of(table, place_of(model).device))
     said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
     for name in OF_MODEL:
         if name in said and said[name] != expected[name]:

@@ -14,18 +14,10 @@ def machine_name(device: torch.device) -> str:
     """The GPU, or the CPU and which of its instructions torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = {line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")}
-    name = ", ".join(sorted(names)) or platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def cpu_features() -> str:
-    """The instructions of the CPU, as Linux names them; nothing elsewhere."""
-    return next((line for line in _cpu_lines() if line.lower().startswith(("flags", "features"))), "")
-
-
-def _cpu_lines() -> list[str]:
     try:
-        return _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # elsewhere than on Linux
-        return []
+        lines = []
+    names = sorted({line.partition(":")[2].strip() for line in lines if line.startswith("model name")})
+    name = ", ".join(names) or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

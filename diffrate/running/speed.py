@@ -16,7 +16,6 @@ from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.sizes import channels_of
 from diffrate.running import ROUNDS
 from diffrate.running.compiled import compile_model
-from diffrate.running.merging import ready
 from diffrate.running.precision import place_of
 from diffrate.running.timing import PairedTimes, time_in_turn
 from diffrate.seeds import generators_kept
@@ -119,11 +118,7 @@ def forward_pass(
     channels = channels_of(model)
     images = torch.randn(batch_size, channels, *size, device=device, dtype=dtype)
     forward = compile_model(model) if compiled else model
-    options: dict[str, Any] = {}
-    if isinstance(model, CompressedModel):
-        options["return_flop"] = False
-        if not compiled:
-            ready(model, model.compression.current())
+    options: dict[str, Any] = {"return_flop": False} if isinstance(model, CompressedModel) else {}
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -158,8 +153,6 @@ def precision_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def mode_name(compiled: bool, merging: bool = False) -> str:
-    """What tables call a way to run: as one compiled graph, or eager, with `merging` compiled alone."""
-    if compiled:
-        return "compiled"
-    return "eager, merging compiled" if merging else "eager"
+def mode_name(compiled: bool) -> str:
+    """What tables call a way to run: as one compiled graph, or eager."""
+    return "compiled" if compiled else "eager"

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from diffrate.running.allocator import keep_freed_memory
-
 Run = Callable[[], Any]
 SHORTEST = 0.3  # seconds of a measurement at least
 SHORT, FEWEST = 0.08, 7  # seconds of one, and rounds, where many are to fit into a time
@@ -55,7 +53,6 @@ def time_within(baseline: Run, rival: Run, seconds: float, device: torch.device)
 
     Where a machine's pace changes within seconds, many short rounds tell a ratio better than a few long ones.
     """
-    keep_freed_memory()
     for run in (baseline, rival):
         run()
     pair = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in (baseline, rival))
@@ -74,10 +71,8 @@ def time_all_in_turn(
     """Seconds of each run, `rounds` times, after a first run each that does not count (allocations, compilation).
 
     Short runs are repeated within a round, after one that brings the run's weights back to the
-    cache from which the others' have driven them: a model in use runs again and again. From here on the process keeps
-    the memory that it frees, so that times are the same in every process.
+    cache from which the others' have driven them: a model in use runs again and again.
     """
-    keep_freed_memory()
     for run in runs:
         run()
     repeats = [math.ceil(shortest / _seconds(run, 1, device)) for run in runs]

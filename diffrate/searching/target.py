@@ -20,7 +20,7 @@ from diffrate.latency.confirm import Again, Confirmed, confirmed, measured_times
 from diffrate.latency.expected import expected_seconds
 from diffrate.latency.file import read_table
 from diffrate.latency.measure import BATCH_SIZE, measure_latency
-from diffrate.latency.setting import Use, check_table, setting_of, use_for, use_of
+from diffrate.latency.setting import Use, check_table, setting_of, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel, PlannedCost
 from diffrate.running.timing import PairedTimes
@@ -96,7 +96,7 @@ def goal_of(model: CompressedModel, asked: Asked, table: LatencyTable | None, de
         BudgetError: it is out of reach.
     """
     if asked.timed and table is None:
-        use = use_for(model, BATCH_SIZE, torch.float32, False, device)
+        use = Use(BATCH_SIZE, torch.float32, False, device)
         check_reach(model, [asked], use)
         table = measure_latency(model, use.batch_size, use.dtype, device=device)
     goal = goal_at(model, asked, table)

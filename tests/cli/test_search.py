@@ -213,8 +213,6 @@ def test_a_checkpoint_of_another_search_is_refused(
         (("--arch-lr", "inf"), "--arch-lr: found inf"),
         (("--seed", 2**32), "--seed: found 4294967296; accepted: from 0 to 4294967295"),
         (("--compile",), "--compile goes with --eval, --finetune and --benchmark"),
-        (("--compile_merging",), "--compile_merging goes with --eval and --benchmark, or a target in seconds"),
-        (("--compile", "--compile_merging"), "--compile_merging and --compile: found both"),
         (("--load_compression_rate",), "goes with --eval"),
         (("--init_compression_rate", 9), "no --init_compression_rate 9"),
         (("--baseline", "best"), "--baseline"),
