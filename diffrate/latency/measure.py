@@ -180,15 +180,15 @@ def _whole_schedules(model: CompressedModel) -> list[Schedule]:
 def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[TimedRun]) -> LatencyTable:
     space, order = model.compression.space, tuple(setting["blocks"])
     levels = knots(space.least, space.limits[0])
-    rows: dict[int, list[Any]] = {}
+    rows: list[list[Any]] = [[] for _ in setting["kinds"]]
     for sample in samples:
         for kind, row in zip(order, sample.blocks(), strict=True):
-            rows.setdefault(kind, []).append(row)
+            rows[kind].append(row)
     leaving = [[1.0, sample.kept[-1].merged] for sample in samples]
     constant, slope = fit_terms(leaving, [sample.seconds[-1] for sample in samples])
     return LatencyTable(
         setting=setting,
-        kinds=tuple(_kind(rows[kind], read, levels) for kind, read in enumerate(dict(kinds_of(model)).values())),
+        kinds=tuple(_kind(*kind, levels) for kind in zip(rows, dict(kinds_of(model)).values(), strict=True)),
         order=order,
         embedding=float(median(sample.seconds[0] for sample in samples)),
         head=(constant, slope),
@@ -201,10 +201,10 @@ def _kind(rows: Sequence[Any], read: int | None, levels: Sequence[int]) -> Block
     """The times of one kind of block, of rows as `TimedRun.blocks` gives them."""
     kept, sized, attention, _, mlp = zip(*rows, strict=True)
     asked = [removes(one, read) for one in kept]
-    plain, more = fit_curve([one.entering for one in kept], attention, levels, asked, sized)
+    plain, (more_asked, more_sized) = fit_curve([one.entering for one in kept], attention, levels, asked, sized)
     after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, levels)[0]
     reducing = [row for row, removing in zip(rows, asked, strict=True) if removing]
     reduction: tuple[float, ...] = ()
     if reducing:
         reduction = fit_terms([reduction_terms(*row[:2]) for row in reducing], [row[3] for row in reducing])
-    return BlockTimes(plain, *more, after, reduction, read)
+    return BlockTimes(plain, more_asked, more_sized, after, reduction, read)

@@ -29,9 +29,8 @@ class TimedRun(NamedTuple):
 
     def blocks(self) -> Iterator[tuple[Any, ...]]:
         """Tokens, sizes and the three times of each block."""
-        return [
-            (*one, *times) for *one, times in zip(self.kept, self.sized, self.seconds[1:-1].reshape(-1, 3).tolist())
-        ]
+        times = self.seconds[1:-1].reshape(-1, 3).tolist()
+        return ((*block, *seconds) for *block, seconds in zip(self.kept, self.sized, times, strict=True))
 
 
 def parts_of(compiled: bool) -> Parts:
