@@ -102,7 +102,7 @@ class LatencyTable:
         """The times of each block."""
         return tuple(self.kinds[kind] for kind in self.order)
 
-    def _steps(self, schedule: Schedule) -> Iterator[tuple[BlockTimes, Kept, bool]]:
+    def steps(self, schedule: Schedule) -> Iterator[tuple[BlockTimes, Kept, bool]]:
         """The times of each block, its tokens, and whether those that enter stand for several."""
         sized = False
         for kept, times in zip(running_counts(schedule, self.tokens), self.blocks, strict=False):
@@ -112,14 +112,14 @@ class LatencyTable:
     def seconds(self, schedule: Schedule) -> float:
         """Of one image at `schedule`."""
         total, leaving = self.embedding, self.tokens
-        for times, kept, sized in self._steps(schedule):
+        for times, kept, sized in self.steps(schedule):
             total += times.seconds(kept, sized)
             leaving = kept.merged
         return (total + self.head[0] + self.head[1] * leaving) / self.batch_size
 
     def prices(self, schedule: Schedule) -> tuple[float, float]:
         """What the reductions of `schedule` take of its `seconds`: to let tokens go, and what merging adds to it."""
-        prices = [times.prices(kept, sized) for times, kept, sized in self._steps(schedule)]
+        prices = [times.prices(kept, sized) for times, kept, sized in self.steps(schedule)]
         return sum(going for going, _ in prices) / self.batch_size, sum(more for _, more in prices) / self.batch_size
 
     def repriced(self, going: float, merging: float) -> LatencyTable:
