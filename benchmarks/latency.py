@@ -8,7 +8,7 @@ from random import Random
 
 import diffrate
 from diffrate.budgets.schedule import Kept
-from diffrate.latency.plan import random_schedule
+from diffrate.latency.probing import random_schedule
 from diffrate.latency.table import BlockTimes
 
 ROWS = 13  # token counts of the table

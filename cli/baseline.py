@@ -79,4 +79,4 @@ def _list(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
 def _schedule(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:
     kind = settings.run.baseline
     assert kind is not None, "the mode that is asked for"
-    return baseline_schedule(kind, model.compression.space, budget.cost, budget.target, budget.unit)
+    return baseline_schedule(kind, model.compression.space, budget)

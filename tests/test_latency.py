@@ -19,20 +19,11 @@ from diffrate.budgets.budget import Budget, choices_of, without_waste
 from diffrate.budgets.rounding import meets_budget
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
-from diffrate.latency.budget import latency_budget, speedup_budget
-from diffrate.latency.curves import (
-    AttentionSample,
-    AttentionTimes,
-    Curve,
-    fit_attention,
-    fit_curve,
-    fit_prices,
-    fit_reduction,
-    reduction_terms,
-)
+from diffrate.latency.confirm import LATENCY, speedup_unit
+from diffrate.latency.curves import Curve, fit_curve, fit_prices, fit_terms, reduction_terms
 from diffrate.latency.expected import expected_seconds
 from diffrate.latency.file import LatencyFileError, read_table, write_table
-from diffrate.latency.plan import knots, probing_schedules, random_schedule
+from diffrate.latency.probing import knots, probing_schedules, random_schedule
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.rates.masked_block import plan_search
 from tests.test_patch import patched
@@ -48,7 +39,9 @@ def line(at_one: float, at_all: float) -> Curve:
 def table_of(price: float, **changes: Any) -> LatencyTable:
     """Blocks whose attention and MLP are lines over tokens, and where each reduction takes `price` seconds."""
     kind = BlockTimes(
-        AttentionTimes(line(0.1, 1.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+        line(0.1, 1.0),
+        (0.0, 0.0, 0.0),
+        (0.0, 0.0, 0.0),
         line(0.2, 2.0),
         (price, 0.0, 0.0, price, 0.0, 0.0, 0.0),
         None,
@@ -60,6 +53,11 @@ def table_of(price: float, **changes: Any) -> LatencyTable:
     return replace(whole, **changes)
 
 
+def speedup_budget(table: LatencyTable, speedup: float) -> Budget:
+    whole = table.seconds(SPACE.dense())
+    return Budget(table.seconds, whole / speedup, speedup_unit(whole))
+
+
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_a_curve_of_steps_is_found_again_through_outliers(seed: int) -> None:
@@ -69,7 +67,7 @@ def test_a_curve_of_steps_is_found_again_through_outliers(seed: int) -> None:
     tokens = rng.choice(levels, 900)
     seconds = np.interp(tokens, levels, truth) * rng.normal(1, 0.02, 900)
     seconds[rng.random(900) < 0.05] *= 3
-    found = fit_curve(tokens.tolist(), seconds.tolist(), levels)
+    found, _ = fit_curve(tokens.tolist(), seconds.tolist(), levels)
     rising = np.diff(found.at(np.arange(1, TOKENS + 1)))
     assert (rising >= -1e-12).all()
     assert np.median(np.abs(found.at(np.array(levels)) / truth - 1)) < 0.03
@@ -81,24 +79,24 @@ def test_what_attention_takes_more_is_told_apart() -> None:
     for _ in range(600):
         tokens, asked, sized = rng.randint(1, TOKENS), rng.random() < 0.5, rng.random() < 0.5
         seconds = 1 + 0.05 * tokens + asked * (0.3 + 0.01 * tokens) + sized * 0.2
-        samples.append(AttentionSample(tokens, asked, sized, seconds))
-    found = fit_attention(samples, knots(1, TOKENS))
+        samples.append((tokens, seconds, asked, sized))
+    tokens, seconds, *flags = zip(*samples, strict=True)
+    plain, more = fit_curve(tokens, seconds, knots(1, TOKENS), *flags)
     at = np.array([10, 40, 60])
     powers = np.stack([np.ones(3), at, at**2], axis=-1)
-    assert found.plain.at(at) == pytest.approx(1 + 0.05 * at, rel=0.01)
-    assert powers @ np.array(found.asked) == pytest.approx(0.3 + 0.01 * at, rel=0.05)
-    assert powers @ np.array(found.sized) == pytest.approx(np.full(3, 0.2), rel=0.05)
+    assert plain.at(at) == pytest.approx(1 + 0.05 * at, rel=0.01)
+    assert powers @ np.array(more[0]) == pytest.approx(0.3 + 0.01 * at, rel=0.05)
+    assert powers @ np.array(more[1]) == pytest.approx(np.full(3, 0.2), rel=0.05)
 
 
 def test_the_price_of_a_reduction_is_found_again() -> None:
     rng, weights = Random(0), np.array([0.5, 0.01, 0.002, 0.3, 0.0, 0.001, 0.1])
-    kept, sized, seconds = [], [], []
+    terms = []
     for _ in range(300):
         merged, pruned, entering = sorted(rng.randint(1, TOKENS) for _ in range(3))
-        kept.append(Kept(entering, pruned, merged if rng.random() < 0.6 else pruned))
-        sized.append(rng.random() < 0.5)
-        seconds.append(float(weights @ np.array(reduction_terms(kept[-1], sized[-1]))))
-    assert fit_reduction(kept, sized, seconds) == pytest.approx(weights, abs=1e-3)
+        kept = Kept(entering, pruned, merged if rng.random() < 0.6 else pruned)
+        terms.append(reduction_terms(kept, rng.random() < 0.5))
+    assert fit_terms(terms, (np.array(terms) @ weights).tolist()) == pytest.approx(weights, abs=1e-3)
 
 
 def test_a_schedule_takes_the_sum_of_its_parts() -> None:
@@ -119,7 +117,7 @@ def test_a_schedule_takes_the_sum_of_its_parts() -> None:
 def test_asking_for_importance_may_be_faster(more: float, taken: float) -> None:
     """Another attention runs then; it is never believed to take less than half."""
     plain = table_of(price=0.25)
-    kind = replace(plain.kinds[0], attention=plain.kinds[0].attention._replace(asked=(more, 0.0, 0.0)))
+    kind = replace(plain.kinds[0], attention_asked=(more, 0.0, 0.0))
     table = replace(plain, kinds=(kind, plain.kinds[1]))
     pruned = SPACE.schedule([65, 65, 33, 33] + [33] * 6)
     assert table.seconds(SPACE.dense()) == plain.seconds(SPACE.dense())
@@ -143,7 +141,7 @@ def test_prices_of_which_runs_say_nothing_stay() -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_counts_round_to_a_speed_without_wasted_reductions(seed: int, speedup: float, price: float) -> None:
     table, rng = table_of(price), Random(seed)
-    budget = speedup_budget(table, SPACE.dense(), speedup)
+    budget = speedup_budget(table, speedup)
     schedule = budget.rounded([rng.uniform(1, TOKENS) for _ in range(10)], SPACE)
     assert meets_budget(table.seconds(schedule), budget.target)
     assert budget.unit.of(table.seconds(schedule)) == pytest.approx(speedup, rel=0.02)
@@ -164,10 +162,10 @@ def test_reductions_that_cost_more_than_they_save_are_switched_off() -> None:
 def test_budgets_speak_in_their_own_units() -> None:
     table = table_of(0.1)
     with pytest.raises(diffrate.BudgetError, match=r"^target_speedup 9: accepted: 1 to 2\.\d+; a larger batch"):
-        speedup_budget(table, SPACE.dense(), 9.0).check(SPACE)
+        speedup_budget(table, 9.0).check(SPACE)
     with pytest.raises(diffrate.BudgetError, match=r"^target_latency 0\.001 s: accepted: \d+\.\d+ to 8\.4; a larger"):
-        latency_budget(table, 0.001).check(SPACE)
-    latency_budget(table, 4.0).check(SPACE)
+        Budget(table.seconds, 0.001, LATENCY).check(SPACE)
+    Budget(table.seconds, 4.0, LATENCY).check(SPACE)
 
 
 @given(st.integers(0, 10_000))
@@ -282,4 +280,4 @@ def test_budgets_of_flops_round_as_before() -> None:
     budget = Budget(model.flops_at, 0.6 * model.flops_at(space.dense()))
     schedule = budget.rounded([60.0] * 10, space)
     assert isinstance(schedule, Schedule)
-    assert budget.met_by(schedule)
+    assert meets_budget(model.flops_at(schedule), budget.target)

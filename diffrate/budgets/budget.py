@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
-from diffrate.budgets.rounding import GFLOPS, BudgetError, Cost, Unit, check_target, meets_budget, round_to_budget
+from diffrate.budgets.rounding import Assemble, BudgetError, Cost, meets_budget, nearest_counts
 from diffrate.budgets.schedule import Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How users speak of a cost: by the option that sets it, and in numbers `of` it with a word behind.
+
+    advice: what widens the reachable range.
+    """
+
+    option: str
+    word: str
+    of: Callable[[float], float]
+    advice: str = ""
+
+
+GFLOPS = Unit("target_flops", " GFLOPs", lambda flops: flops / 1e9)
 
 
 @dataclass(frozen=True)
@@ -19,21 +35,33 @@ class Budget:
     target: float
     unit: Unit = GFLOPS
 
+    @property
+    def _asked(self) -> str:
+        return f"{self.unit.option} {self.unit.of(self.target):g}{self.unit.word}"
+
     def check(self, space: SearchSpace) -> None:
         """Refuse a target out of reach.
 
         Raises:
             BudgetError: gives the reachable range.
         """
-        check_target(self.target, space, self.cost, self.unit)
+        least, most = self.cost(space.fewest()), self.cost(space.dense())
+        if not least <= self.target <= most:
+            low, high = sorted((self.unit.of(least), self.unit.of(most)))
+            raise BudgetError(f"{self._asked}: accepted: {low:.4g} to {high:.4g}{self.unit.advice}")
 
-    def met_by(self, schedule: Schedule) -> bool:
-        """Whether a schedule costs what it may."""
-        return meets_budget(self.cost(schedule), self.target)
+    def fitted(self, counts_at: Callable[[float], list[float]], end: float, assemble: Assemble, least: int) -> Schedule:
+        """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets the target, none below
+        `least`.
 
-    def times(self, by: float) -> Budget:
-        """The same with another target."""
-        return replace(self, target=self.target * by)
+        Raises:
+            BudgetError: no whole counts meet it.
+        """
+        best = nearest_counts(counts_at, end, lambda counts: self.cost(assemble(counts)), self.target, least)
+        found = self.cost(assemble(best))
+        if not meets_budget(found, self.target):
+            raise BudgetError(f"{self._asked}: the nearest schedule has {self.unit.of(found):.4g}")
+        return assemble(best)
 
     def rounded(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
         """The schedule nearest to `expected` counts, one per choice, that meets the target, without reductions that
@@ -44,24 +72,38 @@ class Budget:
         Raises:
             BudgetError: no whole counts meet it.
         """
-        schedule = round_to_budget(expected, space, self.cost, self.target, self.unit)
+        schedule = self._nearest(expected, space)
         for _ in range(len(expected)):
             counts = choices_of(schedule, space)
             thrifty = without_waste(counts, space, self.cost)
             if thrifty == counts:
                 break
             try:
-                schedule = round_to_budget(thrifty, space, self.cost, self.target, self.unit)
+                schedule = self._nearest(thrifty, space)
             except BudgetError:  # reductions that are left cannot spend it: the last one that could is good
                 break
         return schedule
+
+    def _nearest(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
+        """The schedule nearest to `expected` counts that meets the target.
+
+        They are scaled towards keeping all tokens or towards keeping the fewest, every block by the same share of its
+        way: this keeps what a search found about the blocks relative to each other, and reaches every budget.
+        """
+
+        def scaled(share: float) -> list[float]:
+            """From all tokens (0) over the expected ones (1) to the fewest (2)."""
+            if share <= 1:
+                return [space.tokens + share * (count - space.tokens) for count in expected]
+            return [count + (share - 1) * (space.least - count) for count in expected]
+
+        return self.fitted(scaled, 2.0, space.schedule, space.least)
 
 
 def choices_of(schedule: Schedule, space: SearchSpace) -> list[int]:
     """What really happens at a schedule: one count per choice, never rising."""
     kept = running_counts(schedule, space.limits[0])
-    pairs = [(kept[block].pruned, kept[block].merged) for block in space.searchable]
-    return [count for pair in pairs for count in pair[-len(space.kinds) :]]
+    return [kept[block].pruned if kind == "prune" else kept[block].merged for block, kind in space.choices]
 
 
 def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list[int]:
@@ -81,11 +123,10 @@ def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list
 def _switched_off(counts: list[int], space: SearchSpace) -> list[list[int]]:
     """The counts with one choice that keeps all that are there, or with all choices of a block."""
     width, trials = len(space.kinds), []
-    for place in range(len(counts)):
-        before = space.tokens if place == 0 else counts[place - 1]
-        ends = {place + 1} if place % width else {place + 1, place + width}
-        for end in sorted(ends):
-            trial = [*counts[:place], *[before] * (end - place), *counts[end:]]
+    for choice in range(len(counts)):
+        before = space.tokens if choice == 0 else counts[choice - 1]
+        for end in sorted({choice + 1} if choice % width else {choice + 1, choice + width}):
+            trial = [*counts[:choice], *[before] * (end - choice), *counts[end:]]
             if trial != counts:
                 trials.append(trial)
     return trials

@@ -64,27 +64,16 @@ class StageShape:
     depth: int
 
 
-def plain_block(width: int, hidden: int) -> BlockShape:
-    """A block of the usual form: `4 C^2` of projections, twice C of mixing, `2 C hidden` of MLP."""
-    return BlockShape(projections=4 * width**2, mixing=2 * width, mlp=2 * width * hidden)
-
-
-def block_flops(shape: BlockShape, entering: Count, leaving: Count) -> Count:
-    """One block: `N (4 C^2) + 2 N^2 C` of attention for the N tokens that enter, `2 N C hidden` of MLP for those
-    that leave, in a block of the usual form."""
-    attention = entering * shape.projections + entering * entering * shape.mixing
-    return attention + leaving * shape.mlp
-
-
-def separable_flops(tokens: int, width: int, kernel: int) -> int:
-    """Two pointwise and one depthwise convolution at twice the width: `4 N C^2 + 2 k^2 N C`."""
-    return 4 * tokens * width**2 + 2 * kernel**2 * tokens * width
-
-
 def blocks_flops(shapes: Iterable[BlockShape], counts: Iterable[tuple[Count, Count]]) -> Count | int:
-    """Attention blocks; `counts` has for each the tokens that enter it and those its MLP sees."""
-    pairs = zip(shapes, counts, strict=True)
-    return sum(block_flops(shape, entering, leaving) for shape, (entering, leaving) in pairs)
+    """Attention blocks; `counts` has for each the tokens that enter it and those its MLP sees.
+
+    A block of the usual form takes `N (4 C^2) + 2 N^2 C` of attention for the N tokens that enter, and `2 N C hidden`
+    of MLP for those that leave.
+    """
+    return sum(
+        entering * shape.projections + entering * entering * shape.mixing + leaving * shape.mlp
+        for shape, (entering, leaving) in zip(shapes, counts, strict=True)
+    )
 
 
 def vit_flops(shape: VitShape, head: int, counts: Iterable[tuple[Count, Count]]) -> Count | int:
@@ -108,9 +97,12 @@ def caformer_flops(
     *_, third, fourth = stages
     total = sum(stage.tokens * stage.width * stage.kernel**2 * stage.inputs for stage in stages)
     for stage in stages[:2]:
-        block = separable_flops(stage.tokens, stage.width, kernel) + 8 * stage.tokens * stage.width**2  # MLP of ratio 4
-        total += stage.depth * block
-    third_block, fourth_block = (plain_block(stage.width, 4 * stage.width) for stage in (third, fourth))
+        # Two pointwise convolutions and a depthwise one at twice the width; an MLP of ratio 4.
+        separable = 4 * stage.tokens * stage.width**2 + 2 * kernel**2 * stage.tokens * stage.width
+        total += stage.depth * (separable + 8 * stage.tokens * stage.width**2)
+    third_block, fourth_block = (
+        BlockShape(4 * stage.width**2, 2 * stage.width, 8 * stage.width**2) for stage in (third, fourth)
+    )
     whole = [(fourth.tokens, fourth.tokens)] * fourth.depth
     total += blocks_flops([fourth_block] * fourth.depth, whole) + 8 * fourth.width * classes
     return total + blocks_flops([third_block] * third.depth, counts)

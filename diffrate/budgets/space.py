@@ -33,6 +33,11 @@ class SearchSpace:
         return ("prune", "merge") if self.prunes else ("merge",)
 
     @property
+    def choices(self) -> list[tuple[int, str]]:
+        """The block and the kind of every choice, in order."""
+        return [(block, kind) for block in self.searchable for kind in self.kinds]
+
+    @property
     def tokens(self) -> int:
         """Tokens that enter a searchable block when nothing was removed."""
         return self.limits[self.searchable[0]]
@@ -41,10 +46,13 @@ class SearchSpace:
         """The schedule that removes nothing."""
         return Schedule(self.limits if self.prunes else None, self.limits, self.limits[0])
 
+    def fewest(self) -> Schedule:
+        """The schedule that removes all that it may."""
+        return self.schedule([self.least] * len(self.choices))
+
     def schedule(self, counts: Sequence[int]) -> Schedule:
         """The schedule of one count per choice, in block order, prune before merge."""
         rows = {kind: list(self.limits) for kind in self.kinds}
-        choices = [(kind, block) for block in self.searchable for kind in self.kinds]
-        for (kind, block), count in zip(choices, counts, strict=True):
+        for (block, kind), count in zip(self.choices, counts, strict=True):
             rows[kind][block] = count
         return Schedule(tuple(rows["prune"]) if self.prunes else None, tuple(rows["merge"]), self.limits[0])

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from diffrate.budgets.rounding import GFLOPS, BudgetError, Cost, Unit, fit_budget
+from diffrate.budgets.budget import Budget
+from diffrate.budgets.rounding import BudgetError, Cost
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 
@@ -20,8 +21,8 @@ class BaselineError(ValueError):
     """A baseline that the model's family cannot run."""
 
 
-def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float, unit: Unit = GFLOPS) -> Schedule:
-    """The schedule `kind` of a constant keep ratio that meets `target`.
+def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule:
+    """The schedule `kind` of a constant keep ratio that meets `budget`.
 
     Raises:
         BaselineError: pruning in a model that only merges.
@@ -44,7 +45,7 @@ def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float, 
         pairs = [(whole, count) if kind == "merge" else (count, count) for count in kept]
         return space.schedule([count for pair in pairs for count in pair])
 
-    return fit_budget(counts_at, 1.0, assemble, cost, target, space.least, unit)
+    return budget.fitted(counts_at, 1.0, assemble, space.least)
 
 
 def uniform_schedules(space: SearchSpace, cost: Cost, target: float) -> dict[str, Schedule]:
@@ -52,5 +53,5 @@ def uniform_schedules(space: SearchSpace, cost: Cost, target: float) -> dict[str
     found = {}
     for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
         with suppress(BudgetError):
-            found[kind] = baseline_schedule(kind, space, cost, target)
+            found[kind] = baseline_schedule(kind, space, Budget(cost, target))
     return found

@@ -29,9 +29,8 @@ class PredictionCheck:
     @property
     def errors(self) -> tuple[float, ...]:
         """By how much each predicted time is off, as a share of the measured one."""
-        return tuple(
-            abs(measured / predicted - 1) for predicted, measured in zip(self.predicted, self.measured, strict=True)
-        )
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return tuple(abs(measured / predicted - 1) for predicted, measured in pairs)
 
     def line(self) -> str:
         """As a sentence."""
@@ -61,14 +60,13 @@ def check_predictions(
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
     check_table(table, model)
     use, whole = use_of(table, place_of(model, device).device), table.seconds(model.dense_schedule())
-    looked_at, predicted, measured = [], [], []
+    rows = []
     for schedule in schedules:
         model.check(schedule)
-        looked_at.append(schedule)
-        predicted.append(whole / table.seconds(schedule))
-        measured.append(measured_speedup(model, schedule, use, seconds))
+        predicted = whole / table.seconds(schedule)
+        rows.append((schedule, predicted, measured_speedup(model, schedule, use, seconds)))
         if callback is not None:
-            callback(schedule, predicted[-1], measured[-1])
-    if not looked_at:
+            callback(*rows[-1])
+    if not rows:
         raise ValueError("schedules: found none; accepted: one at least")
-    return PredictionCheck(tuple(looked_at), tuple(predicted), tuple(measured))
+    return PredictionCheck(*zip(*rows, strict=True))

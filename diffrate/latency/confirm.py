@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from diffrate.budgets.budget import Budget, choices_of
+from diffrate.budgets.budget import Budget, Unit, choices_of
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import made_by_first
-from diffrate.latency.budget import SPEEDUP
 from diffrate.latency.setting import Use
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
@@ -22,9 +21,21 @@ SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 TOO_FAST = 0.03  # of what was asked: from here on what is left over is spent, once
 CORRECTIONS = 3
+SPEEDUP = "target_speedup"
+LATENCY = Unit(
+    "target_latency",
+    " s",
+    lambda seconds: seconds,
+    "; a larger batch, a smaller input size or a lower precision takes less per image",
+)
 
 # A better schedule of a corrected budget: of what was found before, and of that rounded to it.
 Again = Callable[[Budget, Schedule, Schedule], Schedule]
+
+
+def speedup_unit(whole: float) -> Unit:
+    """Of how many times as fast as the dense model, which takes `whole` seconds for an image."""
+    return Unit(SPEEDUP, "", lambda seconds: whole / seconds, "; a larger batch or input size gains more")
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ def confirmed(
         if cost <= slowest and (spent or not fast):
             break
         spent = spent or fast
-        corrected = corrected.times(budget.target / cost)
+        corrected = replace(corrected, target=corrected.target * (budget.target / cost))
         try:
             other = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
             other = other if again is None else again(corrected, schedule, other)

@@ -8,7 +8,7 @@ the rows that it moves and in the pairs that it compares.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import lsq_linear
@@ -22,7 +22,8 @@ BELIEVED = (0.5, 3.0)  # of a factor on a price
 DOUBT = 0.02  # of a whole run's time, that a factor of 2 is believed at
 
 
-class Curve(NamedTuple):
+@dataclass(frozen=True)
+class Curve:
     """Seconds over tokens: linear between knots, and never falling."""
 
     tokens: tuple[int, ...]
@@ -33,46 +34,23 @@ class Curve(NamedTuple):
         return np.interp(tokens, self.tokens, self.seconds)
 
 
-class AttentionTimes(NamedTuple):
-    """A batch's attention over the tokens that enter: plain, what it takes more where their importance is `asked`
-    for, and where they are `sized`; both as coefficients of 1, N and N^2."""
-
-    plain: Curve
-    asked: tuple[float, ...]
-    sized: tuple[float, ...]
-
-
-class AttentionSample(NamedTuple):
-    """One measurement of it."""
-
-    tokens: int
-    asked: bool
-    sized: bool
-    seconds: float
-
-
-def fit_curve(tokens: Sequence[int], seconds: Sequence[float], knots: Sequence[int]) -> Curve:
-    """The curve through samples at numbers of `tokens`, with as many of the `knots` as samples suffice for."""
+def fit_curve(
+    tokens: Sequence[int], seconds: Sequence[float], knots: Sequence[int], *flags: Sequence[bool]
+) -> tuple[Curve, list[tuple[float, ...]]]:
+    """The curve through samples at numbers of `tokens`, with as many of the `knots` as samples suffice for, and what
+    the samples take more where each of the `flags` is set: coefficients of `powers`."""
     counts = np.asarray(tokens)
     chosen = _thinned(knots, len(counts), len(set(tokens)))
-    weights = _fitted(_rising(counts, chosen), np.asarray(seconds), len(chosen))
-    return Curve(tuple(chosen), tuple(np.cumsum(weights).tolist()))
+    more = [np.asarray(flag, dtype=np.float64)[:, None] * powers(counts) for flag in flags]
+    weights = _fitted(np.concatenate([_rising(counts, chosen), *more], axis=1), np.asarray(seconds), len(chosen))
+    steps, *found = np.split(weights, range(len(chosen), len(weights), 3))
+    return Curve(tuple(chosen), tuple(np.cumsum(steps).tolist())), [tuple(one.tolist()) for one in found]
 
 
-def fit_attention(samples: Sequence[AttentionSample], knots: Sequence[int]) -> AttentionTimes:
-    """Attention's times of samples of all kinds."""
-    counts = np.array([sample.tokens for sample in samples])
-    chosen = _thinned(knots, len(samples), len(set(counts.tolist())))
-    extras = []
-    for flag in ("asked", "sized"):
-        there = np.array([float(getattr(sample, flag)) for sample in samples])
-        extras.append(there[:, None] * powers(counts))
-    columns = np.concatenate([_rising(counts, chosen), *extras], axis=1)
-    weights = _fitted(columns, np.array([sample.seconds for sample in samples]), len(chosen))
-    plain, asked, sized = np.split(weights, [len(chosen), len(chosen) + 3])
-    return AttentionTimes(
-        Curve(tuple(chosen), tuple(np.cumsum(plain).tolist())), tuple(asked.tolist()), tuple(sized.tolist())
-    )
+def fit_terms(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients of `terms` `[S, F]` that give `seconds` `[S]`, none below 0."""
+    columns = np.asarray(terms, dtype=np.float64)
+    return tuple(_fitted(columns, np.asarray(seconds), columns.shape[1]).tolist())
 
 
 def powers(tokens: np.ndarray) -> np.ndarray:
@@ -87,20 +65,9 @@ MERGING_TERMS = range(3, 6)  # of those of a reduction's price
 def reduction_terms(kept: Kept, sized: bool) -> list[float]:
     """What a block's reduction depends on: that it is there at all, the rows that come and that stay after pruning;
     where it merges, that it does, the tokens before, and the pairs of sources and destinations; and sizes."""
-    merges = kept.merged < kept.pruned
     pairs = (kept.pruned - kept.merged) * kept.merged
-    pruning = [1.0, float(kept.entering), float(kept.pruned)]
-    return [
-        *pruning,
-        *([1.0, float(kept.pruned), float(pairs)] if merges else [0.0] * len(MERGING_TERMS)),
-        float(sized),
-    ]
-
-
-def fit_reduction(kept: Sequence[Kept], sized: Sequence[bool], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients of `reduction_terms`, none below 0."""
-    columns = np.array([reduction_terms(*pair) for pair in zip(kept, sized, strict=True)])
-    return tuple(_fitted(columns, np.asarray(seconds), columns.shape[1]).tolist())
+    merging = [1.0, float(kept.pruned), float(pairs)] if kept.merged < kept.pruned else [0.0] * len(MERGING_TERMS)
+    return [1.0, float(kept.entering), float(kept.pruned), *merging, float(sized)]
 
 
 def fit_prices(
@@ -120,23 +87,16 @@ def fit_prices(
     return float(found.x[0]), float(found.x[1])
 
 
-def fit_line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Constant and slope over numbers of tokens, none below 0."""
-    columns = np.stack([np.ones(len(tokens)), np.asarray(tokens, dtype=np.float64)], axis=1)
-    constant, slope = _fitted(columns, np.asarray(seconds), 2).tolist()
-    return constant, slope
-
-
 def _rising(tokens: np.ndarray, knots: Sequence[int]) -> np.ndarray:
     """For weights that are the steps from knot to knot: `[S, K]`, rows sum up to what is reached at each sample."""
-    places = np.interp(tokens, knots, np.arange(len(knots)))
-    return np.clip(places[:, None] - np.arange(len(knots)) + 1, 0, 1)
+    reached = np.interp(tokens, knots, np.arange(len(knots)))
+    return np.clip(reached[:, None] - np.arange(len(knots)) + 1, 0, 1)
 
 
 def _thinned(knots: Sequence[int], samples: int, different: int) -> list[int]:
     """As many of the knots, at even steps, as there are samples for; the ends at least."""
     wanted = max(1, min(len(knots), different, int(samples / SAMPLES_A_KNOT)))
-    return [knots[round(place)] for place in np.linspace(0, len(knots) - 1, wanted)] if wanted > 1 else [knots[-1]]
+    return [knots[round(at)] for at in np.linspace(0, len(knots) - 1, wanted)] if wanted > 1 else [knots[-1]]
 
 
 def _fitted(columns: np.ndarray, seconds: np.ndarray, rising: int) -> np.ndarray:

@@ -22,19 +22,15 @@ SMOOTHED = 16  # tokens to both sides that a slope is taken over: kernels move i
 
 def expected_seconds(table: LatencyTable, plans: Sequence[BlockPlan]) -> Tensor:
     """Of one image, for the plans of all blocks."""
-    kept = [Kept(plan.entering, plan.pruned, plan.merged) for plan in plans]
     prunes = any(plan.prune is not None for plan in plans)
-    schedule = Schedule(
-        tuple(counts.pruned for counts in kept) if prunes else None, tuple(counts.merged for counts in kept)
-    )
-    soft, sized = plans[0].cost[0].new_zeros(()), False
-    for plan, counts, times in zip(plans, kept, table.blocks, strict=True):
-        soft = soft + _block(times, plan, counts, sized)
-        sized = sized or counts.merged < counts.pruned
+    schedule = Schedule(tuple(plan.pruned for plan in plans) if prunes else None, tuple(plan.merged for plan in plans))
+    soft = plans[0].cost[0].new_zeros(())
+    for plan, step in zip(plans, table.steps(schedule), strict=True):
+        soft = soft + _block(plan, *step)
     return with_gradient_of(soft.new_tensor(table.seconds(schedule)), soft / table.batch_size)
 
 
-def _block(times: BlockTimes, plan: BlockPlan, kept: Kept, sized: bool) -> Tensor:
+def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool) -> Tensor:
     """What carries the gradient of a block's seconds, for a batch."""
     entering, leaving = plan.cost
     soft = entering * _slope(times.plain, kept.entering)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from diffrate.files import UNREADABLE, first_line, whole_file
-from diffrate.latency.curves import AttentionTimes, Curve
+from diffrate.latency.curves import Curve
 from diffrate.latency.table import BlockTimes, LatencyTable
+
+WHAT = "measured seconds of the parts of a model's blocks, for a batch"
 
 
 class LatencyFileError(ValueError):
@@ -26,7 +29,11 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["setting"] != setting:
             return None
-        return _from_plain(content)
+        kinds = []
+        for kind in content["kinds"]:
+            curves = {name: _made(Curve, kind[name]) for name in ("attention", "mlp")}
+            kinds.append(_made(BlockTimes, kind | curves))
+        return _made(LatencyTable, content | {"kinds": kinds})
     except FileNotFoundError:
         return None
     except (*UNREADABLE, RecursionError) as error:
@@ -35,7 +42,7 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
         ) from error
 
 
-def check_place(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Make sure of a `folder` to write into, which is made where there is none.
 
     Raises:
@@ -55,59 +62,15 @@ def write_table(path: Path, table: LatencyTable) -> None:
     Raises:
         LatencyFileError: it cannot be written.
     """
-    check_place(path.parent)
+    check_folder(path.parent)
     try:
         with whole_file(path) as file:
-            file.write((json.dumps(_plain(table), indent=1) + "\n").encode())
+            file.write((json.dumps({"what": WHAT, **asdict(table)}, indent=1) + "\n").encode())
     except OSError as error:
         raise LatencyFileError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def _plain(table: LatencyTable) -> dict[str, Any]:
-    kinds = [
-        {
-            "attention": {"tokens": kind.attention.plain.tokens, "seconds": kind.attention.plain.seconds},
-            "attention_asked": kind.attention.asked,
-            "attention_sized": kind.attention.sized,
-            "mlp": {"tokens": kind.mlp.tokens, "seconds": kind.mlp.seconds},
-            "reduction": kind.reduction,
-            "read": kind.read,
-        }
-        for kind in table.kinds
-    ]
-    return {
-        "what": "measured seconds of the parts of a model's blocks, for a batch",
-        "setting": table.setting,
-        "kinds": kinds,
-        "order": table.order,
-        "embedding": table.embedding,
-        "head": table.head,
-        "tokens": table.tokens,
-        "batch_size": table.batch_size,
-    }
-
-
-def _from_plain(content: dict[str, Any]) -> LatencyTable:
-    kinds = tuple(
-        BlockTimes(
-            AttentionTimes(_curve(kind["attention"]), tuple(kind["attention_asked"]), tuple(kind["attention_sized"])),
-            _curve(kind["mlp"]),
-            tuple(kind["reduction"]),
-            kind["read"],
-        )
-        for kind in content["kinds"]
-    )
-    head = content["head"]
-    return LatencyTable(
-        content["setting"],
-        kinds,
-        tuple(content["order"]),
-        float(content["embedding"]),
-        (float(head[0]), float(head[1])),
-        int(content["tokens"]),
-        int(content["batch_size"]),
-    )
-
-
-def _curve(plain: dict[str, Any]) -> Curve:
-    return Curve(tuple(plain["tokens"]), tuple(plain["seconds"]))
+def _made(kind: type[Any], content: dict[str, Any]) -> Any:
+    """A `kind` of dataclass of its fields in a file, where tuples are lists."""
+    values = {item.name: content[item.name] for item in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -16,23 +16,16 @@ from typing import Any
 import torch
 
 from diffrate.blocks.block import removes
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.group import made_by_first
 from diffrate.latency.confirm import measured_speedup
-from diffrate.latency.curves import (
-    AttentionSample,
-    Curve,
-    fit_attention,
-    fit_curve,
-    fit_line,
-    fit_prices,
-    fit_reduction,
-)
-from diffrate.latency.file import check_place, read_table, write_table
-from diffrate.latency.plan import knots, probing_schedules
-from diffrate.latency.probe import BlockSample, RunSample, parts_of, timed_run
+from diffrate.latency.curves import Curve, fit_curve, fit_prices, fit_terms, reduction_terms
+from diffrate.latency.file import check_folder, read_table, write_table
+from diffrate.latency.probe import TimedRun, parts_of, timed_run
+from diffrate.latency.probing import knots, probing_schedules
 from diffrate.latency.setting import Use, kinds_of, setting_of
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel, require_patched
@@ -102,7 +95,7 @@ def _read_or_measured(
     if known is not None:
         return known
     if file is not None:
-        check_place(file.parent)
+        check_folder(file.parent)
     with generators_kept():
         rounds = _sampled(model, use, seconds, progress)
         table = _repriced(model, use, _table(model, setting, _steadied(rounds)), _whole_schedules(model))
@@ -118,7 +111,7 @@ def _read_or_measured(
     return table
 
 
-def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[RunSample]]:
+def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[TimedRun]]:
     """Timed runs, in rounds that begin with a run without reductions."""
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
     images = torch.randn(use.batch_size, *input_size(side)).to(use.device, use.dtype)
@@ -126,7 +119,7 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
     for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
         timed_run(side, parts, images, schedule)
-    rounds: list[list[RunSample]] = []
+    rounds: list[list[TimedRun]] = []
     begun, done = time.monotonic(), 0
     while done < RUNS[1] and (done < RUNS[0] or time.monotonic() - begun < seconds):
         turn = [dense, *(next(schedules) for _ in range(DENSE_EVERY))]
@@ -138,19 +131,23 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     return rounds
 
 
-def _noise(rounds: Sequence[Sequence[RunSample]]) -> float:
+def _noise(rounds: Sequence[Sequence[TimedRun]]) -> float:
     """By how much a run without reductions usually differs from the next, as a share."""
-    paces = [samples[0].total() for samples in rounds]
+    paces = [samples[0].seconds.sum() for samples in rounds]
     return median(2 * abs(one - other) / (one + other) for one, other in pairwise(paces))
 
 
-def _steadied(rounds: Sequence[Sequence[RunSample]]) -> list[RunSample]:
+def _steadied(rounds: Sequence[Sequence[TimedRun]]) -> list[TimedRun]:
     """All samples as if the machine had always been as fast as it usually was: each round begins with a run without
     reductions, and what lies between two of those goes by their mean."""
-    paces = [samples[0].total() for samples in rounds]
+    paces = [samples[0].seconds.sum() for samples in rounds]
     usual = median(paces)
     between = [(one + other) / 2 for one, other in zip(paces, [*paces[1:], paces[-1]], strict=True)]
-    return [_scaled(sample, usual / pace) for samples, pace in zip(rounds, between, strict=True) for sample in samples]
+    return [
+        sample._replace(seconds=sample.seconds * (usual / pace))
+        for samples, pace in zip(rounds, between, strict=True)
+        for sample in samples
+    ]
 
 
 def _repriced(model: CompressedModel, use: Use, table: LatencyTable, schedules: Sequence[Schedule]) -> LatencyTable:
@@ -176,50 +173,38 @@ def _whole_schedules(model: CompressedModel) -> list[Schedule]:
     for kind, share in WHOLE:
         if space.prunes or kind == "merge":
             with suppress(BudgetError):
-                found.append(baseline_schedule(kind, space, model.flops_at, share * dense))
+                found.append(baseline_schedule(kind, space, Budget(model.flops_at, share * dense)))
     return found
 
 
-def _scaled(sample: RunSample, by: float) -> RunSample:
-    blocks = tuple(
-        part._replace(attention=by * part.attention, reduction=by * part.reduction, mlp=by * part.mlp)
-        for part in sample.blocks
-    )
-    return sample._replace(embedding=by * sample.embedding, blocks=blocks, head=by * sample.head)
-
-
-def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[RunSample]) -> LatencyTable:
-    kinds, space = dict(kinds_of(model)), model.compression.space
-    order = tuple(setting["blocks"])
+def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[TimedRun]) -> LatencyTable:
+    space, order = model.compression.space, tuple(setting["blocks"])
     levels = knots(space.least, space.limits[0])
+    rows: list[list[Any]] = [[] for _ in setting["kinds"]]
+    for sample in samples:
+        for kind, row in zip(order, sample.blocks(), strict=True):
+            rows[kind].append(row)
+    leaving = [[1.0, sample.kept[-1].merged] for sample in samples]
+    constant, slope = fit_terms(leaving, [sample.seconds[-1] for sample in samples])
     return LatencyTable(
         setting=setting,
-        kinds=tuple(_kind(read, order, kind, levels, samples) for kind, read in enumerate(kinds.values())),
+        kinds=tuple(_kind(*kind, levels) for kind in zip(rows, dict(kinds_of(model)).values(), strict=True)),
         order=order,
-        embedding=median(sample.embedding for sample in samples),
-        head=fit_line([sample.leaving for sample in samples], [sample.head for sample in samples]),
+        embedding=float(median(sample.seconds[0] for sample in samples)),
+        head=(constant, slope),
         tokens=space.limits[0],
         batch_size=setting["batch_size"],
     )
 
 
-def _kind(
-    read: int | None, order: Sequence[int], kind: int, levels: Sequence[int], samples: Sequence[RunSample]
-) -> BlockTimes:
-    """The times of one kind of block."""
-    blocks = [part for sample in samples for part in sample.blocks if order[part.block] == kind]
-    reducing = [part for part in blocks if removes(part.kept, read)]
-    attention = fit_attention(
-        [AttentionSample(part.kept.entering, removes(part.kept, read), part.sized, part.attention) for part in blocks],
-        levels,
-    )
+def _kind(rows: Sequence[Any], read: int | None, levels: Sequence[int]) -> BlockTimes:
+    """The times of one kind of block, of rows as `TimedRun.blocks` gives them."""
+    kept, sized, attention, _, mlp = zip(*rows, strict=True)
+    asked = [removes(one, read) for one in kept]
+    plain, (more_asked, more_sized) = fit_curve([one.entering for one in kept], attention, levels, asked, sized)
+    after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, levels)[0]
+    reducing = [row for row, removing in zip(rows, asked, strict=True) if removing]
     reduction: tuple[float, ...] = ()
     if reducing:
-        reduction = fit_reduction(*zip(*((part.kept, part.sized, part.reduction) for part in reducing), strict=True))
-    return BlockTimes(attention, _mlp(blocks, read, levels), reduction, read)
-
-
-def _mlp(blocks: Sequence[BlockSample], read: int | None, levels: Sequence[int]) -> Curve:
-    if read is not None:
-        return Curve((read,), (median(part.mlp for part in blocks),))
-    return fit_curve([part.kept.merged for part in blocks], [part.mlp for part in blocks], levels)
+        reduction = fit_terms([reduction_terms(*row[:2]) for row in reducing], [row[3] for row in reducing])
+    return BlockTimes(plain, more_asked, more_sized, after, reduction, read)

@@ -14,7 +14,7 @@ from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
 from diffrate.running.machine import machine_name
 from diffrate.running.precision import place_of
-from diffrate.running.speed import mode_name, precision_name
+from diffrate.running.speed import mode_name, precision_name, precision_named
 
 FORMAT = 2  # of the file, and of what is measured
 OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rule", "mode")
@@ -35,8 +35,7 @@ class Use(NamedTuple):
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
     """How the model was used when `table` was made, on `device`."""
-    name = table.setting["precision"]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name) or getattr(torch, name)
+    dtype = precision_named(table.setting["precision"])
     return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
 
 

@@ -20,6 +20,8 @@ from diffrate.running.precision import place_of
 from diffrate.running.timing import PairedTimes, time_in_turn
 from diffrate.seeds import generators_kept
 
+SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -150,7 +152,12 @@ def speed_of(times: PairedTimes, batch_size: int, precision: str, costs: tuple[i
 
 def precision_name(dtype: torch.dtype) -> str:
     """What tables call a precision."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype).removeprefix("torch."))
+    return SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def precision_named(name: str) -> torch.dtype:
+    """The precision that tables call so."""
+    return next((dtype for dtype, short in SHORT_NAMES.items() if short == name), None) or getattr(torch, name)
 
 
 def mode_name(compiled: bool) -> str:

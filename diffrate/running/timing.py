@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,6 +47,28 @@ class PairedTimes:
     def spread(self) -> tuple[float, float]:
         """The smallest and the greatest of the ratios."""
         return min(self.ratios), max(self.ratios)
+
+
+class Stopwatch:
+    """Marks moments on a device. A GPU's are events in its stream: what it waits for the host counts, as in use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks = device, []
+
+    def mark(self) -> None:
+        """What was asked of the device until now ends here."""
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record(torch.cuda.current_stream(self.device))
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between each two marks; waits for the device."""
+        if self.device.type != "cuda":
+            return [after - before for before, after in pairwise(self.marks)]
+        torch.cuda.synchronize(self.device)
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.marks)]
 
 
 def time_within(baseline: Run, rival: Run, seconds: float, device: torch.device) -> PairedTimes:
@@ -130,16 +153,9 @@ def _resident(name: str) -> int:
 
 def _seconds(run: Run, repeats: int, device: torch.device) -> float:
     """Seconds of one run, the mean of several in a row."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        stream = torch.cuda.current_stream(device)
-        start.record(stream)
-        for _ in range(repeats):
-            run()
-        end.record(stream)
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1000 / repeats
-    begin = time.perf_counter()
+    watch = Stopwatch(device)
+    watch.mark()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - begin) / repeats
+    watch.mark()
+    return watch.seconds()[0] / repeats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,17 +48,17 @@ class Sensitivity:
 
     def record(self) -> dict[str, Any]:
         """The same for a JSON line."""
-        place = {"block": self.block, "kind": self.kind, "kept": self.kept, "tokens": self.tokens, "share": self.share}
-        return {**place, "loss": self.loss, "agreement": self.agreement, "images": self.images}
+        reduction = {name: getattr(self, name) for name in ("block", "kind", "kept", "tokens", "share")}
+        return {**reduction, "loss": self.loss, "agreement": self.agreement, "images": self.images}
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """One reduction in one block."""
 
     block: int
     kind: str
     kept: int
+    tokens: int
     schedule: Schedule
 
 
@@ -97,16 +97,16 @@ def sensitivity(
     """
     require_patched(model)
     candidates = _candidates(model.compression.space, shares)
-    place = place_of(model, device)
-    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=place.device)  # of losses, of agreements
-    images = torch.zeros((), dtype=torch.float64, device=place.device)
+    placed = place_of(model, device)
+    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=placed.device)  # of losses, of agreements
+    images = torch.zeros((), dtype=torch.float64, device=placed.device)
     teacher, moments = Teacher(model, multi_label=multi_label), sums.new_zeros(3)
-    model.to(place.device)  # outside inference mode: the weights stay fit for training
+    model.to(placed.device)  # outside inference mode: the weights stay fit for training
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         for batch in loader:
-            seen = images_of(batch, place)
-            with autocast(place.device, precision):
+            seen = images_of(batch, placed)
+            with autocast(placed.device, precision):
                 found, dense = _batch_sums(teacher, seen, candidates, callback)
             sums += found
             moments += dense if model.has_head() else 0
@@ -117,8 +117,13 @@ def sensitivity(
     spread = spread_of(moments)
     means = (all_sum(sums) / total).tolist()
     classes = model.has_head() and not multi_label and not moments.any()  # those of one output
+    wrong = [loss / spread for loss, _ in means if not math.isfinite(loss / spread)]
+    if wrong:
+        raise NonFiniteLossError(
+            f"the loss is {wrong[0]} on the calibration images; accepted: weights, and a precision, that give numbers"
+        )
     return tuple(
-        _finite(candidate, loss / spread, agreement if classes else None, model.compression.space, int(total))
+        Sensitivity(*candidate[:4], loss / spread, agreement if classes else None, int(total))
         for candidate, (loss, agreement) in zip(candidates, means, strict=True)
     )
 
@@ -128,15 +133,14 @@ def _candidates(space: SearchSpace, shares: Sequence[float]) -> list[_Candidate]
     wrong = [share for share in shares if not 0 < share < 1]
     if wrong or not shares:
         raise SearchSettingError(f"shares: found {wrong[0] if wrong else 'none'}; accepted: above 0 and below 1")
-    choices = [(block, kind) for block in space.searchable for kind in space.kinds]
-    whole = [space.limits[block] for block, _ in choices]
+    whole = [space.limits[block] for block, _ in space.choices]
     found = []
-    for index, (block, kind) in enumerate(choices):
+    for index, (block, kind) in enumerate(space.choices):
         tokens = whole[index]
         counts = {max(space.least, round(share * tokens)) for share in shares}
         for kept in sorted(counts - {tokens}, reverse=True):
             schedule = space.schedule([*whole[:index], kept, *whole[index + 1 :]])
-            found.append(_Candidate(block, kind, kept, schedule))
+            found.append(_Candidate(block, kind, kept, tokens, schedule))
     if not found:
         raise SearchSettingError(f"shares: found {max(shares)}, all of {space.tokens} tokens; accepted: a smaller one")
     return found
@@ -163,14 +167,3 @@ def _batch_sums(
         if last and callback is not None:
             callback(candidate.block)
     return torch.stack(sums), teacher.moments(taught)
-
-
-def _finite(
-    candidate: _Candidate, loss: float, agreement: float | None, space: SearchSpace, images: int
-) -> Sensitivity:
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(
-            f"the loss is {loss} on the calibration images; accepted: weights, and a precision, that give numbers"
-        )
-    block, kept = candidate.block, candidate.kept
-    return Sensitivity(block, candidate.kind, kept, space.limits[block], loss, agreement, images)

@@ -15,8 +15,7 @@ from diffrate.budgets.budget import Budget
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import made_by_first
-from diffrate.latency.budget import ADVICE, LATENCY, SPEEDUP, latency_budget, speedup_budget
-from diffrate.latency.confirm import Again, Confirmed, confirmed, measured_times
+from diffrate.latency.confirm import LATENCY, Again, Confirmed, confirmed, measured_times, speedup_unit
 from diffrate.latency.expected import expected_seconds
 from diffrate.latency.file import read_table
 from diffrate.latency.measure import BATCH_SIZE, measure_latency
@@ -117,8 +116,7 @@ def check_reach(model: CompressedModel, asked: Sequence[Asked], use: Use, file: 
     timed = [one for one in asked if one.timed]
     if not timed:
         return
-    space = model.compression.space
-    fewest = space.schedule([space.least] * len(space.searchable) * len(space.kinds))
+    fewest = model.compression.space.fewest()
 
     def measured() -> PairedTimes | None:
         kept = file is not None and read_table(file, setting_of(model, use)) is not None
@@ -130,15 +128,14 @@ def check_reach(model: CompressedModel, asked: Sequence[Asked], use: Use, file: 
     dense, least = (median(side) / use.batch_size for side in (times.baseline, times.rival))
     for one in timed:
         if one.target_speedup is not None:
-            option, value, low, high = SPEEDUP, one.target_speedup, 1.0, times.ratio
+            unit, value, low, high = speedup_unit(dense), one.target_speedup, 1.0, times.ratio
         else:
             assert one.target_latency is not None
-            option, value, low, high = LATENCY, one.target_latency, least, dense
+            unit, value, low, high = LATENCY, one.target_latency, least, dense
         if not low / REACH <= value <= high * REACH:
-            word = " s" if option == LATENCY else ""
             raise BudgetError(
-                f"{option} {value:g}{word}: accepted: {low:.3g} to {high:.3g}, measured with all tokens and with "
-                f"the fewest ({use.words()}){ADVICE[option]}"
+                f"{unit.option} {value:g}{unit.word}: accepted: {low:.3g} to {high:.3g}, measured with all tokens and "
+                f"with the fewest ({use.words()}){unit.advice}"
             )
 
 
@@ -159,6 +156,7 @@ def goal_at(model: CompressedModel, asked: Asked, table: LatencyTable | None) ->
     except ValueError as error:
         raise SearchSettingError(str(error)) from None
     if asked.target_speedup is not None:
-        return Goal(speedup_budget(table, dense, asked.target_speedup), table)
+        whole = table.seconds(dense)
+        return Goal(Budget(table.seconds, whole / asked.target_speedup, speedup_unit(whole)), table)
     assert asked.target_latency is not None
-    return Goal(latency_budget(table, asked.target_latency), table)
+    return Goal(Budget(table.seconds, asked.target_latency, LATENCY), table)

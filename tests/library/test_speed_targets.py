@@ -15,7 +15,7 @@ import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 import diffrate.searching.target as target
 from diffrate.budgets.uniform import uniform_schedules
-from diffrate.latency.plan import random_schedule
+from diffrate.latency.probing import random_schedule
 from diffrate.latency.setting import use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.running import timing

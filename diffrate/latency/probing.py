@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from random import Random
 
 from diffrate.budgets.schedule import Schedule
@@ -32,8 +31,8 @@ def probing_schedules(space: SearchSpace, rng: Random) -> Iterator[Schedule]:
             levels = knots(space.least, space.tokens - 1)
             rng.shuffle(levels)
         chosen, levels = sorted(levels[:steps], reverse=True), levels[steps:]
-        places = sorted(rng.sample(range(blocks), len(chosen)))
-        yield _assembled(space, dict(zip(places, chosen, strict=True)), rng.randint(-1, blocks), rng)
+        reducing = sorted(rng.sample(range(blocks), len(chosen)))
+        yield _assembled(space, dict(zip(reducing, chosen, strict=True)), rng.randint(-1, blocks), rng)
 
 
 def random_schedule(space: SearchSpace, rng: Random) -> Schedule:
@@ -42,10 +41,8 @@ def random_schedule(space: SearchSpace, rng: Random) -> Schedule:
     count = rng.randint(1, blocks)
     least = rng.randint(space.least, max(space.least, space.tokens // 2))
     counts = sorted((rng.randint(least, space.tokens - 1) for _ in range(count)), reverse=True)
-    places = sorted(rng.sample(range(blocks), count))
-    return _assembled(
-        space, dict(zip(places, counts, strict=True)), rng.choice((-1, blocks, rng.randrange(blocks))), rng
-    )
+    reducing = dict(zip(sorted(rng.sample(range(blocks), count)), counts, strict=True))
+    return _assembled(space, reducing, rng.choice((-1, blocks, rng.randrange(blocks))), rng)
 
 
 def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: Random) -> Schedule:
@@ -59,5 +56,4 @@ def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: R
             counts.append(after if block < merging else pruned)
         counts.append(after)
         before = after
-    assert all(one >= other for one, other in pairwise(counts))
     return space.schedule(counts)
