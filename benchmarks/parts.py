@@ -67,7 +67,7 @@ def build_step(kind: str, subject: Subject, batch_size: int, device: torch.devic
 
 
 def latency_rows(name: str, table: diffrate.LatencyTable) -> Iterator[Row]:
-    """Milliseconds of a batch in the first block of each kind, by the tokens that enter it and, of the MLP, that leave it.
+    """Milliseconds of a batch in the first block of each kind, by the tokens that enter and, of the MLP, leave it.
 
     sized: what attention takes more where tokens stand for several. prune, merge: what it takes that a tenth of the
     tokens goes, MLP apart; None where the kind reduces nothing. rest: outside the blocks.

@@ -35,11 +35,10 @@ def test_power_laws_are_found_again(by_size: float, by_tokens: float, by_batch: 
     found = list(exponents(rows))
     assert len(found) == 3 * 2 + 3 * 2 + 3 * 3  # every axis, for each setting of the other two
     expected = {"input size": by_size + 2 * by_tokens, "tokens kept": by_tokens, "batch size": by_batch}
+    ideal = {"input size": -2, "tokens kept": -1, "batch size": 0}
     for fit in found:
         assert fit["measured"] == pytest.approx(expected[fit["axis"]], abs=1e-6)
-        assert fit["ideal"] == pytest.approx(
-            {"input size": -2, "tokens kept": -1, "batch size": 0}[fit["axis"]], abs=1e-6
-        )
+        assert fit["ideal"] == pytest.approx(ideal[fit["axis"]], abs=1e-6)
 
 
 def test_a_single_value_of_an_axis_has_no_exponent() -> None:
