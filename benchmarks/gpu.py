@@ -159,7 +159,7 @@ def read(text: str) -> Row:
     found: Row = {"rows": [json.loads(line) for line in re.findall(r"^\{.*\}$", text, re.MULTILINE)]}
     found |= {f"{name} top-1": float(top1) for name, top1 in re.findall(r"(dense|found): \* Acc@1 ([\d.]+)", text)}
     found |= re.findall("(speed)-up: (.*)", text)
-    last = "".join(re.findall(r"\d+ (?:passed|failed|error).* in [\d.]+s", text)[-1:])
+    last = "".join(re.findall(r"\d+ (?:passed|failed|error|skipped).* in [\d.]+s", text)[-1:])
     found |= {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
     return found | {"lines": [line[:LONGEST] for line in re.findall("^(?:FAILED|ERROR) .*", text, re.MULTILINE)]}
 
