@@ -1,1 +1,1 @@
-"""What `--benchmark` measures, and what can only be known on a GPU: each measurement beside its rows, and tables."""
+"""What `--benchmark` measures, as rows of figures, and the script for what can only be known on a GPU."""

@@ -15,50 +15,75 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from torch import Tensor
 
-import benchmarks.speed
 import diffrate
-from benchmarks.gpu_rows import SETTINGS, Setting
-from benchmarks.tables import markdown
+import models
+from benchmarks.rows import Row, markdown
+from benchmarks.speed import SIDES, Subject, build_side, speed_row
+from diffrate.blocks.block import attended, mlp_branch
+from diffrate.budgets.schedule import Kept, Schedule, find_schedule, make_schedule
+from diffrate.budgets.space import GRANULARITY
+from diffrate.exporting.runner import INPUT, OUTPUT
 from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.running.machine import machine_name
+from diffrate.running.speed import precision_name
+from diffrate.running.timing import Run, time_within
+from sample import MODEL as SAMPLE
 from utils import UsageError
 
 PROJECT = Path(__file__).resolve().parent.parent
+PUBLISHED = PROJECT / "compression_rate.json"
 WHOLE, LEAST = 460, 15  # seconds of all parts together, and with how many left one is still begun
+COMPILING = 120  # seconds that a model has to compile
 LONGEST = 300  # characters of a line of failure
-SPEEDS = {"model": "model", **benchmarks.speed.HEADINGS}
-SPEEDS = {name: heading for name, heading in SPEEDS.items() if not name.endswith(("_mib", "_ms_per_image", "_gflops"))}
-PRICES = {"reduction": "a block", "precision": "precision", "batch_size": "batch"}
-PRICES |= {"ms": "ms a block", "ms_low": "lowest", "ms_high": "highest"}
-SEARCHES = {"name": "search", "seconds": "seconds", "ended": "ended by itself", "dense": "dense top-1"}
-SEARCHES |= {"found": "found top-1", "speed": "speed"}
+HIDDEN = ("dense_ms_per_image", "compressed_ms_per_image", "dense_gflops", "compressed_gflops")  # in the table
+REDUCTIONS = {"prunes one": (1, 0), "merges one": (0, 1), "prunes and merges one": (1, 1)}
+DTYPES = {"eager": (torch.float32, torch.bfloat16), "compiled": (torch.bfloat16,)}
 
 
-@dataclass(frozen=True)
-class Part:
-    """Commands that run at once, the seconds they have, and what their output comes to."""
+class Setting(NamedTuple):
+    """What is measured where: models at GFLOPs, at batch sizes, pairs for so many seconds; images at a time where a
+    search asks for a speed; batch sizes of single reductions."""
+
+    device: torch.device
+    models: dict[str, float]
+    batch_sizes: tuple[int, ...]
+    seconds: float
+    latency_batch: int
+    reduced: tuple[int, ...]
+
+
+DEIT = {"vit_deit_small_patch16_224": 2.3, "vit_deit_base_patch16_224": 8.7}
+SETTINGS = {
+    "cuda": Setting(torch.device("cuda"), DEIT, (1, 64, 256), 2.0, 4096, (1, 64)),
+    "cpu": Setting(torch.device("cpu"), {SAMPLE: 0.0242}, (1,), 0.01, 64, (1,)),  # to try the script itself
+}
+
+
+class Part(NamedTuple):
+    """Commands that run at once, and the seconds they have."""
 
     name: str
     seconds: int
     commands: Sequence[Sequence[object]]
-    read: Callable[[str], dict[str, Any]]
 
 
 def parts(setting: Setting, scratch: Path) -> list[Part]:
     """All parts, the most important ones first; `scratch` is theirs to write to."""
     device = setting.device.type
-    rows = (sys.executable, "-m", "benchmarks.gpu_rows", device)
+    rows = (sys.executable, "-m", "benchmarks.gpu", "--device", device, "--rows", scratch / "lock")
     # Without the project's settings: plugins may not be installed, and warnings of another torch are no failures.
     tests = (sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", PROJECT, "-q", "-p", "no:cacheprovider")
     search = (sys.executable, PROJECT / "main.py", "--device", device, "--seed", 0, "--output_dir")
@@ -67,18 +92,119 @@ def parts(setting: Setting, scratch: Path) -> list[Part]:
         "gradient": ("--target_flops", 0.0242, "--search", "gradient", "--epochs", 1),
         "calibrated": ("--target_flops", 0.0242, "--search", "calibrated"),
     }
-    graphs = [(name, batch) for name, _ in setting.models for batch in setting.batch_sizes]
+    graphs = product(setting.models, setting.batch_sizes)
     return [
-        Part("numerics", 90, [(*tests, PROJECT / "tests" / "gpu")], read_tests),
-        Part("eager", 110, [(*rows, "eager")], read_rows),
-        Part("compiled", 180, [(*rows, "compiled", *graph, scratch / "lock") for graph in graphs], read_rows),
-        *(Part(name, 120, [(*search, scratch / name, *words)], read_search) for name, words in asked.items()),
-        Part("reductions", 60, [(*rows, "reductions")], read_rows),
-        Part("onnx", 120, [(*rows, "onnx", scratch)], read_rows),
+        Part("numerics", 90, [(*tests, PROJECT / "tests" / "gpu")]),
+        Part("eager", 110, [(*rows, "eager")]),
+        Part("compiled", 180, [(*rows, "compiled", *graph) for graph in graphs]),
+        Part("reductions", 45, [(*rows, "reductions")]),
+        *(Part(name, 120, [(*search, scratch / name, *words)]) for name, words in asked.items()),
+        Part("onnx", 60, [(*rows, "onnx")]),
     ]
 
 
-def run_part(part: Part, seconds: float, scratch: Path) -> dict[str, Any]:
+def speeds(setting: Setting, lock: str, mode: str, graph: Sequence[str]) -> Iterator[Row]:
+    """Rows of the models at each batch size, or of one `graph`: a model and a batch size.
+
+    Graphs compile at once, each in a process, which takes a minute, and are then timed one after the other: `lock` is
+    shared while one is built, and a measurement's alone.
+    """
+    import fcntl
+
+    chosen = [(graph[0], int(graph[1]))] if graph else product(setting.models, setting.batch_sizes)
+    for (name, batch), dtype in product(chosen, DTYPES[mode]):
+        with Path(lock).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            signal.alarm(COMPILING)  # one that hangs would hold up the others
+            subject, compiled = subject_of(name, setting.models[name]), mode == "compiled"
+            sides = [build_side(side, subject, batch, dtype, compiled, str(setting.device)) for side in SIDES]
+            for run in sides:
+                run()
+            signal.alarm(0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            times = time_within(sides[0], sides[1], setting.seconds, setting.device)
+            yield speed_row(subject, times, batch, dtype, compiled)
+            fcntl.flock(file, fcntl.LOCK_UN)  # forked compilers may live on with it
+
+
+def reduction_rows(setting: Setting) -> Iterator[Row]:
+    """Milliseconds that letting tokens go adds to a block, against tokens that are cut off for nothing."""
+    subject = subject_of(*next(iter(setting.models.items())))
+    for dtype, batch in product(DTYPES["eager"], setting.reduced):
+        model = subject.compressed().to(setting.device, dtype)
+        images = torch.randn(batch, 3, *model.image_size, device=setting.device, dtype=dtype)
+        tokens, blocks = model.compression.space.limits[0], len(model.compressible_blocks())
+        reducing = blocks - (model.read is not None)  # the last block lets none go that nothing reads
+        for kind, (pruned, merged) in REDUCTIONS.items():
+            left = [tokens - (pruned + merged) * block for block in range(blocks + 1)]
+            schedule = make_schedule([count - pruned for count in left[:-1]], left[1:])
+            cut, reduced = (partial(run, model, images, schedule) for run in (sliced_pass, outputs_at))
+            times = time_within(cut, reduced, setting.seconds, setting.device)
+            added = [1000 * (b - a) / reducing for a, b in zip(times.baseline, times.rival, strict=True)]
+            row = {"model": subject.entry.name, "precision": precision_name(dtype), "batch_size": batch}
+            yield row | {"reduction": kind, "ms": median(added), "ms_low": min(added), "ms_high": max(added)}
+
+
+@torch.inference_mode()
+def outputs_at(model: diffrate.CompressedModel, images: Tensor, schedule: Schedule) -> Tensor:
+    """Logits of images `[B, 3, H, W]` at `schedule`."""
+    return model.outputs_at(images, schedule)
+
+
+@torch.inference_mode()
+def sliced_pass(model: diffrate.CompressedModel, images: Tensor, schedule: Schedule) -> Tensor:
+    """Logits of images `[B, 3, H, W]` where each block keeps its first tokens, as many as `schedule` leaves it."""
+    entry = model.enter(images)
+    state = model.prepared(entry.state, schedule)
+    for block, positions, kept, read in model.steps(entry, schedule):
+        whole = Kept(kept.entering, kept.entering, kept.entering)
+        state, _ = attended(block, positions, model.rule, state, whole, read)
+        state = state._replace(x=mlp_branch(block, state.x[:, : kept.merged]))
+    return model.classify(state)
+
+
+def onnx_rows(setting: Setting) -> Iterator[Row]:
+    """The first model as files in onnxruntime, on the GPU, where this build of it computes there."""
+    provider = f"{setting.device.type.upper()}ExecutionProvider"
+    try:
+        import onnxruntime
+    except ImportError:
+        sys.exit("absent: onnxruntime is not installed")
+    if provider not in onnxruntime.get_available_providers():
+        sys.exit(f"absent: onnxruntime {onnxruntime.__version__} has no {provider}")
+    subject, sessions = subject_of(*next(iter(setting.models.items()))), []
+    model = subject.compressed()
+    for schedule in (model.dense_schedule(), model.compression.current()):
+        model.set_kept_num(schedule.prune, schedule.merge)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = diffrate.export(model, Path(scratch) / "model.onnx").path
+            sessions.append(onnxruntime.InferenceSession(file, providers=[provider]))
+        if provider not in sessions[-1].get_providers():  # it falls back to the CPU without an error
+            sys.exit(f"absent: onnxruntime {onnxruntime.__version__} cannot load {provider}")
+    for batch in setting.batch_sizes:
+        images = torch.randn(batch, 3, *subject.input_size).numpy()
+        runs = [_bound(session, images, setting.device.type) for session in sessions]
+        times = time_within(runs[0], runs[1], setting.seconds, torch.device("cpu"))  # sessions wait for the GPU
+        yield speed_row(subject, times, batch, torch.float32, False) | {"mode": f"onnxruntime, {provider}"}
+
+
+def _bound(session: Any, images: Any, device: str) -> Run:
+    """What runs a session on images that lie on the device, where the logits stay."""
+    from onnxruntime import OrtValue
+
+    binding = session.io_binding()
+    binding.bind_ortvalue_input(INPUT, OrtValue.ortvalue_from_numpy(images, device, 0))
+    binding.bind_output(OUTPUT, device, 0)
+    return lambda: session.run_with_iobinding(binding)
+
+
+def subject_of(name: str, gflops: float) -> Subject:
+    """A model with fresh weights at a published schedule."""
+    entry = models.lookup(name)
+    return Subject(entry, entry.input_size, find_schedule(PUBLISHED, entry.schedule_key, gflops), GRANULARITY, seed=0)
+
+
+def run_part(part: Part, seconds: float, scratch: Path) -> Row:
     """What a part comes to within `seconds`, with a line for each of its commands that failed."""
     more = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", "XDG_CACHE_HOME": str(scratch)}
     options: dict[str, Any] = {"cwd": PROJECT, "env": {**os.environ, **more}, "start_new_session": True}
@@ -100,7 +226,7 @@ def run_part(part: Part, seconds: float, scratch: Path) -> dict[str, Any]:
     taken = time.monotonic() - begun
     texts = [output.read_text(errors="replace") for output in outputs]
     failures = [_failure(code, text, taken) for code, text in zip(codes, texts, strict=True) if code != 0]
-    return {"seconds": round(taken, 1), "ended": None not in codes, "failures": failures, **part.read("\n".join(texts))}
+    return {"seconds": round(taken, 1), "ended": None not in codes, "failures": failures, **read("\n".join(texts))}
 
 
 def _failure(code: int | None, text: str, taken: float) -> str:
@@ -112,44 +238,31 @@ def _failure(code: int | None, text: str, taken: float) -> str:
     return [f"exit code {code}", *filter(None, map(str.strip, text.splitlines()))][-1][:LONGEST]
 
 
-def read_rows(text: str) -> dict[str, Any]:
-    """The rows that `gpu_rows` printed."""
-    return {"rows": [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]}
+def read(text: str) -> Row:
+    """What the output of a part holds: rows of figures; top-1 of a search's dense and found model, and its speed; how
+    many tests passed, failed and were left out, and a line for each that failed."""
+    found: Row = {"rows": [json.loads(line) for line in re.findall(r"^\{.*\}$", text, re.MULTILINE)]}
+    found |= {f"{name} top-1": float(top1) for name, top1 in re.findall(r"(dense|found): \* Acc@1 ([\d.]+)", text)}
+    found |= re.findall("(speed)-up: (.*)", text)
+    last = "".join(re.findall(r"\d+ (?:passed|failed|error|skipped).* in [\d.]+s", text)[-1:])
+    found |= {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
+    return found | {"lines": [line[:LONGEST] for line in re.findall("^(?:FAILED|ERROR) .*", text, re.MULTILINE)]}
 
 
-def read_tests(text: str) -> dict[str, Any]:
-    """How many tests passed, failed and were left out, and a line for each that failed."""
-    last = (text.splitlines() or [""])[-1]
-    words = ("passed", "failed", "error", "skipped")
-    counts = {word: sum(map(int, re.findall(rf"(\d+) {word}", last))) for word in words}
-    return counts | {"lines": [line[:LONGEST] for line in re.findall("^(?:FAILED|ERROR) .*", text, re.MULTILINE)]}
-
-
-def read_search(text: str) -> dict[str, Any]:
-    """Top-1 of the dense model and of what was found, and its speed; None for what the search did not come to."""
-    top1 = dict(re.findall(r"(dense|found): \* Acc@1 ([\d.]+)", text))
-    numbers = {name: float(top1[name]) if name in top1 else None for name in ("dense", "found")}
-    return numbers | {"speed": (re.findall("speed-up: (.*)", text) or [None])[-1]}
-
-
-def table(record: Mapping[str, Any]) -> list[str]:
+def table(record: Row) -> list[str]:
     """A record as lines of Markdown: the card and its versions, a table for each kind of figures, what failed."""
     about, found = record["about"], record["parts"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['card']}, driver {about['driver']}, {versions}, {about['date']}", ""]
-    tests = found.get("numerics", {})
-    if "passed" in tests:
-        lines += [f"`pytest tests/gpu`: {tests['passed']} passed, {tests['failed']} failed", ""]
-    speeds = [row for name in ("eager", "compiled", "onnx") for row in found.get(name, {}).get("rows", [])]
-    prices = found.get("reductions", {}).get("rows", [])
-    searches = [{"name": name, **part} for name, part in found.items() if "speed" in part]
-    for rows, headings in ((speeds, SPEEDS), (prices, PRICES), (searches, SEARCHES)):
+    figures = ("seconds", "ended", "passed", "failed", "dense top-1", "found top-1", "speed")
+    summary = [{"part": name, **{figure: part.get(figure) for figure in figures}} for name, part in found.items()]
+    for rows in ([row for part in found.values() for row in part.get("rows", [])], summary):
         if rows:
-            lines += [*markdown([SimpleNamespace(**row) for row in rows], headings), ""]
+            lines += [*markdown(rows, HIDDEN), ""]
     return lines + [f"- {name}: {line}" for name, part in found.items() for line in part["failures"]]
 
 
-def about(device: torch.device) -> dict[str, Any]:
+def about(device: torch.device) -> Row:
     """The card, its driver, and the versions of what runs on it."""
     asked, driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"), "unknown"
     with suppress(OSError, subprocess.SubprocessError, IndexError):
@@ -163,7 +276,7 @@ def about(device: torch.device) -> dict[str, Any]:
 def measure(setting: Setting, out: Path) -> None:
     """Run all parts for which there is time, and write what there is after each."""
     deadline = time.monotonic() + WHOLE
-    record: dict[str, Any] = {"about": about(setting.device), "parts": {}}
+    record: Row = {"about": about(setting.device), "parts": {}}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for part in parts(setting, Path(folder)):
             left = min(part.seconds, deadline - time.monotonic())
@@ -183,6 +296,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file for the figures, default gpu.json")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print such a file as Markdown, and measure nothing")
     parser.add_argument("--device", choices=list(SETTINGS), default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", nargs="+", help=argparse.SUPPRESS)  # of a part, in its process
     args = parser.parse_args(words)
     if args.table is None and args.device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU that torch {torch.__version__} can use: nothing was measured")
@@ -190,6 +304,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if args.table is not None:
             print("\n".join(_table_of(args.table)))
+        elif args.rows:
+            lock, kind, *graph = args.rows
+            of = {"reductions": reduction_rows, "onnx": onnx_rows}.get(
+                kind, partial(speeds, lock=lock, mode=kind, graph=graph)
+            )
+            for row in of(SETTINGS[args.device]):
+                print(json.dumps(row), flush=True)
         elif args.out.is_dir() or not args.out.absolute().parent.is_dir():
             raise UsageError(f"--out {args.out}: accepted: the name of a file in a folder that is there")
         else:

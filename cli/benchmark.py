@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,25 +17,26 @@ from torch.utils.data import Subset
 
 import diffrate
 import models
-from benchmarks import exported, latency, loading, scaling, speed
-from benchmarks.search_step import search_cost
-from benchmarks.subject import Subject
-from benchmarks.tables import table, write_rows
+from benchmarks import exported, parts, speed
+from benchmarks.rows import Row, line, table, write_rows
+from benchmarks.speed import Setting, Subject
 from cli.data import eval_dataset, eval_loader
 from cli.entry import built, chosen_entry, input_size_of
 from cli.inference import for_inference
 from cli.latency import latency_table
 from cli.model import compressed
 from cli.schedules import schedules_that_fit
-from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, Settings
+from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
 from cli.weights import Weights
 from datasets import DataError
+from diffrate.latency.plan import random_schedule
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
 from processes.runtime import AMP_DTYPES, Runtime
 from utils import UsageError
 
 log = logging.getLogger(__name__)
+RANDOM = 20  # schedules that predictions are held against, beside those of the file
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
@@ -51,21 +56,16 @@ def run(settings: Settings, runtime: Runtime) -> None:
 
 def _search(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     subject = replace(subject, schedule=None)
-    cost = search_cost(subject, settings.data.batch_size, settings.run.rounds, runtime.device)
-    runtime.record({"mode": "benchmark search", "model": subject.entry.name, **cost.record()})
-    for line in cost.lines():
-        log.info(line)
+    row = parts.step_row(subject, settings.data.batch_size, settings.run.rounds, runtime.device)
+    _report("benchmark search", [row], runtime)
 
 
 def _scaling(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     (rows, columns), chosen = subject.entry.input_size, settings.model.input_size
-    sizes = [(round(rows * share), round(columns * share)) for share in scaling.SIZES] if chosen is None else [chosen]
-    setting = scaling.Setting(
-        settings.data.batch_sizes or (DEFAULT_BATCH,), _dtypes(settings)[0], settings.run.rounds, runtime.device
-    )
-    measured = scaling.scaling_rows(replace(subject, schedule=None), sizes, setting)
-    for exponent in scaling.exponents(_report("benchmark scaling", measured, scaling.HEADINGS, runtime)):
-        log.info(exponent.line())
+    sizes = [(round(rows * share), round(columns * share)) for share in speed.SIZES] if chosen is None else [chosen]
+    measured = speed.scaling_rows(replace(subject, schedule=None), sizes, _setting(settings, runtime))
+    for exponent in speed.exponents(_report("benchmark scaling", measured, runtime)):
+        log.info(speed.EXPONENT.format_map(exponent))
 
 
 def _loading(settings: Settings, subject: Subject, runtime: Runtime) -> None:
@@ -74,44 +74,33 @@ def _loading(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
     with _images(settings, subject.entry) as dataset:
         loader = eval_loader(dataset, settings, inside)
-        row = loading.loading_row(running, loader, name, flops, inside)
-    _report("benchmark loading", [row], loading.HEADINGS, runtime)
+        _report("benchmark loading", [parts.loading_row(running, loader, name, flops, inside)], runtime)
 
 
 def _speed(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    modes = (False, True) if settings.run.compile else (False,)
-    sizes, rounds = settings.data.batch_sizes or (DEFAULT_BATCH,), settings.run.rounds
-    rows = speed.speed_rows(subject, sizes, _dtypes(settings), modes, rounds, runtime.device)
-    _report("benchmark", rows, speed.HEADINGS, runtime)
+    _report("benchmark", speed.speed_rows(subject, _setting(settings, runtime)), runtime)
 
 
 def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
     model = replace(subject, schedule=None).compressed().to(runtime.device)
-    use = replace(
-        settings.latency,
-        batch_size=settings.data.batch_sizes[0] if settings.data.batch_sizes else settings.latency.batch_size,
-    )
-    table = latency_table(use, model, runtime)
-    name = subject.entry.name
-    _report("benchmark latency", latency.latency_rows(name, table), latency.HEADINGS, runtime)
-    known = schedules_that_fit(settings.model, subject.entry, model)
+    sizes = settings.data.batch_sizes or (settings.latency.batch_size,)
+    times = latency_table(replace(settings.latency, batch_size=sizes[0]), model, runtime)
+    _report("benchmark latency", parts.latency_rows(subject.entry.name, times), runtime)
 
     def tell(schedule: diffrate.Schedule, predicted: float, measured: float) -> None:
         gflops = model.flops_at(schedule) / 1e9
         runtime.record({"mode": "latency check", "predicted": predicted, "measured": measured, "gflops": gflops})
         log.info("%.3f GFLOPs: speed-up predicted %.3f, measured %.3f", gflops, predicted, measured)
 
-    checked = diffrate.check_predictions(
-        model, table, latency.schedules_to_check(model, known, settings.run.seed), callback=tell
-    )
-    log.info(checked.line())
+    rng, known = Random(settings.run.seed), schedules_that_fit(settings.model, subject.entry, model)
+    schedules = [*known, *(random_schedule(model.compression.space, rng) for _ in range(RANDOM))]
+    log.info(diffrate.check_predictions(model, times, schedules, callback=tell).line())
 
 
 def _exported(settings: Settings, runtime: Runtime) -> None:
     """Rows of the files that `--benchmark` names, beside those of the model that they are of."""
-    data, paths = settings.data, settings.run.exported
-    loaded = [exported.open_file(path) for path in paths]
-    first = loaded[0].metadata
+    loaded = [exported.open_file(path) for path in settings.run.exported]
+    first = loaded[0].loaded.metadata
     chosen = replace(settings.model, name=settings.model.name or first.model)
     entry = chosen_entry(chosen)
     if chosen.input_size is None and input_size_of(chosen, entry) != first.input_size[1:]:
@@ -121,21 +110,15 @@ def _exported(settings: Settings, runtime: Runtime) -> None:
     if chosen.load:
         schedule = _subject(replace(settings, model=chosen)).schedule
     else:
-        schedule = min((file.metadata for file in loaded), key=lambda said: said.gflops).schedule
+        schedule = min((file.loaded.metadata for file in loaded), key=lambda said: said.gflops).schedule
     subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
-    setting = exported.Setting(
-        (False, True) if settings.run.compile else (False,),
-        data.batch_sizes or (DEFAULT_BATCH,),
-        settings.run.rounds,
-        runtime.device,
-    )
-    _report("benchmark files", exported.file_rows(subject, loaded, setting), exported.HEADINGS, runtime)
+    _report("benchmark files", exported.file_rows(subject, loaded, _setting(settings, runtime)), runtime)
 
 
-def _check_alike(loaded: Sequence[exported.File], size: tuple[int, ...]) -> None:
-    first = loaded[0].metadata.model
-    for file in loaded:
-        said = file.metadata
+def _check_alike(files: Sequence[exported.File], size: tuple[int, ...]) -> None:
+    first = files[0].loaded.metadata.model
+    for file in files:
+        said = file.loaded.metadata
         if said.input_size != size:
             found, accepted = (" x ".join(map(str, sides)) for sides in (said.input_size, size))
             raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")
@@ -163,45 +146,46 @@ def _subject(settings: Settings) -> Subject:
     return Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
 
 
-def _dtypes(settings: Settings) -> list[torch.dtype]:
-    """The precisions to measure; the first is what a single one is measured in."""
-    names = [settings.run.amp] if settings.run.amp else ["off", "bf16"]
-    return [AMP_DTYPES[name] or torch.float32 for name in names]
+def _setting(settings: Settings, runtime: Runtime) -> Setting:
+    dtypes = [
+        AMP_DTYPES[name] or torch.float32 for name in ([settings.run.amp] if settings.run.amp else ["off", "bf16"])
+    ]
+    modes = (False, True) if settings.run.compile else (False,)
+    return Setting(settings.data.batch_sizes or (DEFAULT_BATCH,), dtypes, modes, settings.run.rounds, runtime.device)
 
 
 @contextmanager
-def _images(settings: Settings, entry: ModelEntry) -> Iterator[Any]:
-    """The validation images of `--data-path`, or JPEGs made for the purpose; whole batches.
+def _images(settings: Settings, entry: ModelEntry) -> Iterator[Subset[Any]]:
+    """The validation images of `--data-path`, or the photographs that ship, over and over; whole batches.
 
     Raises:
         DataError: fewer images than two batches.
     """
-    data = settings.data
-    wanted = data.batch_size * settings.run.rounds
-    if data.path is not None:
-        yield _whole_batches(eval_dataset(settings, entry, None, None), data.batch_size, wanted)
-        return
-    with loading.photographs(wanted) as folder:
-        made = replace(settings, data=replace(data, data_set="IMNET", path=str(folder)))
-        yield _whole_batches(eval_dataset(made, entry, None, None), data.batch_size, wanted)
+    data, size = settings.data, settings.data.batch_size
+    with TemporaryDirectory() as folder:
+        if data.path is None:
+            for path in (PROJECT / "figures").glob("*.jpg"):
+                place = Path(folder, "val", path.stem)
+                place.mkdir(parents=True)
+                shutil.copy(path, place)
+            settings = replace(settings, data=replace(data, data_set="IMNET", path=folder))
+        dataset = eval_dataset(settings, entry, None, None)
+        images = size * settings.run.rounds if data.path is None else len(dataset)
+        batches = min(images // size, settings.run.rounds)
+        if batches < 2:
+            raise DataError(f"--batch-size {size}: found {images} images; accepted: two batches at least")
+        yield Subset(dataset, [index % len(dataset) for index in range(batches * size)])
 
 
-def _whole_batches(dataset: Any, batch_size: int, wanted: int) -> Subset[Any]:
-    batches = min(wanted, len(dataset)) // batch_size
-    if batches < 2:
-        raise DataError(f"--batch-size {batch_size}: found {len(dataset)} images; accepted: two batches at least")
-    return Subset(dataset, range(batches * batch_size))
-
-
-def _report(mode: str, measured: Iterable[Any], headings: Mapping[str, str], runtime: Runtime) -> list[Any]:
+def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> list[Row]:
     """Log the rows as they come and as a table, and write them to the output folder, if there is one."""
     rows = []
     for row in measured:
         rows.append(row)
-        runtime.record({"mode": mode, **asdict(row)})
-        log.info(row.line())
-    for line in table(rows, headings):
-        log.info(line)
+        runtime.record({"mode": mode, **row})
+        log.info(line(row))
+    for text in table(rows):
+        log.info(text)
     if runtime.writes:
         assert runtime.output_dir is not None
         write_rows(rows, runtime.output_dir, mode.replace(" ", "_"))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import diffrate
-from benchmarks.tables import table
+from benchmarks.rows import table
 from cli.data import calibration_dataset, eval_loader, warn_of_turned
 from cli.entry import chosen_entry, patched
 from cli.inference import for_inference
@@ -25,20 +23,6 @@ from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 log = logging.getLogger(__name__)
-HEADINGS = {"block": "block", "kind": "kind", "kept": "tokens", "share": "kept %", "loss": "loss"}
-AGREEMENT = {"agreement": "top-1 as dense, %"}
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A line of the table, as it is written."""
-
-    block: int
-    kind: str
-    kept: int
-    share: float
-    loss: str
-    agreement: float | None
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
@@ -92,8 +76,8 @@ def _check_digits(settings: Settings, entry: ModelEntry, head: int | None) -> No
 
 def _lines(found: Sequence[diffrate.Sensitivity]) -> list[str]:
     """The table, headings first."""
-    classes = found[0].agreement is not None
-    rows: list[Any] = [
-        _Row(one.block, one.kind, one.kept, one.share, f"{one.loss:.2e}", one.agreement) for one in found
-    ]
-    return table(rows, HEADINGS | AGREEMENT if classes else HEADINGS)
+    rows = []
+    for one in found:
+        row = {"block": one.block, "kind": one.kind, "tokens": one.kept, "kept %": one.share, "loss": f"{one.loss:.2e}"}
+        rows.append(row if one.agreement is None else row | {"top-1 as dense, %": one.agreement})
+    return table(rows)

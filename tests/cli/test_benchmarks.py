@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.scaling import ScalingRow, exponents, share_schedule
-from benchmarks.tables import table
+from benchmarks.rows import Row, line, table
+from benchmarks.speed import exponents, share_schedule
 from tests.conftest import Cli
 from tests.test_patch import patched
 from tests.tiny_models import FAMILIES, TOKENS
 
 
-def row(size: int, batch: int, share: float, speed: float) -> ScalingRow:
+def row(size: int, batch: int, share: float, speed: float) -> Row:
     tokens = (size // 16) ** 2
     kept = round(share * tokens)
-    return ScalingRow("m", "float32", size, batch, tokens, kept, share, kept / 100, speed, 1 / speed, speed, 1.0, 1.0)
+    about = {"input_size": size, "batch_size": batch, "tokens_kept": kept, "kept_share": share}
+    return about | {"gflops": kept / 100, "images_per_second": speed, "speedup": speed}
 
 
 @given(st.floats(-2, -0.5), st.floats(-1.5, -0.3), st.floats(-0.1, 0.9))
@@ -31,16 +32,17 @@ def test_power_laws_are_found_again(by_size: float, by_tokens: float, by_batch: 
         for batch in (1, 8)
         for share in (1.0, 0.5, 0.25)
     ]
-    found = exponents(rows)
+    found = list(exponents(rows))
     assert len(found) == 3 * 2 + 3 * 2 + 3 * 3  # every axis, for each setting of the other two
-    expected = {"input_size": by_size + 2 * by_tokens, "tokens_kept": by_tokens, "batch_size": by_batch}
+    expected = {"input size": by_size + 2 * by_tokens, "tokens kept": by_tokens, "batch size": by_batch}
+    ideal = {"input size": -2, "tokens kept": -1, "batch size": 0}
     for fit in found:
-        assert fit.measured == pytest.approx(expected[fit.axis], abs=1e-6)
-        assert fit.ideal == pytest.approx({"input_size": -2, "tokens_kept": -1, "batch_size": 0}[fit.axis], abs=1e-6)
+        assert fit["measured"] == pytest.approx(expected[fit["axis"]], abs=1e-6)
+        assert fit["ideal"] == pytest.approx(ideal[fit["axis"]], abs=1e-6)
 
 
 def test_a_single_value_of_an_axis_has_no_exponent() -> None:
-    assert {fit.axis for fit in exponents([row(224, 1, 1.0, 9.0), row(224, 1, 0.5, 12.0)])} == {"tokens_kept"}
+    assert {fit["axis"] for fit in exponents([row(224, 1, 1.0, 9.0), row(224, 1, 0.5, 12.0)])} == {"tokens kept"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,8 +84,8 @@ def test_loading_on_photographs_made_for_it_and_on_a_folder(cli: Cli, image_fold
         row = json.loads((tmp_path / "benchmark_loading.json").read_text())[0]
         assert row["images"] == 9
         alone = min(row["loader_images_per_second"], row["model_images_per_second"])
-        assert 0 < row["whole_images_per_second"] < 1.5 * alone  # 1.5: a busy machine
-        assert "bound by the" in out
+        assert 0 < row["both_images_per_second"] < 1.5 * alone  # 1.5: a busy machine
+        assert f"bound by {row['bound_by']}" in out
 
 
 @pytest.mark.parametrize(
@@ -108,5 +110,13 @@ def test_bad_input(words: tuple[object, ...], expected: str, cli: Cli, image_fol
 
 
 def test_tables_are_aligned() -> None:
-    lines = table([row(224, 1, 1.0, 9.0), row(384, 16, 0.5, 12.0)], {"batch_size": "batch", "speedup": "share %"})
-    assert lines == ["batch  share %", "    1      900", "   16     1200"]
+    rows = [
+        {"model": "m", "batch_size": 1, "compressed_memory_mib": None, "share_of_ideal": 0.9, "ideal_speedup": 1.98},
+        {"model": "m", "batch_size": 16, "compressed_memory_mib": 12.34, "share_of_ideal": 1.2, "ideal_speedup": 12.0},
+    ]
+    assert table(rows) == [
+        "batch  compr. MiB  share %  ideal",
+        "    1           -       90  1.980",
+        "   16        12.3      120   12.0",
+    ]
+    assert line(rows[0]) == "batch 1, compr. MiB -, share % 90, ideal 1.980"

@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import diffrate
-import models
-from benchmarks import gpu, gpu_rows
-from benchmarks.subject import Subject
+from benchmarks import gpu
 from diffrate.running import speed, timing
 from tests.gpu import test_cuda
 
-TINY = gpu_rows.SETTINGS["cpu"]
+TINY = gpu.SETTINGS["cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +26,6 @@ def check_speed(row: dict[str, object], precision: str, mode: str) -> None:
     assert (row["model"], row["batch_size"], row["precision"]) == ("vit_sample_patch4_28", 1, precision)
     assert row["mode"] == mode
     assert row["ideal_speedup"] == pytest.approx(2, abs=0.02)
-    assert set(gpu.SPEEDS) <= set(row)
     json.dumps(row)
 
 
@@ -46,7 +42,7 @@ def test_without_a_gpu_a_line_says_so(
 def test_parts_fail_alone_and_what_there_is_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    row = {"model": "m", "mode": "eager", **dict.fromkeys(gpu.SPEEDS, 0.5)}
+    row = {"model": "m", "mode": "eager", "speedup": 0.5, "dense_gflops": 1.0}
     speaks = f"print('torch says'); print({json.dumps(row)!r})"
     fails = "import sys; print('1 failed, 2 passed in 3s'); sys.exit('out of memory')"
     hangs = "import os, sys, time; print(os.getpid()); time.sleep(60)"
@@ -57,17 +53,17 @@ def test_parts_fail_alone_and_what_there_is_is_written(
     )
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGALRM)"
 
-    def parts(setting: gpu_rows.Setting, scratch: Path) -> list[gpu.Part]:
-        def part(name: str, seconds: int, read: object, *codes: str) -> gpu.Part:
-            return gpu.Part(name, seconds, [(sys.executable, "-c", code) for code in codes], read)  # type: ignore[arg-type]
+    def parts(setting: gpu.Setting, scratch: Path) -> list[gpu.Part]:
+        def part(name: str, seconds: int, *codes: str) -> gpu.Part:
+            return gpu.Part(name, seconds, [(sys.executable, "-c", code) for code in codes])
 
         return [
-            part("numerics", 20, gpu.read_tests, "print('FAILED a::b - no'); print('1 failed, 2 passed in 3s')"),
-            part("eager", 20, gpu.read_rows, speaks, fails, killed),
-            part("calibrated", 20, gpu.read_search, searches),
-            part("gradient", 2, gpu.read_search, hangs),
-            gpu.Part("gone", 20, [("/nowhere/python",)], gpu.read_rows),
-            part("late", 0, gpu.read_rows, speaks),
+            part("numerics", 20, "print('FAILED a::b - no'); print('1 failed, 2 passed in 3s')"),
+            part("eager", 20, speaks, fails, killed),
+            part("calibrated", 20, searches),
+            part("gradient", 2, hangs),
+            gpu.Part("gone", 20, [("/nowhere/python",)]),
+            part("late", 0, speaks),
         ]
 
     monkeypatch.setattr(gpu, "parts", parts)
@@ -82,22 +78,20 @@ def test_parts_fail_alone_and_what_there_is_is_written(
     assert found["numerics"]["lines"] == ["FAILED a::b - no"]
     assert found["eager"]["rows"] == [row]
     assert found["eager"]["failures"] == ["out of memory", "ended by SIGALRM"]
-    assert (found["calibrated"]["dense"], found["calibrated"]["found"], found["calibrated"]["ended"]) == (
-        98,
-        95.5,
-        True,
-    )
+    assert (found["calibrated"]["dense top-1"], found["calibrated"]["found top-1"]) == (98, 95.5)
+    assert found["calibrated"]["ended"]
     assert found["gradient"]["failures"] == ["cut off after 2 s"]
-    assert (found["gradient"]["ended"], found["gradient"]["found"]) == (False, None)
+    assert not found["gradient"]["ended"]
     assert found["gone"]["failures"] == ["No such file or directory"]
     assert found["late"]["failures"] == ["left out: no time left"]
 
     assert gpu.main(["--table", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{record['about']['card']}, driver ")
-    assert "`pytest tests/gpu`: 2 passed, 1 failed" in lines
-    assert "|" + "---|" * len(gpu.SPEEDS) in lines
+    assert lines[2:5] == ["| model | mode | speed-up |", "|---|---|---|", "| m | eager | 0.500 |"]
+    assert any(line.startswith("| numerics | ") and "| True | 2 | 1 | - |" in line for line in lines)
     assert any(line.startswith("| calibrated | ") and "| 98.0 | 95.5 | asked 1.50, " in line for line in lines)
+    assert any(line.startswith("| gradient | ") and "| False | - |" in line for line in lines)
     assert "- eager: ended by SIGALRM" in lines
 
 
@@ -120,18 +114,20 @@ def test_bad_input_is_one_line(
 
 
 def test_every_part_has_its_commands(tmp_path: Path) -> None:
-    found = {part.name: part for part in gpu.parts(gpu_rows.SETTINGS["cuda"], tmp_path)}
-    names = ["numerics", "eager", "compiled", "target_speedup", "gradient", "calibrated", "reductions", "onnx"]
-    assert list(found) == names
+    found = {part.name: part for part in gpu.parts(gpu.SETTINGS["cuda"], tmp_path)}
+    assert list(found) == ["numerics", "eager", "compiled", "target_speedup", "gradient", "calibrated"]
     assert len(found["compiled"].commands) == 6
     for part in found.values():
         for words in part.commands:
-            if "benchmarks.gpu_rows" in words:
-                assert words[words.index("cuda") + 1] in gpu_rows.KINDS
+            if "--rows" in words:
+                assert words[words.index("--device") + 1] == "cuda"
+                assert words[words.index("--rows") + 2] == part.name
 
 
-def test_speeds() -> None:
-    rows = list(gpu_rows.eager_rows(TINY))
+def test_speeds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(gpu.PROJECT)
+    assert gpu.main(["--device", "cpu", "--rows", str(tmp_path / "lock"), "eager"]) == 0
+    rows = gpu.read(capsys.readouterr().out)["rows"]
     assert len(rows) == 2
     for row, precision in zip(rows, ("float32", "bf16"), strict=True):
         check_speed(row, precision, "eager")
@@ -140,38 +136,9 @@ def test_speeds() -> None:
 def test_speeds_of_compiled_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled = []
     monkeypatch.setattr(speed, "compile_model", lambda model: compiled.append(model) or model)
-    (row,) = gpu_rows.compiled_rows(TINY, "vit_sample_patch4_28", "1", str(tmp_path / "lock"))
+    (row,) = gpu.speeds(TINY, str(tmp_path / "lock"), "compiled", "vit_sample_patch4_28", "1")
     check_speed(row, "bf16", "compiled")
     assert len(compiled) == 2
-
-
-def test_the_price_of_a_reduction() -> None:
-    rows = list(gpu_rows.reduction_rows(TINY))
-    assert [row["reduction"] for row in rows] == [*gpu_rows.REDUCTIONS] * 2
-    assert all(row["ms_low"] <= row["ms"] <= row["ms_high"] for row in rows)
-    assert set(gpu.PRICES) <= set(rows[0])
-
-
-def test_cutting_nothing_off_changes_nothing() -> None:
-    model = gpu_rows.subject_of("vit_sample_patch4_28", None).compressed().eval()
-    images, whole = torch.randn(2, 3, 28, 28), model.dense_schedule()
-    with torch.inference_mode():
-        expected = model.outputs_at(images, whole)
-    torch.testing.assert_close(gpu_rows.sliced_pass(model, images, whole), expected)
-
-
-def test_files_in_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
-    options = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    entry = models.ModelEntry("tiny", "vit_tiny_patch16_224", "", None, options, 3, (32, 32))
-    subject = Subject(entry, (32, 32), diffrate.Schedule((17, 12), (17, 9)), 1, seed=0)
-    monkeypatch.setattr(gpu_rows, "subject_of", lambda name, gflops: subject)
-    (row,) = gpu_rows.onnx_rows(TINY, str(tmp_path))
-    assert (row["model"], row["mode"]) == ("tiny", "onnxruntime, CPUExecutionProvider")
-    assert row["ideal_speedup"] > 1
-    assert set(gpu.SPEEDS) <= set(row)
-    with pytest.raises(SystemExit, match=r"absent: onnxruntime .* has no CUDAExecutionProvider"):
-        next(gpu_rows.onnx_rows(gpu_rows.SETTINGS["cuda"], str(tmp_path)))
 
 
 def test_what_is_compared_on_a_gpu_runs(tmp_path: Path) -> None:

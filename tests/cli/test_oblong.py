@@ -15,10 +15,9 @@ from torchvision import transforms
 
 import diffrate
 import models
-from benchmarks import scaling
-from benchmarks.search_step import build_step
-from benchmarks.speed import build_side
-from benchmarks.subject import Subject
+from benchmarks import speed
+from benchmarks.parts import build_step
+from benchmarks.speed import Setting, Subject, build_side, scaling_rows
 from cli.flags import parse_flags
 from diffrate.saving.about import about
 from drawing.page import page, see
@@ -169,11 +168,11 @@ def test_benchmarks_of_oblong_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, cpu = Subject(models.entry_of("test_vit"), (48, 96), None, 1, 0), torch.device("cpu")
     build_step("search", subject, 2, cpu)()
     assert build_side("compressed", subject, 2, torch.float32, False, "cpu")().shape == (2, 1000)
-    monkeypatch.setattr(scaling, "SHARES", (0.5,))
-    setting = scaling.Setting((2,), torch.float32, 1, cpu)
-    whole, half = scaling.scaling_rows(subject, [(48, 96), (48, 100)], setting)  # the second is left out
-    assert (whole.tokens_kept, half.tokens_kept) == (19, 10)
-    assert whole.input_size == 68  # the side of a square of as many pixels
+    monkeypatch.setattr(speed, "SHARES", (0.5,))
+    setting = Setting((2,), (torch.float32,), (False,), 1, cpu)
+    whole, half = scaling_rows(subject, [(48, 96), (48, 100)], setting)  # the second is left out
+    assert (whole["tokens_kept"], half["tokens_kept"]) == (19, 10)
+    assert whole["input_size"] == 68  # the side of a square of as many pixels
 
 
 def test_a_schedule_of_another_shape_is_scaled(cli: Cli, image_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks.latency
+import cli.benchmark
 import cli.latency
 import diffrate.latency.check as check_module
 import diffrate.latency.confirm as confirm
@@ -32,7 +32,7 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(target, "REACH_SECONDS", 0.01)
     monkeypatch.setattr(confirm, "SECONDS", 0.01)
     monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
-    monkeypatch.setattr(benchmarks.latency, "RANDOM", 2)
+    monkeypatch.setattr(cli.benchmark, "RANDOM", 2)
     measured = confirm.measured_speedup
     monkeypatch.setattr(check_module, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
     assert cli.latency.SECONDS > 0
