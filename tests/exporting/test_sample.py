@@ -34,7 +34,7 @@ def test_as_many_digits_are_right(
     cli: Cli,
     tmp_path: Path,
 ) -> None:
-    """As `--eval` has them: README, "Fine-tune"."""
+    """As `--eval` has them: docs/fine-tune.md."""
     path = tmp_path / f"digits{suffix}"
     code, _, err = cli("--export", path, "--load_compression_rate", "--target_flops", gflops)
     assert (code, err) == (0, "")

@@ -1,0 +1,267 @@
+"""README.md and docs/: links resolve, Python compiles or runs, and every command is one that there is."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import diffrate
+from cli.flags import parse_flags
+from diffrate.exporting import targets
+from sample.unpack import unpack_sample
+from tests.conftest import Cli
+
+PROJECT = Path(__file__).parent.parent
+README, DOCS = PROJECT / "README.md", PROJECT / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+BESIDE = [PROJECT / name for name in ("CONTRIBUTING.md", "sample/README.md", "figures/README.md")]
+LONGEST = 200  # lines of the README
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ELSEWHERE = ("http://", "https://")
+LEAVING = {"compile_merging", "MergingCompileError"}
+
+
+def named(paths: list[Path]) -> Any:
+    return pytest.mark.parametrize("page", paths, ids=lambda page: page.relative_to(PROJECT).as_posix())
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The fenced blocks of a page that are marked as `kind`."""
+    return [text for marked, text in FENCED.findall(page.read_text()) if marked == kind]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command; of a block with prompts, those behind prompts alone."""
+    for block in blocks(page, ""):
+        lines = block.replace("\\\n", " ").splitlines()
+        prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        for line in prompted or lines:
+            for part in line.split(" && "):
+                words = shlex.split(part, comments=True)
+                if words and words[0] in ("python", "torchrun", "pip"):
+                    yield words
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """What each command of a page says to `main.py`."""
+    return [words[words.index("main.py") + 1 :] for words in commands(page) if "main.py" in words]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can name behind `#`: the headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@named([*PAGES, *BESIDE, PROJECT / "visualization.ipynb"])
+def test_relative_links_resolve(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text()))
+    for link in links:
+        if not link.startswith(ELSEWHERE):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_likely_changes_name_files_that_there_are() -> None:
+    text = (PROJECT / "CONTRIBUTING.md").read_text().partition("## Ten likely changes")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([^`<]+\.(?:py|txt))`", line) for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 10
+    for row in rows:
+        assert 1 <= len(row) <= 4, row
+        assert all((PROJECT / name).exists() for name in row), row
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= LONGEST
+    assert {f"docs/{page.name}" for page in PAGES[1:]} == set(re.findall(r"\]\((docs/[a-z-]+\.md)\)", text))
+
+
+@named(PAGES)
+def test_python_compiles(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec")
+
+
+def public_words(text: str) -> set[str]:
+    """The words of a page that stand in code, in a line of text or of a table."""
+    return set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", FENCED.sub("", text)))))
+
+
+def test_the_library_page_has_every_public_name() -> None:
+    assert set(diffrate.__all__) - LEAVING - public_words((DOCS / "library.md").read_text()) == set()
+
+
+@named(PAGES)
+def test_every_command_is_one_that_there_is(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags parse; modules and tests exist. Files of `--save` are there by the names that commands give them."""
+    for words in commands(page):
+        if words[:2] == ["python", "-m"] and words[2] not in ("pytest", "torch.distributed.launch"):
+            assert importlib.util.find_spec(words[2]), words
+        assert all(
+            (PROJECT / word).exists() for word in words if word.startswith(("tests/", "requirements", "figures/"))
+        )
+    for path in re.findall(r"python -m pytest\s+(tests/\S+\.py)", page.read_text()):
+        assert (PROJECT / path).exists(), path
+    monkeypatch.setattr(targets, "find_spec", lambda name: True)  # parsing needs no runtime of exported files
+    monkeypatch.chdir(tmp_path)
+    for line in command_lines(page):
+        for name in (word for word in line if word.endswith(".safetensors")):
+            if not Path(name).exists():
+                Path(name).parent.mkdir(exist_ok=True)
+                save_small(Path(name))
+        parse_flags(line)
+
+
+def test_the_two_commands_are_those_that_are_run_before_a_release() -> None:
+    script = (PROJECT / ".ci" / "run").read_text().replace("--quiet ", "")
+    for line in blocks(README, "")[0].splitlines():
+        assert all(part in script for part in line.split(" && ")), line
+
+
+def save_small(path: Path, names: tuple[str, ...] = ("cat", "dog", "emu")) -> None:
+    """A small model of three classes, at half of its tokens, as `--save` leaves it."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=len(names))
+    compressed = diffrate.patch.vit(model)
+    compressed.set_kept_num(*[[9] * count for count in map(len, compressed.get_kept_num())])
+    diffrate.save(compressed, path, name="test_vit", classes=names)
+
+
+def first(page: str) -> list[str]:
+    return command_lines(DOCS / page if page != README.name else README)[0]
+
+
+def ran(result: tuple[int, str, str]) -> str:
+    code, out, err = result
+    assert (code, err) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize("page", ["README.md", "troubleshooting.md"])
+def test_the_first_command_scores_the_sample_as_the_page_says(page: str, cli: Cli) -> None:
+    said = re.findall(r"Acc@1 95\.200.*?(?=\n|`)", (PROJECT / page if page == README.name else DOCS / page).read_text())
+    assert said
+    assert said[0] in ran(cli(*first(page)))
+
+
+def test_the_first_command_of_models(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model("deit_tiny_patch16_224", num_classes=3).state_dict(), tmp_path / "mine.pth")
+    places = {
+        "DIR": image_folder,
+        "mine.pth": tmp_path / "mine.pth",
+        "start.safetensors": tmp_path / "start.safetensors",
+    }
+    assert "Acc@1" in ran(cli(*[places.get(word, word) for word in first("models.md")]))
+    assert diffrate.about(tmp_path / "start.safetensors").classes == ("cat", "dog", "emu")
+
+
+def test_the_first_command_of_search_within_a_second(cli: Cli, photographs: Path, tmp_path: Path) -> None:
+    save_small(tmp_path / "start.safetensors")
+    places = {"FOLDER": photographs, **{name: tmp_path / name for name in ("start.safetensors", "small.safetensors")}}
+    words = [places.get(word, word) for word in first("search.md")]
+    assert "found merge_kept_num" in ran(cli(*words, "--minutes", 0.02, "--output_dir", tmp_path / "output"))
+    assert diffrate.about(tmp_path / "small.safetensors").schedule.merge
+
+
+def test_the_first_command_of_speed_parses_for_it_would_take_minutes() -> None:
+    (target,) = parse_flags(first("speed.md")).model.targets
+    assert target.timed
+
+
+def test_the_first_command_of_fine_tune_for_an_epoch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+    save_small(tmp_path / "small.safetensors")
+    places = {"DIR": image_folder, **{name: tmp_path / name for name in ("small.safetensors", "tuned.safetensors")}}
+    words = [places.get(word, word) for word in first("fine-tune.md")]
+    assert "Acc@1" in ran(cli(*words, "--epochs", 1))
+    before, after = (diffrate.about(tmp_path / f"{name}.safetensors").schedule for name in ("small", "tuned"))
+    assert before == after
+
+
+def test_the_first_command_of_benchmark_for_a_round(cli: Cli) -> None:
+    assert "% of the ideal" in ran(cli(*first("benchmark.md"), "--rounds", 1))
+
+
+def test_the_first_command_of_visualize(cli: Cli, tmp_path: Path) -> None:
+    unpack_sample()
+    words = [PROJECT / word if word.startswith("sample/") else word for word in first("visualize.md")]
+    ran(cli(*words, "--output_dir", tmp_path))
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"005.png", "005_tokens.png"}
+
+
+def test_the_first_command_of_export(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    ran(cli(*[path if word == path.name else word for word in first("export.md")]))
+    assert diffrate.load(path).flops() < diffrate.load(path).flops_at(diffrate.load(path).dense_schedule())
+
+
+@pytest.mark.parametrize(("runtime", "file"), [("onnxruntime", "small.onnx"), ("openvino", "small.xml")])
+def test_the_lines_that_run_an_exported_file(runtime: str, file: str, cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip(runtime, reason="needs requirements-export.txt")
+    (lines,) = (block for block in blocks(DOCS / "export.md", "python") if f", {runtime}\n" in block)
+    ran(cli("--export", tmp_path / file, "--load_compression_rate", "--export-normalize"))
+    Image.new("RGB", (40, 30), "black").save(tmp_path / "picture.png")
+    words = [sys.executable, "-I", "-W", "error", "-c", lines]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in set("0123456789")
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "library.md"], ids=lambda page: page.name)
+def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small model with fresh weights, in seconds; but for exports, which have tests of their own."""
+    build, search = timm.create_model, diffrate.search
+
+    def untrained(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        narrow = {"embed_dim": 24, "num_heads": 2, "num_classes": 10}
+        return build("vit_tiny_patch16_224", **{**narrow, **options})
+
+    def brief(*given: Any, **options: Any) -> diffrate.Found:
+        return search(*given, **{**options, "minutes": 0.02})
+
+    monkeypatch.setattr(timm, "create_model", untrained)
+    monkeypatch.setattr(diffrate, "search", brief)
+    monkeypatch.setattr(diffrate, "measure_latency", partial(diffrate.measure_latency, seconds=1))
+    monkeypatch.setattr(diffrate, "check_predictions", partial(diffrate.check_predictions, seconds=1))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    loader = [(torch.randn(2, 3, 224, 224), torch.randint(10, (2,))) for _ in range(2)]
+    names = {"loader": loader, "val_loader": loader, "images": loader[0][0], "photograph": Image.new("RGB", (224, 224))}
+    for block in blocks(page, "python"):
+        if "diffrate.export(" not in block:
+            exec(compile(block, page.name, "exec"), names)
+    assert isinstance(names["model"], diffrate.CompressedModel)
+
+
+def test_signatures_on_the_library_page_are_those_of_the_code() -> None:
+    """Parameters and defaults; of `search`, which has a table, the keywords."""
+    text = (DOCS / "library.md").read_text()
+    functions = {name for name in diffrate.__all__ if inspect.isfunction(getattr(diffrate, name))} - LEAVING
+    shown = dict(re.findall(r"`([a-z_]+)(\([^`]*\))`", text.replace("\n", " ")))
+    assert functions - set(shown) == set()
+    assert set(inspect.signature(diffrate.search).parameters) - public_words(text) == set()
+    for name in functions - {"search"}:
+        call = ast.parse(f"def f{shown[name]}: pass").body[0]
+        assert isinstance(call, ast.FunctionDef)
+        code = inspect.signature(getattr(diffrate, name)).parameters.values()
+        given = call.args.defaults + [value for value in call.args.kw_defaults if value is not None]
+        assert [argument.arg for argument in (*call.args.args, *call.args.kwonlyargs)] == [one.name for one in code]
+        assert list(map(ast.unparse, given)) == [repr(one.default) for one in code if one.default is not one.empty], (
+            name
+        )
