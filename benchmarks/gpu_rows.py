@@ -133,7 +133,7 @@ def sliced_pass(model: diffrate.CompressedModel, images: Tensor, schedule: Sched
     state = model.prepared(entry.state, schedule)
     for block, positions, kept, read in model.steps(entry, schedule):
         whole = Kept(kept.entering, kept.entering, kept.entering)
-        state, _ = attended(block, positions, model.rules, state, whole, read)
+        state, _ = attended(block, positions, model.rule, state, whole, read)
         state = state._replace(x=mlp_branch(block, state.x[:, : kept.merged]))
     return model.classify(state)
 

@@ -13,6 +13,7 @@ from cli.goals import aims_of
 from cli.results import report, save_schedules
 from cli.settings import OFFICIAL, Settings
 from cli.trained import trained_model
+from diffrate.blocks.rule import RandomImportance
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of
 from diffrate.budgets.uniform import baseline_schedule
@@ -42,7 +43,7 @@ def _score(settings: Settings, runtime: Runtime) -> None:
     model = patched(trained.model, settings.model).to(runtime.device)
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":
-        model.rules = replace(model.rules, random=True)
+        model.rule = replace(model.rule, importance=RandomImportance(model.rule.importance.queries))
     for aim in aims_of(settings, model, runtime):
         again = partial(_again, settings, model)
         first = _schedule(settings, model, aim.goal.budget)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import diffrate
 import models
+from diffrate.blocks.rule import RandomImportance
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.rounding import BudgetError, meets_budget
 from diffrate.budgets.schedule import Schedule, find_schedule, running_counts, save_schedule
@@ -94,7 +95,7 @@ def test_random_tokens_go_whatever_their_importance() -> None:
 
     model = diffrate.patch.deit(plain("deit").eval())
     model.set_kept_num([65, 20, 20, 20, 20, 20], [65] * 6)
-    model.rules = replace(model.rules, random=True)
+    model.rule = replace(model.rule, importance=RandomImportance(1))
     images = torch.randn(1, 3, 32, 32)
     kept = {tuple((model.forward_tokens(images).origin >= 0)[0].tolist()) for _ in range(4)}
     assert len(kept) == 4

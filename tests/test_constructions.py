@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
+from diffrate.blocks.rule import PlainMean
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 from tests.tiny_models import dense
 
@@ -154,7 +155,7 @@ def test_search_agrees_with_dropping_tokens_for_real(name: str) -> None:
     similarity are clamped in search, as published, which poolings see: here they are not weighed."""
     model = patched(name)
     model.train_to_search()
-    model.rules = replace(model.rules, weigh_by_similarity=False)
+    model.rule = replace(model.rule, mean=PlainMean(cosine_sizes=False))
     patches, last = model.compression.patches(1), model.compression.space.searchable[-1]
     with torch.no_grad():
         for (block, kind), rate in zip(model.compression.choices(), model.arch_parameters(), strict=True):
@@ -310,11 +311,11 @@ def test_a_size_is_weighed_by_every_pooling() -> None:
 
 
 def test_importance_of_a_distilled_model_is_the_mean_of_its_two_tokens() -> None:
-    from diffrate.blocks.attention import Heads, speakers_importance
+    from diffrate.blocks.attention import Heads, first_tokens_attention
 
     heads = Heads(*torch.randn(3, 2, 3, 7, 4, dtype=torch.float64), 0.5)
     weights = (heads.query @ heads.key.transpose(-2, -1) * 0.5).softmax(-1).mean(1)
-    torch.testing.assert_close(speakers_importance(heads, None, 2), weights[:, :2].mean(1))
+    torch.testing.assert_close(first_tokens_attention(heads, None, 2), weights[:, :2].mean(1))
 
 
 def test_importance_without_a_class_token_is_the_attention_received(monkeypatch: pytest.MonkeyPatch) -> None:

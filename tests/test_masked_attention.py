@@ -15,9 +15,9 @@ def by_the_formula(
     heads: Heads,
     bias: Tensor | None,
     mask: Tensor,
-    speakers: int,
+    queries: int,
     pairs: Tensor | None = None,
-    removed_speak: bool = False,
+    masked_queries: bool = False,
 ) -> tuple[Tensor, Tensor]:
     query, key, value, scale = heads
     tokens = key.shape[2]
@@ -31,9 +31,9 @@ def by_the_formula(
     visible = mask[:, None, None, :] + (1 - mask[:, None, None, :]) * itself
     exponential = exponential * visible
     weights = (exponential + EPSILON / tokens) / (exponential.sum(-1, keepdim=True) + EPSILON)
-    if speakers:
-        return weights @ value, weights[:, :, :speakers].mean((1, 2))
-    heard = torch.ones_like(mask) if removed_speak else (mask > 0).double()
+    if queries:
+        return weights @ value, weights[:, :, :queries].mean((1, 2))
+    heard = torch.ones_like(mask) if masked_queries else (mask > 0).double()
     importance = (weights.mean(1) * heard[:, :, None]).sum(1) / heard.sum(1, keepdim=True)
     return weights @ value, importance
 
@@ -49,15 +49,15 @@ def inputs(with_bias: bool, seed: int = 0, prefix: int = 1) -> tuple[list[Tensor
 
 
 @pytest.mark.parametrize(
-    ("rows", "speakers", "removed_speak"),
+    ("rows", "queries", "masked_queries"),
     [(9, 1, False), (9, 2, False), (9, 0, False), (9, 0, True), (4, 1, False), (4, 2, False), (1, 1, False)],
 )
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("with_pairs", [True, False])
 @pytest.mark.parametrize("cached", [1, 2**18])
 def test_values_and_gradients(
-    speakers: int,
-    removed_speak: bool,
+    queries: int,
+    masked_queries: bool,
     with_bias: bool,
     with_pairs: bool,
     cached: int,
@@ -69,9 +69,9 @@ def test_values_and_gradients(
     pairs = torch.randn(1, 2, rows, 9, dtype=torch.float64) if with_pairs else None
     results = []
     for attend in (masked_attention, by_the_formula):
-        (query, key, value), bias, mask = inputs(with_bias, prefix=max(1, speakers))
+        (query, key, value), bias, mask = inputs(with_bias, prefix=max(1, queries))
         heads = Heads(query[:, :, :rows], key, value, 0.5)
-        mixed, importance = attend(heads, bias, mask, speakers, pairs, removed_speak)
+        mixed, importance = attend(heads, bias, mask, queries, pairs, masked_queries)
         (mixed * torch.arange(4)).pow(2).sum().backward()
         gradients = [item.grad for item in (query, key, value, mask, bias) if item is not None]
         results.append([mixed.detach(), importance.detach(), *gradients])

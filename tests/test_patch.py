@@ -217,11 +217,12 @@ def test_exports_to_one_graph(family: str) -> None:
 def test_a_block_that_removes_nothing_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the third block removes tokens: one ranking and one merge in the whole model."""
     import diffrate.blocks.block as block
+    import diffrate.blocks.rule as rule
 
     calls = []
-    for name in ("keep_tokens", "merge_tokens", "attend_and_rank"):
-        original = getattr(block, name)
-        monkeypatch.setattr(block, name, lambda *a, _f=original, _n=name: calls.append(_n) or _f(*a))
+    for module, name in ((rule, "keep_tokens"), (rule, "merge_tokens"), (block, "attend_and_rank")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _f=original, _n=name: calls.append(_n) or _f(*a))
     model = patched("deit")
     model.set_kept_num([65, 65, 60, 60, 60, 60], [65, 65, 50, 60, 60, 60])
     model(images("deit"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from diffrate.blocks import attention
-from diffrate.blocks.attention import Heads, size_bias, speakers_importance
+from diffrate.blocks.attention import Heads, first_tokens_attention, size_bias
 from diffrate.blocks.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
 from diffrate.blocks.prune import keep_tokens, most_important
 from diffrate.blocks.tokens import TokenState, follow
@@ -24,10 +24,10 @@ def random_state(batch: int, tokens: int, seed: int, traced: bool = True) -> Tok
     return state.traced() if traced else state
 
 
-def merge_in_order(state: TokenState, kept: int, spared: int, weigh_by_similarity: bool) -> TokenState:
+def merge_in_order(state: TokenState, kept: int, spared: int, cosine_sizes: bool) -> TokenState:
     """`merge_tokens` of tokens that are in the order of importance."""
     batch, tokens, _ = state.x.shape
-    return merge_tokens(state, torch.arange(tokens).expand(batch, tokens), kept, spared, weigh_by_similarity)
+    return merge_tokens(state, torch.arange(tokens).expand(batch, tokens), kept, spared, cosine_sizes)
 
 
 def merge_by_hand(x: torch.Tensor, size: torch.Tensor, kept: int, weigh: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data:
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     state = random_state(batch, tokens, seed)
-    merged = merge_in_order(state, kept, 1, weigh_by_similarity=weigh)
+    merged = merge_in_order(state, kept, 1, cosine_sizes=weigh)
     assert state.size is not None
     assert merged.size is not None
     for image in range(batch):
@@ -66,7 +66,7 @@ def test_plain_sizes_are_conserved_and_follow_the_origins(shape: tuple[int, int,
     tokens += 1
     kept = data.draw(st.integers(2, tokens - 1))
     ones = random_state(batch, tokens, seed)._replace(size=None)
-    merged = merge_in_order(ones, kept, 1, weigh_by_similarity=False)
+    merged = merge_in_order(ones, kept, 1, cosine_sizes=False)
     assert merged.origin is not None
     assert merged.size is not None
     counts = F.one_hot(merged.origin, kept).sum(1)
@@ -121,7 +121,7 @@ def test_merging_has_the_gradient_of_its_rule(batch: int) -> None:
     )
 
     def merge(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        merged = merge_tokens(TokenState(x, size), index, 4, 1, weigh_by_similarity=True)
+        merged = merge_tokens(TokenState(x, size), index, 4, 1, cosine_sizes=True)
         return merged.x, merged.sizes()
 
     before = state.x.clone(), state.size.clone()
@@ -139,19 +139,19 @@ def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
     heads = Heads(query, key, value, 0.3)
     x = torch.randn(3, 30, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     size = torch.rand(3, 30, generator=torch.Generator().manual_seed(2)) + 0.5
-    importance = speakers_importance(heads, size_bias(size), 1)
+    importance = first_tokens_attention(heads, size_bias(size), 1)
     for image in range(3):
         one = slice(image, image + 1)
         own = Heads(heads.query[one], heads.key[one], heads.value[one], heads.scale)
-        found = speakers_importance(own, size_bias(size[one]), 1)
+        found = first_tokens_attention(own, size_bias(size[one]), 1)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, importance[one], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     index = most_important(importance[:, 1:], 20, 1)
-    merged = merge_tokens(TokenState(x, size), index, 12, 1, weigh_by_similarity=True)
+    merged = merge_tokens(TokenState(x, size), index, 12, 1, cosine_sizes=True)
     assert merged.size is not None
     for image in range(3):
         one = slice(image, image + 1)
-        alone = merge_tokens(TokenState(x[one], size[one]), index[one], 12, 1, weigh_by_similarity=True)
+        alone = merge_tokens(TokenState(x[one], size[one]), index[one], 12, 1, cosine_sizes=True)
         assert alone.size is not None
         torch.testing.assert_close(alone.x, merged.x[one])
         torch.testing.assert_close(alone.size, merged.size[one])
@@ -159,22 +159,22 @@ def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("elements", [0, 2**20])
 @pytest.mark.parametrize("cached", [1, 2**18])
-@pytest.mark.parametrize("speakers", [1, 2])
+@pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("biased", ["no", "keys", "pairs"])
 def test_attention_and_importance_are_the_same_with_a_map_and_without(
-    monkeypatch: pytest.MonkeyPatch, elements: int, cached: int, speakers: int, biased: str
+    monkeypatch: pytest.MonkeyPatch, elements: int, cached: int, queries: int, biased: str
 ) -> None:
-    """All maps at once, an image at a time, or fused attention and the speakers' rows."""
+    """All maps at once, an image at a time, or fused attention and the queries' rows."""
     monkeypatch.setattr(attention, "IMAGE_ELEMENTS", elements)
     monkeypatch.setattr(attention, "CACHED_ELEMENTS", cached)
     heads = Heads(*torch.randn(3, 4, 2, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.3)
     shape = {"no": None, "keys": (4, 1, 1, 9), "pairs": (1, 2, 9, 9)}[biased]
     bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
-    mixed, importance = attention.attend_and_rank(heads, bias, 0.0, speakers)
+    mixed, importance = attention.attend_and_rank(heads, bias, 0.0, queries)
     scores = heads.query @ heads.key.transpose(-2, -1) * 0.3
     weights = (scores if bias is None else scores + bias).softmax(-1)
     torch.testing.assert_close(mixed, weights @ heads.value)
-    received = weights[:, :, :speakers].sum((1, 2))
+    received = weights[:, :, :queries].sum((1, 2))
     torch.testing.assert_close(importance / importance.sum(1, keepdim=True), received / received.sum(1, keepdim=True))
 
 
@@ -200,7 +200,7 @@ def test_position_zero_is_never_a_destination() -> None:
 
 def test_merging_into_one_token_prunes() -> None:
     state = random_state(2, 6, seed=3)
-    merged = merge_in_order(state, 1, 1, weigh_by_similarity=True)
+    merged = merge_in_order(state, 1, 1, cosine_sizes=True)
     torch.testing.assert_close(merged.x, state.x[:, :1])
     assert merged.origin is not None
     assert merged.origin.tolist() == [[0, -1, -1, -1, -1, -1]] * 2
@@ -209,21 +209,21 @@ def test_merging_into_one_token_prunes() -> None:
 def test_opposite_tokens_leave_a_positive_size() -> None:
     """Similarity -1 takes the whole size away: its logarithm must stay finite."""
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.0, -2.0]]])
-    merged = merge_in_order(TokenState(x), 2, 1, weigh_by_similarity=True)
+    merged = merge_in_order(TokenState(x), 2, 1, cosine_sizes=True)
     assert merged.size is not None
     assert merged.size.log().isfinite().all()
     torch.testing.assert_close(merged.size[:, 0], torch.ones(1))
 
 
 def test_zero_tokens_match_without_nan() -> None:
-    merged = merge_in_order(TokenState(torch.zeros(1, 4, 3)), 2, 1, weigh_by_similarity=True)
+    merged = merge_in_order(TokenState(torch.zeros(1, 4, 3)), 2, 1, cosine_sizes=True)
     assert merged.x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_type_and_float32_sizes(dtype: torch.dtype) -> None:
     state = TokenState(torch.randn(2, 9, 4, dtype=dtype))
-    merged = merge_in_order(state, 4, 1, weigh_by_similarity=True)
+    merged = merge_in_order(state, 4, 1, cosine_sizes=True)
     assert merged.x.dtype == dtype
     assert merged.size is not None
     assert merged.size.dtype == torch.float32

@@ -54,37 +54,37 @@ def attend(heads: Heads, bias: Tensor | None, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
-def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, speakers: int) -> tuple[Tensor, Tensor]:
+def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: int) -> tuple[Tensor, Tensor]:
     """Proportional attention `[B, H, N, V]`, and the importance of each token, `[B, N]`: the attention that it receives
-    from the first `speakers`, or from all with 0; over all heads. It is a sum or a mean: only its order means anything.
+    from the first `queries`, or from all with 0; over all heads. It is a sum or a mean: only its order means anything.
 
     Few tokens' importance is read off the attention map where that is no slower than fused attention, which keeps no
     map, and a row of its own. That of all tokens takes every element of the map, but not all at once: a few images are
     treated at a time, so that on a CPU their maps stay in the cache.
     """
-    if speakers and not _maps_pay(heads):
-        return attend(heads, bias, dropout), speakers_importance(heads, bias, speakers)
+    if queries and not _maps_pay(heads):
+        return attend(heads, bias, dropout), first_tokens_attention(heads, bias, queries)
     parts = list(_parts(heads.key, _map_elements(heads)))
 
     def drop(weights: Tensor) -> Tensor:
         return F.dropout(weights, dropout) if dropout > 0 else weights
 
     if len(parts) == 1:
-        return attend_with_map(heads, bias, drop, speakers)
+        return attend_with_map(heads, bias, drop, queries)
     mixed, importance = [], []
     for part in parts:
         few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
         own = bias if bias is None or bias.shape[0] == 1 else bias[part]
-        attended, received = attend_with_map(few, own, drop, speakers)
+        attended, received = attend_with_map(few, own, drop, queries)
         mixed.append(attended)
         importance.append(received)
     return torch.cat(mixed), torch.cat(importance)
 
 
-def speakers_importance(heads: Heads, bias: Tensor | None, speakers: int) -> Tensor:
-    """The attention of the first `speakers` tokens to all, the mean over them and over heads: `[B, N]`."""
-    rows = [row_importance(heads, heads.query[:, :, row : row + 1], _row(bias, row)) for row in range(speakers)]
-    return rows[0] if speakers == 1 else torch.stack(rows).mean(0)
+def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> Tensor:
+    """The attention of the first `queries` tokens to all, the mean over them and over heads: `[B, N]`."""
+    rows = [row_importance(heads, heads.query[:, :, row : row + 1], _row(bias, row)) for row in range(queries)]
+    return rows[0] if queries == 1 else torch.stack(rows).mean(0)
 
 
 def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,7 +120,7 @@ def _has_matrix_unit() -> bool:
 
 
 def attend_with_map(
-    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor], speakers: int
+    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor], queries: int
 ) -> tuple[Tensor, Tensor]:
     """`attend_and_rank` by the attention maps of all images `[B * H, Q, N]`, which pass `drop` on their way to values.
 
@@ -129,7 +129,7 @@ def attend_with_map(
     images = heads.query.shape[:2]
     weights = _scores(heads, bias).softmax(dim=-1)
     asking = weights.unflatten(0, images)
-    importance = (asking[:, :, :speakers] if speakers else asking).sum(dim=(1, 2))
+    importance = (asking[:, :, :queries] if queries else asking).sum(dim=(1, 2))
     mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
     return mixed.unflatten(0, images), importance
 

@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffrate.blocks.attention import add_bias, attend, attend_and_rank, attend_with_map, size_bias
 from diffrate.blocks.forms import called, form_of, has_hooks, through
-from diffrate.blocks.merge import merge_tokens
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
-from diffrate.blocks.prune import keep_tokens, most_important
-from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.rule import ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.budgets.schedule import Kept
 
 
 def fixed_block(
-    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, kept: Kept, read: int | None = None
+    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, kept: Kept, read: int | None = None
 ) -> TokenState:
     """Run one block that leaves `kept.merged` of the `kept.entering` tokens in `state`.
 
@@ -34,8 +31,8 @@ def fixed_block(
     """
 
     def step(state: TokenState, read: int | None) -> TokenState:
-        state, importance = attended(block, positions, rules, state, kept, read)
-        state = reduced(rules, state, importance, kept)
+        state, attention = attended(block, positions, rule, state, kept, read)
+        state = reduced(rule, state, attention, kept)
         return replaced(state, x=mlp_branch(block, state.x))
 
     return with_hooks(block, state, read, step)
@@ -65,24 +62,17 @@ def removes(kept: Kept, read: int | None) -> bool:
 
 
 def attended(
-    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, kept: Kept, read: int | None
+    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, kept: Kept, read: int | None
 ) -> tuple[TokenState, Tensor | None]:
-    """The first part of a block: the tokens after attention, the first `read` alone if that says so, and the
-    importance `[B, N - prefix]` of all but the prefix where some are to go."""
-    x, importance = _attention(block, positions, rules, state, removes(kept, read), read)
-    return (replaced(state, x=x) if read is None else TokenState(x)), importance
+    """The first part of a block: the tokens after attention, the first `read` alone if that says so, and where some
+    are to go the attention `[B, N - prefix]` that all but the prefix receive from the rule's queries."""
+    x, attention = _attention(block, positions, rule, state, removes(kept, read), read)
+    return (replaced(state, x=x) if read is None else TokenState(x)), attention
 
 
-def reduced(rules: ReductionRules, state: TokenState, importance: Tensor | None, kept: Kept) -> TokenState:
-    """The second part: the tokens that are left by `importance`, all where there is none."""
-    if importance is None:
-        return state
-    if rules.random:
-        importance = torch.rand_like(importance)
-    index = most_important(importance, kept.pruned, rules.prefix)
-    if kept.merged < kept.pruned:
-        return merge_tokens(state, index, kept.merged, rules.spared, rules.weigh_by_similarity)
-    return keep_tokens(state, index)
+def reduced(rule: ReductionRule, state: TokenState, attention: Tensor | None, kept: Kept) -> TokenState:
+    """The second part: the tokens that are left by `rule`, all where no `attention` was asked for."""
+    return state if attention is None else rule.reduced(state, attention, kept)
 
 
 def mlp_branch(block: Any, x: Tensor) -> Tensor:
@@ -108,13 +98,13 @@ def attention_branch(block: Any, x: Tensor, mix: Callable[[Any, Tensor], Tensor]
 
 
 def _attention(
-    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, removes: bool, read: int | None
+    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, removes: bool, read: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The residual stream after attention, and the importance `[B, N - prefix]` if tokens are to go."""
-    importance: Tensor | None = None
+    """The residual stream after attention, and what tokens receive of it, as `attended`."""
+    received: Tensor | None = None
 
     def mix(attention: Any, entering: Tensor) -> Tensor:
-        nonlocal importance
+        nonlocal received
         heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
         pairs = positions.pairs(state.place)
         bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
@@ -122,14 +112,14 @@ def _attention(
         dropout = getattr(drop, "p", 0.0) if attention.training else 0.0
         if has_hooks(drop):  # which are there to see the maps, each head's
             images = heads.query.shape[:2]
-            mixed, importance = attend_with_map(
-                heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rules.speakers
+            mixed, received = attend_with_map(
+                heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rule.importance.queries
             )
         elif removes:
-            mixed, importance = attend_and_rank(heads, bias, dropout, rules.speakers)
+            mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
         else:
             mixed = attend(heads, bias, dropout)
         return mixed
 
     x = attention_branch(block, state.x, mix)
-    return x, importance[:, rules.prefix :] if removes and importance is not None else None
+    return x, received[:, rule.prefix :] if removes and received is not None else None

@@ -83,12 +83,12 @@ def match(x: Tensor, kept: int, spared: int) -> tuple[Tensor, Tensor]:
     return nearest + spared, along
 
 
-def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, weigh_by_similarity: bool) -> TokenState:
+def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, cosine_sizes: bool) -> TokenState:
     """The tokens at the first `kept` of `index` `[B, K]`, each but the first `spared` averaged with those at
     the later ones that go to it; all other tokens are pruned.
 
     Features are the plain mean of a destination and its sources, whatever their sizes. Sizes add
-    up, the sources' times their cosine with `weigh_by_similarity`. Where none but spared tokens are
+    up, the sources' times their cosine with `cosine_sizes`. Where none but spared tokens are
     kept there is no destination, and the sources are pruned.
     """
     staying = index[:, :kept]
@@ -96,10 +96,10 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, weigh
         return keep_tokens(state, staying)
     x, size = take(state.x, index), None if state.size is None else take(state.size, index)
     if alone(index) and on_cpu(x):  # the same with fewer dimensions takes fewer operations
-        found = averaged(x[0], None if size is None else size[0], kept, spared, weigh_by_similarity)
+        found = averaged(x[0], None if size is None else size[0], kept, spared, cosine_sizes)
         features, size, destination = (part[None] for part in found)
     else:
-        features, size, destination = averaged(x, size, kept, spared, weigh_by_similarity)
+        features, size, destination = averaged(x, size, kept, spared, cosine_sizes)
     place = None if state.place is None else take(state.place, staying)
     merged = TokenState(features, size, place=place)
     if state.origin is None:
@@ -109,7 +109,7 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, weigh
 
 
 def averaged(
-    x: Tensor, size: Tensor | None, kept: int, spared: int, weigh_by_similarity: bool
+    x: Tensor, size: Tensor | None, kept: int, spared: int, cosine_sizes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first `kept` tokens of `x` `[..., N, C]` with the later ones that go to them, their sizes `[..., kept]`, and
     where each later one goes, `[..., N - kept]`.
@@ -121,7 +121,7 @@ def averaged(
     ones = precise.new_ones(precise.shape[:-1])
     joined = add_up(ones.narrow(-1, 0, kept), destination, ones.narrow(-1, kept, leaving))
     sizes = joined
-    if weigh_by_similarity:
+    if cosine_sizes:
         whole = ones if size is None else size
         cosine = along / length_of(precise.narrow(-2, kept, leaving))
         added = whole.narrow(-1, kept, leaving) * cosine

@@ -1,7 +1,7 @@
 """Schedules made by hand, to hold a search against: the same share of tokens goes in every block.
 
 `prune` only prunes. `merge` only merges, as ToMe does. `both` prunes half of what goes and merges
-the other half. `random` keeps as many tokens as `prune`, but any: see `ReductionRules`.
+the other half. `random` keeps as many tokens as `prune`, but any: see `RandomImportance`.
 """
 
 from __future__ import annotations

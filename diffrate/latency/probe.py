@@ -52,10 +52,10 @@ def timed_run(model: CompressedModel, parts: Parts, images: Tensor, schedule: Sc
     for block, positions, counts, read in steps:
         kept.append(counts)
         sized.append(state.size is not None)
-        state, importance = attention(block, positions, model.rules, state, counts, read)
+        state, importance = attention(block, positions, model.rule, state, counts, read)
         watch.mark()
         if removes(counts, read):
-            state = reduction(model.rules, state, importance, counts)
+            state = reduction(model.rule, state, importance, counts)
         watch.mark()
         state = replaced(state, x=mlp(block, state.x))
         watch.mark()

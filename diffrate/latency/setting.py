@@ -17,7 +17,7 @@ from diffrate.running.precision import place_of
 from diffrate.running.speed import mode_name, precision_name, precision_named
 
 FORMAT = 2  # of the file, and of what is measured
-OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rules", "mode")
+OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rule", "mode")
 
 
 class Use(NamedTuple):
@@ -70,7 +70,7 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
         "precision": precision_name(use.dtype),
         "mode": mode_name(use.compiled),
         "model": type(model).__name__,
-        "rules": str(model.rules),
+        "rule": str(model.rule),
         "image_size": list(model.image_size),
         "tokens": model.compression.space.limits[0],
         "parameters": sum(weight.numel() for weight in model.parameters() if id(weight) not in rates),

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from diffrate.blocks.block import fixed_block
 from diffrate.blocks.forms import UnsupportedModelError, check_block, has_hooks, is_read
 from diffrate.blocks.positions import NO_POSITIONS, Positions
-from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.rule import ReductionRule
 from diffrate.blocks.tokens import TokenState, in_graph, replaced, size_dtype
 from diffrate.budgets.flops import Count
 from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
@@ -59,7 +59,7 @@ class CompressedModel(nn.Module):
     model: threads may share it.
     """
 
-    rules: ReductionRules  # the family's, unless a baseline replaces them on its model
+    rule: ReductionRule  # the family's, unless a baseline replaces it on its model
     compression: CompressionState
     num_classes: int  # outputs; 0 for a model without a head
     pretrained_cfg: Any  # timm's: what the model's inputs are like
@@ -307,8 +307,8 @@ class CompressedModel(nn.Module):
     def _run(
         self, block: nn.Module, positions: Positions, state: TokenState, kept: Kept, read: int | None = None
     ) -> TokenState:
-        """`fixed_block` by the model's rules."""
-        return self._recomputed(fixed_block, block, positions, self.rules, state, kept, read)
+        """`fixed_block` by the model's rule."""
+        return self._recomputed(fixed_block, block, positions, self.rule, state, kept, read)
 
     def _recomputed(self, step: Callable[..., TokenState], *given: Any) -> TokenState:
         """`step(*given)`, whose activations are not kept for the backward pass where the model recomputes them."""
@@ -329,7 +329,7 @@ class CompressedModel(nn.Module):
         plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
         for index, (block, positions, plan) in enumerate(zip(blocks, entry.positions, plans, strict=True)):
             last = index == len(blocks) - 1
-            state = self._recomputed(search_block, block, positions, self.rules, state, plan, read if last else None)
+            state = self._recomputed(search_block, block, positions, self.rule, state, plan, read if last else None)
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.positions import NO_POSITIONS, Positions
-from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.rule import IntoMostSimilarKept, PlainMean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
 from diffrate.budgets.flops import Count, StageShape, caformer_flops
 from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
@@ -29,7 +29,7 @@ Grid = tuple[int, int]
 
 
 # As published, the most important token is no destination.
-RULES = ReductionRules(prefix=0, speakers=0, spared=1, weigh_by_similarity=False, removed_speak=True)
+RULE = ReductionRule(0, ReceivedAttention(masked_queries=True), IntoMostSimilarKept(1), PlainMean(cosine_sizes=False))
 
 
 class CompressedCaformer(CompressedModel, MetaFormer):
@@ -179,7 +179,7 @@ def caformer(
     if isinstance(classifier, MlpHead):
         norm: Any = classifier.norm
         norm.eps = ORIGINAL_HEAD_EPS
-    model.rules = RULES
+    model.rule = RULE
     model.image_size, model.grids, model.return_flop = image_size, grids, return_flop
     model.add_module("compression", compression)
     return model

@@ -1,4 +1,4 @@
-"""DeiT with a distillation token beside the class token: both speak for the image."""
+"""DeiT with a distillation token beside the class token: both stand for the image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffrate.patch.shapes import weights
 class CompressedDistilled(CompressedVit, VisionTransformerDistilled):
     """Importance is the mean of the two tokens' attention; the logits are the mean of their two heads'."""
 
-    def speakers(self) -> int:
+    def class_tokens(self) -> int:
         return 2
 
     @property

@@ -34,7 +34,7 @@ class CompressedNaFlex(RotaryVit, NaFlexVit):
     def pads(self) -> bool:
         return bool(self.embeds.dynamic_img_pad)
 
-    def speakers(self) -> int:
+    def class_tokens(self) -> int:
         return int(self.embeds.cls_token is not None)
 
     def embedding_flops(self, size: Size) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.positions import Positions
-from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.rule import published_rule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.budgets.flops import Count, VitShape, vit_flops
 from diffrate.budgets.schedule import Schedule
@@ -67,8 +67,8 @@ class CompressedVit(Features, CompressedModel, _Vit):
         height, width = self.patch_embed.img_size
         return height, width
 
-    def speakers(self) -> int:
-        """How many of the first tokens speak for the image: none where the model has no class token."""
+    def class_tokens(self) -> int:
+        """How many of the first tokens stand for the whole image: none where the model has no class token."""
         return int(self.cls_token is not None)
 
     def left_out(self) -> int:
@@ -101,7 +101,7 @@ class CompressedVit(Features, CompressedModel, _Vit):
         A class token does, unless attention pooling does not look at it.
         """
         unseen = self.global_pool == "map" and self.left_out() == self.num_prefix_tokens
-        return self.num_prefix_tokens + int(unseen or not self.speakers())
+        return self.num_prefix_tokens + int(unseen or not self.class_tokens())
 
     def refused(self) -> list[str]:
         """What compression does not handle in this model, for a message."""
@@ -189,8 +189,7 @@ def patch_vit(
     except Exception:
         model.__class__ = original  # nothing half-patched is left behind
         raise
-    speakers, prefix = model.speakers(), model.num_prefix_tokens
-    model.rules = ReductionRules(prefix, speakers, spared=prefix, weigh_by_similarity=True)
+    model.rule = published_rule(model.num_prefix_tokens, model.class_tokens())
     model.image_size, model.shape, model.return_flop = size, shape, return_flop
     model.add_module("compression", compression)
 

@@ -36,16 +36,16 @@ def masked_attention(
     heads: Heads,
     bias: Tensor | None,
     mask: Tensor,
-    speakers: int,
+    queries: int,
     pairs: Tensor | None = None,
-    removed_speak: bool = False,
+    masked_queries: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention `[B, H, Q, V]` where masked tokens are seen by themselves alone, and importance `[B, N]`.
 
-    The queries may be those of the first Q tokens alone, which must have the `speakers`. `mask` is
+    The rows may be those of the first Q tokens alone, `queries` at least. `mask` is
     `[B, N]`, `bias` `[B, 1, 1, N]` or None, and `pairs` a bias of pairs `[1, H, Q, N]` or None, which takes
-    no gradient. Importance is the attention of the first `speakers` tokens, the mean over them, or with
-    none of them the attention received from all that are there, with `removed_speak` from the others
+    no gradient. Importance is the attention of the first `queries` tokens, the mean over them, or with
+    0 the attention received from all that are there, with `masked_queries` from the others
     too, heads averaged; it takes no gradient. Computed in float32 at least, also under autocast.
     """
     query, key, value, scale = heads
@@ -54,15 +54,15 @@ def masked_attention(
         rows = None if bias is None else bias[:, 0, 0].to(dtype)
         items = (query.to(dtype), key.to(dtype), value.to(dtype))
         table = None if pairs is None else pairs.detach().to(dtype)
-        speaking = torch.ones_like(mask) if removed_speak else (mask > 0).to(mask.dtype)
-        masks = (mask.to(dtype), speaking.to(dtype))
-        mixed, importance = _MaskedAttention.apply(*items, rows, *masks, table, scale, speakers)
+        asking = torch.ones_like(mask) if masked_queries else (mask > 0).to(mask.dtype)
+        masks = (mask.to(dtype), asking.to(dtype))
+        mixed, importance = _MaskedAttention.apply(*items, rows, *masks, table, scale, queries)
     return mixed.to(value.dtype), importance
 
 
 class _MaskedAttention(torch.autograd.Function):
-    """Inputs: queries `[B, H, Q, D]`, keys `[B, H, N, D]`, values `[B, H, N, V]`, bias, mask and who
-    speaks `[B, N]`, pairs."""
+    """Inputs: queries `[B, H, Q, D]`, keys `[B, H, N, D]`, values `[B, H, N, V]`, bias, mask and which
+    tokens are queries for importance, `[B, N]`, pairs."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -72,10 +72,10 @@ class _MaskedAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         mask: Tensor,
-        speaking: Tensor,
+        asking: Tensor,
         pairs: Tensor | None,
         scale: float,
-        speakers: int,
+        queries: int,
     ) -> tuple[Tensor, Tensor]:
         batch, heads, rows, _ = query.shape
         tokens = key.shape[2]
@@ -95,7 +95,7 @@ class _MaskedAttention(torch.autograd.Function):
             everywhere = value[part].sum(-2, keepdim=True)
             mixed[part] = (product[..., :-1] + hidden * value[part, :, :rows] + spread * everywhere) / total
             totals[part] = total
-            importance[part] = _importance(softmax, mask[part], speaking[part], hidden, spread, total, speakers)
+            importance[part] = _importance(softmax, mask[part], asking[part], hidden, spread, total, queries)
             inverses[part], positions[part] = inverse, highest
             maps.append(softmax)
         ctx.save_for_backward(query, key, value, mask, mixed, totals, inverses, positions, *maps)
@@ -152,19 +152,19 @@ def _softmax(query: Tensor, key: Tensor, scale: float, bias: Tensor | None, pair
 
 
 def _importance(
-    softmax: Tensor, mask: Tensor, speaking: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, speakers: int
+    softmax: Tensor, mask: Tensor, asking: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, queries: int
 ) -> Tensor:
-    """The mean over heads of the weights' first rows, or of all that speak: `[b, N]`."""
-    if speakers == 1:  # itself always seen
+    """The mean over heads of the weights' first rows, or of all that are queries: `[b, N]`."""
+    if queries == 1:  # itself always seen
         return ((softmax[:, :, 0] * mask[:, None] + spread[:, :, 0]) / total[:, :, 0]).mean(1)
-    if speakers:
-        first = slice(speakers)
+    if queries:
+        first = slice(queries)
         rows = (softmax[:, :, first] * mask[:, None, None] + spread[:, :, first]) / total[:, :, first]
         return rows.mean((1, 2))
-    voice = speaking[:, None, :, None] / total
+    voice = asking[:, None, :, None] / total
     received = (softmax.transpose(-2, -1) @ voice).squeeze(-1) * mask[:, None]
     heard = (received + (hidden * voice).squeeze(-1) + (spread * voice).sum(-2)).mean(1)
-    return heard / speaking.sum(-1, keepdim=True)
+    return heard / asking.sum(-1, keepdim=True)
 
 
 def _parts(batch: int, elements: int, device: torch.device) -> Iterator[slice]:

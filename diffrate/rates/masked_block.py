@@ -20,7 +20,7 @@ from diffrate.blocks.forms import UnsupportedModelError, has_hooks
 from diffrate.blocks.merge import length_of, most_similar
 from diffrate.blocks.positions import Positions
 from diffrate.blocks.projection import projection_of
-from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.rule import ReductionRule
 from diffrate.blocks.tokens import TokenState, follow, followed, replaced, size_dtype, take
 from diffrate.rates.masked_attention import masked_attention
 from diffrate.rates.rate import Choice
@@ -69,7 +69,7 @@ def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -
 
 
 def search_block(
-    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, plan: BlockPlan, read: int | None
+    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, plan: BlockPlan, read: int | None
 ) -> TokenState:
     """Run one block of the search on `state`, whose mask is `[B, N]`.
 
@@ -78,13 +78,13 @@ def search_block(
     """
 
     def step(state: TokenState, read: int | None) -> TokenState:
-        return _search_step(block, positions, rules, state, plan, read)
+        return _search_step(block, positions, rule, state, plan, read)
 
     return with_hooks(block, state, read, step)
 
 
 def _search_step(
-    block: Any, positions: Positions, rules: ReductionRules, state: TokenState, plan: BlockPlan, read: int | None
+    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, plan: BlockPlan, read: int | None
 ) -> TokenState:
     mask = state.mask
     assert mask is not None
@@ -99,7 +99,7 @@ def _search_step(
         if pairs is not None:
             pairs = pairs[:, :, : heads.query.shape[2]]
         mixed, importance = masked_attention(
-            heads, size_bias(state.size), mask, rules.speakers, pairs, rules.removed_speak
+            heads, size_bias(state.size), mask, rule.importance.queries, pairs, rule.importance.masked_queries
         )
         return mixed
 
@@ -108,18 +108,18 @@ def _search_step(
         return TokenState(mlp_branch(block, x))
     state = replaced(state, x=x)
     if plan.merged < plan.entering:
-        state = _reduce(state, importance, rules, plan)
+        state = _reduce(state, importance, rule, plan)
     return replaced(state, x=mlp_branch(block, state.x))
 
 
-def _reduce(state: TokenState, importance: Tensor, rules: ReductionRules, plan: BlockPlan) -> TokenState:
+def _reduce(state: TokenState, importance: Tensor, rule: ReductionRule, plan: BlockPlan) -> TokenState:
     assert state.mask is not None
-    order = _order(importance, state.mask, rules.prefix)
+    order = _order(importance, state.mask, rule.prefix)
     if plan.prune is not None and plan.pruned < plan.entering:
         state = _prune(state, _remove(state.mask, order, plan.prune, plan.entering))
     if plan.merge is not None and plan.merged < plan.pruned:
-        if plan.merged > rules.spared:
-            state = _merge(state, order, plan, rules)
+        if plan.merged > rule.pairing.spared:
+            state = _merge(state, order, plan, rule)
         elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
             kept = order[:, : plan.merged]
             stays = (state.origin[:, :, None] == kept[:, None]).any(-1)
@@ -156,14 +156,14 @@ def _prune(state: TokenState, mask: Tensor) -> TokenState:
     return followed(state, masked, torch.where((state.mask > 0) & (mask == 0), -1, stay))
 
 
-def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRules) -> TokenState:
+def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rule: ReductionRule) -> TokenState:
     """Average sources into their destinations; the sources stay beside them, to be masked.
 
     A source's weighted size is clamped before it is added, and is what the source keeps (quirks).
     """
     x, tokens = state.x, state.x.shape[1]
     sources = order[:, plan.merged : plan.pruned]
-    kept = order[:, rules.spared : plan.merged]
+    kept = order[:, rule.pairing.spared : plan.merged]
     moving, candidates = take(x, sources), take(x, kept)
     precise = size_dtype(x)
     nearest, along = most_similar(moving.to(precise), candidates.to(precise), length_of(candidates))
@@ -174,7 +174,7 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rules: ReductionRu
 
     sizes = state.sizes()
     source_size = take(sizes, sources)
-    if rules.weigh_by_similarity:
+    if rule.mean.cosine_sizes:
         similarity = along / length_of(moving)
         source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
     size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)

@@ -10,7 +10,7 @@ from timm.layers.drop import DropPath
 from torch import nn
 
 from diffrate.blocks.forms import UnsupportedModelError
-from diffrate.blocks.rules import ReductionRules
+from diffrate.blocks.rule import ReductionRule
 from diffrate.patch.any import vit
 from diffrate.patch.base import CompressedModel
 from diffrate.rates.rate import RateError
@@ -27,7 +27,7 @@ UNREAD = {
     *("weight_init_mode", "fix_init", "init_values", "head_init_scale"),
 }
 LOADED = {"schedule"}  # attributes that are part of the state, as tensors are
-Plain = bool | int | float | str | ReductionRules
+Plain = bool | int | float | str | ReductionRule
 
 
 def rebuild(about: About, where: str = "") -> CompressedModel:
@@ -72,7 +72,7 @@ def check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
 
 def _structure(model: CompressedModel) -> dict[str, Any]:
     """What makes the model compute as it does, by the place in it."""
-    structure: dict[str, Any] = {"rules": model.rules}
+    structure: dict[str, Any] = {"rule": model.rule}
     for name, module in model.named_modules():
         structure |= {f"{name}.{fact}".strip("."): value for fact, value in _facts(module).items()}
     return structure

@@ -25,6 +25,7 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import Tensor, nn
 
 import diffrate
+from diffrate.blocks.rule import RandomImportance
 from diffrate.patch.any import vit
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.caformer import caformer
@@ -618,7 +619,7 @@ def one_part_more(model: Any) -> None:
 
 
 def random_tokens(model: Any) -> None:
-    model.rules = replace(model.rules, random=True)
+    model.rule = replace(model.rule, importance=RandomImportance(1))
 
 
 @pytest.mark.parametrize(
@@ -629,7 +630,7 @@ def random_tokens(model: Any) -> None:
         (another_head, "head: found torch.nn.modules.container.Sequential()"),
         (fewer_heads, "blocks.1.attn.num_heads: found 1; accepted: 3, as timm "),
         (one_part_more, "calls: found [3]; accepted: nothing"),
-        (random_tokens, "rules: found ReductionRules("),
+        (random_tokens, "rule: found ReductionRule("),
     ],
 )
 def test_parts_that_no_argument_stands_for(path: Path, change: Callable[[Any], None], start: str) -> None:
