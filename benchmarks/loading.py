@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from cli.runtime import Runtime
 from datasets import ImageLoader, load_image
-from processes.runtime import Runtime
 
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "figures"
 SIDE = 500  # pixels of the longer side, as ImageNet's pictures have in the median

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffrate
+from cli.log import Share
+from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import LatencySettings
 from diffrate.files import cache_folder
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import setting_of, use_for
 from diffrate.searching.target import Asked, check_reach
-from processes.runtime import AMP_DTYPES, Runtime
-from reporting.progress import Share
 
 log = logging.getLogger(__name__)
 

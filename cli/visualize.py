@@ -9,12 +9,12 @@ from pathlib import Path
 
 import diffrate
 from cli.entry import chosen_entry, view_of
+from cli.image_page import Seen, likeliest, page, see
 from cli.named import named_model
+from cli.runtime import Runtime
 from cli.settings import Settings
 from datasets import load_image
 from diffrate.files import whole_file
-from drawing.page import Seen, likeliest, page, see
-from processes.runtime import Runtime
 from training.transforms import View
 from utils import UsageError
 

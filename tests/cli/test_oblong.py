@@ -20,8 +20,8 @@ from benchmarks.search_step import build_step
 from benchmarks.speed import build_side
 from benchmarks.subject import Subject
 from cli.flags import parse_flags
+from cli.image_page import page, see
 from diffrate.saving.about import about
-from drawing.page import page, see
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image
