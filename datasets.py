@@ -10,7 +10,6 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,18 +179,10 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return self.transform(load_image(path, self.upright)), label
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Files that cannot be read, and the sample `instead` of them, None for none."""
-
-    files: tuple[str, ...]
-    instead: Any = None
-
-
 class Samples(Dataset[Any]):
-    """A data set whose every error names the image at fault, in one line.
+    """A data set whose every error names the image at fault, in one line; with a sample, the files left out for it.
 
-    With `skip`, an image that cannot be read is no error: `LeftOut` stands for it.
+    With `skip`, an image that cannot be read is no error: None is the sample.
     """
 
     def __init__(self, dataset: LabelledDataset, skip: bool = False) -> None:
@@ -200,18 +191,16 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> tuple[Any, list[str]]:
         try:
-            return self.dataset[index]
+            return self.dataset[index], []
         except DataError:
             if not self.skip:
                 raise
-            return LeftOut((_name(self.dataset, index),))
+            return None, [_name(self.dataset, index)]
         except Exception as error:  # a transform's, of whatever kind
-            kind = type(error).__name__
-            raise DataError(
-                f"image {_name(self.dataset, index)}: {kind} ({_reason(error)}) while it was read"
-            ) from error
+            said = f"{type(error).__name__} ({_reason(error)})"
+            raise DataError(f"image {_name(self.dataset, index)}: {said} while it was read") from error
 
 
 class SeededSamples(Samples):
@@ -220,17 +209,17 @@ class SeededSamples(Samples):
     With `skip`, the next image that can be read takes the place of one that cannot: batches keep their size.
     """
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[str]]:
         index, seed = key
-        files: tuple[str, ...] = ()
+        left_out: list[str] = []
         with generators_kept():
             seed_everything(seed)
             for step in range(len(self)):
-                sample = super().__getitem__((index + step) % len(self))
-                if not isinstance(sample, LeftOut):
-                    return LeftOut(files, sample) if files else sample
-                files += sample.files
-        raise DataError(f"image {files[0]}: cannot be read, nor any other; accepted: one that can")
+                sample, files = super().__getitem__((index + step) % len(self))
+                left_out += files
+                if sample is not None:
+                    return sample, left_out
+        raise DataError(f"image {left_out[0]}: cannot be read, nor any other; accepted: one that can")
 
 
 class ImageLoader(DataLoader[Any]):
@@ -406,12 +395,10 @@ def _is_turned(path: str) -> bool:
         return False
 
 
-def _readable(samples: Sequence[Any]) -> tuple[Any, list[str]]:
+def _readable(samples: Sequence[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
     """A batch of the samples that there are, None of none, and the files that are left out."""
-    left_out = [sample for sample in samples if isinstance(sample, LeftOut)]
-    there = [sample.instead if isinstance(sample, LeftOut) else sample for sample in samples]
-    there = [sample for sample in there if sample is not None]
-    return default_collate(there) if there else None, [file for sample in left_out for file in sample.files]
+    there = [sample for sample, _ in samples if sample is not None]
+    return default_collate(there) if there else None, [file for _, files in samples for file in files]
 
 
 def _folder(name: str, root: str | Path | None, archive: Path, bar: bool) -> Path:
