@@ -132,7 +132,7 @@ def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
         places = [place + offset for place in range(len(classes))]
         values = [100 * float(found[index]) for index in classes]
         bars = axes.barh(places, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
-        axes.bar_label(bars, "{:.1f} %", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="{:.1f} %", padding=2, fontsize=8)
     axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="probability in %")

@@ -40,7 +40,6 @@ def run(settings: Settings, runtime: Runtime) -> None:
         if block > last:
             raise UsageError(f"--blocks {block}: accepted: 0 to {last}")
     assert runtime.output_dir is not None, "flags make sure of a folder"
-    view = view_of(settings, entry)
     seen_images = _seen(model, images, view_of(settings, entry), settings.data.batch_size, runtime)
     for path, name, seen in zip(images, _file_names(images), seen_images, strict=True):
         drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
