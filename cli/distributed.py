@@ -71,7 +71,8 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo has no class of its own
+        gloo = type(error) is RuntimeError and "gloo/" in str(error)  # which has no class of its own
+        if isinstance(error, dist.DistError) or gloo:
             raise LostProcessError(f"another process is gone ({str(error).splitlines()[0]})") from error
         raise
     dist.barrier()  # nobody leaves while another still waits for it

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -92,24 +93,20 @@ class Progress:
             self.close()
 
 
-class Share:
+@contextmanager
+def share(header: str, seconds: float, runtime: Runtime) -> Iterator[Callable[[int, float], None]]:
     """How much of something that takes about `seconds` is over, while it lasts: a bar on a terminal, a line at its
-    end elsewhere."""
+    end elsewhere. The block says how many runs are done, and which share of all there is to do."""
+    start, done = time.perf_counter(), 0
 
-    def __init__(self, header: str, seconds: float, runtime: Runtime) -> None:
-        self.header, self.start, self.runs = header, time.perf_counter(), 0
-        self.bar = tqdm(total=round(seconds), desc=header, unit="s", disable=not runtime.bar, dynamic_ncols=True)
+    def advance(runs: int, part: float) -> None:
+        nonlocal done
+        done, bar.n = runs, round(part * bar.total)
+        bar.refresh()
 
-    def advance(self, runs: int, share: float) -> None:
-        """So many runs are done, and this share of all there is to do."""
-        self.runs = runs
-        self.bar.n = round(share * self.bar.total)
-        self.bar.refresh()
-
-    def __enter__(self) -> Share:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        if self.runs:
-            log.info("%s: %d runs in %.0f s", self.header, self.runs, time.perf_counter() - self.start)
+    try:
+        with tqdm(total=round(seconds), desc=header, unit="s", disable=not runtime.bar, dynamic_ncols=True) as bar:
+            yield advance
+    finally:
+        if done:
+            log.info("%s: %d runs in %.0f s", header, done, time.perf_counter() - start)
