@@ -10,18 +10,17 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from diffrate.seeds import generators_kept, seed_everything
 from sample.unpack import ARCHIVE as SAMPLE_ARCHIVE
@@ -32,16 +31,7 @@ IMAGENET_CLASSES = 1000
 SHOWN_NAMES = 10
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 LOOKED_AT = 100  # images of a data set, for what cameras say of their orientation
-# What turns a picture of each EXIF orientation upright; 1 is upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TURNED = range(2, 9)  # EXIF orientations that are not upright
 # Formats of which Pillow gives grey pictures as 32-bit integers that fill 16 bits.
 SCALED_TO_16_BITS = ("PNG", "PPM")
 
@@ -83,16 +73,13 @@ def build_dataset(
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
     """
-    root = data_root(name, root)
-    if name == "CIFAR10":
-        dataset: LabelledDataset = _cifar(CIFAR10, root, split, transform)
-    elif name == "CIFAR":
-        dataset = _cifar(CIFAR100, root, split, transform)
-    elif name in ("INAT", "INAT19"):
-        dataset = INaturalist(Path(str(root)), split, 2018 if name == "INAT" else 2019, transform, upright)
+    folder = _folder(name, root, sample, bar)
+    if in_folders(name):
+        return ImageFiles(*_class_folders(folder / split, head, names), transform, upright)
+    if name.startswith("CIFAR"):
+        dataset: LabelledDataset = _cifar(CIFAR10 if name == "CIFAR10" else CIFAR100, folder, split, transform)
     else:
-        folder = _unpacked(sample, bar) if root is None else Path(root)
-        return ClassFolder(folder / split, transform, head, names, upright)
+        dataset = ImageFiles(*_inaturalist(folder, split, 2018 if name == "INAT" else 2019), transform, upright)
     if head is not None and head != len(dataset.classes):
         raise DataError(f"--data-set {name} has {len(dataset.classes)} classes, the checkpoint's head {head}")
     return dataset
@@ -110,12 +97,16 @@ def build_images(
     """
     if not in_folders(name):
         return build_dataset(name, root, "train", transform, upright=upright)
-    given = data_root(name, root)
-    folder = _unpacked(SAMPLE_ARCHIVE, bar) if given is None else given
+    folder = _folder(name, root, SAMPLE_ARCHIVE, bar)
     train = folder / "train"
     if not train.is_dir() and (folder / "val").is_dir():
         raise DataError(f"--data-path {folder}: val/ and no folder train/; accepted: both, or images without splits")
-    return ImageFiles(train if train.is_dir() else folder, transform, upright)
+    top = train if train.is_dir() else folder
+    found = (Path(below, name) for below, _, names in os.walk(top, followlinks=True) for name in names)
+    files = sorted(path for path in found if _is_image(str(top), str(path)))
+    if not files:
+        raise DataError(f"--data-path {top}: no image files; accepted: {', '.join(IMG_EXTENSIONS)}, at any depth")
+    return ImageFiles([(str(path), 0) for path in files], (), transform, upright)
 
 
 def has_validation(name: str, root: str | Path | None) -> bool:
@@ -154,13 +145,16 @@ def load_image(path: str | Path, upright: bool = True) -> Image.Image:
     try:
         with _opened(path) as image:
             image.load()
-            picture = _rgb(image, path)
-            turn = TURNS.get(_orientation(image)) if upright else None
-            return picture if turn is None else picture.transpose(turn)
+            picture, orientation = _rgb(image, path), _orientation(image)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers let through what damaged files make them stumble over
         raise DataError(f"image {path}: cannot be read ({_reason(error)}); accepted: a whole image file") from error
+    if not upright or orientation not in TURNED:
+        return picture
+    picture.info.clear()  # the rest of the EXIF may be damaged
+    picture.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(picture)
 
 
 def turned_images(dataset: LabelledDataset) -> tuple[int, int]:
@@ -169,48 +163,13 @@ def turned_images(dataset: LabelledDataset) -> tuple[int, int]:
     return sum(_is_turned(_name(dataset, index)) for index in range(looked_at)), looked_at
 
 
-class ClassFolder(ImageFolder):
-    """One split in ImageFolder layout, `<class>/<image>`, with labels that are a model's outputs."""
+class ImageFiles(Dataset[tuple[Any, int]]):
+    """Images in files, each with its label."""
 
     def __init__(
-        self, root: Path, transform: Transform, head: int | None, names: Sequence[str] | None, upright: bool
+        self, samples: Sequence[tuple[str, int]], classes: Sequence[str], transform: Transform, upright: bool
     ) -> None:
-        if not root.is_dir():
-            raise DataError(
-                f"--data-path {root.parent}: no folder {root.name}/; accepted: train/ and val/ of class folders"
-            )
-        self.head, self.names = head, names
-        try:
-            super().__init__(
-                str(root),
-                transform=transform,
-                loader=partial(load_image, upright=upright),
-                is_valid_file=partial(_is_image, str(root)),
-            )
-        except FileNotFoundError as error:  # torchvision's word for no class folders, or an empty one
-            reason = str(error).rstrip(".")
-            raise DataError(f"--data-path {root}: {reason}; accepted: images in every class folder") from error
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        if not classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        order = {name: index for index, name in enumerate(classes)}
-        return classes, order if self.head is None else label_outputs(classes, self.head, directory, self.names)
-
-
-class ImageFiles(Dataset[tuple[Any, int]]):
-    """Every image file below a folder, in the order of their paths, without labels: each has label 0."""
-
-    classes: Sequence[str] = ()
-
-    def __init__(self, root: Path, transform: Transform, upright: bool) -> None:
-        walked = os.walk(root, followlinks=True)
-        found = (Path(folder) / name for folder, _, names in walked for name in names)
-        files = sorted(path for path in found if _is_image(str(root), str(path)))
-        if not files:
-            raise DataError(f"--data-path {root}: no image files; accepted: {', '.join(IMG_EXTENSIONS)}, at any depth")
-        self.samples, self.transform, self.upright = [(str(path), 0) for path in files], transform, upright
+        self.samples, self.classes, self.transform, self.upright = samples, classes, transform, upright
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -220,18 +179,10 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return self.transform(load_image(path, self.upright)), label
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Files that cannot be read, and the sample `instead` of them, None for none."""
-
-    files: tuple[str, ...]
-    instead: Any = None
-
-
 class Samples(Dataset[Any]):
-    """A data set whose every error names the image at fault, in one line.
+    """A data set whose every error names the image at fault, in one line; with a sample, the files left out for it.
 
-    With `skip`, an image that cannot be read is no error: `LeftOut` stands for it.
+    With `skip`, an image that cannot be read is no error: None is the sample.
     """
 
     def __init__(self, dataset: LabelledDataset, skip: bool = False) -> None:
@@ -240,18 +191,16 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> tuple[Any, list[str]]:
         try:
-            return self.dataset[index]
+            return self.dataset[index], []
         except DataError:
             if not self.skip:
                 raise
-            return LeftOut((_name(self.dataset, index),))
+            return None, [_name(self.dataset, index)]
         except Exception as error:  # a transform's, of whatever kind
-            kind = type(error).__name__
-            raise DataError(
-                f"image {_name(self.dataset, index)}: {kind} ({_reason(error)}) while it was read"
-            ) from error
+            said = f"{type(error).__name__} ({_reason(error)})"
+            raise DataError(f"image {_name(self.dataset, index)}: {said} while it was read") from error
 
 
 class SeededSamples(Samples):
@@ -260,17 +209,17 @@ class SeededSamples(Samples):
     With `skip`, the next image that can be read takes the place of one that cannot: batches keep their size.
     """
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[str]]:
         index, seed = key
-        files: tuple[str, ...] = ()
+        left_out: list[str] = []
         with generators_kept():
             seed_everything(seed)
             for step in range(len(self)):
-                sample = super().__getitem__((index + step) % len(self))
-                if not isinstance(sample, LeftOut):
-                    return LeftOut(files, sample) if files else sample
-                files += sample.files
-        raise DataError(f"image {files[0]}: cannot be read, nor any other; accepted: one that can")
+                sample, files = super().__getitem__((index + step) % len(self))
+                left_out += files
+                if sample is not None:
+                    return sample, left_out
+        raise DataError(f"image {left_out[0]}: cannot be read, nor any other; accepted: one that can")
 
 
 class ImageLoader(DataLoader[Any]):
@@ -280,14 +229,11 @@ class ImageLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Samples, unreadable: dict[str, None] | None = None, **options: Any) -> None:
-        super().__init__(dataset, collate_fn=None if unreadable is None else _readable, **options)
-        self.unreadable = unreadable
+        super().__init__(dataset, collate_fn=_readable, **options)
+        self.unreadable = {} if unreadable is None else unreadable
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
-            if self.unreadable is None:
-                yield from super().__iter__()
-                return
             for batch, files in super().__iter__():
                 self.unreadable.update(dict.fromkeys(files))
                 if batch is not None:
@@ -309,9 +255,8 @@ def label_outputs(classes: Sequence[str], head: int, folder: str, names: Sequenc
     """Which output of a head with `head` classes stands for each class folder.
 
     Where the outputs have `names`: by name. As many folders as outputs: in order. Folders named by
-    ImageNet's ids under an ImageNet head:
-    by id, so that a part of ImageNet scores as it should. Other folders under an ImageNet head
-    count in order, as the published code does, with a warning.
+    ImageNet's ids under an ImageNet head: by id, so that a part of ImageNet scores as it should.
+    Other folders under an ImageNet head count in order, as the published code does, with a warning.
 
     Raises:
         DataError: a folder has no output of its name, or the counts differ under any other head.
@@ -328,45 +273,56 @@ def label_outputs(classes: Sequence[str], head: int, folder: str, names: Sequenc
         ids = {name: index for index, name in enumerate(ImageNetInfo().label_names())}
         if all(name in ids for name in classes):
             return {name: ids[name] for name in classes}
-        log.warning(
-            "%s: its %d folders are not ImageNet ids; they count as outputs 0 to %d",
-            folder,
-            len(classes),
-            len(classes) - 1,
-        )
+        said = "%s: its %d folders are not ImageNet ids; they count as outputs 0 to %d"
+        log.warning(said, folder, len(classes), len(classes) - 1)
         return in_order
     raise DataError(f"--data-path {folder} has {len(classes)} classes, the checkpoint's head {head}")
 
 
-class INaturalist(Dataset[tuple[Any, int]]):
-    """iNaturalist 2018 or 2019 as the competition ships it: `val2018.json` beside its images.
+def _cifar(kind: type[CIFAR10], root: Path, split: str, transform: Transform) -> CIFAR10:
+    try:
+        return kind(root, train=split == "train", transform=transform)
+    except RuntimeError as error:
+        raise DataError(f"--data-path {root}: no folder {kind.base_folder}/, or damaged") from error
+
+
+def _inaturalist(root: Path, split: str, year: int) -> tuple[list[tuple[str, int]], list[str]]:
+    """Samples and classes of iNaturalist as the competition ships it: `val2018.json` beside its images.
 
     Labels are the category ids in order; only the index of the split asked for is read.
     """
+    index = root / f"{split}{year}.json"
+    try:
+        content = json.loads(index.read_text())
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        label = {category["id"]: position for position, category in enumerate(categories)}
+        labels = {note["image_id"]: label[note["category_id"]] for note in content["annotations"]}
+        samples = [(str(root / image["file_name"]), labels[image["id"]]) for image in content["images"]]
+        return samples, [str(category["name"]) for category in categories]
+    except FileNotFoundError as error:
+        raise DataError(f"--data-path {root}: no file {index.name}; accepted: iNaturalist {year}'s layout") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{index}: not an iNaturalist index ({error!r})".replace("\n", " ")) from error
 
-    def __init__(self, root: Path, split: str, year: int, transform: Transform, upright: bool) -> None:
-        index = root / f"{split}{year}.json"
-        try:
-            content = json.loads(index.read_text())
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            label = {category["id"]: position for position, category in enumerate(categories)}
-            labels = {note["image_id"]: label[note["category_id"]] for note in content["annotations"]}
-            self.samples = [(root / image["file_name"], labels[image["id"]]) for image in content["images"]]
-        except FileNotFoundError as error:
-            raise DataError(
-                f"--data-path {root}: no file {index.name}; accepted: iNaturalist {year}'s layout"
-            ) from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{index}: not an iNaturalist index ({error!r})".replace("\n", " ")) from error
-        self.classes = [str(category["name"]) for category in categories]
-        self.transform, self.upright = transform, upright
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        return self.transform(load_image(path, self.upright)), label
+def _class_folders(
+    root: Path, head: int | None, names: Sequence[str] | None
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """Samples and classes of one split in ImageFolder's layout, `<class>/<image>`; labels are a model's outputs."""
+    if not root.is_dir():
+        raise DataError(
+            f"--data-path {root.parent}: no folder {root.name}/; accepted: train/ and val/ of class folders"
+        )
+    try:
+        classes = [name for name in find_classes(root)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+        in_order = {name: index for index, name in enumerate(classes)}
+        labels = in_order if head is None else label_outputs(classes, head, str(root), names)
+        return make_dataset(root, labels, is_valid_file=partial(_is_image, str(root))), classes
+    except FileNotFoundError as error:  # torchvision's word for no class folders, or an empty one
+        reason = str(error).rstrip(".")
+        raise DataError(f"--data-path {root}: {reason}; accepted: images in every class folder") from error
 
 
 def listed(names: Sequence[str]) -> str:
@@ -434,22 +390,22 @@ def _orientation(image: Image.Image) -> Any:
 def _is_turned(path: str) -> bool:
     try:
         with _opened(path) as image:
-            return image.format != "TIFF" and _orientation(image) in TURNS  # Pillow turns TIFFs itself
+            return image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
     except Exception:  # no file, or one that reading it will tell of
         return False
 
 
-def _readable(samples: Sequence[Any]) -> tuple[Any, list[str]]:
+def _readable(samples: Sequence[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
     """A batch of the samples that there are, None of none, and the files that are left out."""
-    left_out = [sample for sample in samples if isinstance(sample, LeftOut)]
-    there = [sample.instead if isinstance(sample, LeftOut) else sample for sample in samples]
-    there = [sample for sample in there if sample is not None]
-    return default_collate(there) if there else None, [file for sample in left_out for file in sample.files]
+    there = [sample for sample, _ in samples if sample is not None]
+    return default_collate(there) if there else None, [file for _, files in samples for file in files]
 
 
-def _unpacked(archive: Path, bar: bool) -> Path:
+def _folder(name: str, root: str | Path | None, archive: Path, bar: bool) -> Path:
+    """`data_root`, or what `archive` unpacks to."""
+    folder = data_root(name, root)
     try:
-        return unpack_sample(archive, bar)
+        return unpack_sample(archive, bar) if folder is None else folder
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
 
@@ -470,10 +426,3 @@ def _last_line(error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _cifar(kind: type[CIFAR10], root: str | Path | None, split: str, transform: Transform) -> CIFAR10:
-    try:
-        return kind(str(root), train=split == "train", transform=transform, download=False)
-    except RuntimeError as error:
-        raise DataError(f"--data-path {root}: no folder {kind.base_folder}/, or damaged") from error

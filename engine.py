@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import diffrate
+from cli.log import Progress
+from cli.runtime import Runtime
 from datasets import ImageLoader
 from diffrate.group import all_sum
 from diffrate.running.compiled import FixedBatch, compile_model
 from diffrate.running.evaluation import Tally
 from diffrate.running.precision import to_place
 from diffrate.seeds import seed_everything, step_seed
-from processes.runtime import Runtime
-from reporting.progress import Progress
 from training.checkpoint import TrainingCheckpoint, TrainingState
 from training.recipe import Recipe, build_recipe
 from training.settings import Mixing, TrainingSettings

@@ -1,4 +1,4 @@
-"""The order in which images are read."""
+"""The order in which images are read in training."""
 
 from __future__ import annotations
 
@@ -7,34 +7,12 @@ from typing import Any
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from diffrate.seeds import step_seed
 
 REPEATS = 3  # views of an image in a row with repeated augmentation, as in DeiT's recipe
-
-
-class ShardSampler(Sampler[int]):
-    """Every `world`-th image from `rank` on: each image once over all processes, no padding."""
-
-    def __init__(self, length: int, rank: int, world: int) -> None:
-        self.indices = range(rank, length, world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-class ShuffleSampler(DistributedSampler[Any]):
-    """A fresh order every epoch from `seed` and epoch alone, on one process or many."""
-
-
-def eval_sampler(length: int, rank: int, world: int) -> Sampler[int]:
-    """The order of an evaluation: `ShardSampler`, plain order on one process."""
-    return ShardSampler(length, rank, world) if world > 1 else SequentialSampler(range(length))
 
 
 def train_sampler(dataset: Dataset[Any], rank: int, world: int, repeated: bool, seed: int) -> SeededOrder:
@@ -43,12 +21,17 @@ def train_sampler(dataset: Dataset[Any], rank: int, world: int, repeated: bool, 
     With `repeated`, three views of an image follow each other, on different processes where there
     are several (repeated augmentation, Hoffer et al. 2020, as in DeiT's recipe).
     """
-    order: ShuffleSampler | RepeatAugSampler
+    order: DistributedSampler[Any] | RepeatAugSampler
     if repeated:
-        order = SeededRepeatAugSampler(dataset, rank=rank, world=world, seed=seed)
+        order, epochs = RepeatAugSampler(dataset, world, rank, num_repeats=REPEATS), _epochs_from(seed)
     else:
-        order = ShuffleSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
-    return SeededOrder(order, seed, rank, world)
+        order, epochs = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed), 0
+    return SeededOrder(order, epochs, seed, rank, world)
+
+
+def _epochs_from(seed: int) -> int:
+    """Where to count epochs from for an order that timm's sampler draws from the epoch alone: the seed counts, too."""
+    return int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(seed)))
 
 
 class SeededOrder(Sampler[tuple[int, int]]):
@@ -58,13 +41,15 @@ class SeededOrder(Sampler[tuple[int, int]]):
     whatever the number of processes, and goes on in the middle of an epoch as if it had not stopped.
     """
 
-    def __init__(self, order: ShuffleSampler | RepeatAugSampler, seed: int, rank: int, world: int) -> None:
-        self.order, self.seed, self.rank, self.world = order, seed, rank, world
+    def __init__(
+        self, order: DistributedSampler[Any] | RepeatAugSampler, epochs: int, seed: int, rank: int, world: int
+    ) -> None:
+        self.order, self.epochs, self.seed, self.rank, self.world = order, epochs, seed, rank, world
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Draw the order of `epoch`, and leave out its first `start` images."""
-        self.order.set_epoch(epoch)
+        self.order.set_epoch(self.epochs + epoch)
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -75,15 +60,3 @@ class SeededOrder(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         """Of a whole epoch, wherever this one begins: it is what the epochs to come are counted with."""
         return len(self.order)
-
-
-class SeededRepeatAugSampler(RepeatAugSampler):
-    """timm's sampler draws its order from the epoch alone: here the run's seed counts as well."""
-
-    def __init__(self, dataset: Dataset[Any], rank: int, world: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=world, rank=rank, num_repeats=REPEATS)
-        self.seed = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        mixed = torch.Generator().manual_seed(self.seed)
-        super().set_epoch(int(torch.randint(2**31, (1,), generator=mixed)) + epoch)

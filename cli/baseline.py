@@ -11,6 +11,7 @@ from cli.data import eval_loader, warn_of_turned
 from cli.entry import chosen_entry, meta_model, patched
 from cli.goals import aims_of
 from cli.results import report, save_schedules
+from cli.runtime import Runtime
 from cli.settings import OFFICIAL, Settings
 from cli.trained import trained_model
 from diffrate.blocks.rule import RandomImportance
@@ -21,7 +22,6 @@ from diffrate.saving.about import is_saved_model
 from diffrate.seeds import generators_kept
 from engine import evaluate
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from utils import UsageError
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from cli.entry import built, chosen_entry, input_size_of
 from cli.inference import for_inference
 from cli.latency import latency_table
 from cli.model import compressed
+from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
 from cli.weights import Weights
@@ -32,7 +33,6 @@ from datasets import DataError
 from diffrate.latency.plan import random_schedule
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
-from processes.runtime import AMP_DTYPES, Runtime
 from utils import UsageError
 
 log = logging.getLogger(__name__)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from threading import Thread
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import Subset
 
+from cli.distributed import usable_cores
 from cli.entry import view_of
+from cli.log import bar_fits
+from cli.runtime import Runtime
 from cli.settings import DataSettings, Settings, size_words
 from datasets import (
     DataError,
@@ -29,10 +32,7 @@ from datasets import (
 )
 from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
-from processes.group import usable_cores
-from processes.runtime import Runtime
-from reporting.progress import bar_fits
-from samplers import eval_sampler, train_sampler
+from samplers import train_sampler
 from training.transforms import eval_transform, mirrored_transform, train_transform
 from utils import UsageError
 
@@ -149,11 +149,9 @@ def warn_of_turned(settings: Settings, runtime: Runtime, *datasets: LabelledData
 
 def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
     """Every image once, over all processes."""
-    sampler = eval_sampler(len(dataset), runtime.processes.rank, runtime.processes.world)
-    batch_size = settings.data.batch_size
-    return _loader(
-        Samples(dataset, settings.data.skip_unreadable), sampler, batch_size, settings, runtime, drop_last=False
-    )
+    order = range(runtime.processes.rank, len(dataset), runtime.processes.world)
+    samples = Samples(dataset, settings.data.skip_unreadable)
+    return _loader(samples, order, settings.data.batch_size, settings, runtime, drop_last=False)
 
 
 def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime: Runtime) -> ImageLoader:
@@ -190,13 +188,13 @@ def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime)
 
 
 def _loader(
-    dataset: Samples, sampler: Sampler[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
+    dataset: Samples, sampler: Iterable[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
 ) -> ImageLoader:
     workers = _workers(settings.data, runtime)
     _check_memory(min(batch_size, len(dataset)), settings.model.input_size or (0, 0))
     return ImageLoader(
         dataset,
-        runtime.unreadable if dataset.skip else None,
+        runtime.unreadable,
         sampler=sampler,
         batch_size=batch_size,
         drop_last=drop_last,

@@ -7,10 +7,10 @@ from cli.inference import for_inference
 from cli.model import compressed
 from cli.results import report, save_model
 from cli.resume import use_searched
+from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.trained import trained_model
 from engine import evaluate
-from processes.runtime import Runtime
 
 
 def run(settings: Settings, runtime: Runtime) -> None:

@@ -10,11 +10,11 @@ import diffrate
 from cli.data import pictures
 from cli.entry import chosen_entry
 from cli.named import named_model
+from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import Settings
 from datasets import DataError
 from diffrate.exporting.export import LEAST_IMAGES
 from models.zoo import ModelEntry
-from processes.runtime import AMP_DTYPES, Runtime
 
 log = logging.getLogger(__name__)
 CHECKED = 32  # images of --data-path that a file is compared on

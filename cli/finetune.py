@@ -12,12 +12,12 @@ from cli.model import compressed
 from cli.recipe import with_augmentation, with_rate
 from cli.results import save_model
 from cli.resume import check_training, resume_path, training_flags
+from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.trained import check_inputs, output_names
 from cli.weights import Weights, read_weights
 from engine import Training, finetune
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from training.teacher import dense_copy
 from utils import UsageError
 

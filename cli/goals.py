@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import diffrate
 from cli.latency import latency_table
+from cli.runtime import Runtime
 from cli.schedules import DIGITS, targets_of
 from cli.settings import Settings, Target
 from diffrate.searching.target import Asked, Goal, goal_at
-from processes.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import nn
 
 import diffrate
+from cli.runtime import Runtime
 from diffrate.running.compiled import FixedBatch, compile_model
-from processes.runtime import Runtime
 
 
 def for_inference(

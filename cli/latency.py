@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffrate
+from cli.log import share
+from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import LatencySettings
 from diffrate.files import cache_folder
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import Use, setting_of
 from diffrate.searching.target import Asked, check_reach
-from processes.runtime import AMP_DTYPES, Runtime
-from reporting.progress import Share
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def latency_table(
     file = settings.file or _kept_in(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
     check_reach(model, asked, use, file)
-    with Share("Latency", SECONDS, runtime) as progress:
+    with share("Latency", SECONDS, runtime) as advance:
         return diffrate.measure_latency(
             model,
             use.batch_size,
@@ -44,7 +44,7 @@ def latency_table(
             device=use.device,
             compile=use.compiled,
             file=file,
-            progress=progress.advance,
+            progress=advance,
         )
 
 

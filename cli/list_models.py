@@ -9,8 +9,8 @@ from torch import nn
 
 import diffrate
 import models
+from cli.runtime import Runtime
 from cli.settings import Settings
-from processes.runtime import Runtime
 from utils import UsageError
 
 

@@ -11,12 +11,12 @@ from cli.data import eval_dataset
 from cli.entry import meta_model
 from cli.model import compressed, plain_model
 from cli.resume import use_searched
+from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.trained import output_names
 from cli.weights import Weights, read_weights
 from datasets import IMAGENET_CLASSES
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from sample import MODEL as SAMPLE_MODEL
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from cli.flags import parse_flags
+from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
 from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from training.recipe import SCALED_BATCH, step_rate
 from utils import UsageError
 

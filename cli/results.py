@@ -10,14 +10,13 @@ from shlex import quote
 from typing import Any
 
 import diffrate
+from cli.runtime import FOUND, RATES, Runtime
 from cli.schedules import PROJECT_RATES
 from cli.settings import OFFICIAL, Settings, size_words
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of, save_schedule
 from diffrate.budgets.uniform import uniform_schedules
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
-from reporting.records import FOUND, RATES
 from sample import MODEL as SAMPLE_MODEL
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from typing import Any
 import diffrate
 import models
 from cli.recipe import PAPER
+from cli.runtime import Runtime
 from cli.schedules import fit_tokens
 from cli.settings import Settings, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from training.checkpoint import LAST, read_training
 from training.teacher import digest
 from utils import UsageError

@@ -6,6 +6,8 @@ import logging
 import shutil
 
 import diffrate
+from cli.log import Progress
+from cli.runtime import STEPS, WORK, Runtime
 from datasets import ImageLoader
 from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
@@ -14,9 +16,6 @@ from diffrate.searching.calibrate import UNIFORM, Calibrated, CalibrationObserve
 from diffrate.searching.calibrated import TrialRecord
 from diffrate.searching.target import Goal
 from engine import shown_scores
-from processes.runtime import Runtime
-from reporting.progress import Progress
-from reporting.records import STEPS, WORK
 from training.checkpoint import BEST, LAST
 from utils import StopRequestedError, StopSignals
 

@@ -22,6 +22,7 @@ from cli.data import (
 from cli.entry import chosen_entry, input_size_of
 from cli.model import plain_model
 from cli.recipe import with_recipe
+from cli.runtime import Runtime
 from cli.schedules import start_schedule
 from cli.settings import Settings
 from cli.trained import check_inputs, output_names, trained_model
@@ -34,7 +35,6 @@ from diffrate.searching.calibration import images_that_fit
 from diffrate.searching.settings import SearchSettings
 from diffrate.searching.starts import best_uniform
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 

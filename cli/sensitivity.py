@@ -10,15 +10,14 @@ from benchmarks.rows import table
 from cli.data import calibration_dataset, eval_loader, warn_of_turned
 from cli.entry import chosen_entry, patched
 from cli.inference import for_inference
+from cli.log import Progress
 from cli.model import plain_model
+from cli.runtime import SENSITIVITY, Runtime
 from cli.settings import OFFICIAL, Settings
 from cli.trained import check_inputs
 from cli.weights import read_weights
 from models import entry_of
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
-from reporting.progress import Progress
-from reporting.records import SENSITIVITY
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 

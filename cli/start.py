@@ -9,39 +9,24 @@ import torch
 
 import diffrate
 import models
-from cli.settings import SEARCH, Settings
+from cli.distributed import LostProcessError, Processes, process_group, processes_from_environment
+from cli.log import bar_fits, setup_logging
+from cli.runtime import Runtime, amp_dtype, open_board, resolve_device
+from cli.settings import Settings
 from datasets import DataError, listed
 from diffrate.budgets.rounding import BudgetError
 from diffrate.budgets.uniform import BaselineError
 from diffrate.searching.settings import SearchSettingError
 from diffrate.seeds import seed_everything
-from processes.group import EnvironmentVariableError, Processes, process_group, processes_from_environment
-from processes.heartbeat import LostProcessError
-from processes.runtime import Runtime, amp_dtype, open_board, resolve_device
-from reporting.log import setup_logging
-from reporting.progress import bar_fits
 from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)
-# The file of each mode in this folder: only that of the one that is asked for is imported.
-MODES = {
-    "eval": "evaluate",
-    "finetune": "finetune",
-    "visualize": "visualize",
-    "export": "export",
-    "plot": "plot",
-    "list_models": "list_models",
-    "benchmark": "benchmark",
-    "baseline": "baseline",
-    "sensitivity": "sensitivity",
-    SEARCH: "search",
-}
+MODULES = {"eval": "evaluate"}  # of modes whose file in this folder is called otherwise
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
 NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
 INPUT_ERRORS = (
     UsageError,
-    EnvironmentVariableError,
     DataError,
     models.CheckpointError,
     models.InputSizeError,
@@ -66,13 +51,14 @@ def run(settings: Settings) -> None:
     runtime = _runtime(settings, processes)
     with process_group(processes, runtime.device):
         try:
-            import_module(f"cli.{MODES[settings.run.mode]}").run(settings, runtime)
+            mode = settings.run.mode
+            import_module(f"cli.{MODULES.get(mode, mode)}").run(settings, runtime)
         finally:
             if runtime.unreadable:
                 files = list(runtime.unreadable)
                 log.warning("left out %d images that cannot be read: %s", len(files), listed(files))
         if settings.run.mode not in WITHOUT_PLOTS and runtime.writes:
-            from drawing.plot_folder import plot_run  # half a second of matplotlib
+            from cli.plot import plot_run  # half a second of matplotlib
 
             assert runtime.output_dir is not None
             plot_run(runtime.output_dir)

@@ -11,12 +11,12 @@ from torch import nn
 from cli.data import check_data_root, eval_dataset
 from cli.entry import chosen_entry, meta_model
 from cli.model import plain_model
+from cli.runtime import Runtime
 from cli.schedules import chosen_schedule
 from cli.settings import OFFICIAL, Settings
 from cli.weights import Weights, read_weights
 from datasets import DataError, LabelledDataset
 from models.zoo import ModelEntry
-from processes.runtime import Runtime
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import diffrate
 from cli.entry import chosen_entry, view_of
+from cli.image_page import Seen, likeliest, page, see
 from cli.named import named_model
+from cli.runtime import Runtime
 from cli.settings import Settings
 from datasets import load_image
 from diffrate.files import whole_file
-from drawing.page import Seen, likeliest, page, see
-from processes.runtime import Runtime
 from training.transforms import View
 from utils import UsageError
 
@@ -35,45 +35,34 @@ def run(settings: Settings, runtime: Runtime) -> None:
     entry = chosen_entry(settings.model)
     model, words = named_model(settings, entry, runtime)
     names = words if words is not None else [f"class {index}" for index in range(model.num_classes)]
-    _check_blocks(model, blocks)
+    last = len(model.compressible_blocks()) - 1
+    for block in blocks or ():
+        if block > last:
+            raise UsageError(f"--blocks {block}: accepted: 0 to {last}")
     assert runtime.output_dir is not None, "flags make sure of a folder"
-    view = view_of(settings, entry)
-    seen_images = _seen(model, images, view, settings.data.batch_size, runtime)
-    for (path, seen), name in zip(seen_images, _file_names(images), strict=True):
+    seen_images = _seen(model, images, view_of(settings, entry), settings.data.batch_size, runtime)
+    for path, name, seen in zip(images, _file_names(images), seen_images, strict=True):
         drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
         target = runtime.output_dir / f"{name}.png"
         with whole_file(target) as file:
             drawn.savefig(file, format="png", dpi=DPI)
         with whole_file(target.with_name(f"{name}_tokens.png")) as file:
             seen.tokens_after(len(seen.kept) - 1).save(file, format="PNG")
-        said = _said(seen, names)
+        both = {"dense": seen.dense, "compressed": seen.compressed}
+        said = {who: likeliest(found, names) for who, found in both.items() if found is not None}
         runtime.record({"mode": "visualize", "model": entry.name, "image": str(path), "kept": seen.kept, **said})
         log.info("%s: %s -> %s", path, ", ".join(f"{who} {what}" for who, what in said.items()) or "no head", target)
 
 
-def _said(seen: Seen, names: Sequence[str]) -> dict[str, str]:
-    """What each model takes an image for; nothing without a head."""
-    both = {"dense": seen.dense, "compressed": seen.compressed}
-    return {who: likeliest(found, names) for who, found in both.items() if found is not None}
-
-
-def _check_blocks(model: diffrate.CompressedModel, chosen: Sequence[int] | None) -> None:
-    last = len(model.compressible_blocks()) - 1
-    wrong = [block for block in chosen or () if block > last]
-    if wrong:
-        raise UsageError(f"--blocks {wrong[0]}: accepted: 0 to {last}")
-
-
 def _seen(
     model: diffrate.CompressedModel, paths: Sequence[Path], view: View, batch_size: int, runtime: Runtime
-) -> Iterator[tuple[Path, Seen]]:
-    """Every image, read and run in batches."""
+) -> Iterator[Seen]:
+    """What is seen of every image, read and run in batches."""
     for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        photographs = [load_image(path) for path in batch]
+        photographs = [load_image(path) for path in paths[start : start + batch_size]]
         with runtime.autocast():
-            pictures = see(model, photographs, view)
-        yield from zip(batch, pictures, strict=True)
+            seen = see(model, photographs, view)
+        yield from seen
 
 
 def _file_names(paths: Sequence[Path]) -> list[str]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import diffrate
 import models
+from cli.distributed import local_main_first
 from cli.entry import input_size_of, meta_model
+from cli.runtime import Runtime
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings
 from diffrate.budgets.schedule import ScheduleError, make_schedule
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
-from processes.group import local_main_first
-from processes.runtime import Runtime
 from training.checkpoint import flags_in
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,11 @@ def origin_groups(origin: Tensor, grid: tuple[int, int]) -> Groups:
     """Group of each patch, `[rows, columns]`, from the origins `[rows * columns]` of patch tokens.
 
     Groups are counted from 0 in the order in which the patches come; -1 was pruned.
-
-    Raises:
-        VisualizationError: the grid has another number of patches.
     """
-    if origin.numel() != grid[0] * grid[1]:
-        raise VisualizationError(f"grid of {grid[0]} x {grid[1]}: accepted: {origin.numel()} patches")
-    flat = origin.detach().cpu().numpy()
-    numbers: dict[int, int] = {PRUNED: PRUNED}
-    for token in flat.tolist():
-        numbers.setdefault(token, len(numbers) - 1)
-    return np.array([numbers[token] for token in flat.tolist()], dtype=np.int64).reshape(grid)
+    flat = origin.tolist()
+    kept = dict.fromkeys(token for token in flat if token != PRUNED)
+    numbers = {PRUNED: PRUNED, **{token: number for number, token in enumerate(kept)}}
+    return np.array([numbers[token] for token in flat], dtype=np.int64).reshape(grid)
 
 
 def draw_groups(image: Image.Image, groups: Groups) -> Image.Image:
@@ -79,30 +74,26 @@ def draw_groups(image: Image.Image, groups: Groups) -> Image.Image:
     never share a colour, and the same groups always get the same ones.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    rows, columns = _patch_of_pixel(pixels.shape[0], groups.shape[0]), _patch_of_pixel(pixels.shape[1], groups.shape[1])
-    spread = groups[rows][:, columns]
-    picture = _tint(pixels, spread, groups)
-    picture = _dim(picture, spread == PRUNED)
+    patch_of_pixel = (np.arange(side) * count // side for side, count in zip(pixels.shape, groups.shape, strict=False))
+    spread = groups[np.ix_(*patch_of_pixel)]
+    picture = _dim(_tint(pixels, spread, groups), spread == PRUNED)
     picture[_outlines(spread)] = 255
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
 def group_colors(groups: Groups) -> list[int]:
     """A colour number per group such that groups with a common edge differ: greedy, largest first."""
-    count = int(groups.max()) + 1
-    neighbours: list[set[int]] = [set() for _ in range(count)]
+    neighbours: list[set[int]] = [set() for _ in range(int(groups.max()) + 1)]
     for first, second in _edges(groups):
         neighbours[first].add(second)
         neighbours[second].add(first)
-    sizes = np.bincount(groups[groups >= 0], minlength=count)
-    colors = [-1] * count
-    for group in sorted(range(count), key=lambda group: (-sizes[group], group)):
+    sizes = np.bincount(groups[groups >= 0], minlength=len(neighbours))
+    colors = [-1] * len(neighbours)
+    for group in sorted(range(len(neighbours)), key=lambda group: (-sizes[group], group)):
         taken = {colors[other] for other in neighbours[group]}
         # Start at a number of the group's own: else all would crowd at the first few colours.
         tried = ((group + turn) % len(PALETTE) for turn in range(len(PALETTE)))
-        colors[group] = next((color for color in tried if color not in taken), -1)
-        if colors[group] < 0:
-            colors[group] = next(color for color in range(len(PALETTE), count + len(PALETTE)) if color not in taken)
+        colors[group] = next(color for color in chain(tried, count(len(PALETTE))) if color not in taken)
     return colors
 
 
@@ -125,10 +116,6 @@ def _as_origin(source: Tensor) -> Tensor:
             f"source of {list(source.shape)}: accepted: [N0], [1, N0] or [1, K, N0], one image at a time"
         )
     return source
-
-
-def _patch_of_pixel(pixels: int, patches: int) -> Groups:
-    return np.arange(pixels) * patches // pixels
 
 
 def _tint(pixels: Pixels, spread: Groups, groups: Groups) -> Pixels:
@@ -161,11 +148,7 @@ def _outlines(spread: Groups) -> npt.NDArray[np.bool_]:
 
 def _edges(groups: Groups) -> Sequence[tuple[int, int]]:
     """Pairs of groups that touch along an edge of two patches."""
-    pairs = np.concatenate(
-        [
-            np.stack([groups[:-1].ravel(), groups[1:].ravel()], axis=1),
-            np.stack([groups[:, :-1].ravel(), groups[:, 1:].ravel()], axis=1),
-        ]
-    )
+    beside = ((groups[:-1], groups[1:]), (groups[:, :-1], groups[:, 1:]))
+    pairs = np.concatenate([np.stack([one.ravel(), other.ravel()], axis=1) for one, other in beside])
     touching = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs >= 0).all(axis=1)]
     return [(int(first), int(second)) for first, second in np.unique(touching, axis=0)]

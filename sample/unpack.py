@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -24,17 +23,12 @@ def unpack_sample(archive: Path = ARCHIVE, bar: bool = False) -> Path:
     folder = archive.with_name("digits")
     if folder.is_dir():
         return folder
-    scratch = Path(tempfile.mkdtemp(prefix="digits-", dir=archive.parent))
-    try:
-        with tarfile.open(archive, mode="r:xz") as tar:
-            for member in tqdm(tar.getmembers(), desc="unpacking the digits", unit="file", disable=not bar):
-                tar.extract(member, scratch, filter="data")
-        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+    with TemporaryDirectory(prefix="digits-", dir=archive.parent) as scratch, tarfile.open(archive, "r:xz") as tar:
+        members = tqdm(tar.getmembers(), desc="unpacking the digits", unit="file", disable=not bar)
+        tar.extractall(Path(scratch, "digits"), members, filter="data")
         try:
-            scratch.rename(folder)
+            Path(scratch, "digits").rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from datasets import DataError, build_dataset, build_images, label_outputs, load_image
 from sample.unpack import ARCHIVE, unpack_sample
-from samplers import ShardSampler, train_sampler
+from samplers import train_sampler
 from tests.conftest import write_image
 from training.settings import Augmentation
 from training.transforms import View, _operations, eval_transform, train_transform
@@ -293,13 +291,6 @@ def test_training_transforms_differ_from_view_to_view() -> None:
         first, second = transform(image), transform(image)
         assert first.shape == (3, size, size)
         assert not torch.equal(first, second)
-
-
-@given(st.integers(0, 200), st.integers(1, 9))
-def test_shards_hold_every_image_once(length: int, world: int) -> None:
-    shards = [ShardSampler(length, rank, world) for rank in range(world)]
-    assert sorted(index for shard in shards for index in shard) == list(range(length))
-    assert sum(len(shard) for shard in shards) == length
 
 
 @pytest.mark.parametrize("repeated", [False, True])

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 import diffrate
+from cli.runtime import Runtime
 from diffrate.files import UNREADABLE, first_line
-from processes.runtime import Runtime
 from training.recipe import Recipe
 from utils import UsageError
 

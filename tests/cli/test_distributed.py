@@ -1,4 +1,4 @@
-"""Two gloo processes: through torchrun, `torch.distributed.launch`, and SLURM's variables."""
+"""Two gloo processes: through torchrun, `torch.distributed.launch`, and their variables alone."""
 
 from __future__ import annotations
 
@@ -42,15 +42,14 @@ def launch(launcher: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=200, check=False)
 
 
-def slurm_step(*words: object) -> list[subprocess.Popen[str]]:
-    """The two processes of `srun --nodes=2 --ntasks-per-node=1`, with no launcher to watch over them."""
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
-    step |= {"SLURM_STEP_NODELIST": "localhost,elsewhere", "MASTER_PORT": str(free_port())}
+def without_launcher(*words: object) -> list[subprocess.Popen[str]]:
+    """The two processes by their variables alone, with nothing to watch over them."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
     return [
         subprocess.Popen(
             command,
-            env={**os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -127,29 +126,19 @@ def test_two_processes_are_one_with_twice_the_batch(cli: Cli, image_folder: Path
     assert len((tmp_path / "two" / "log.txt").read_text().splitlines()) == 1
 
 
-def test_slurm_variables_make_two_processes(image_folder: Path, tmp_path: Path) -> None:
-    words = (*SEARCH, "--data-path", image_folder, "--epochs", 1, "--batch-size", 6)
-    step = slurm_step(*words, "--output_dir", tmp_path)
-    for process in step:
-        _, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
-    assert last_record(tmp_path)["images"] == 9
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_killed_takes_the_other_down(lost: int, image_folder: Path, tmp_path: Path) -> None:
-    """No launcher: the one that is left has to notice by itself, within a minute."""
-    step = slurm_step(
+    """The one that is left has to notice by itself, within a minute."""
+    both = without_launcher(
         *SEARCH, "--data-path", image_folder, "--epochs", 500, "--batch-size", 2, "--output_dir", tmp_path
     )
     deadline = time.monotonic() + 100
     while not (tmp_path / "checkpoint.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    step[lost].kill()
-    _, err = step[1 - lost].communicate(timeout=60)
-    assert step[1 - lost].returncode == 1
-    assert err.splitlines()[-1].startswith(f"main.py: error: process {1 - lost} stops: process {lost} ")
+    both[lost].kill()
+    _, err = both[1 - lost].communicate(timeout=60)
+    assert both[1 - lost].returncode == 1
+    assert err.splitlines()[-1].startswith(f"main.py: error: process {1 - lost} stops: another process is gone (")
     assert "Traceback" not in err
-    step[lost].communicate()
+    both[lost].communicate()

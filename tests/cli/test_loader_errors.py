@@ -248,9 +248,11 @@ def test_the_next_image_is_the_one_after(image_folder: Path) -> None:
     damage(image_folder, "train")
     dataset = build_dataset("IMNET", image_folder, "train", eval_transform(View(8, 1.0)))
     samples = SeededSamples(dataset, skip=True)
-    found = samples[4, 0]
-    assert found.files == tuple(str(image_folder / "train" / "dog" / f"{index}.jpg") for index in (0, 1))
-    assert torch.equal(found.instead[0], samples[6, 0][0])
+    (found, _), files = samples[4, 0]
+    assert files == [str(image_folder / "train" / "dog" / f"{index}.jpg") for index in (0, 1)]
+    (after, _), files = samples[6, 0]
+    assert files == []
+    assert torch.equal(found, after)
 
 
 def test_images_that_vanish_are_left_out(image_folder: Path) -> None:

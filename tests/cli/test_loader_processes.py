@@ -21,9 +21,9 @@ import os, signal, time
 import torch
 from torch.utils.data import TensorDataset
 from cli.data import _leave_signals
-from datasets import ImageLoader
+from datasets import ImageLoader, Samples
 
-images = TensorDataset(torch.arange(16.0))
+images = Samples(TensorDataset(torch.arange(16.0)))
 kept = ImageLoader(images, batch_size=4, num_workers=1, persistent_workers=True, worker_init_fn=_leave_signals)
 kept.itself = kept  # freed by nothing but the end of the process
 batches = list(kept)

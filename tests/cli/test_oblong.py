@@ -19,8 +19,8 @@ from benchmarks import speed
 from benchmarks.parts import build_step
 from benchmarks.speed import Setting, Subject, build_side, scaling_rows
 from cli.flags import parse_flags
+from cli.image_page import page, see
 from diffrate.saving.about import about
-from drawing.page import page, see
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image

@@ -11,11 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cli import results
-from diffrate.budgets import uniform
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import BudgetError
-from diffrate.budgets.schedule import Schedule
-from drawing.plots import (
+from cli.plots import (
     LEAST_LOSS,
     accuracy_figure,
     kept_tokens_figure,
@@ -25,6 +21,10 @@ from drawing.plots import (
     speed_figure,
     work_figure,
 )
+from diffrate.budgets import uniform
+from diffrate.budgets.budget import Budget
+from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.schedule import Schedule
 from tests.conftest import Cli
 from tests.test_patch import patched
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from cli.image_page import MOST_BLOCKS, Seen, page, see, shown_blocks
 from cli.settings import PROJECT
 from diffrate.pictures import PRUNED
-from drawing.page import MOST_BLOCKS, Seen, page, see, shown_blocks
 from tests.conftest import Cli, write_image
 from tests.test_patch import FALLING, patched
 from tests.tiny_models import FAMILIES, IMAGE_SIZE

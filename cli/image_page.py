@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -60,28 +61,30 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
     images = torch.stack([transform(photograph) for photograph in photographs]).to(weight.device, weight.dtype)
     model.eval()
     states = model.forward_blocks(images)
-    heads = model.has_head()
-    compressed = _probabilities(model.classify(states[-1])) if heads else None
-    dense = _probabilities(_dense_logits(model, images)) if heads else None
+    dense = compressed = [None] * len(photographs)
+    if model.has_head():
+        compressed = _probabilities(model.classify(states[-1]))
+        before, model.compression.schedule = model.compression.schedule, model.dense_schedule()
+        try:
+            dense = _probabilities(model(images, return_flop=False))
+        finally:
+            model.compression.schedule = before
     first = model.compression.space.prefix
     zoom = -(-SIDE // min(view.size))  # whole pixels for every pixel of the input
     rows, columns = (zoom * side for side in view.size)
     below, right = (zoom * side for side in _covered(model, view.size))
-    seen = []
-    for index, photograph in enumerate(photographs):
-        origins = tuple(state.origin[index, first:].cpu() for state in states if state.origin is not None)
-        seen.append(
-            Seen(
-                view=crop_view(photograph, view, (rows, columns)).crop((0, 0, right, below)),
-                grid=model.token_grid,
-                origins=origins,
-                kept=tuple(state.x.shape[1] for state in states),
-                tokens=model.compression.space.limits[0],
-                dense=None if dense is None else dense[index],
-                compressed=None if compressed is None else compressed[index],
-            )
+    return [
+        Seen(
+            view=crop_view(photograph, view, (rows, columns)).crop((0, 0, right, below)),
+            grid=model.token_grid,
+            origins=tuple(state.origin[index, first:].cpu() for state in states if state.origin is not None),
+            kept=tuple(state.x.shape[1] for state in states),
+            tokens=model.compression.space.limits[0],
+            dense=dense[index],
+            compressed=compressed[index],
         )
-    return seen
+        for index, photograph in enumerate(photographs)
+    ]
 
 
 def shown_blocks(seen: Seen) -> list[int]:
@@ -98,7 +101,8 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     those that remove tokens), and the predictions, if there are any."""
     shown = shown_blocks(seen) if blocks is None else blocks
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(WIDTH * COLUMNS, _height(seen) * (1 + rows) + 0.3), layout="constrained")
+    height = WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
+    figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows) + 0.3), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
@@ -107,11 +111,10 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
     _picture(end, seen.tokens_after(last), f"{when}: {_count(seen, last)}")
     draw_predictions(predictions, seen, names)
-    for place, axes in enumerate(below.subplots(rows, COLUMNS, squeeze=False).flat):
-        if place < len(shown):
-            _picture(axes, seen.tokens_after(shown[place]), f"after block {shown[place]}: {_count(seen, shown[place])}")
-        else:
-            axes.set_axis_off()
+    for axes, block in zip_longest(below.subplots(rows, COLUMNS, squeeze=False).flat, shown):
+        axes.set_axis_off()
+        if block is not None:
+            _picture(axes, seen.tokens_after(block), f"after block {block}: {_count(seen, block)}")
     return figure
 
 
@@ -122,18 +125,17 @@ def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
         axes.set_axis_off()
         return
     classes = seen.dense.topk(min(SHOWN_CLASSES, len(seen.dense))).indices.tolist()
-    for name, probabilities, offset, color, hatch in (
+    for name, found, offset, color, hatch in (
         ("dense", seen.dense, -0.2, "#bbbbbb", ""),
         ("compressed", seen.compressed, 0.2, "#0072b2", "///"),
     ):
-        values = [100 * float(probabilities[index]) for index in classes]
         places = [place + offset for place in range(len(classes))]
+        values = [100 * float(found[index]) for index in classes]
         bars = axes.barh(places, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
-        axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="{:.1f} %", padding=2, fontsize=8)
     axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("probability in %")
+    axes.set(xlim=(0, 100), xlabel="probability in %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
 
@@ -142,11 +144,6 @@ def likeliest(probabilities: Tensor, names: Sequence[str]) -> str:
     """The class that a model names first, and its probability."""
     best = int(probabilities.argmax())
     return f"{names[best]} {100 * float(probabilities[best]):.1f} %"
-
-
-def _height(seen: Seen) -> float:
-    """Inches of a panel whose picture is as high as the view."""
-    return WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
 
 
 def _covered(model: diffrate.CompressedModel, size: tuple[int, int]) -> tuple[int, int]:
@@ -176,14 +173,5 @@ def _count(seen: Seen, block: int) -> str:
     return f"{seen.kept[block]} of {seen.tokens} tokens" + ("" if seen.has_patches(block) else ", no patches")
 
 
-def _dense_logits(model: diffrate.CompressedModel, images: Tensor) -> Tensor:
-    """The logits with every token kept; the model has its counts back afterwards."""
-    before, model.compression.schedule = model.compression.schedule, model.dense_schedule()
-    try:
-        return model(images, return_flop=False)
-    finally:
-        model.compression.schedule = before
-
-
-def _probabilities(logits: Tensor) -> Tensor:
+def _probabilities(logits: Tensor) -> Sequence[Tensor]:
     return logits.float().softmax(dim=-1).cpu()

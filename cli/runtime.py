@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 
+from cli.distributed import Processes
 from diffrate.files import whole_file
 from diffrate.running.precision import Place, autocast, default_precision
-from processes.group import Processes
 from utils import UsageError, make_output_dir
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The files that a run leaves in its output folder.
+LOG = "log.txt"  # a JSON line for each epoch, score and timing
+STEPS = "search_steps.txt"  # how the expected counts of a search moved, a JSON line every few steps
+FOUND = "found.txt"  # what searches ended with, JSON lines
+WORK = "search_work.txt"  # what searches had spent and come to, stage by stage, JSON lines
+SENSITIVITY = "sensitivity.txt"  # what each block loses alone, JSON lines
+SPEED, SCALING, LATENCY = "benchmark.json", "benchmark_scaling.json", "benchmark_latency.json"
+RATES = "compression_rate.json"
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,20 @@ class Runtime:
         """Where batches go."""
         return Place(self.device, self.dtype)
 
-    def append(self, content: dict[str, Any], name: str) -> None:
-        """Add a JSON line to the file `name` in the output folder, if there is one; main process only."""
-        if self.output_dir is not None and self.processes.is_main:
-            with (self.output_dir / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")
-
     @property
     def writes(self) -> bool:
         """Whether this process leaves files in an output folder."""
         return self.output_dir is not None and self.processes.is_main
 
+    def append(self, content: dict[str, Any], name: str) -> None:
+        """Add a JSON line to the file `name` in the output folder, if there is one; main process only."""
+        if self.output_dir is not None and self.writes:
+            with (self.output_dir / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+
     def record(self, content: dict[str, Any]) -> None:
         """`append` to `log.txt`, and figures of an epoch to TensorBoard."""
-        self.append(content, "log.txt")
+        self.append(content, LOG)
         if self.board is not None and "epoch" in content:
             for name, value in content.items():
                 if isinstance(value, float):
@@ -67,7 +75,7 @@ class Runtime:
 
     def save(self, content: dict[str, Any], name: str) -> None:
         """`torch.save` as a whole file in the output folder, if there is one; main process only."""
-        if self.output_dir is not None and self.processes.is_main:
+        if self.output_dir is not None and self.writes:
             with whole_file(self.output_dir / name) as file:
                 torch.save(content, file)
 

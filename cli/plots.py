@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -45,12 +45,11 @@ def accuracy_figure(records: Sequence[Record]) -> Figure | None:
     names = sorted({record["model"] for record, _ in scored})
     if not names:
         return None
-    figure = Figure(figsize=(6 * len(names), 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, panels = _panels(6, names)
+    for axes, name in panels:
         for kind in STYLES:
-            points = {
-                r["gflops"]: r["acc1"] for r, of in scored if of == kind and r["model"] == name
-            }  # the last counts
+            here = [record for record, of in scored if of == kind and record["model"] == name]
+            points = {record["gflops"]: record["acc1"] for record in here}  # the last counts
             if points:
                 color, marker = STYLES[kind]
                 line = "-" if len(points) > 1 else "none"
@@ -65,19 +64,17 @@ def kept_tokens_figure(records: Sequence[Record]) -> Figure | None:
     found = {(r["model"], r["target_gflops"]): r for r in records if r.get("mode") == "found"}
     if not found:
         return None
-    figure = Figure(figsize=(5.5 * len(found), 4), layout="constrained")
-    for axes, (name, target) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        record = found[name, target]
+    figure, panels = _panels(5.5, list(found.values()))
+    for axes, record in panels:
         # Uniform schedules mostly keep the same tokens at the same cost: one curve for all that do.
         curves: dict[tuple[int, ...], list[str]] = {}
         for kind, counts in record["uniform"].items():
             curves.setdefault(tuple(kept.merged for kept in _kept(counts, record)), []).append(kind)
         for merged, kinds in curves.items():
             color, marker = STYLES[f"uniform {kinds[0]}"]
-            label = f"uniform {', '.join(kinds)}"
-            axes.plot(merged, "--", color=color, marker=marker, markersize=4, label=label)
+            axes.plot(merged, "--", color=color, marker=marker, markersize=4, label=f"uniform {', '.join(kinds)}")
         draw_kept_tokens(axes, _kept(record, record))
-        axes.set_title(f"{name}, {record['gflops']:.4g} GFLOPs")
+        axes.set_title(f"{record['model']}, {record['gflops']:.4g} GFLOPs")
         _finish(axes)
     return figure
 
@@ -89,11 +86,11 @@ def draw_kept_tokens(axes: Axes, kept: Sequence[Kept]) -> None:
     axes.plot(blocks, [count.merged for count in kept], color=color, marker=marker, label="after merging")
     if any(count.pruned < count.entering for count in kept):
         axes.plot(blocks, [count.pruned for count in kept], ":", color=color, marker="x", label="after pruning")
-    pruned = [(count.pruned, count.entering) for count in kept]
-    merged = [(count.merged, count.pruned) for count in kept]
-    for spans, hatch, label in ((pruned, "xx", "pruned"), (merged, "//", "merged")):
-        if any(low < high for low, high in spans):
-            heights, lows = [high - low for low, high in spans], [low for low, _ in spans]
+    pruned = [(count.pruned, count.entering - count.pruned) for count in kept]
+    merged = [(count.merged, count.pruned - count.merged) for count in kept]
+    for bars, hatch, label in ((pruned, "xx", "pruned"), (merged, "//", "merged")):
+        lows, heights = zip(*bars, strict=True)
+        if any(heights):
             axes.bar(blocks, heights, 0.5, lows, color="#dddddd", hatch=hatch, edgecolor="#777777", label=label)
     axes.set(xlabel="block", ylabel="tokens", ylim=(0, 1.05 * kept[0].entering))
 
@@ -114,11 +111,10 @@ def search_figure(steps: Sequence[Record]) -> Figure | None:
             counts = [step[kind][block] for step in course]
             axes.plot(done, counts, color=color)
             axes.annotate(str(block), (done[-1], counts[-1]), fontsize=7, xytext=(2, 0), textcoords="offset points")
-        title = {PRUNE_FIELD: "expected after pruning, by block", MERGE_FIELD: "expected after merging, by block"}[kind]
-        axes.set(title=title, xlabel="step", ylabel="tokens", ylim=(0, None))
-    name, words = ("gflops", "GFLOPs (multiply-accumulates)")
-    if name not in course[-1]:
-        name, words = "seconds", "seconds of an image"
+        after = "pruning" if kind == PRUNE_FIELD else "merging"
+        axes.set(title=f"expected after {after}, by block", xlabel="step", ylabel="tokens", ylim=(0, None))
+    flops = "gflops" in course[-1]
+    name, words = ("gflops", "GFLOPs (multiply-accumulates)") if flops else ("seconds", "seconds of an image")
     cost.plot(done, [step[name] for step in course], color=STYLES["searched"][0], label="expected")
     cost.axhline(course[-1][f"target_{name}"], color="black", linestyle="--", label="target")
     cost.set(title="cost", xlabel="step", ylabel=words)
@@ -128,20 +124,17 @@ def search_figure(steps: Sequence[Record]) -> Figure | None:
 
 def speed_figure(rows: Sequence[Record]) -> Figure | None:
     """Speed-up of each row with its lowest and highest, and the ideal beside it."""
-    labels = [f"batch {row['batch_size']}\n{row['precision']}\n{row['mode']}" for row in rows]
-    places = range(len(rows))
     figure = Figure(figsize=(2 + 1.1 * len(rows), 4), layout="constrained")
     axes = figure.subplots()
-    speeds = [row["speedup"] for row in rows]
-    below = [row["speedup"] - row["speedup_low"] for row in rows]
-    above = [row["speedup_high"] - row["speedup"] for row in rows]
-    axes.bar(places, speeds, 0.6, yerr=[below, above], capsize=4, color="#56b4e9", edgecolor="black", label="measured")
-    ideal = [row["ideal_speedup"] for row in rows]
-    starts, ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
-    axes.hlines(ideal, starts, ends, "black", "dashed", label="ideal: FLOPs ratio")
-    for place, row in zip(places, rows, strict=True):
+    speeds, ideal = [row["speedup"] for row in rows], [row["ideal_speedup"] for row in rows]
+    span = [[row["speedup"] - row["speedup_low"], row["speedup_high"] - row["speedup"]] for row in rows]
+    style = {"color": "#56b4e9", "edgecolor": "black", "label": "measured"}
+    axes.bar(range(len(rows)), speeds, 0.6, yerr=list(zip(*span, strict=True)), capsize=4, **style)
+    for place, row in enumerate(rows):
         axes.annotate(f"{row['share_of_ideal']:.0%}", (place, 0.05), ha="center")
-    axes.set_xticks(places, labels)
+    starts = [place - 0.4 for place in range(len(rows))]
+    axes.hlines(ideal, starts, [start + 0.8 for start in starts], "black", "dashed", label="ideal: FLOPs ratio")
+    axes.set_xticks(range(len(rows)), [f"batch {row['batch_size']}\n{row['precision']}\n{row['mode']}" for row in rows])
     axes.set(title=rows[0]["model"], ylabel="times the dense images/s", ylim=(0, 1.3 * max(speeds + ideal)))
     _finish(axes)
     return figure
@@ -149,9 +142,8 @@ def speed_figure(rows: Sequence[Record]) -> Figure | None:
 
 def latency_figure(rows: Sequence[Record]) -> Figure | None:
     """A panel for each kind of block: milliseconds of its parts over the tokens, and of a reduction of a tenth."""
-    kinds = sorted({row["block"] for row in rows})
-    figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    figure, panels = _panels(5, sorted({row["block"] for row in rows}))
+    for axes, kind in panels:
         of_kind = sorted((row for row in rows if row["block"] == kind), key=lambda row: row["tokens"])
         for name, label, line in LATENCIES:
             points = [(row["tokens"], row[name]) for row in of_kind if row[name] is not None]
@@ -166,9 +158,8 @@ def latency_figure(rows: Sequence[Record]) -> Figure | None:
 
 def scaling_figure(rows: Sequence[Record]) -> Figure | None:
     """Images per second against tokens kept, a curve per input size, a panel per batch size."""
-    batches = sorted({row["batch_size"] for row in rows})
-    figure = Figure(figsize=(4.5 * len(batches), 4), layout="constrained")
-    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+    figure, panels = _panels(4.5, sorted({row["batch_size"] for row in rows}))
+    for axes, batch in panels:
         here = [row for row in rows if row["batch_size"] == batch]
         styles = zip(sorted({row["input_size"] for row in here}), list(STYLES.values())[1:], strict=False)
         for size, (color, marker) in styles:
@@ -202,7 +193,11 @@ def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
             if not here:  # of a model that only merges, beside one that also prunes
                 axes.remove()
                 continue
-            handles |= _draw_blocks(axes, here, colors, floor)
+            for block in sorted({r["block"] for r in here}):
+                points = sorted((r["share"], max(r["loss"], floor)) for r in here if r["block"] == block)
+                style: Record = {"color": colors[block], "marker": ".", "label": f"block {block}"}
+                (handles[block],) = axes.plot(*zip(*points, strict=True), **style)
+                axes.annotate(str(block), points[0], fontsize=7, xytext=(-4, 0), textcoords="offset points", ha="right")
             axes.set(title=f"{name}, {ALONE[kind]} alone", xlabel="share of the tokens kept", xlim=(0, 1))
             axes.set(ylabel=f"loss against the dense outputs (bottom: up to {floor:.1g})", yscale="log")
             axes.set_ylim(floor / 1.2, 1.5 * max(losses))
@@ -210,19 +205,6 @@ def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
     shown = [handles[block] for block in blocks if block in handles]
     figure.legend(handles=shown, loc="outside right center", fontsize=8, ncols=1 + (len(shown) - 1) // 24)
     return figure
-
-
-def _draw_blocks(
-    axes: Axes, records: Sequence[Record], colors: dict[int, tuple[float, ...]], floor: float
-) -> dict[int, Line2D]:
-    """The loss against the share kept, none below `floor`: a curve for each block, with its number."""
-    handles = {}
-    for block in sorted({r["block"] for r in records}):
-        points = sorted((r["share"], max(r["loss"], floor)) for r in records if r["block"] == block)
-        style: Record = {"color": colors[block], "marker": ".", "label": f"block {block}"}
-        (handles[block],) = axes.plot(*zip(*points, strict=True), **style)
-        axes.annotate(str(block), points[0], fontsize=7, xytext=(-4, 0), textcoords="offset points", ha="right")
-    return handles
 
 
 def work_figure(records: Sequence[Record]) -> Figure | None:
@@ -237,16 +219,16 @@ def work_figure(records: Sequence[Record]) -> Figure | None:
         if course:
             color, marker = WORK_STYLES[search]
             work, losses = [r["work"] for r in course], [r["loss"] for r in course]
-            best = list(accumulate(losses, min))
             if search == "calibrated":
                 axes.scatter(work, losses, 16, color=color, marker=marker, label="calibrated, each stage")
-                axes.step(work, best, color=color, where="post", label="calibrated, best so far")
+                axes.step(
+                    work, list(accumulate(losses, min)), color=color, where="post", label="calibrated, best so far"
+                )
             else:
                 axes.plot(work, losses, color=color, marker=marker, markersize=4, label=search)
     for stage, loss in uniform.items():
         label = stage if stage.startswith("uniform") else f"uniform {stage}".strip()
-        color, _ = STYLES.get(label, ("#000000", ""))
-        axes.axhline(loss, color=color, linestyle="--", label=label)
+        axes.axhline(loss, color=STYLES.get(label, STYLES["dense"])[0], linestyle="--", label=label)
     drawn = [r for course in runs.values() for r in course]
     axes.set(xlabel="work (forward passes of the dense model on one image)", ylabel="loss against the dense outputs")
     axes.set_xscale(_scale([r["work"] for r in drawn]))
@@ -281,6 +263,12 @@ def _kept(counts: Record, record: Record) -> list[Kept]:
     """What `counts` make of the tokens in the compressible blocks of the model in `record`."""
     schedule = make_schedule(counts[PRUNE_FIELD], counts[MERGE_FIELD])
     return running_counts(schedule, record["tokens"])[: record["blocks"]]
+
+
+def _panels(width: float, of: Sequence[Any]) -> tuple[Figure, Iterator[tuple[Axes, Any]]]:
+    """A figure with a panel, `width` inches wide, for each of these."""
+    figure = Figure(figsize=(width * len(of), 4), layout="constrained")
+    return figure, zip(figure.subplots(1, len(of), squeeze=False)[0], of, strict=True)
 
 
 def _finish(axes: Axes, legend: bool = True) -> None:

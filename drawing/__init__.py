@@ -1,1 +1,0 @@
-"""Pages for an image, with pictures of its tokens, and plots of the figures in logs."""

@@ -1,1 +1,0 @@
-"""What a run tells people while it goes on, and the records that it leaves."""
