@@ -30,7 +30,7 @@ from cli.schedules import schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
 from cli.weights import Weights
 from datasets import DataError
-from diffrate.latency.plan import random_schedule
+from diffrate.latency.probing import random_schedule
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
 from utils import UsageError
