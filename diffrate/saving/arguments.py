@@ -19,13 +19,9 @@ from torch import nn
 from diffrate.files import first_line
 from diffrate.patch.any import families
 from diffrate.patch.sizes import channels_of
-from diffrate.saving.about import SavedModelError, is_argument
+from diffrate.saving.about import ARGUMENTS, SavedModelError, is_argument
 
 KEEPS_ARGUMENTS = "1.0.31"  # the first timm that keeps what `timm.create_model` was given
-# What a file may have timm build with, by timm's names: nothing that makes timm fetch or read other files.
-ARGUMENTS = frozenset(
-    ["act_layer", "attn_drop_rate", "attn_gated", "attn_layer", "attn_only_layer_scale", "attn_pool_mlp_ratio", "attn_pool_num_heads", "attn_type", "bias", "class_token", "depth", "depths", "dims", "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_norm_layer", "embed_proj_type", "enable_patch_interpolator", "expansion_ratio", "fc_norm", "final_norm", "global_pool", "head_dim", "img_size", "in_chans", "init_values", "kernel_size", "layer_scale_init_values", "mlp_bias", "mlp_ratio", "no_embed_class", "norm_layer", "num_classes", "num_heads", "num_kv_heads", "num_reg_tokens", "padding", "patch_size", "patchify_channels_last", "pool_include_prefix", "pos_drop_rate", "pos_embed", "pos_embed_align_corners", "pos_embed_antialias", "pos_embed_ar_preserving", "pos_embed_grid_size", "pos_embed_interp_mode", "pos_embed_use_grid_sample", "pre_norm", "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "qkv_fused", "ref_feat_shape", "reg_tokens", "rel_pos_dim", "rel_pos_type", "res_scale_init_values", "rope_grid_indexing", "rope_grid_offset", "rope_jitter_coords", "rope_mrope_section", "rope_ref_feat_shape", "rope_rescale_coords", "rope_rotate_half", "rope_shift_coords", "rope_temperature", "rope_type", "scale_attn_inner", "scale_attn_inner_norm", "scale_attn_norm", "scale_mlp", "scale_mlp_norm", "shared_rel_pos", "swiglu_align_to", "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm", "use_key_only_attn_mask", "use_mlp_head", "use_naflex", "use_post_norm", "use_post_transformer_norm", "use_pre_transformer_norm", "use_rel_pos_bias", "use_rot_pos_emb", "use_shared_rel_pos_bias"]
-)
 # What may differ from what timm was given. An AttributeError means: a model of this kind does not show it.
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "num_classes": lambda model: model.num_classes,

@@ -364,6 +364,7 @@ BAD_HEADERS: list[tuple[str, str | None, str]] = [
     ("format", "pt", "found 'pt'"),
     ("architecture", None, "found none; accepted: the name of a timm model"),
     ("architecture", "two\nlines", r"found 'two\nlines'"),
+    ("architecture", "hf-hub:someone/something", "accepted: the name of a timm model"),
     ("arguments", "{", "found '{'"),
     ("arguments", "[]", "an object of numbers"),
     ("arguments", '{"img_size": {"a": 1}}', "an object of numbers"),
@@ -412,16 +413,18 @@ def test_bad_headers_are_refused(saved: Path, field: str, text: str | None, part
         assert len(message) < len(str(saved)) + 250
 
 
+def test_arguments_that_timm_is_not_to_get_are_refused(saved: Path) -> None:
+    """Some would make it fetch or read other files."""
+    rewrite(saved, {"arguments": '{"checkpoint_path": "a.pth"}'})
+    for read in (about, load):
+        message = refusal(lambda read=read: read(saved))
+        assert message.startswith(f"{saved}: arguments: found 'checkpoint_path'; accepted: act_layer, attn_drop_rate, ")
+
+
 # Headers that are well formed, of models that cannot be built or do not fit the tensors.
 UNFIT_HEADERS = [
     ("architecture", "vit_of_tomorrow", "architecture: found 'vit_of_tomorrow'; accepted: a model of timm"),
-    ("architecture", "hf-hub:someone/something", "accepted: a model of timm"),
     ("architecture", "resnet18", "found {"),
-    (
-        "arguments",
-        '{"checkpoint_path": "a.pth"}',
-        "arguments: found 'checkpoint_path'; accepted: act_layer, attn_drop_rate, ",
-    ),
     ("arguments", '{"num_heads": 5}', "builds vit_tiny_patch16_224 with"),
     ("arguments", '{"depth": 1000000000000}', "found depth 1000000000000; accepted: from 1 to"),
     ("arguments", '{"depth": 0}', "found depth 0"),

@@ -20,8 +20,7 @@ from torch import nn
 from diffrate.patch.any import families, vit
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.sizes import input_size
-from diffrate.saving.about import about
-from diffrate.saving.arguments import ARGUMENTS
+from diffrate.saving.about import ARGUMENTS, about
 from diffrate.saving.files import load, save
 from tests.constructions import CONSTRUCTIONS, build, size_of
 from tests.library.saved_models import assert_same, refusal, scheduled
@@ -162,16 +161,20 @@ def test_fewer_blocks_come_back(path: Path) -> None:
     assert len(loaded.blocks) == 3
 
 
-@pytest.mark.parametrize("name", ["class_token", "rope", "relative_network", "naflex"])
+@pytest.mark.parametrize("name", ["class_token", "rope", "relative_network"])
 def test_sizes_are_saved_without_what_timm_was_given(path: Path, name: str) -> None:
     """Before timm 1.0.31 no model has it; what is read from a file can be saved again in any."""
-    plain: Any = build(name, **({} if name == "naflex" else {"img_size": (48, 32)})).requires_grad_(True)
+    plain: Any = build(name, img_size=(48, 32)).requires_grad_(True)
     vars(plain).pop("_model_args", None)
-    model = scheduled(vit(plain, 1, 1))
-    if name == "naflex":
-        assert refusal(lambda: save(model, path)).endswith("; create_model of timm 1.0.31 keeps what it is given")
-        return
-    come_back(come_back(model, path), path)
+    come_back(come_back(scheduled(vit(plain, 1, 1)), path), path)
+
+
+def test_what_sizes_do_not_show_needs_a_newer_timm(path: Path) -> None:
+    plain: Any = build("qk_norm")
+    vars(plain).pop("_model_args", None)
+    message = refusal(lambda: save(scheduled(vit(plain, 1, 1)), path))
+    assert message.startswith("blocks.0.attn.q_norm: found timm.layers.norm.LayerNorm(")
+    assert message.endswith("; create_model of timm 1.0.31 keeps what it is given")
 
 
 def test_timms_switch_to_naflex_is_no_part_of_the_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
