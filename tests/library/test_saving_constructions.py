@@ -23,7 +23,9 @@ from diffrate.patch.sizes import input_size
 from diffrate.saving.about import ARGUMENTS, about
 from diffrate.saving.files import load, save
 from tests.constructions import CONSTRUCTIONS, build, size_of
-from tests.library.saved_models import assert_same, refusal, scheduled
+from tests.library.saved_models import assert_same, needs_arguments, refusal, scheduled
+
+pytestmark = needs_arguments
 
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 SIZED = SMALL | {"img_size": 32, "patch_size": 8}
