@@ -14,6 +14,7 @@ from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import Settings
 from datasets import DataError
 from diffrate.exporting.export import LEAST_IMAGES
+from diffrate.exporting.graph import Normalization
 from models.zoo import ModelEntry
 
 log = logging.getLogger(__name__)
@@ -48,19 +49,15 @@ def run(settings: Settings, runtime: Runtime) -> None:
         images=images,
     )
     log.info("exported %s: %.3f GFLOPs, %.1f MiB", path, made.metadata.gflops, made.size / 2**20)
-    log.info(made.agreement.line())
     agreement = made.agreement
+    log.info(agreement.line())
     runtime.record(
         {
             "mode": "export",
             "model": entry.name,
             "file": str(path),
             "gflops": made.metadata.gflops,
-            "difference": agreement.difference,
-            "top1": agreement.top1,
-            "images": agreement.images,
-            "ties": agreement.ties,
-            "tied": agreement.tied,
+            **{name: getattr(agreement, name) for name in ("difference", "top1", "images", "ties", "tied")},
         }
     )
 
@@ -78,5 +75,5 @@ def _pictures(settings: Settings, entry: ModelEntry) -> torch.Tensor:
     log.info("comparing on %d images of %s", len(images), path)
     if not settings.run.export_normalize:
         return images
-    mean, std = (torch.tensor(row)[:, None, None] for row in (entry.mean, entry.std))
+    mean, std = Normalization(entry.mean, entry.std).columns()
     return images * std + mean  # the file does what the transform has done

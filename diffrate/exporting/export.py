@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-import diffrate
 from diffrate.exporting.files import KINDS, load_exported, parts_of, whole_files
 from diffrate.exporting.graph import Normalization, traced
 from diffrate.exporting.metadata import Metadata
@@ -24,6 +22,7 @@ from diffrate.patch.sizes import input_size
 from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import place_of
 from diffrate.running.speed import precision_name
+from diffrate.saving.files import header_of
 
 LONGEST = 300  # characters of another package's message
 LEAST_IMAGES = 2  # so that batches are not all of one size
@@ -73,7 +72,8 @@ def export(
     path, precision = Path(path), precision_name(dtype)
     check_patched(model)
     check_destination(path, precision, opset)
-    _check_images(model, images)
+    if images is not None:
+        _check_images(model, images)
     known = _normalization(model, mean, std)
     metadata = _metadata(model, precision, normalize, known, name, classes)
     program = traced(model, dtype, known if normalize else None)
@@ -90,17 +90,14 @@ def export(
     return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
 
 
-def _check_images(model: CompressedModel, images: Tensor | None) -> None:
+def _check_images(model: CompressedModel, images: Tensor) -> None:
     """Refuse images that do not tell one batch size from another, or that the model does not take.
 
     Raises:
         ExportError: their number, their size or their type.
     """
     size = input_size(model)
-    if images is None:
-        return
-    fits = images.ndim == 4 and tuple(images.shape[1:]) == size and images.dtype == torch.float32
-    if not fits or len(images) < LEAST_IMAGES:
+    if images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES:
         raise ExportError(
             f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
             f"torch.float32, N from {LEAST_IMAGES}"
@@ -120,20 +117,18 @@ def _checked(
     Raises:
         ExportError: they do not agree.
     """
-    inside = known if metadata.normalizes else None
+    inside, outside = (known, None) if metadata.normalizes else (None, known)
     place = place_of(model)
 
     def live(images: Tensor) -> Tensor:
-        if inside is not None:
-            mean, std = (torch.tensor(row)[:, None, None] for row in inside)
-            images = (images - mean) / std
+        images = images if inside is None else inside.apply(images)
         return model(images.to(*place), return_flop=False).float().cpu()
 
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         source = "random" if images is None else "given"
         if images is None:
-            images = fresh_images(live, metadata.input_size, None if metadata.normalizes else known, seed)
+            images = fresh_images(live, metadata.input_size, outside, seed)
         coarser = max(metadata.precision, precision_name(place.dtype), key=lambda name: LIMITS.get(name, 0.0))
         agreement = compare(load_exported(path).runner.logits, live, images.cpu(), coarser, source)
     if not agreement.difference <= agreement.limit:
@@ -147,9 +142,8 @@ def _normalization(model: Any, mean: Sequence[float] | None, std: Sequence[float
     Raises:
         ExportError: not a number for each channel.
     """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels = input_size(model)[0]
-    known = {name: row for name in ("mean", "std") if (row := config.get(name)) and len(row) == channels}
+    config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
+    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
     mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
     if mean is None or std is None:
         return None
@@ -172,17 +166,13 @@ def _metadata(
     if classes is not None and len(classes) != model.num_classes:
         raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
     config = getattr(model, "pretrained_cfg", None) or {}
-    schedule = model.compression.current()
     return Metadata(
+        **header_of(model),
+        mean=known and known.mean,
+        std=known and known.std,
         model=name or config.get("architecture") or type(model).__name__,
-        schedule=replace(schedule, tokens=model.compression.space.limits[0]),
-        gflops=model.flops_at(schedule) / 1e9,
         dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
-        input_size=input_size(model),
-        mean=None if known is None else known.mean,
-        std=None if known is None else known.std,
         normalizes=normalize,
         precision=precision,
         classes=None if classes is None else tuple(classes),
-        versions={"diffrate": diffrate.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
     )

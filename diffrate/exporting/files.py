@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
+from tempfile import TemporaryDirectory
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 from diffrate.exporting import onnx, openvino, pt2
@@ -17,21 +16,8 @@ from diffrate.exporting.runner import Runner
 from diffrate.exporting.targets import ExportError, target_of
 from diffrate.files import first_line
 
-
-class Kind(NamedTuple):
-    """How a kind of file is written and run."""
-
-    write: Callable[..., None]  # program, entries, path; `.onnx` takes an opset as well
-    run: Callable[[Path, int | None], Runner]
-
-
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        ".onnx": Kind(onnx.write, onnx.run),
-        ".pt2": Kind(pt2.write, pt2.run),
-        ".xml": Kind(openvino.write, openvino.run),
-    }
-)
+# `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`.
+KINDS: Mapping[str, ModuleType] = MappingProxyType({".onnx": onnx, ".pt2": pt2, ".xml": openvino})
 
 
 class Loaded(NamedTuple):
@@ -62,8 +48,7 @@ def load_exported(path: Path, threads: int | None = None) -> Loaded:
 def parts_of(path: Path) -> list[Path]:
     """The exported file at `path`, and that of its weights where they are beside it."""
     beside = {".onnx": path.with_name(path.name + onnx.DATA), ".xml": path.with_suffix(openvino.WEIGHTS)}
-    weights = beside.get(path.suffix)
-    return [path] if weights is None or not weights.is_file() else [path, weights]
+    return [path, *(part for suffix, part in beside.items() if suffix == path.suffix and part.is_file())]
 
 
 @contextmanager
@@ -74,17 +59,14 @@ def whole_files(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield folder / path.name
-        written = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
         for file in written:
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
         outdated = set(parts_of(path)) - {path.with_name(file.name) for file in written}
         for file in written:
             file.replace(path.with_name(file.name))
-        for file in outdated:  # weights of an earlier file that had them beside it
+        for file in outdated:  # weights beside a file that was there before
             file.unlink()
-    finally:
-        shutil.rmtree(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from diffrate.exporting.targets import ExportError
+from diffrate.files import first_line
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.sizes import input_size
+from diffrate.running.quiet import no_warnings_of
 
 TRACED_BATCH = 2  # of one image torch would make a constant
 
@@ -22,6 +23,15 @@ class Normalization(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Mean and std as images take them, `[C, 1, 1]`."""
+        return torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Normalise images in [0, 1]."""
+        mean, std = self.columns()
+        return (images - mean) / std
 
 
 class Logits(nn.Module):
@@ -35,8 +45,8 @@ class Logits(nn.Module):
         self.model, self.dtype = model, dtype
         self.normalizes = normalization is not None
         if normalization is not None:
-            self.register_buffer("mean", torch.tensor(normalization.mean)[:, None, None])
-            self.register_buffer("std", torch.tensor(normalization.std)[:, None, None])
+            for name, column in zip(normalization._fields, normalization.columns(), strict=True):
+                self.register_buffer(name, column)
 
     def forward(self, images: Tensor) -> Tensor:
         """Of the model at its kept counts."""
@@ -54,16 +64,13 @@ def traced(model: CompressedModel, dtype: torch.dtype, normalization: Normalizat
     still = _at_rest(model, dtype)
     images = torch.zeros(TRACED_BATCH, *input_size(model))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # torch's own code, at what it copies from and at what it deprecates.
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.|copyreg")
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|copyreg")
+        # torch's own code, at what it copies from and at what it deprecates.
+        with torch.no_grad(), no_warnings_of(r"torch\.|copyreg"):
             return torch.export.export(
                 Logits(still, dtype, normalization).eval(), (images,), dynamic_shapes=({0: Dim("batch")},)
             )
     except Exception as error:  # torch has a class for each thing that it cannot trace
-        raise ExportError(f"{type(model).__name__}: torch cannot trace it ({_last_words(error)})") from error
+        raise ExportError(f"{type(model).__name__}: torch cannot trace it ({first_line(error)})") from error
 
 
 def _at_rest(model: CompressedModel, dtype: torch.dtype) -> CompressedModel:
@@ -74,8 +81,3 @@ def _at_rest(model: CompressedModel, dtype: torch.dtype) -> CompressedModel:
     still = still.to("cpu", dtype).eval().requires_grad_(False)
     still.settle()
     return still
-
-
-def _last_words(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

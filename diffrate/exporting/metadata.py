@@ -9,38 +9,28 @@ from typing import Any
 
 from diffrate.budgets.schedule import Schedule
 from diffrate.exporting.targets import ExportError
+from diffrate.saving.about import FORMAT_FIELD, Header, arrays_as_tuples
 
-FORMAT_FIELD, FORMAT = "format", "diffrate export 1"
+FORMAT = "diffrate export 1"
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """What an exported file says of its model.
+@dataclass(frozen=True, kw_only=True)
+class Metadata(Header):
+    """What an exported file says of its model, beside what all files say.
 
-    model: what its maker calls it. schedule: kept counts per block, with the tokens that enter the first.
-    gflops, dense_gflops: 10^9 multiply-accumulates of one image, at the schedule and with all tokens.
-    input_size: channels, height and width of the images, in pixels.
-    mean, std: what images in [0, 1] are normalised with, per channel; None where the model does not say.
-    normalizes: whether the file does that itself, and takes images in [0, 1].
+    model: what its maker calls it. dense_gflops: as `gflops`, with all tokens.
+    normalizes: whether the file normalises images itself, and takes them in [0, 1].
     precision: of the weights; images and logits are float32 in any.
-    classes: words for the outputs, in order. versions: of diffrate, timm and torch, that the file was made with.
     """
 
     model: str
-    schedule: Schedule
-    gflops: float
     dense_gflops: float
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
     normalizes: bool
     precision: str
-    classes: tuple[str, ...] | None
-    versions: dict[str, str]
 
     def entries(self) -> dict[str, str]:
         """JSON for each field, and for the format's name."""
-        return {FORMAT_FIELD: json.dumps(FORMAT)} | {name: json.dumps(value) for name, value in asdict(self).items()}
+        return {name: json.dumps(value) for name, value in {FORMAT_FIELD: FORMAT, **asdict(self)}.items()}
 
     @classmethod
     def of_entries(cls, entries: Mapping[str, str], where: str) -> Metadata:
@@ -54,9 +44,7 @@ class Metadata:
             raise ExportError(f"{where}: found the format {found}; accepted: {json.dumps(FORMAT)}, a file of --export")
         try:
             values: dict[str, Any] = {name: json.loads(entries[name]) for name in cls.__dataclass_fields__}
-            schedule = values.pop("schedule")
-            prune = schedule["prune"] and tuple(schedule["prune"])
-            arrays = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-            return cls(schedule=Schedule(prune, tuple(schedule["merge"]), schedule["tokens"]), **{**values, **arrays})
-        except (KeyError, TypeError, ValueError) as error:
+            schedule = Schedule(**arrays_as_tuples(values.pop("schedule")))
+            return cls(schedule=schedule, **arrays_as_tuples(values))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ExportError(f"{where}: damaged metadata ({error}); accepted: a file of --export") from error

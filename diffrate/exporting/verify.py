@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,8 +72,7 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
 def _answers_when_nudged(live: Answer, image: Tensor, found: Tensor, limit: float) -> bool:
     """Whether `live` comes to what was `found` when the last bits of the image change."""
     generator = torch.Generator().manual_seed(0)
-    nudged = (image * (1 + NUDGE * torch.randn(image.shape, generator=generator)) for _ in range(TIE_NUDGES))
-    return any(_largest(live(one) - found) <= limit for one in nudged)
+    return any(_largest(live(one) - found) <= limit for one in _nudged(image, TIE_NUDGES, generator))
 
 
 def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalization | None, seed: int) -> Tensor:
@@ -90,11 +89,8 @@ def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalizatio
     wanted = sum(BATCHES)
     for _ in range(TRIES * wanted):
         images = torch.rand(1, *size, generator=generator)
-        if outside is not None:
-            mean, std = (torch.tensor(row)[:, None, None] for row in outside)
-            images = (images - mean) / std
-        nudged = [images * (1 + NUDGE * torch.randn(images.shape, generator=generator)) for _ in range(NUDGES)]
-        logits = live(images)
+        images = images if outside is None else outside.apply(images)
+        nudged, logits = list(_nudged(images, NUDGES, generator)), live(images)
         if all(_largest(logits - live(one)) < LIMITS["float32"] / 10 for one in nudged):
             found.append(images)
         if len(found) == wanted:
@@ -103,6 +99,11 @@ def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalizatio
         f"found {len(found)} of {wanted} images on which the live model answers alike when they change a "
         "little; accepted: a model that does"
     )
+
+
+def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`images` with other last bits, `times` over."""
+    return (images * (1 + NUDGE * torch.randn(images.shape, generator=generator)) for _ in range(times))
 
 
 def _largest(difference: Tensor) -> float:

@@ -6,39 +6,34 @@ and what a configuration of pretrained weights decided, the model shows by its p
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import timm
+import torch
 from timm.models import is_model_in_modules
-from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
+from diffrate.files import first_line
 from diffrate.patch.any import families
-from diffrate.saving.about import SavedModelError, is_argument
-from diffrate.saving.plain import plain_model
-from diffrate.saving.readers import READERS
+from diffrate.patch.sizes import channels_of
+from diffrate.saving.about import ARGUMENTS, SavedModelError, is_argument
 
-# Arguments that no single part shows: known by what `timm.create_model` was given. A file's arguments go on to
-# timm: here belongs nothing that makes timm fetch or read other files.
-_ATTENTION = {"num_kv_heads", "qkv_fused", "attn_type", "attn_layer", "attn_gated", "attn_only_layer_scale"}
-_MLP = {"swiglu_mlp", "swiglu_align_to"}
-_LAYERS = {"norm_layer", "embed_norm_layer", "act_layer", "use_post_norm"}
-_ROTARY = {
-    *("use_rot_pos_emb", "rope_type", "rope_temperature", "rope_grid_offset", "rope_grid_indexing"),
-    *("rope_rotate_half", "rope_mrope_section", "ref_feat_shape", "rope_ref_feat_shape"),
-    *("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
+KEEPS_ARGUMENTS = "1.0.31"  # the first timm that keeps what `timm.create_model` was given
+# What may differ from what timm was given. An AttributeError means: a model of this kind does not show it.
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "num_classes": lambda model: model.num_classes,
+    "in_chans": channels_of,
+    "global_pool": lambda model: model.head.global_pool.pool_type if hasattr(model, "stages") else model.global_pool,
+    "img_size": lambda model: _sides(*model.patch_embed.img_size),
+    "patch_size": lambda model: _sides(*model.patch_embed.patch_size),
+    "depth": lambda model: len(model.blocks),
+    # With those above, all that small models differ in, where timm does not keep what it was given.
+    "embed_dim": lambda model: model.embed_dim,
+    "num_heads": lambda model: model.blocks[0].attn.num_heads,
 }
-_RELATIVE = {"use_rel_pos_bias", "use_shared_rel_pos_bias", "rel_pos_type", "rel_pos_dim", "shared_rel_pos"}
-_ANY_SIZE = {
-    *("use_naflex", "use_key_only_attn_mask", "embed_proj_type", "patchify_channels_last", "enable_patch_interpolator"),
-    *("pos_embed_interp_mode", "pos_embed_ar_preserving", "pos_embed_antialias", "pos_embed_align_corners"),
-    "pos_embed_use_grid_sample",
-}
-_POOLING = {"attn_pool_num_heads", "attn_pool_mlp_ratio"}
-_MIXERS = {"head_dim", "expansion_ratio", "kernel_size", "padding", "bias"}
-ARGUMENTS = frozenset(READERS) | _ATTENTION | _MLP | _LAYERS | _ROTARY | _RELATIVE | _ANY_SIZE | _POOLING | _MIXERS
 
 
 def constructor_arguments(model: nn.Module) -> dict[str, Any]:
@@ -53,10 +48,9 @@ def constructor_arguments(model: nn.Module) -> dict[str, Any]:
     architecture = architecture_of(model)
     arguments, shown = _given(model, architecture), _readings(model)
     while True:
-        # Defaults depend on other arguments (the norm's place on the pooling): look again at what they make.
+        # Defaults depend on other arguments (heads on the width): look again at what they make.
         made = _readings(plain_model(architecture, arguments))
-        differing = {name: value for name, value in shown.items() if made.get(name) != value}
-        corrected = arguments | differing
+        corrected = arguments | {name: value for name, value in shown.items() if made.get(name) != value}
         if corrected == arguments:
             return dict(sorted(arguments.items()))
         arguments = corrected
@@ -71,11 +65,34 @@ def architecture_of(model: nn.Module) -> str:
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
+        kind = next((kind for kind in type(model).__mro__ if kind in families()), type(model))  # before it was patched
         raise SavedModelError(
-            f"found a {_timm_class(model).__name__} without the name of its architecture; "
-            "accepted: a model made by timm.create_model"
+            f"found a {kind.__name__} without the name of its architecture; accepted: a model made by timm.create_model"
         )
     return architecture
+
+
+def plain_model(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """timm's model as structure alone, on the meta device: no weights, no draws from a generator.
+
+    `arguments` are JSON values; arrays reach timm as tuples, as its own defaults are.
+
+    Raises:
+        SavedModelError: this timm has no such architecture, or cannot build it with these arguments.
+    """
+    if not timm.is_model(architecture):
+        raise SavedModelError(f"architecture: found {architecture!r}; accepted: a model of timm {timm.__version__}")
+    given: dict[str, Any] = {name: tuple(it) if isinstance(it, list) else it for name, it in arguments.items()}
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(architecture, pretrained=False, **given)
+    except Exception as error:  # each constructor fails in its own way, and all mean: not with these
+        raise SavedModelError(
+            f"arguments: found {dict(arguments)}; accepted: what timm {timm.__version__} "
+            f"builds {architecture} with ({first_line(error)})"
+        ) from error
+    model._model_args = given  # for older timm, so that what was loaded can be saved
+    return model
 
 
 def _given(model: nn.Module, architecture: str) -> dict[str, Any]:
@@ -84,31 +101,19 @@ def _given(model: nn.Module, architecture: str) -> dict[str, Any]:
     given: Mapping[str, Any] = getattr(model, "_model_args", {})
     as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     kept = {name: value for name, value in as_json.items() if name in ARGUMENTS and is_argument(value)}
-    if _timm_class(model) is NaFlexVit and not is_model_in_modules(architecture, "naflexvit"):
+    if isinstance(model, NaFlexVit) and not is_model_in_modules(architecture, "naflexvit"):
         kept["use_naflex"] = True  # an environment variable of timm's may have said so instead
     return kept
+
+
+def _sides(rows: int, columns: int) -> int | list[int]:
+    return rows if rows == columns else [rows, columns]
 
 
 def _readings(model: nn.Module) -> dict[str, Any]:
     """Every argument that `model` shows, whatever it is by default."""
     readings = {}
-    for name in READERS.keys() & _parameters(_timm_class(model)):
-        try:
-            value = READERS[name](model)
-        except AttributeError:  # a part of another kind, which the comparison of the models names
-            continue
-        if value is not None:  # which `timm.create_model` takes for an argument that is not given
-            readings[name] = value
+    for name, read in _READERS.items():
+        with suppress(AttributeError, TypeError):  # no such part, or None: nothing is shown
+            readings[name] = read(model)
     return readings
-
-
-def _parameters(timm_class: type[nn.Module]) -> set[str]:
-    """The names of the arguments that timm's class takes, in its own name or its parents'."""
-    names = {field.name for field in fields(NaFlexVitCfg)} if timm_class is NaFlexVit else set()
-    kinds = timm_class.__mro__[: timm_class.__mro__.index(nn.Module)]
-    return names.union(*(inspect.signature(kind).parameters for kind in kinds))
-
-
-def _timm_class(model: nn.Module) -> type[nn.Module]:
-    """The class of `model` before it was patched."""
-    return next((kind for kind in type(model).__mro__ if kind in families()), type(model))

@@ -80,6 +80,17 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> CompressedM
     return model.eval()
 
 
+def header_of(model: CompressedModel) -> dict[str, Any]:
+    """What saved and exported files both say of `model` at its kept counts."""
+    schedule = model.compression.current()
+    return {
+        "schedule": replace(schedule, tokens=model.compression.space.limits[0]),
+        "gflops": model.flops_at(schedule) / 1e9,
+        "input_size": input_size(model),
+        "versions": {"diffrate": diffrate.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+    }
+
+
 def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] | None) -> About:
     """What the file will say of `model`, checked as it will be when it is read."""
     if not isinstance(model, CompressedModel):
@@ -88,21 +99,14 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         raise SavedModelError(f"classes: found {classes!r}; accepted: a sequence of texts, one per output")
     module: Any = model
     architecture, config = architecture_of(model), module.pretrained_cfg
-    schedule = model.compression.current()
     described = About(
+        **header_of(model),
         architecture=architecture,
         arguments=constructor_arguments(model),
         num_classes=module.num_classes,
-        input_size=input_size(model),
-        mean=config.get("mean"),
-        std=config.get("std"),
-        interpolation=config.get("interpolation"),
-        crop_pct=config.get("crop_pct"),
+        **{name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
         crop_mode=config.get("crop_mode") or CROP_MODES[0],
-        schedule=replace(schedule, tokens=model.compression.space.limits[0]),
         granularity=(model.compression.granularity["prune"], model.compression.granularity["merge"]),
-        gflops=model.flops_at(schedule) / 1e9,
-        versions={"diffrate": diffrate.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
         name=name,
         classes=None if classes is None else tuple(classes),
         return_flop=model.return_flop,

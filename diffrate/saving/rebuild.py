@@ -15,8 +15,7 @@ from diffrate.patch.any import vit
 from diffrate.patch.base import CompressedModel
 from diffrate.rates.rate import RateError
 from diffrate.saving.about import About, SavedModelError
-from diffrate.saving.arguments import ARGUMENTS
-from diffrate.saving.plain import plain_model
+from diffrate.saving.arguments import KEEPS_ARGUMENTS, plain_model
 
 CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 # What passes its input on in evaluation, whatever its rate.
@@ -36,10 +35,6 @@ def rebuild(about: About, where: str = "") -> CompressedModel:
     Raises:
         SavedModelError: this timm, or this diffrate, cannot build it.
     """
-    unknown = sorted(about.arguments.keys() - ARGUMENTS)
-    if unknown:
-        # Some would make timm fetch or read other files.
-        raise SavedModelError(f"{where}arguments: found {unknown[0]!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
     _, height, width = about.input_size
     try:
         model: Any = plain_model(about.architecture, about.arguments)
@@ -61,12 +56,13 @@ def check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
         SavedModelError: names the first part that differs.
     """
     ours, theirs = _structure(model), _structure(rebuilt)
+    needed = "" if hasattr(model, "_model_args") else f"; create_model of timm {KEEPS_ARGUMENTS} keeps what it is given"
     for place in ours | theirs:
         found, built = ours.get(place, "nothing"), theirs.get(place, "nothing")
         if found != built:
             architecture = rebuilt.pretrained_cfg["architecture"]
             raise SavedModelError(
-                f"{place}: found {found}; accepted: {built}, as timm {timm.__version__} builds {architecture}"
+                f"{place}: found {found}; accepted: {built}, as timm {timm.__version__} builds {architecture}{needed}"
             )
 
 

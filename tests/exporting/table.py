@@ -31,7 +31,11 @@ def differences(name: str, folder: Path) -> Iterator[tuple[str, float | str]]:
     """For each kind of file the largest difference of logits at batches of 1, 3 and 8, or why there is none."""
     model = compressed(name)
     program = traced(model, torch.float32, None)
-    said = Metadata(name, model.compression.current(), 0.0, 0.0, (3, *size_of(name)), None, None, False, "", None, {})
+    said = Metadata(
+        **{"model": name, "schedule": model.compression.current(), "gflops": 0.0, "dense_gflops": 0.0},
+        **{"input_size": (3, *size_of(name)), "mean": None, "std": None, "normalizes": False},
+        **{"precision": "", "versions": {}},
+    )
     for suffix, kind in KINDS.items():
         path = folder / f"{name}{suffix}"
         try:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.sizes import input_size
 from diffrate.saving.about import SavedModelError
+
+needs_arguments = pytest.mark.skipif(
+    not hasattr(timm.create_model("test_vit"), "_model_args"), reason="needs a timm that keeps what it was given"
+)
 
 
 def scheduled(model: CompressedModel) -> CompressedModel:
