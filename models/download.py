@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
+import timm
 import torch
-from huggingface_hub.utils import LocalEntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg
+from torch import Tensor
 
-from models.errors import CheckpointError
-from models.zoo import ModelEntry, OfficialWeights
+from models.zoo import CheckpointError, ModelEntry, OfficialWeights, TimmWeights
 
 # torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
@@ -71,6 +72,32 @@ def fetch(url: str, bar: bool = True) -> Path:
         ) from error
 
 
+def timm_state(weights: TimmWeights, bar: bool = True) -> dict[str, Tensor]:
+    """The tensors of a pretrained model as timm builds it, downloaded on first use.
+
+    Raises:
+        CheckpointError: they cannot be had; the message names the source and what to do.
+    """
+    try:
+        if weights.hub and weights.file:
+            repository, _, revision = weights.hub.partition("@")
+            try:  # with progress, what timm then finds in the cache
+                _download_hub(repository, weights.file, revision or None, bar)
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError):  # no connection, which timm would try several times over
+                    raise
+                # Where the file has another name, timm looks for it.
+        with _connection_timeout():
+            model = timm.create_model(weights.name, pretrained=True)
+    except Exception as error:  # every source fails in its own way
+        place = "bring it into the Hugging Face cache (HF_HOME)" if weights.hub else "connect"
+        raise CheckpointError(
+            f"cannot load the weights of {weights.name}: tried {weights.source} ({first_line(error)}). "
+            f"To go on, {place}, or name a file with --checkpoint"
+        ) from error
+    return model.state_dict()
+
+
 def _sources(weights: OfficialWeights, target: Path, bar: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
     url, hub_id = weights.url, None
     if weights.timm_config is not None:
@@ -80,20 +107,20 @@ def _sources(weights: OfficialWeights, target: Path, bar: bool) -> Iterator[tupl
     if url:
         yield url, lambda: _download_url(url, target, bar)
     if hub_id:
-        yield f"huggingface.co/{hub_id}", lambda: download_hub(hub_id, "model.safetensors", None, bar)
+        yield f"huggingface.co/{hub_id}", lambda: _download_hub(hub_id, "model.safetensors", None, bar)
 
 
 def _download_url(url: str, target: Path, bar: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     found = HASH_IN_NAME.search(target.name)
-    with connection_timeout():
+    with _connection_timeout():
         # Writes to a temporary file first, and renames when the hash agrees.
         _tell(url, bar)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=found and found.group(1), progress=bar)
     return target
 
 
-def download_hub(repository: str, file: str, revision: str | None, bar: bool) -> Path:
+def _download_hub(repository: str, file: str, revision: str | None, bar: bool) -> Path:
     """A file of a repository on the Hugging Face hub, from its cache where it is there already."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
@@ -124,7 +151,7 @@ def _tell(source: str, bar: bool) -> None:
 
 
 @contextmanager
-def connection_timeout() -> Iterator[None]:
+def _connection_timeout() -> Iterator[None]:
     """torch.hub takes no timeout, and without one a silent server hangs the command for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_SECONDS)
