@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import diffrate
+from cli.settings import Mixing, TrainingSettings
+from cli.training import Recipe, Teacher, build_recipe
+from cli.training_checkpoint import TrainingCheckpoint, TrainingState
 from datasets import ImageLoader
 from diffrate.group import all_sum
 from diffrate.running.compiled import FixedBatch, compile_model
@@ -24,10 +27,6 @@ from diffrate.running.precision import to_place
 from diffrate.seeds import seed_everything, step_seed
 from processes.runtime import Runtime
 from reporting.progress import Progress
-from training.checkpoint import TrainingCheckpoint, TrainingState
-from training.recipe import Recipe, build_recipe
-from training.settings import Mixing, TrainingSettings
-from training.teacher import Teacher
 from utils import StopRequestedError, StopSignals
 
 log = logging.getLogger(__name__)

@@ -61,7 +61,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 
 def subject_of(name: str, gflops: float | None) -> Subject:
     """A model with fresh weights, at a published schedule or none."""
-    entry = models.lookup(name)
+    entry = models.entry_of(name)
     schedule = None if gflops is None else find_schedule(PUBLISHED, entry.schedule_key, gflops)
     return Subject(entry, entry.input_size, schedule, GRANULARITY, seed=0)
 

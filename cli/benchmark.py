@@ -17,14 +17,11 @@ from benchmarks import exported, latency, loading, scaling, speed
 from benchmarks.search_step import search_cost
 from benchmarks.subject import Subject
 from benchmarks.tables import table, write_rows
-from cli.data import eval_dataset, eval_loader
-from cli.entry import built, chosen_entry, input_size_of
-from cli.inference import for_inference
+from cli.data import eval_dataset, eval_loader, input_size_of
 from cli.latency import latency_table
-from cli.model import compressed
+from cli.model import Weights, at_schedule, chosen_entry, for_inference, planned
 from cli.schedules import schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, Settings
-from cli.weights import Weights
 from datasets import DataError
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry
@@ -157,9 +154,9 @@ def _subject(settings: Settings) -> Subject:
     entry = chosen_entry(chosen if saved else replace(chosen, checkpoint=FROM_SCRATCH))
     size = input_size_of(chosen, entry)
     schedule = about(chosen.checkpoint).schedule if saved else None
-    with models.shapes_alone():
-        model = compressed(built(chosen, entry), chosen, entry, Weights(None, chosen.checkpoint, schedule))
-    schedule = model.compression.current()
+    plan = planned(chosen, entry)
+    at_schedule(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, schedule))
+    schedule = plan.shapes.compression.current()
     return Subject(entry, size, schedule, chosen.granularity, settings.run.seed, chosen.compile_merging)
 
 

@@ -12,11 +12,11 @@ import models
 from cli.recipe import PAPER
 from cli.schedules import fit_tokens
 from cli.settings import Settings, Target
+from cli.training import digest
+from cli.training_checkpoint import LAST, read_training
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
-from training.checkpoint import LAST, read_training
-from training.teacher import digest
 from utils import UsageError
 
 AUTO = "auto"

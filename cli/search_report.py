@@ -6,6 +6,7 @@ import logging
 import shutil
 
 import diffrate
+from cli.training_checkpoint import BEST, LAST
 from datasets import ImageLoader
 from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
@@ -17,7 +18,6 @@ from engine import shown_scores
 from processes.runtime import Runtime
 from reporting.progress import Progress
 from reporting.records import STEPS, WORK
-from training.checkpoint import BEST, LAST
 from utils import StopRequestedError, StopSignals
 
 TOLD_EVERY = 5.0  # seconds

@@ -116,6 +116,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
     for told_by_the_configuration in ("in_chans", "img_size"):
         options.pop(told_by_the_configuration, None)
     inputs = resolve_data_config({}, pretrained_cfg=config)
+    given: dict[str, Any] = {key: inputs[key] for key in INPUTS}
     channels, rows, columns = inputs["input_size"]
     if channels != CHANNELS:
         raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: {CHANNELS}")
@@ -128,7 +129,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
         num_classes=classes,
         input_size=(rows, columns),
         config=config,
-        **{key: tuple(inputs[key]) if key in ("mean", "std") else inputs[key] for key in INPUTS},
+        **given,
     )
 
 

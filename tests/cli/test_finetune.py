@@ -15,10 +15,10 @@ import models
 from cli.flags import parse_flags
 from cli.recipe import FEW, with_augmentation, with_rate
 from cli.settings import Settings
+from cli.training import step_rate
 from diffrate.budgets.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.conftest import Cli, write_image
-from training.recipe import step_rate
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -79,7 +79,7 @@ def test_what_it_leaves_behind_evaluates(cli: Cli, image_folder: Path, tmp_path:
 
 
 def test_it_starts_from_a_checkpoint_with_a_fresh_head(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    file = models.lookup(MODEL).weights
+    file = models.entry_of(MODEL).weights
     words = (*PLAIN, "--data-path", image_folder, "--epochs", 1, "--lr", 1e-9, "--output_dir", tmp_path)
     code, out, _ = cli(*words, "--checkpoint", file)
     assert code == 0

@@ -20,13 +20,13 @@ from benchmarks.search_step import build_step
 from benchmarks.speed import build_side
 from benchmarks.subject import Subject
 from cli.flags import parse_flags
+from cli.settings import Augmentation
+from cli.transforms import View, crop_view, eval_transform, train_transform
 from diffrate.saving.about import about
 from drawing.page import page, see
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image
-from training.settings import Augmentation
-from training.transforms import View, crop_view, eval_transform, train_transform
 
 MODEL = ("--model", "test_vit")  # of 160 pixels, patches of 16
 AT = ("--input-size", 48, 96)

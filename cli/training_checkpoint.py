@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 import diffrate
+from cli.training import Recipe
 from diffrate.files import UNREADABLE, first_line
 from processes.runtime import Runtime
-from training.recipe import Recipe
 from utils import UsageError
 
 KIND = "finetune"

@@ -14,7 +14,7 @@ from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torchvision import transforms
 
-from training.settings import Augmentation
+from cli.settings import Augmentation
 from utils import UsageError
 
 SMALL = 32  # DeiT's recipe crops inputs up to this many pixels after padding, not after resizing
