@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Sampler, Subset
 
 from cli.settings import DataSettings, ModelSettings, Settings, size_words
-from cli.transforms import View, eval_transform, mirrored_transform, train_transform
+from cli.transforms import View, eval_transform, train_transform
 from datasets import (
     DataError,
     ImageLoader,
@@ -105,7 +105,7 @@ def search_dataset(
     if augmented and settings.recipe.transform == "train":
         transform = train_transform(view, settings.augmentation)
     else:
-        transform = mirrored_transform(view, settings.augmentation.hflip if augmented else 0.0)
+        transform = eval_transform(view, settings.augmentation.hflip if augmented else 0.0)
     if settings.search.loss != SearchSettings.loss:
         return _unlabelled(settings, transform)
     return _split("train", settings, transform, head, names)

@@ -191,7 +191,6 @@ def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weigh
         else:
             size = input_size_of(settings, entry)
             read = models.read_file(source, plan.shapes, size, entry.input_size, made_at, runtime.bar)
-    models.check_finite(read.state, read.name)
     for note in read.notes:
         log.info(note)
     if header is not None:

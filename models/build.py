@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from models.download import official_file
 from models.weights import load_weights
-from models.zoo import INPUTS, InputSizeError, ModelEntry, Size
+from models.zoo import INPUTS, ZOO, InputSizeError, ModelEntry, Size
 
 # What fills a tensor in place when a model is built, most of the time that it takes without storage.
 FILLING = frozenset(
@@ -96,14 +96,9 @@ def _check_size(model: Any, size: Size, own: Size) -> None:
         raise InputSizeError(f"{flag}: accepted: multiples of {patch[0]} and {patch[1]}, the sides of a patch")
 
 
-def register(zoo: Mapping[str, ModelEntry]) -> None:
-    """Make each name of `zoo` known to `timm.create_model`; names that timm has itself stay timm's."""
-    for entry in zoo.values():
-        if not is_model(entry.name):
-            _register_one(entry)
+def register(entry: ModelEntry) -> None:
+    """Make the name of `entry` known to `timm.create_model`; one that timm has itself stays timm's."""
 
-
-def _register_one(entry: ModelEntry) -> None:
     def build(
         pretrained: bool = False,
         pretrained_cfg: object = None,  # timm passes both; the zoo says where weights come from
@@ -115,6 +110,11 @@ def _register_one(entry: ModelEntry) -> None:
             load_weights(model, official_file(entry))
         return model
 
-    build.__name__ = build.__qualname__ = entry.name
-    setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
-    register_model(build)
+    if not is_model(entry.name):
+        build.__name__ = build.__qualname__ = entry.name
+        setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
+        register_model(build)
+
+
+for _entry in ZOO.values():
+    register(_entry)

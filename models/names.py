@@ -29,8 +29,8 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from models.build import shapes_alone
-from models.download import first_line, quiet_hub
-from models.zoo import INPUTS, ZOO, ModelEntry, TimmWeights, UnknownModelError, find
+from models.download import downloading, first_line
+from models.zoo import HUB_SITE, INPUTS, ZOO, ModelEntry, UnknownModelError, find
 
 HUB = "hf-hub:"
 SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
@@ -105,7 +105,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
         UnknownModelError: nothing is there under this name, or the model reads no colour images.
     """
     try:
-        with quiet_hub():
+        with downloading(name):
             architecture, config, options = _resolve(name)
     except Exception as error:  # no network, repository, file or architecture: an error of its own each
         raise UnknownModelError(
@@ -116,7 +116,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
     for told_by_the_configuration in ("in_chans", "img_size"):
         options.pop(told_by_the_configuration, None)
     inputs = resolve_data_config({}, pretrained_cfg=config)
-    given: dict[str, Any] = {key: inputs[key] for key in INPUTS}
+    given: dict[str, Any] = {key: inputs[key] for key in INPUTS} | {key: tuple(inputs[key]) for key in ("mean", "std")}
     channels, rows, columns = inputs["input_size"]
     if channels != CHANNELS:
         raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: {CHANNELS}")
@@ -124,7 +124,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
         name=name,
         architecture=architecture,
         schedule_key=name,
-        weights=_weights_of(name, config),
+        weights=_weights_of(config),
         options=options,
         num_classes=classes,
         input_size=(rows, columns),
@@ -150,14 +150,10 @@ def _resolve(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return architecture, resolve_pretrained_cfg(architecture, config).to_dict(), dict(arguments or {})
 
 
-def _weights_of(name: str, config: Mapping[str, Any]) -> TimmWeights | None:
+def _weights_of(config: Mapping[str, Any]) -> str | None:
     """Where timm finds the weights that go with a configuration, in the order in which it looks."""
     hub, url, folder = (config.get(key) for key in ("hf_hub_id", "url", "file"))
-    if folder:
-        return TimmWeights(name, str(folder))
-    if hub:
-        return TimmWeights(name, f"huggingface.co/{hub}", hub, config.get("hf_hub_filename") or "model.safetensors")
-    return TimmWeights(name, str(url)) if url else None
+    return str(folder) if folder else f"{HUB_SITE}{hub}" if hub else str(url) if url else None
 
 
 def supported_names(

@@ -12,7 +12,7 @@ import sys
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from models.download import fetch, first_line, official_file, timm_state
-from models.zoo import CheckpointError, ModelEntry, Size, TimmWeights
+from models.zoo import CheckpointError, ModelEntry, Size
 
 StateDict = dict[str, Tensor]
 SHOWN = 3  # names of each kind in a message
@@ -97,8 +97,8 @@ def read_official(entry: ModelEntry, model: nn.Module, bar: bool = True) -> Read
     Raises:
         CheckpointError: there are none, or they cannot be had.
     """
-    if isinstance(entry.weights, TimmWeights):
-        found, name = timm_state(entry.weights, bar), entry.name
+    if isinstance(entry.weights, str):
+        found, name = timm_state(entry.name, entry.weights, bar), entry.name
     else:
         path = official_file(entry, bar)
         found, name = _tensors(path, str(path))[0], str(path)  # a published file has its weights in one place
@@ -121,7 +121,7 @@ def read_file(
     Raises:
         CheckpointError: the file is missing or unreadable, or of another model.
     """
-    path = local_file(source, bar)
+    path = fetch(source, bar) if source.startswith(("http://", "https://")) else Path(source).expanduser()
     if path.suffix == NUMPY:
         reader: Any = copy.deepcopy(model)
         if own is not None and size is not None:
@@ -133,29 +133,6 @@ def read_file(
     if made_at is None:
         made_at = own if positions is None or place is None or positions.shape != place.shape else size
     return _converted(found, notes, model, source, made_at)
-
-
-def read_state(path_or_url: str | Path, bar: bool = True) -> StateDict:
-    """The tensors of a checkpoint file or URL under their own names, unwrapped.
-
-    Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm. A
-    download shows a bar, or without `bar` a log line.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, or holds no tensors by name.
-    """
-    return _tensors(local_file(path_or_url, bar), str(path_or_url))[0]
-
-
-def local_file(path_or_url: str | Path, bar: bool = True) -> Path:
-    """A file on this machine: downloaded once where it is a URL.
-
-    Raises:
-        CheckpointError: the URL cannot be reached.
-    """
-    if str(path_or_url).startswith(("http://", "https://")):
-        return fetch(str(path_or_url), bar)
-    return Path(path_or_url).expanduser()
 
 
 def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = False) -> LoadReport:
@@ -179,24 +156,18 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
     if not any(key.startswith(POOLING) for key in expected) and any(key.startswith(POOLING) for key in found):
         found = {key: value for key, value in found.items() if not key.startswith(POOLING)}
         notes.append(f"{name}: the pooling {POOLING}* is left out, which the model has not")
-    fresh, why = _drop_other_head(found, expected), "the head has another number of classes"
-    if fresh_head and head_classes(found) is None and not fresh:
-        fresh, why = _names_of_head(expected, expected), "there is no head"
+    heads, why = [weight for weight in CLASSIFIERS if weight in expected], "the head has another number of classes"
+    if fresh_head and head_classes(found) is None:
+        why = "there is no head"
+    else:
+        heads = [weight for weight in heads if weight in found and _other_head(found[weight], expected[weight])]
+    names = [name for weight in heads for name in (weight, weight.removesuffix("weight") + "bias")]
+    fresh = [name for name in names if name in expected or name in found]
+    found = {key: value for key, value in found.items() if key not in fresh}
     _check_fit(name, found, expected, optional | set(fresh))
     model.load_state_dict(found, strict=False)
     notes += [f"{name}: {why}; {', '.join(fresh)} start fresh"] if fresh else []
     return LoadReport(tuple(fresh), tuple(notes))
-
-
-def check_finite(state: StateDict, name: str) -> None:
-    """Refuse weights that give no numbers.
-
-    Raises:
-        CheckpointError: names the first tensor with a NaN or an infinity.
-    """
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
 
 
 def head_classes(state: StateDict) -> int | None:
@@ -205,7 +176,13 @@ def head_classes(state: StateDict) -> int | None:
 
 
 def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
-    """`read_state` of a file on this machine, called `name`, with a note on where in the file the tensors were."""
+    """The tensors of a file called `name` under their own names, unwrapped, and a note on where in the file they were.
+
+    Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or holds no tensors by name.
+    """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
@@ -291,7 +268,7 @@ def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_a
 
     Raises:
         CheckpointError: timm has no converter for this kind of model, or it does not take these tensors, or their
-            patches are of another size.
+            patches are of another size; or they give no numbers.
     """
     converter, own = _converter(model), _patch_kernel(model)
     if own is not None:  # whatever the layout, a kernel of patches has the model's width and channels
@@ -321,6 +298,9 @@ def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_a
         raise CheckpointError(
             f"checkpoint {name} does not fit the model: found {names}, ...; accepted: {accepted}, ..."
         )
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
     return Read(state, found, name, (*notes, *_resampled(found, state, name)))
 
 
@@ -396,22 +376,9 @@ def _resampled(found: StateDict, state: StateDict, name: str) -> list[str]:
     return [f"{name}: positions resampled, {first}{came} to {list(state[first].shape)}{more}"]
 
 
-def _drop_other_head(found: StateDict, expected: Mapping[str, Tensor]) -> list[str]:
-    """Remove the last layers from `found` whose class count differs; the names removed."""
-    dropped = []
-    for weight in CLASSIFIERS:
-        if weight not in found or weight not in expected:
-            continue
-        ours, theirs = expected[weight].shape, found[weight].shape
-        if ours[0] != theirs[0] and ours[1:] == theirs[1:]:
-            dropped += [key for key in _names_of_head([weight], found) if found.pop(key, None) is not None]
-    return dropped
-
-
-def _names_of_head(weights: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
-    """The weights and biases in `state` of those of `weights` that are a classifier's last layer."""
-    pairs = [(weight, weight.removesuffix("weight") + "bias") for weight in weights if weight in CLASSIFIERS]
-    return [name for pair in pairs for name in pair if name in state]
+def _other_head(found: Tensor, expected: Tensor) -> bool:
+    """Whether the weights of a classifier's last layer differ in the number of classes alone."""
+    return found.shape[0] != expected.shape[0] and found.shape[1:] == expected.shape[1:]
 
 
 def _check_fit(name: str, found: StateDict, expected: Mapping[str, Tensor], optional: set[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from sample import MODEL as SAMPLE_MODEL
 
 Size = tuple[int, int]  # rows and columns, in pixels
+HUB_SITE = "huggingface.co/"
 SAMPLE_DIR = Path(__file__).resolve().parent.parent / "sample"
 # What inputs are like beside their size, by the names that timm has for it, and files of `diffrate.save`.
 INPUTS = ("crop_pct", "crop_mode", "mean", "std", "interpolation")
@@ -44,25 +45,12 @@ class OfficialWeights:
 
 
 @dataclass(frozen=True)
-class TimmWeights:
-    """Weights that timm's own loader fetches, when it builds the model by `name`.
-
-    `source` is where they are published. `hub` and `file` are the repository and the file that can be
-    fetched beforehand, None where timm downloads them by a URL, or has them on this machine.
-    """
-
-    name: str
-    source: str
-    hub: str | None = None
-    file: str | None = None
-
-
-@dataclass(frozen=True)
 class ModelEntry:
     """One row of the zoo, or what timm says of another model: its architecture with `options`, and what its
     inputs are like.
 
-    weights: None where there are no official ones. aliases: timm's names for the same model.
+    weights: a file, or where timm's own loader finds those of the model by its name: a repository of the hub, a URL or
+    a folder; None where there are no official ones. aliases: timm's names for the same model.
     num_classes: 0 for a model without a head. input_size: rows and columns, in pixels.
     config: timm's pretrained configuration, where it is not the one that goes with the architecture.
     published: whether it is one of the paper's models.
@@ -71,7 +59,7 @@ class ModelEntry:
     name: str
     architecture: str
     schedule_key: str
-    weights: OfficialWeights | TimmWeights | Path | None
+    weights: OfficialWeights | Path | str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     input_size: Size = (224, 224)

@@ -17,7 +17,7 @@ from tests.cli.test_compiled import traced_alone
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import FULL, HALF, MODEL, PLAIN, records
 from tests.cli.test_finetune_resume import check_same, content, interrupt_at_save
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli, tensors_in, write_image
 from tests.forked import two_mains
 
 WEIGHT = 0.75
@@ -91,7 +91,7 @@ def test_the_teacher_keeps_all_tokens_and_its_weights(
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
     prune, merge = teacher.get_kept_num()
     assert set(prune) == set(merge) == {50}
-    held, first = teacher.state_dict(), models.read_state(start)
+    held, first = teacher.state_dict(), tensors_in(start)
     assert all(torch.equal(held[name], value) for name, value in first.items() if "compression" not in name)
     assert not torch.equal(content(tmp_path)["model"]["pos_embed"], held["pos_embed"])
 

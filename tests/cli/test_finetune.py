@@ -18,7 +18,7 @@ from cli.settings import Settings
 from cli.training import step_rate
 from diffrate.budgets.schedule import find_schedule
 from tests.cli.test_errors import check
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli, tensors_in, write_image
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -84,8 +84,8 @@ def test_it_starts_from_a_checkpoint_with_a_fresh_head(cli: Cli, image_folder: P
     code, out, _ = cli(*words, "--checkpoint", file)
     assert code == 0
     assert "head.weight, head.bias start fresh" in out
-    trained = models.read_state(tmp_path / "checkpoint.pth")
-    shipped = models.read_state(file)
+    trained = tensors_in(tmp_path / "checkpoint.pth")
+    shipped = tensors_in(file)
     torch.testing.assert_close(trained["pos_embed"], shipped["pos_embed"], atol=1e-5, rtol=0)
     assert trained["head.weight"].shape == (3, 96)
 
@@ -97,7 +97,7 @@ def test_the_whole_recipe_runs_and_averages(cli: Cli, image_folder: Path, tmp_pa
     assert (code, err) == (0, "")
     assert all("ema_acc1" in record for record in records(tmp_path))
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    loaded = models.read_state(tmp_path / "checkpoint.pth")
+    loaded = tensors_in(tmp_path / "checkpoint.pth")
     assert torch.equal(loaded["pos_embed"], content["model_ema"]["pos_embed"])
     assert not torch.equal(loaded["pos_embed"], content["model"]["pos_embed"])
 
