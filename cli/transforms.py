@@ -42,12 +42,6 @@ class View:
         """Rows and columns of the input."""
         return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
 
-    @property
-    def resized(self) -> tuple[int, int]:
-        """Rows and columns that the picture is resized to cover, to have, or to fit into, before cropping."""
-        rows, columns = self.size
-        return int(rows / self.crop_pct), int(columns / self.crop_pct)
-
     def check(self) -> None:
         """Refuse pictures that would not fit in memory.
 
@@ -78,22 +72,9 @@ def eval_transform(view: View, hflip: float = 0.0) -> transforms.Compose:
 
 def crop_view(photograph: Image.Image, view: View, size: int | tuple[int, int]) -> Image.Image:
     """The part of `photograph` that `eval_transform` makes the input of, at `size`: a side, or rows and columns."""
-    rows, columns = (size, size) if isinstance(size, int) else size
-    if view.crop_mode == "border":
-        larger = replace(view, input_size=(rows, columns), interpolation="bicubic")
-        for step in eval_transform(larger).transforms[:2]:  # without what makes a tensor of it
-            photograph = step(photograph)
-        return photograph
-    width, height = photograph.size
-    # The rows and columns of the photograph that become those of the input, if it were resized to fit in height,
-    # and in width.
-    heights, widths = (
-        [seen * side / whole for side, whole in zip((height, width), view.resized, strict=True)] for seen in view.size
-    )
-    cropped = (heights[0], widths[1]) if view.crop_mode == "squash" else (min(heights), min(widths))
-    left, top = (width - cropped[1]) / 2, (height - cropped[0]) / 2
-    box = (left, top, left + cropped[1], top + cropped[0])
-    return photograph.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
+    for step in eval_transform(replace(view, input_size=size, interpolation="bicubic")).transforms[:2]:
+        photograph = step(photograph)  # resized and cropped, and not made a tensor of
+    return photograph
 
 
 def train_transform(view: View, augmentation: Augmentation) -> transforms.Compose:
