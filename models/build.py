@@ -65,9 +65,9 @@ class _WithoutFilling(TorchFunctionMode):
     """Passes over the filling of tensors on the meta device."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, values: Sequence[Any] = (), named: Mapping[str, Any] | None = None
     ) -> Any:
-        return args[0] if func in FILLING and args[0].is_meta else func(*args, **(kwargs or {}))
+        return values[0] if func in FILLING and values[0].is_meta else func(*values, **(named or {}))
 
 
 def _rows_columns(size: int | Sequence[int]) -> Size:
