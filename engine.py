@@ -18,16 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 import diffrate
 from cli.log import Progress
 from cli.runtime import Runtime
+from cli.settings import Mixing, TrainingSettings
+from cli.training import Recipe, Teacher, build_recipe
+from cli.training_checkpoint import TrainingCheckpoint, TrainingState
 from datasets import ImageLoader
 from diffrate.group import all_sum
 from diffrate.running.compiled import FixedBatch, compile_model
 from diffrate.running.evaluation import Tally
 from diffrate.running.precision import to_place
 from diffrate.seeds import seed_everything, step_seed
-from training.checkpoint import TrainingCheckpoint, TrainingState
-from training.recipe import Recipe, build_recipe
-from training.settings import Mixing, TrainingSettings
-from training.teacher import Teacher
 from utils import StopRequestedError, StopSignals
 
 log = logging.getLogger(__name__)

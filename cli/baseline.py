@@ -8,12 +8,11 @@ from functools import partial
 
 import diffrate
 from cli.data import eval_loader, warn_of_turned
-from cli.entry import chosen_entry, meta_model, patched
 from cli.goals import aims_of
+from cli.model import chosen_entry, meta_model, patched, trained_model
 from cli.results import report, save_schedules
 from cli.runtime import Runtime
 from cli.settings import OFFICIAL, Settings
-from cli.trained import trained_model
 from diffrate.blocks.rule import RandomImportance
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of

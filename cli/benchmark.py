@@ -20,15 +20,12 @@ import models
 from benchmarks import exported, parts, speed
 from benchmarks.rows import Row, line, table, write_rows
 from benchmarks.speed import Setting, Subject
-from cli.data import eval_dataset, eval_loader
-from cli.entry import built, chosen_entry, input_size_of
-from cli.inference import for_inference
+from cli.data import eval_dataset, eval_loader, input_size_of
 from cli.latency import latency_table
-from cli.model import compressed
+from cli.model import Weights, at_schedule, chosen_entry, for_inference, planned
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
-from cli.weights import Weights
 from datasets import DataError
 from diffrate.latency.probing import random_schedule
 from diffrate.saving.about import about, is_saved_model
@@ -140,9 +137,9 @@ def _subject(settings: Settings) -> Subject:
     entry = chosen_entry(chosen if saved else replace(chosen, checkpoint=FROM_SCRATCH))
     size = input_size_of(chosen, entry)
     schedule = about(chosen.checkpoint).schedule if saved else None
-    with models.shapes_alone():
-        model = compressed(built(chosen, entry), chosen, entry, Weights(None, chosen.checkpoint, schedule))
-    schedule = model.compression.current()
+    plan = planned(chosen, entry)
+    at_schedule(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, schedule))
+    schedule = plan.shapes.compression.current()
     return Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
 
 

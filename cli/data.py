@@ -14,49 +14,47 @@ import torch
 from torch.utils.data import Subset
 
 from cli.distributed import usable_cores
-from cli.entry import view_of
 from cli.log import bar_fits
 from cli.runtime import Runtime
-from cli.settings import DataSettings, Settings, size_words
+from cli.settings import DataSettings, ModelSettings, Settings, size_words
+from cli.transforms import View, eval_transform, train_transform
 from datasets import (
     DataError,
     ImageLoader,
     LabelledDataset,
     Samples,
     SeededSamples,
+    Transform,
     build_dataset,
     build_images,
-    data_root,
     has_validation,
     turned_images,
 )
 from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
 from samplers import train_sampler
-from training.transforms import eval_transform, mirrored_transform, train_transform
 from utils import UsageError
 
 log = logging.getLogger(__name__)
 WORKERS_A_CORE = 8  # at most: more wait for each other, and take memory
 
 
-def check_data_root(settings: DataSettings) -> None:
-    """Refuse a folder that is not there before any weights are downloaded or read.
+def input_size_of(settings: ModelSettings, entry: ModelEntry) -> tuple[int, int]:
+    """Rows and columns of the input in pixels."""
+    return settings.input_size or entry.input_size
 
-    Raises:
-        DataError: there is no such folder.
-    """
-    data_root(settings.data_set, settings.path)
+
+def view_of(settings: Settings, entry: ModelEntry) -> View:
+    """How a picture becomes the model's input."""
+    size, crop_pct = input_size_of(settings.model, entry), settings.data.crop_pct or entry.crop_pct
+    return View(size, crop_pct, entry.mean, entry.std, entry.interpolation, entry.crop_mode)
 
 
 def eval_dataset(
     settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None
 ) -> LabelledDataset:
     """The validation split, labelled for a model with `head` classes, called `names` where that is known."""
-    data = settings.data
-    transform = eval_transform(view_of(settings, entry))
-    bar = bar_fits(settings.run.quiet)
-    return build_dataset(data.data_set, data.path, "val", transform, head, names, bar=bar, upright=data.exif)
+    return _split("val", settings, eval_transform(view_of(settings, entry)), head, names)
 
 
 def train_dataset(
@@ -68,10 +66,7 @@ def train_dataset(
         UsageError: an augmentation policy that timm does not know.
         DataError: as `build_dataset`.
     """
-    data = settings.data
-    transform = train_transform(view_of(settings, entry), settings.augmentation)
-    bar = bar_fits(settings.run.quiet)
-    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar, upright=data.exif)
+    return _split("train", settings, train_transform(view_of(settings, entry), settings.augmentation), head, names)
 
 
 def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> Any:
@@ -80,9 +75,7 @@ def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> A
     Raises:
         DataError: as `build_images`.
     """
-    data = settings.data
-    transform = eval_transform(view_of(settings, entry))
-    return _spread(build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet), data.exif), images)
+    return _spread(_unlabelled(settings, eval_transform(view_of(settings, entry))), images)
 
 
 def pictures(settings: Settings, entry: ModelEntry, most: int) -> torch.Tensor:
@@ -108,15 +101,26 @@ def search_dataset(
     Raises:
         UsageError, DataError: as `train_dataset`, or there are no images.
     """
-    data, view = settings.data, view_of(settings, entry)
+    view = view_of(settings, entry)
     if augmented and settings.recipe.transform == "train":
         transform = train_transform(view, settings.augmentation)
     else:
-        transform = mirrored_transform(view, settings.augmentation.hflip if augmented else 0.0)
-    bar = bar_fits(settings.run.quiet)
+        transform = eval_transform(view, settings.augmentation.hflip if augmented else 0.0)
     if settings.search.loss != SearchSettings.loss:
-        return build_images(data.data_set, data.path, transform, bar, data.exif)
-    return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar, upright=data.exif)
+        return _unlabelled(settings, transform)
+    return _split("train", settings, transform, head, names)
+
+
+def _split(
+    split: str, settings: Settings, transform: Transform, head: int | None, names: Sequence[str] | None
+) -> LabelledDataset:
+    data, bar = settings.data, bar_fits(settings.run.quiet)
+    return build_dataset(data.data_set, data.path, split, transform, head, names, bar=bar, upright=data.exif)
+
+
+def _unlabelled(settings: Settings, transform: Transform) -> LabelledDataset:
+    data = settings.data
+    return build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet), data.exif)
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:

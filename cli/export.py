@@ -8,8 +8,7 @@ import torch
 
 import diffrate
 from cli.data import pictures
-from cli.entry import chosen_entry
-from cli.named import named_model
+from cli.model import chosen_entry, named_model
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import Settings
 from datasets import DataError

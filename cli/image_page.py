@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import diffrate
+from cli.transforms import View, crop_view, eval_transform
 from diffrate.pictures import draw_groups, origin_groups
-from training.transforms import View, crop_view, eval_transform
 
 SIDE = 448  # pixels at least of the short side of a picture with tokens: lines stay thin beside the patches
 SHOWN_CLASSES = 5

@@ -1,22 +1,201 @@
-"""From settings to the model: with its weights, and at its kept counts."""
+"""From settings to the model: which one it is, with its weights, and at its kept counts.
+
+A model is built twice: as shapes, which are enough to refuse what does not fit before weights are downloaded, to find
+schedules and to convert weights; and with its weights.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from timm.data import ImageNetInfo
 from torch import nn
 
 import diffrate
 import models
-from cli.entry import input_size_of, patched
+from cli.data import eval_dataset, input_size_of
+from cli.distributed import local_main_first
+from cli.resume import use_searched
+from cli.runtime import Runtime
 from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
-from cli.settings import ModelSettings
-from cli.weights import Weights
-from models.zoo import ModelEntry
+from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
+from cli.training_checkpoint import flags_in
+from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
+from diffrate.budgets.schedule import ScheduleError, make_schedule
+from diffrate.files import first_line
+from diffrate.running.compiled import FixedBatch, compile_model
+from diffrate.saving.about import about, is_saved_model
+from models.zoo import ModelEntry, find
+from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any weights are: which model, its patched shapes, and the schedule that the flags name.
+
+    named: None for none, and for a share of the dense model, which depends on the classes.
+    """
+
+    entry: ModelEntry
+    shapes: diffrate.CompressedModel
+    named: NamedSchedule | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds: tensors under timm's names, None for fresh ones; what to call it in messages; the
+    kept counts that it was saved or trained at; the names of its outputs."""
+
+    state: models.StateDict | None
+    name: str
+    schedule: diffrate.Schedule | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def head(self) -> int | None:
+        """The number of classes of its head, None where there is none."""
+        return None if self.state is None else models.head_classes(self.state)
+
+    @property
+    def headless(self) -> bool:
+        """Whether they are no classifier's: there is nothing to compare labels with."""
+        return self.state is not None and self.head is None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A plain model with its weights, and what it was and is evaluated on."""
+
+    plan: Plan
+    model: nn.Module
+    weights: Weights
+    val: LabelledDataset
+
+    @property
+    def entry(self) -> ModelEntry:
+        """Which model it is."""
+        return self.plan.entry
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the model's outputs, None where nobody says."""
+        return output_names(self.val, self.model.num_classes, self.weights)
+
+
+def chosen_entry(settings: ModelSettings) -> ModelEntry:
+    """The model that `--model` names, or that a file of `--save` says it holds.
+
+    A pretrained tag of timm's is in its name where these are the weights.
+
+    Raises:
+        UnknownModelError, UsageError: there is no such model, or the two say different things; or the file's images
+            are none that the command line reads.
+    """
+    assert settings.name is not None, "flags make sure of a name"
+    if not is_saved_model(settings.checkpoint):
+        entry = models.entry_of(settings.name)
+        return entry if settings.checkpoint == OFFICIAL else replace(entry, name=models.bare_name(entry.name))
+    saved = about(settings.checkpoint)
+    name = saved.name or saved.architecture
+    if settings.name not in (name, saved.architecture) and models.bare_name(
+        models.entry_of(settings.name).name
+    ) != models.bare_name(name):
+        raise UsageError(
+            f"--model {settings.name}: {settings.checkpoint} holds {name}; accepted: {name}, or no --model"
+        )
+    channels, *size = saved.input_size
+    if channels != 3:
+        raise UsageError(
+            f"{name}: the file's input_size is {list(saved.input_size)}; accepted here: images of 3 channels"
+        )
+    inputs = {field.name: getattr(saved, field.name) for field in fields(ModelEntry) if hasattr(saved, field.name)}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.arguments.items()}
+    inputs |= {"input_size": tuple(size), "options": options, "config": None}
+    published = find(name)
+    if published is not None:
+        return replace(published, **{**inputs, "name": published.name})
+    key = name
+    with suppress(models.UnknownModelError):  # schedules are filed by names of timm's with their tags
+        key = models.full_name(name)
+    return ModelEntry(**{**inputs, "name": name}, schedule_key=key, weights=None)
+
+
+def planned(settings: ModelSettings, entry: ModelEntry) -> Plan:
+    """The model's shapes, and its schedule.
+
+    Raises:
+        InputSizeError, UsageError: the input's size does not fit, or compression does not take this model.
+        ScheduleError: no such schedule, or one that does not fit.
+    """
+    shapes = meta_model(settings, entry)
+    # What a share means depends on the classes.
+    shared = any(target.share is not None for target in settings.targets)
+    return Plan(entry, shapes, None if shared else chosen_schedule(settings, entry, shapes))
+
+
+def meta_model(settings: ModelSettings, entry: ModelEntry) -> diffrate.CompressedModel:
+    """The patched model without memory for its weights: shapes are enough to cost it.
+
+    Raises:
+        InputSizeError, UsageError: the input's size does not fit, or compression does not take this model.
+    """
+    rows, columns = input_size_of(settings, entry)
+    with models.shapes_alone():
+        try:
+            model = models.create(entry, (rows, columns))
+        except models.InputSizeError:
+            raise
+        except Exception as error:  # for whatever reason timm has
+            raise UsageError(
+                f"--model {settings.name}: timm builds none for {rows} by {columns} pixels ({first_line(error)})"
+            ) from error
+        return patched(model, settings)
+
+
+def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedModel:
+    """Patch `model` in place, ready to search.
+
+    Raises:
+        UsageError: compression does not take this model.
+        RateError: a granularity that leaves no choice.
+    """
+    try:
+        model = diffrate.patch.vit(model, settings.granularity, settings.granularity)
+    except diffrate.UnsupportedModelError as error:
+        raise UsageError(f"--model {settings.name}: {error}") from error
+    return diffrate.compile_merging(model) if settings.compile_merging else model
+
+
+def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weights:
+    """What `--checkpoint` names.
+
+    Raises:
+        CheckpointError: it cannot be fetched or read, or gives no numbers.
+        ScheduleError: it was trained at counts that are none.
+    """
+    source, entry = settings.checkpoint, plan.entry
+    if source == FROM_SCRATCH:
+        return Weights(None, FROM_SCRATCH)
+    header = about(source) if is_saved_model(source) else None
+    made_at = entry.input_size if header is not None else _trained_size(source, entry)
+    with local_main_first(runtime.processes):  # one download for all processes of a machine
+        if source == OFFICIAL:
+            read = models.read_official(entry, plan.shapes, runtime.bar)
+        else:
+            size = input_size_of(settings, entry)
+            read = models.read_file(source, plan.shapes, size, entry.input_size, made_at, runtime.bar)
+    for note in read.notes:
+        log.info(note)
+    if header is not None:
+        return Weights(read.state, read.name, header.schedule, header.classes)
+    return Weights(read.state, read.name, _trained_at(read, settings, plan, made_at))
 
 
 def plain_model(
@@ -27,8 +206,8 @@ def plain_model(
     Raises:
         CheckpointError, InputSizeError: the weights, or the input's size, do not fit.
     """
-    size, outputs = input_size_of(settings, entry), classes if weights.state is None else weights.head or 0
-    model = models.create(entry, size, num_classes=outputs, **options)
+    outputs = classes if weights.state is None else weights.head or 0
+    model = models.create(entry, input_size_of(settings, entry), num_classes=outputs, **options)
     if weights.state is not None:
         for note in models.fit_state(model, weights.state, weights.name).notes:
             log.info(note)
@@ -36,23 +215,112 @@ def plain_model(
 
 
 def compressed(
-    model: nn.Module, settings: ModelSettings, entry: ModelEntry, weights: Weights | None = None
+    model: nn.Module, settings: ModelSettings, plan: Plan, weights: Weights | None = None
 ) -> diffrate.CompressedModel:
     """Patch `model` in place, at the schedule that the flags name, else at that of its weights, else dense.
 
     Raises:
         ScheduleError: no such schedule, or one that does not fit.
     """
-    result = patched(model, settings)
-    named = chosen_schedule(settings, entry, result)
-    if named is None:
-        named = _held(settings, weights, result)
-        if named is not None:
-            _tell(named, result)
-    schedule = result.dense_schedule() if named is None else named.schedule
-    result.check(schedule, "" if named is None else named.where)
-    result.set_kept_num(schedule.prune, schedule.merge)
-    return result
+    return at_schedule(patched(model, settings), settings, plan, weights)
+
+
+def at_schedule(
+    model: diffrate.CompressedModel, settings: ModelSettings, plan: Plan, weights: Weights | None = None
+) -> diffrate.CompressedModel:
+    """`compressed` of a model that is patched."""
+    named = plan.named or chosen_schedule(settings, plan.entry, model)
+    held = None if weights is None or named is not None or settings.dense else weights.schedule
+    if held is not None and weights is not None and not _is_dense(held, model):
+        named = NamedSchedule(fit_tokens(held, model) if settings.scale else held, f"checkpoint {weights.name}: ")
+        model.check(named.schedule, named.where)
+        gflops = model.flops_at(named.schedule) / 1e9
+        log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", named.where, gflops)
+    schedule = model.dense_schedule() if named is None else named.schedule
+    model.check(schedule, "" if named is None else named.where)
+    model.set_kept_num(schedule.prune, schedule.merge)
+    return model
+
+
+def trained_model(settings: Settings, runtime: Runtime, **options: Any) -> Trained:
+    """The model with the weights that the flags name; `options` go to timm's constructor.
+
+    Raises:
+        CheckpointError, DataError, ScheduleError, UsageError: one of them is not there or does not fit.
+    """
+    entry = chosen_entry(settings.model)
+    plan = checked_plan(settings, entry)
+    if entry.num_classes == 0 and settings.model.checkpoint == OFFICIAL:
+        raise _no_head(entry.name)  # before anything is downloaded
+    weights = read_weights(settings.model, plan, runtime)
+    if weights.headless:
+        raise _no_head(f"{entry.name}, checkpoint {weights.name}")
+    try:
+        val = eval_dataset(settings, entry, weights.head, weights.classes)
+    except DataError as error:
+        if settings.data.path is not None or entry.name == SAMPLE_MODEL:
+            raise
+        raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name} ({error})") from error
+    return Trained(plan, plain_model(settings.model, entry, weights, len(val.classes), **options), weights, val)
+
+
+def checked_plan(settings: Settings, entry: ModelEntry) -> Plan:
+    """`planned`, where the data are there that the mode needs: before any weights are downloaded or read.
+
+    Raises:
+        DataError, ScheduleError, UsageError: the data folder or the schedule is not there, or the model is
+            none that compression takes.
+    """
+    data_root(settings.data.data_set, settings.data.path)
+    return planned(settings.model, entry)
+
+
+def named_model(
+    settings: Settings, entry: ModelEntry, runtime: Runtime
+) -> tuple[diffrate.CompressedModel, Sequence[str] | None]:
+    """The model that the flags name at its kept counts, of modes that need no labels, and words for its outputs: the
+    weights' classes, else ImageNet's words, or the data's classes; None where nobody says.
+
+    Raises:
+        CheckpointError, DataError, ScheduleError, UsageError: the weights, the data or the schedule are not there or
+            do not fit.
+    """
+    plan = planned(settings.model, entry)
+    weights = read_weights(settings.model, plan, runtime)
+    model = compressed(plain_model(settings.model, entry, weights, entry.num_classes), settings.model, plan, weights)
+    use_searched(model, settings, entry, runtime)
+    model, outputs, info = model.to(runtime.device), model.num_classes, ImageNetInfo()
+    if not outputs:
+        return model, []
+    if weights.classes is not None and set(weights.classes) != set(info.label_names()):
+        return model, weights.classes
+    if outputs == IMAGENET_CLASSES:
+        return model, [info.index_to_description(index).split(",")[0] for index in range(outputs)]
+    if settings.data.path is not None or entry.name == SAMPLE_MODEL:
+        return model, output_names(eval_dataset(settings, entry, None, None), outputs)
+    return model, None
+
+
+def for_inference(
+    model: diffrate.CompressedModel, compiled: bool, batch_size: int, runtime: Runtime
+) -> tuple[nn.Module, Runtime]:
+    """`model` on the device of `runtime` as it is to run, and the runtime that goes with it.
+
+    On a CPU the weights themselves take the precision of `--amp`, in place: autocast would go back to
+    float32 between layers. Elsewhere autocast it is, as published.
+    """
+    model = model.to(runtime.device)
+    if runtime.amp is not None and runtime.device.type == "cpu":
+        model = model.to(runtime.amp)
+        runtime = replace(runtime, amp=None, dtype=runtime.amp)
+    return (FixedBatch(compile_model(model), batch_size) if compiled else model), runtime
+
+
+def output_names(data: LabelledDataset, outputs: int, weights: Weights | None = None) -> Sequence[str] | None:
+    """The names of a model's `outputs`: its weights' own, else the classes of its data."""
+    if weights is not None and weights.classes is not None and len(weights.classes) == outputs:
+        return weights.classes
+    return list(data.classes) if len(data.classes) == outputs else None
 
 
 def check_choices(settings: ModelSettings, model: diffrate.CompressedModel) -> None:
@@ -66,15 +334,39 @@ def check_choices(settings: ModelSettings, model: diffrate.CompressedModel) -> N
         raise UsageError(f"--granularity {settings.granularity}: accepted: from 1 to {limit - 1}")
 
 
-def _held(settings: ModelSettings, weights: Weights | None, model: diffrate.CompressedModel) -> NamedSchedule | None:
-    """The kept counts that the weights were saved or trained at, None where they are to keep all tokens."""
-    schedule = None if weights is None else weights.schedule
-    if schedule is None or settings.dense or _is_dense(schedule, model):
+def _trained_size(source: str, entry: ModelEntry) -> models.Size | None:
+    """Rows and columns of the images of the training that left a file, None where it is no such file."""
+    flags = flags_in(source)
+    if flags is None:
         return None
-    assert weights is not None
-    if settings.scale:
-        schedule = fit_tokens(schedule, model)
-    return NamedSchedule(schedule, f"checkpoint {weights.name}: ")
+    size = flags.get("input_size") or entry.input_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _trained_at(
+    read: models.Read, settings: ModelSettings, plan: Plan, made_at: models.Size | None
+) -> diffrate.Schedule | None:
+    """The kept counts among a checkpoint's tensors, with the input tokens that they are for where anything tells; None
+    where there are none."""
+    held = read.found.get("compression._extra_state")
+    if held is None or held.numel() == 0:
+        return None
+    *prune, merge = held.tolist()
+    try:
+        schedule = make_schedule(prune[0] if prune else None, merge)
+    except ScheduleError as error:
+        raise ScheduleError(f"checkpoint {read.name}: {error}") from error
+    if made_at == input_size_of(settings, plan.entry):
+        return replace(schedule, tokens=plan.shapes.compression.space.limits[0])
+    if made_at is not None:
+        shapes = meta_model(replace(settings, input_size=made_at), plan.entry)
+        return replace(schedule, tokens=shapes.compression.space.limits[0])
+    theirs, ours = read.found.get("pos_embed"), dict(plan.shapes.named_parameters()).get("pos_embed")
+    if theirs is None or ours is None:
+        return schedule
+    # Some models add positions to class and register tokens, too, and some do not.
+    more = plan.shapes.compression.space.limits[0] - ours.shape[1]
+    return replace(schedule, tokens=theirs.shape[1] + more)
 
 
 def _is_dense(schedule: diffrate.Schedule, model: diffrate.CompressedModel) -> bool:
@@ -85,7 +377,8 @@ def _is_dense(schedule: diffrate.Schedule, model: diffrate.CompressedModel) -> b
     return all(count == tokens for row in rows for count in row)
 
 
-def _tell(named: NamedSchedule, model: diffrate.CompressedModel) -> None:
-    model.check(named.schedule, named.where)
-    gflops = model.flops_at(named.schedule) / 1e9
-    log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", named.where, gflops)
+def _no_head(name: str) -> UsageError:
+    return UsageError(
+        f"--model {name}: has no head, and so no classes to compare with labels; accepted: --checkpoint FILE with a "
+        f"head, such as --finetune {OFFICIAL} leaves"
+    )

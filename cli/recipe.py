@@ -10,9 +10,9 @@ from typing import Any
 from cli.flags import parse_flags
 from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
+from cli.training import SCALED_BATCH, step_rate
 from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
-from training.recipe import SCALED_BATCH, step_rate
 from utils import UsageError
 
 PAPER = RecipeSettings(

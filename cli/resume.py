@@ -13,10 +13,10 @@ from cli.recipe import PAPER
 from cli.runtime import Runtime
 from cli.schedules import fit_tokens
 from cli.settings import Settings, Target
+from cli.training import digest
+from cli.training_checkpoint import LAST, read_training
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from models.zoo import ModelEntry
-from training.checkpoint import LAST, read_training
-from training.teacher import digest
 from utils import UsageError
 
 AUTO = "auto"

@@ -7,20 +7,19 @@ import copy
 import torch
 
 import diffrate
-from cli.entry import patched
 from cli.goals import Aim, aims_of
-from cli.model import check_choices
+from cli.model import check_choices, patched
 from cli.results import log_found, save_model, save_schedules
 from cli.resume import check_search, resume_path, search_identity
 from cli.runtime import Runtime
 from cli.search_report import Reporter, TrialReporter, log_calibrated
 from cli.searched import START_SPREAD, Searched, searched_model, start_of
 from cli.settings import Settings
+from cli.training import build_criterion, build_mixup
+from cli.training_checkpoint import LAST
 from datasets import ImageLoader
 from diffrate.searching.teacher import losses_at
 from engine import evaluate
-from training.checkpoint import LAST
-from training.recipe import build_criterion, build_mixup
 from utils import StopSignals, UsageError
 
 

@@ -8,6 +8,7 @@ import shutil
 import diffrate
 from cli.log import Progress
 from cli.runtime import STEPS, WORK, Runtime
+from cli.training_checkpoint import BEST, LAST
 from datasets import ImageLoader
 from diffrate.budgets.schedule import fields_of
 from diffrate.files import whole_file
@@ -16,7 +17,6 @@ from diffrate.searching.calibrate import UNIFORM, Calibrated, CalibrationObserve
 from diffrate.searching.calibrated import TrialRecord
 from diffrate.searching.target import Goal
 from engine import shown_scores
-from training.checkpoint import BEST, LAST
 from utils import StopRequestedError, StopSignals
 
 TOLD_EVERY = 5.0  # seconds

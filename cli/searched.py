@@ -14,19 +14,17 @@ from cli.data import (
     check_same_classes,
     eval_dataset,
     eval_loader,
+    input_size_of,
     part_loader,
     search_dataset,
     train_loader,
     warn_of_turned,
 )
-from cli.entry import chosen_entry, input_size_of
-from cli.model import plain_model
+from cli.model import Weights, checked_plan, chosen_entry, output_names, plain_model, read_weights, trained_model
 from cli.recipe import with_recipe
 from cli.runtime import Runtime
 from cli.schedules import start_schedule
 from cli.settings import Settings
-from cli.trained import check_inputs, output_names, trained_model
-from cli.weights import Weights, read_weights
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
@@ -80,10 +78,10 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
         model, weights, val = trained.model, trained.weights, trained.val
         outputs = weights.head or len(val.classes)
     else:
-        check_inputs(settings, entry)
+        plan = checked_plan(settings, entry)
         if settings.data.path is None and entry.name != SAMPLE_MODEL:
             raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name}")
-        weights = read_weights(settings.model, entry, runtime)
+        weights = read_weights(settings.model, plan, runtime)
         val = _validation(settings, entry, weights)
         fresh = entry.num_classes if val is None else len(val.classes)
         outputs = fresh if weights.state is None else weights.head or 0

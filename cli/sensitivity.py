@@ -8,14 +8,10 @@ from collections.abc import Sequence
 import diffrate
 from benchmarks.rows import table
 from cli.data import calibration_dataset, eval_loader, warn_of_turned
-from cli.entry import chosen_entry, patched
-from cli.inference import for_inference
 from cli.log import Progress
-from cli.model import plain_model
+from cli.model import checked_plan, chosen_entry, for_inference, patched, plain_model, read_weights
 from cli.runtime import SENSITIVITY, Runtime
 from cli.settings import OFFICIAL, Settings
-from cli.trained import check_inputs
-from cli.weights import read_weights
 from models import entry_of
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
@@ -34,12 +30,12 @@ def run(settings: Settings, runtime: Runtime) -> None:
     images = settings.run.sensitivity
     assert images is not None, "the mode that is asked for"
     entry = chosen_entry(settings.model)
-    check_inputs(settings, entry)
+    plan = checked_plan(settings, entry)
     dataset = calibration_dataset(settings, entry, images)  # before anything is downloaded
     warn_of_turned(settings, runtime, dataset)
     if settings.model.checkpoint == OFFICIAL:
         _check_digits(settings, entry, entry.num_classes)
-    weights = read_weights(settings.model, entry, runtime)
+    weights = read_weights(settings.model, plan, runtime)
     _check_digits(settings, entry, entry.num_classes if weights.state is None else weights.head)
     model = patched(plain_model(settings.model, entry, weights, entry.num_classes), settings.model)
     running, inside = for_inference(model, False, settings.data.batch_size, runtime)

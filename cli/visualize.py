@@ -8,14 +8,14 @@ from itertools import count
 from pathlib import Path
 
 import diffrate
-from cli.entry import chosen_entry, view_of
+from cli.data import view_of
 from cli.image_page import Seen, likeliest, page, see
-from cli.named import named_model
+from cli.model import chosen_entry, named_model
 from cli.runtime import Runtime
 from cli.settings import Settings
+from cli.transforms import View
 from datasets import load_image
 from diffrate.files import whole_file
-from training.transforms import View
 from utils import UsageError
 
 log = logging.getLogger(__name__)

@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
+import huggingface_hub
+import timm
 import torch
-from huggingface_hub.utils import LocalEntryNotFoundError
+from huggingface_hub.utils import LocalEntryNotFoundError, disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from timm.models import get_pretrained_cfg
+from torch import Tensor
 
-from models.errors import CheckpointError
-from models.zoo import ModelEntry, OfficialWeights
+from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights
 
 # torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
 CONNECT_SECONDS = 30
 log = logging.getLogger("progress")  # --quiet silences it
-
-
-def checkpoint_dir() -> Path:
-    """Where downloads are kept and files fetched by hand are looked for (`TORCH_HOME` moves it)."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def official_file(entry: ModelEntry, bar: bool = True) -> Path:
@@ -40,13 +38,12 @@ def official_file(entry: ModelEntry, bar: bool = True) -> Path:
         return entry.weights
     if not isinstance(entry.weights, OfficialWeights):
         raise CheckpointError(f"--model {entry.name}: has no pretrained weights; accepted: a file with --checkpoint")
-    target = checkpoint_dir() / entry.weights.file
+    target, failures = _place(entry.weights.file), []
     if target.is_file():
         return target
-    failures = []
-    for source, download in _sources(entry.weights, target, bar):
+    for source in _sources(entry.weights):
         try:
-            return download()
+            return _download(source, target, bar)
         except Exception as error:  # every source fails in its own way, and all mean: try the next
             failures.append(f"{source} ({first_line(error)})")
     raise CheckpointError(
@@ -61,9 +58,9 @@ def fetch(url: str, bar: bool = True) -> Path:
     Raises:
         CheckpointError: the URL cannot be reached or the hash differs.
     """
-    target = checkpoint_dir() / Path(urlparse(url).path).name
+    target = _place(Path(urlparse(url).path).name)
     try:
-        return target if target.is_file() else _download_url(url, target, bar)
+        return target if target.is_file() else _download(url, target, bar)
     except Exception as error:
         raise CheckpointError(
             f"cannot download {url} ({first_line(error)}). Put the file by hand at {target}, "
@@ -71,67 +68,38 @@ def fetch(url: str, bar: bool = True) -> Path:
         ) from error
 
 
-def _sources(weights: OfficialWeights, target: Path, bar: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
-    url, hub_id = weights.url, None
-    if weights.timm_config is not None:
-        config = get_pretrained_cfg(weights.timm_config)
-        assert config is not None, f"timm has no pretrained configuration {weights.timm_config}"
-        url, hub_id = str(config.url or ""), config.hf_hub_id
-    if url:
-        yield url, lambda: _download_url(url, target, bar)
-    if hub_id:
-        yield f"huggingface.co/{hub_id}", lambda: download_hub(hub_id, "model.safetensors", None, bar)
+def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
+    """The tensors of a pretrained model as timm builds it, downloaded from `source` on first use.
 
-
-def _download_url(url: str, target: Path, bar: bool) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    found = HASH_IN_NAME.search(target.name)
-    with connection_timeout():
-        # Writes to a temporary file first, and renames when the hash agrees.
-        _tell(url, bar)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=found and found.group(1), progress=bar)
-    return target
-
-
-def download_hub(repository: str, file: str, revision: str | None, bar: bool) -> Path:
-    """A file of a repository on the Hugging Face hub, from its cache where it is there already."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    _tell(f"huggingface.co/{repository}", bar)
-    if not bar:
-        disable_progress_bars()
-    with quiet_hub():
-        return Path(hf_hub_download(repository, file, revision=revision, etag_timeout=CONNECT_SECONDS))
+    Raises:
+        CheckpointError: they cannot be had; the message names the source and what to do.
+    """
+    try:
+        with downloading(source, bar):
+            return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # every source fails in its own way
+        place = "bring it into the Hugging Face cache (HF_HOME)" if source.startswith(HUB_SITE) else "connect"
+        raise CheckpointError(
+            f"cannot load the weights of {name}: tried {source} ({first_line(error)}). "
+            f"To go on, {place}, or name a file with --checkpoint"
+        ) from error
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without the hub's warnings on each retry: that all failed is told in one line."""
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
-
-    before = get_verbosity()
-    set_verbosity_error()
-    try:
-        yield
-    finally:
-        set_verbosity(before)
-
-
-def _tell(source: str, bar: bool) -> None:
+def downloading(source: str, bar: bool = True) -> Iterator[None]:
+    """What downloads inside shows a bar, or without `bar` says what it is; a silent server does not hang it for ever,
+    and the hub does not warn on each retry: that all failed is told in one line."""
     if not bar:
         log.info("downloading %s", source)
-
-
-@contextmanager
-def connection_timeout() -> Iterator[None]:
-    """torch.hub takes no timeout, and without one a silent server hangs the command for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)
+        disable_progress_bars()
+    before = socket.getdefaulttimeout(), hub_logging.get_verbosity()
+    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub takes none
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(before[0])
+        hub_logging.set_verbosity(before[1])
 
 
 def first_line(error: Exception) -> str:
@@ -140,3 +108,28 @@ def first_line(error: Exception) -> str:
         return "no connection, and nothing in the cache"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _place(file: str) -> Path:
+    """Where a download is kept, and a file fetched by hand is looked for (`TORCH_HOME` moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
+
+
+def _sources(weights: OfficialWeights) -> list[str]:
+    if weights.timm_config is None:
+        return [weights.url or ""]
+    config = get_pretrained_cfg(weights.timm_config)
+    assert config is not None, f"timm has no pretrained configuration {weights.timm_config}"
+    return [str(source) for source in (config.url, config.hf_hub_id and HUB_SITE + config.hf_hub_id) if source]
+
+
+def _download(source: str, target: Path, bar: bool) -> Path:
+    """A file by its URL as `target`, or a repository's of the hub in the hub's own cache."""
+    with downloading(source, bar):
+        if source.startswith(HUB_SITE):
+            return Path(huggingface_hub.hf_hub_download(source.removeprefix(HUB_SITE), "model.safetensors"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found = HASH_IN_NAME.search(target.name)
+        # Writes to a temporary file first, and renames when the hash agrees.
+        torch.hub.download_url_to_file(source, str(target), hash_prefix=found and found.group(1), progress=bar)
+    return target

@@ -1,33 +1,42 @@
-"""Any model by its name: the zoo's, timm's with or without a pretrained tag, or one of a repository."""
+"""Any model by its name: the zoo's, timm's with or without a pretrained tag, or one of a repository; and which names
+there are of models that can be compressed, found out by building them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data.config import resolve_data_config
 from timm.models import (
+    get_arch_name,
     get_arch_pretrained_cfgs,
     get_deprecated_models,
     is_model,
+    list_pretrained,
     load_model_config_from_hf,
+    model_entrypoint,
     parse_model_name,
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
 from timm.models._hub import load_model_config_from_path
+from torch import nn
 
-from models.download import first_line, quiet_hub
-from models.errors import UnknownModelError
-from models.zoo import ZOO, ModelEntry, TimmWeights, find
+from models.build import shapes_alone
+from models.download import downloading, first_line
+from models.zoo import HUB_SITE, INPUTS, ZOO, ModelEntry, UnknownModelError, find
 
 HUB = "hf-hub:"
 SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
 CLOSE = 3  # names that a refusal suggests
 CHANNELS = 3
+DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
 WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".npz")  # how files of weights end
 
 
@@ -96,7 +105,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
         UnknownModelError: nothing is there under this name, or the model reads no colour images.
     """
     try:
-        with quiet_hub():
+        with downloading(name):
             architecture, config, options = _resolve(name)
     except Exception as error:  # no network, repository, file or architecture: an error of its own each
         raise UnknownModelError(
@@ -107,6 +116,7 @@ def _entry_of_timm(name: str) -> ModelEntry:
     for told_by_the_configuration in ("in_chans", "img_size"):
         options.pop(told_by_the_configuration, None)
     inputs = resolve_data_config({}, pretrained_cfg=config)
+    given: dict[str, Any] = {key: inputs[key] for key in INPUTS} | {key: tuple(inputs[key]) for key in ("mean", "std")}
     channels, rows, columns = inputs["input_size"]
     if channels != CHANNELS:
         raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: {CHANNELS}")
@@ -114,16 +124,12 @@ def _entry_of_timm(name: str) -> ModelEntry:
         name=name,
         architecture=architecture,
         schedule_key=name,
-        weights=_weights_of(name, config),
+        weights=_weights_of(config),
         options=options,
         num_classes=classes,
         input_size=(rows, columns),
-        crop_pct=inputs["crop_pct"],
-        crop_mode=inputs["crop_mode"],
-        mean=tuple(inputs["mean"]),
-        std=tuple(inputs["std"]),
-        interpolation=inputs["interpolation"],
         config=config,
+        **given,
     )
 
 
@@ -144,11 +150,38 @@ def _resolve(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return architecture, resolve_pretrained_cfg(architecture, config).to_dict(), dict(arguments or {})
 
 
-def _weights_of(name: str, config: Mapping[str, Any]) -> TimmWeights | None:
+def _weights_of(config: Mapping[str, Any]) -> str | None:
     """Where timm finds the weights that go with a configuration, in the order in which it looks."""
     hub, url, folder = (config.get(key) for key in ("hf_hub_id", "url", "file"))
-    if folder:
-        return TimmWeights(name, str(folder))
-    if hub:
-        return TimmWeights(name, f"huggingface.co/{hub}", hub, config.get("hf_hub_filename") or "model.safetensors")
-    return TimmWeights(name, str(url)) if url else None
+    return str(folder) if folder else f"{HUB_SITE}{hub}" if hub else str(url) if url else None
+
+
+def supported_names(
+    pattern: str, kinds: Collection[type[nn.Module]], accepts: Callable[[nn.Module], bool]
+) -> Iterator[str]:
+    """The names that match `pattern`, a shell's, of models that are of one of timm's `kinds` and that `accepts` takes.
+
+    The zoo's come first. Then timm's, each with its pretrained tags, or alone where it has none.
+    """
+    yield from (name for name in ZOO if fnmatchcase(name, pattern))
+    tags: dict[str, list[str]] = {}
+    for name in timm.list_models(pattern, include_tags=True):  # a pattern without a tag is for all tags, as in timm
+        tags.setdefault(get_arch_name(name), []).append(name)
+    pretrained = set(list_pretrained())
+    for architecture, names in tags.items():
+        # Most of timm's files have none of the kinds, and the zoo's own names, which have come already, are in none.
+        module = sys.modules[model_entrypoint(architecture).__module__]
+        known = any(getattr(module, kind.__name__, None) is kind for kind in kinds)
+        if known and _is_accepted(architecture, accepts):
+            yield from [name for name in names if name in pretrained] or [architecture]
+
+
+def _is_accepted(architecture: str, accepts: Callable[[nn.Module], bool]) -> bool:
+    """Whether a model without storage is accepted: with few blocks, or whole where that is no model."""
+    with shapes_alone():
+        for depth in (DEPTH, None):
+            # Families of stages have no depth, and some models fix how many blocks are of a kind.
+            with suppress(Exception):
+                if accepts(timm.create_model(architecture, depth=depth)):
+                    return True
+    return False

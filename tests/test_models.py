@@ -26,16 +26,11 @@ def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_every_name_builds_through_timm(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert model.num_classes == models.lookup(name).num_classes
+    assert model.num_classes == models.entry_of(name).num_classes
 
 
 def test_dashes_and_underscores_name_the_same_model() -> None:
-    assert models.lookup("caformer-s36") is models.lookup("caformer_s36")
-
-
-def test_an_unknown_model_lists_the_zoo() -> None:
-    with pytest.raises(models.UnknownModelError, match="'resnet50'; accepted: vit_deit_tiny_patch16_224, "):
-        models.lookup("resnet50")
+    assert models.entry_of("caformer-s36") is models.entry_of("caformer_s36")
 
 
 def test_the_original_caformer_names_are_right() -> None:
@@ -176,7 +171,7 @@ def test_a_failed_download_says_what_and_where(name: str, tmp_path: Path, monkey
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    entry = models.lookup(name)
+    entry = models.entry_of(name)
     with pytest.raises(models.CheckpointError) as caught:
         models.official_file(entry)
     message = str(caught.value)
@@ -191,7 +186,7 @@ def test_a_file_put_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     place = tmp_path / "hub" / "checkpoints" / "caformer_s36.pth"
     place.parent.mkdir(parents=True)
     place.write_bytes(b"")
-    assert models.official_file(models.lookup("caformer_s36")) == place
+    assert models.official_file(models.entry_of("caformer_s36")) == place
 
 
 def test_downloads_check_the_hash_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import diffrate
-import models
 from diffrate.budgets.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.cli.test_eval import PROJECT, official_file, scores
 from tests.cli.test_finetune import HALF, MODEL, PLAIN
 from tests.cli.test_search import KEY, words
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli, tensors_in, write_image
 
 NO_WORKERS = ("--num_workers", 0)
 CLASSES = ("cat", "dog", "emu")
@@ -149,7 +148,7 @@ def test_what_a_training_saves_is_what_its_checkpoint_loads(cli: Cli, image_fold
     path = tmp_path / "a.safetensors"
     flags = ("--epochs", 1, "--lr", 0.1, "--model-ema", "--output_dir", tmp_path, "--save", path)
     assert cli(*PLAIN, *data(image_folder), *HALF, *flags)[0] == 0
-    saved, checkpoint = (models.read_state(file) for file in (path, tmp_path / "checkpoint.pth"))
+    saved, checkpoint = (tensors_in(file) for file in (path, tmp_path / "checkpoint.pth"))
     assert [key for key, value in checkpoint.items() if not torch.equal(value, saved[key])] == []
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert not torch.equal(saved["pos_embed"], content["model"]["pos_embed"])
@@ -160,7 +159,7 @@ def test_an_evaluation_in_other_precision_saves_the_weights_as_they_were(
 ) -> None:
     path = tmp_path / "again.safetensors"
     assert cli("--eval", "--checkpoint", saved, *data(image_folder), "--amp", "bf16", "--save", path)[0] == 0
-    first, second = (models.read_state(file) for file in (saved, path))
+    first, second = (tensors_in(file) for file in (saved, path))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
@@ -205,7 +204,7 @@ def test_a_training_goes_on_from_the_file_at_its_counts(
     assert "start fresh" not in out
     content = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     assert tuple(content["kept"]) == half()
-    before = models.read_state(saved)
+    before = tensors_in(saved)
     torch.testing.assert_close(content["model"]["head.weight"], before["head.weight"], atol=1e-5, rtol=0)
     assert cli(*flags, "--dense", "--output_dir", tmp_path / "dense")[0] == 0
     assert last(tmp_path / "dense")["gflops"] == pytest.approx(0.048, abs=0.001)

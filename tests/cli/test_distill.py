@@ -12,13 +12,13 @@ from torch.nn import functional as F
 import engine
 import main
 import models
+from cli.training import Teacher
 from tests.cli.test_compiled import traced_alone
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import FULL, HALF, MODEL, PLAIN, records
 from tests.cli.test_finetune_resume import check_same, content, interrupt_at_save
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli, tensors_in, write_image
 from tests.forked import two_mains
-from training.teacher import TEMPERATURE, Teacher
 
 WEIGHT = 0.75
 TRAINING = (*FULL, *HALF, "--no-repeated-aug", "--epochs", 3, "--model-ema", "--lr", 0.1)
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped weights with a head for the folder's classes."""
     out = tmp_path_factory.mktemp("start")
-    words = (*PLAIN, "--data-path", data, "--checkpoint", models.lookup(MODEL).weights, "--epochs", 1)
+    words = (*PLAIN, "--data-path", data, "--checkpoint", models.entry_of(MODEL).weights, "--epochs", 1)
     assert main.main([str(word) for word in (*words, "--output_dir", out)]) == 0
     return out / "checkpoint.pth"
 
@@ -60,9 +60,9 @@ def test_the_loss_is_of_labels_and_dense_outputs_by_their_weights() -> None:
     outputs, dense = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(5)
     loss = F.cross_entropy(outputs, labels)
-    soft = F.kl_div((outputs / TEMPERATURE).log_softmax(-1), (dense / TEMPERATURE).softmax(-1), reduction="batchmean")
+    soft = F.kl_div(outputs.log_softmax(-1), dense.softmax(-1), reduction="batchmean")
     for weight in (0.0, 0.25, 1.0):
-        expected = (1 - weight) * loss + weight * TEMPERATURE**2 * soft
+        expected = (1 - weight) * loss + weight * soft
         torch.testing.assert_close(Teacher(torch.nn.Identity(), weight).mixed(loss, outputs, dense), expected)
 
 
@@ -91,7 +91,7 @@ def test_the_teacher_keeps_all_tokens_and_its_weights(
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
     prune, merge = teacher.get_kept_num()
     assert set(prune) == set(merge) == {50}
-    held, first = teacher.state_dict(), models.read_state(start)
+    held, first = teacher.state_dict(), tensors_in(start)
     assert all(torch.equal(held[name], value) for name, value in first.items() if "compression" not in name)
     assert not torch.equal(content(tmp_path)["model"]["pos_embed"], held["pos_embed"])
 
@@ -136,7 +136,7 @@ def test_what_makes_no_teacher_is_refused(cli: Cli, data: Path, tmp_path: Path) 
     check(cli("--eval", "--distill"), "--distill goes with --finetune")
     check(cli("--finetune", "official", "--distill", "1.5"), "--distill", "accepted: from 0 to 1")
     words = (*PLAIN, "--data-path", data, "--epochs", 1, "--distill")
-    result = cli(*words, "--checkpoint", models.lookup(MODEL).weights)
+    result = cli(*words, "--checkpoint", models.entry_of(MODEL).weights)
     check(result, "--distill: ", "head.weight, head.bias start fresh", "accepted: weights with the data's classes")
 
 

@@ -128,7 +128,7 @@ def test_a_corrupt_jpeg(cli: Cli, image_folder: Path, workers: int) -> None:
 
 def test_a_checkpoint_cut_short(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "short.pth"
-    file.write_bytes(models.lookup("vit_sample_patch4_28").weights.read_bytes()[:100_000])
+    file.write_bytes(models.entry_of("vit_sample_patch4_28").weights.read_bytes()[:100_000])
     check(cli(*SAMPLE, "--checkpoint", file), f"checkpoint {file}: cannot be read, cut short")
 
 

@@ -31,7 +31,7 @@ def scores(output: str) -> tuple[float, ...]:
 def official_file(name: str, path: Path) -> Path:
     """A full-size checkpoint of the zoo's model `name` in its official layout."""
     with torch.device("meta"):
-        model = models.create(models.lookup(name))
+        model = models.create(models.entry_of(name))
     if name == "caformer_s36":
         content = recipe_weights.state_dict(original_caformer_shapes(model), torch.float32)
     else:
@@ -52,7 +52,7 @@ def official_file(name: str, path: Path) -> Path:
 def test_an_official_file_evaluates_at_full_size(
     name: str, target: str, gflops: float, tmp_path: Path, image_folder: Path, cli: Cli
 ) -> None:
-    file = official_file(models.lookup(name).name, tmp_path / "official.pth")
+    file = official_file(models.entry_of(name).name, tmp_path / "official.pth")
     words = ("--eval", "--model", name, "--checkpoint", file, "--data-path", image_folder, *FAST)
     code, out, err = cli(*words, "--load_compression_rate", "--target_flops", target)
     assert (code, err) == (0, "")

@@ -15,10 +15,10 @@ import models
 from cli.flags import parse_flags
 from cli.recipe import FEW, with_augmentation, with_rate
 from cli.settings import Settings
+from cli.training import step_rate
 from diffrate.budgets.schedule import find_schedule
 from tests.cli.test_errors import check
-from tests.conftest import Cli, write_image
-from training.recipe import step_rate
+from tests.conftest import Cli, tensors_in, write_image
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -79,13 +79,13 @@ def test_what_it_leaves_behind_evaluates(cli: Cli, image_folder: Path, tmp_path:
 
 
 def test_it_starts_from_a_checkpoint_with_a_fresh_head(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    file = models.lookup(MODEL).weights
+    file = models.entry_of(MODEL).weights
     words = (*PLAIN, "--data-path", image_folder, "--epochs", 1, "--lr", 1e-9, "--output_dir", tmp_path)
     code, out, _ = cli(*words, "--checkpoint", file)
     assert code == 0
     assert "head.weight, head.bias start fresh" in out
-    trained = models.read_state(tmp_path / "checkpoint.pth")
-    shipped = models.read_state(file)
+    trained = tensors_in(tmp_path / "checkpoint.pth")
+    shipped = tensors_in(file)
     torch.testing.assert_close(trained["pos_embed"], shipped["pos_embed"], atol=1e-5, rtol=0)
     assert trained["head.weight"].shape == (3, 96)
 
@@ -97,7 +97,7 @@ def test_the_whole_recipe_runs_and_averages(cli: Cli, image_folder: Path, tmp_pa
     assert (code, err) == (0, "")
     assert all("ema_acc1" in record for record in records(tmp_path))
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    loaded = models.read_state(tmp_path / "checkpoint.pth")
+    loaded = tensors_in(tmp_path / "checkpoint.pth")
     assert torch.equal(loaded["pos_embed"], content["model_ema"]["pos_embed"])
     assert not torch.equal(loaded["pos_embed"], content["model"]["pos_embed"])
 

@@ -16,15 +16,14 @@ import torch
 import diffrate
 import engine
 import main
-import training.checkpoint
 from cli.search_report import Reporter
+from cli.training_checkpoint import TrainingCheckpoint
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records
 from tests.cli.test_search import same_rates
 from tests.cli.test_search import words as search_words
 from tests.conftest import Cli, write_image
-from training.checkpoint import TrainingCheckpoint
 
 EPOCHS, SAVES = 3, 5  # a save for each step of an epoch and one for its scores, where saves are frequent
 # Four steps an epoch, all parts of DeiT's recipe, kept counts, averaged weights.
@@ -66,7 +65,7 @@ def interrupt_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         if len(saves) == number:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.checkpoint, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cli.training_checkpoint.SAVE_SECONDS", -1.0)
     monkeypatch.setattr(TrainingCheckpoint, "save", save)
 
 
@@ -156,7 +155,7 @@ def test_sigterm_saves_and_leaves(
 
 def test_a_process_killed_in_an_epoch_goes_on(whole: Path, cli: Cli, folder: Path, tmp_path: Path) -> None:
     again = words(folder, tmp_path / "out", "--resume", "auto", "--print-freq", 1)
-    often = "import sys, main, training.checkpoint as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
+    often = "import sys, main, cli.training_checkpoint as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", often, *map(str, again)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 from cli.flags import SAMPLE_TUNING, get_args_parser, parse_flags
-from cli.settings import MODES, DataSettings, ModelSettings, RunSettings, Settings
+from cli.settings import (
+    MODES,
+    Augmentation,
+    DataSettings,
+    Mixing,
+    ModelSettings,
+    RunSettings,
+    Settings,
+    TrainingSettings,
+)
 from diffrate.searching.settings import SearchSettings
 from sample import MODEL as SAMPLE
-from training.settings import Augmentation, Mixing, TrainingSettings
 
 PROJECT = Path(__file__).parent.parent.parent
 FLAGS, SETTINGS = PROJECT / "cli" / "flags.py", PROJECT / "cli" / "settings.py"

@@ -19,7 +19,7 @@ WORKERS = ("--num_workers", 0)
 
 def _sample(input_size: int | None = None) -> diffrate.CompressedModel:
     """The sample's model with its weights, keeping all tokens."""
-    entry = models.lookup(SAMPLE_MODEL)
+    entry = models.entry_of(SAMPLE_MODEL)
     model = models.create(entry, input_size)
     models.load_weights(model, models.official_file(entry))
     return dense(diffrate.patch.vit(model))

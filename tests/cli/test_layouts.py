@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import diffrate
 import models
-from models.registry import Size
-from models.zoo import ModelEntry
+from models import ModelEntry, Read, Size
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 
@@ -58,8 +57,15 @@ def loaded_by_timm(entry: ModelEntry, state: State, size: Size) -> nn.Module:
     )
 
 
+def read_from(entry: ModelEntry, file: Path, size: Size, made_at: Size | None = None) -> Read:
+    """What a file holds for the entry's model at another size."""
+    with models.shapes_alone():
+        model = models.create(entry, size)
+    return models.read_file(str(file), model, size, entry.input_size, made_at)
+
+
 def loaded_by_us(entry: ModelEntry, file: Path, size: Size) -> nn.Module:
-    read = models.read_file(entry, str(file), size)
+    read = read_from(entry, file, size)
     model = models.create(entry, size)
     assert models.fit_state(model, read.state, read.name).reinitialized == ()
     return model
@@ -87,7 +93,7 @@ def test_positions_of_as_many_patches_in_another_shape_are_of_the_size_asked_for
     state = weights_of(entry, (256, 64))
     torch.save(state, tmp_path / "oblong.pth")
     assert torch.equal(loaded_by_us(entry, tmp_path / "oblong.pth", (256, 64)).pos_embed, state["pos_embed"])
-    read = models.read_file(entry, str(tmp_path / "oblong.pth"), (256, 64), made_at=(128, 128))
+    read = read_from(entry, tmp_path / "oblong.pth", (256, 64), made_at=(128, 128))
     assert not torch.equal(read.state["pos_embed"], state["pos_embed"])
 
 
@@ -162,7 +168,7 @@ def test_official_layouts_load(name: str, layout: Any, tmp_path: Path) -> None:
     if layout is clip:
         state["head.bias"].zero_()
     torch.save(layout(state), tmp_path / "official.pth")
-    read = models.read_file(entry, str(tmp_path / "official.pth"), entry.input_size)
+    read = read_from(entry, tmp_path / "official.pth", entry.input_size)
     assert models.head_classes(read.state) == (entry.num_classes or None)
     model = models.create(entry)
     models.fit_state(model, read.state, read.name)
@@ -208,10 +214,10 @@ def test_archives_of_numpy_load(tmp_path: Path) -> None:
     entry, file = small("vit_tiny_patch16_224"), tmp_path / "google.npz"
     state = weights_of(entry, num_classes=7)
     np.savez(file, **google(state, heads=3))
-    read = models.read_file(entry, str(file), entry.input_size)
+    read = read_from(entry, file, entry.input_size)
     assert models.head_classes(read.state) == 7
     torch.testing.assert_close(dict(read.state), state, rtol=0, atol=0)
-    oblong = models.read_file(entry, str(file), (128, 384)).state["pos_embed"]
+    oblong = read_from(entry, file, (128, 384)).state["pos_embed"]
     assert oblong.shape == (1, 8 * 24 + 1, 192)
     model = models.create(entry)
     fresh = model.head.weight.clone()
@@ -226,19 +232,19 @@ def test_archives_that_are_none_or_of_others_are_named(tmp_path: Path) -> None:
     arrays = google(weights_of(entry), heads=3)
     np.savez(file, **{name: value for name, value in arrays.items() if "encoderblock_1" not in name})
     with pytest.raises(models.CheckpointError, match=f"{file}: cannot be read into VisionTransformer"):
-        models.read_file(entry, str(file), entry.input_size)
+        read_from(entry, file, entry.input_size)
     file.write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(models.CheckpointError, match=f"{file}: found no NumPy archive; accepted: one of numpy.savez"):
-        models.read_file(entry, str(file), entry.input_size)
+        read_from(entry, file, entry.input_size)
     with pytest.raises(models.CheckpointError, match="no such file"):
-        models.read_file(entry, str(tmp_path / "gone.npz"), entry.input_size)
+        read_from(entry, tmp_path / "gone.npz", entry.input_size)
     with pytest.raises(models.CheckpointError, match=r"timm's Eva reads no \.npz files"):
-        models.read_file(small("eva02_tiny_patch14_224"), str(file), (224, 224))
+        read_from(small("eva02_tiny_patch14_224"), file, (224, 224))
     # Mean pooling has a norm of its own, for which such files have no numbers.
     np.savez(file, **arrays)
     pooled = replace(entry, options={**entry.options, "global_pool": "avg"})
     with pytest.raises(models.CheckpointError, match=r"does not fit the model: no numbers for fc_norm\.weight"):
-        models.read_file(pooled, str(file), entry.input_size)
+        read_from(pooled, file, entry.input_size)
 
 
 def test_both_heads_of_a_distilled_model_start_fresh(tmp_path: Path) -> None:
@@ -253,7 +259,7 @@ def test_both_heads_of_a_distilled_model_start_fresh(tmp_path: Path) -> None:
 def test_tensors_without_a_head_leave_a_fresh_one_where_that_is_asked_for(tmp_path: Path) -> None:
     entry = small("vit_tiny_patch16_224")
     torch.save(weights_of(entry, num_classes=0), tmp_path / "bare.pth")
-    read = models.read_file(entry, str(tmp_path / "bare.pth"), entry.input_size)
+    read = read_from(entry, tmp_path / "bare.pth", entry.input_size)
     with pytest.raises(models.CheckpointError, match=r"head\.weight expected \[1000, 192\] found nothing"):
         models.fit_state(models.create(entry), read.state, read.name)
     report = models.fit_state(models.create(entry), read.state, read.name, fresh_head=True)
@@ -302,7 +308,7 @@ def test_weights_for_other_patches_are_refused_with_a_model_that_fits(layout: An
     torch.save(layout(weights_of(eight(entry))), file)
     refused = rf"{file} does not fit the model: it is for patches of 8 by 8 pixels; accepted: of 16 by 16, or --model "
     with pytest.raises(models.CheckpointError, match=f"{refused}vit_small_patch8_224$"):
-        models.read_file(entry, str(file), entry.input_size)
+        read_from(entry, file, entry.input_size)
     model = models.create(entry)
     before = model.norm.weight.clone()
     with pytest.raises(models.CheckpointError, match=refused):
@@ -314,7 +320,7 @@ def test_archives_for_other_patches_are_refused(tmp_path: Path) -> None:
     entry, file = small("vit_tiny_patch16_224"), tmp_path / "eight.npz"
     np.savez(file, **google(weights_of(eight(entry)), heads=3))
     with pytest.raises(models.CheckpointError, match=r"for patches of 8 by 8 pixels; accepted: of 16 by 16$"):
-        models.read_file(entry, str(file), entry.input_size)
+        read_from(entry, file, entry.input_size)
 
 
 def test_models_of_any_patches_take_others(tmp_path: Path) -> None:
@@ -327,9 +333,9 @@ def test_models_of_any_patches_take_others(tmp_path: Path) -> None:
 def test_positions_that_are_interpolated_are_said(name: str, tmp_path: Path) -> None:
     entry, file = small(name), tmp_path / "weights.pth"
     torch.save(weights_of(entry), file)
-    assert models.read_file(entry, str(file), entry.input_size).notes == ()
+    assert read_from(entry, file, entry.input_size).notes == ()
     patch = 14 if "patch14" in name else 16
-    said = [note for note in models.read_file(entry, str(file), (8 * patch, 6 * patch)).notes if "positions" in note]
+    said = [note for note in read_from(entry, file, (8 * patch, 6 * patch)).notes if "positions" in note]
     computed = ("dinov3", "relpos", "naflexvit")  # positions, from the input's size
     assert len(said) == (not any(word in name for word in computed)), said
 
@@ -337,7 +343,7 @@ def test_positions_that_are_interpolated_are_said(name: str, tmp_path: Path) -> 
 def test_official_positions_of_clip_are_not_called_interpolated(tmp_path: Path) -> None:
     entry, file = small("vit_base_patch32_clip_224.openai"), tmp_path / "clip.pth"
     torch.save(clip(weights_of(entry)), file)
-    assert models.read_file(entry, str(file), entry.input_size).notes == ()
+    assert read_from(entry, file, entry.input_size).notes == ()
 
 
 def test_the_library_says_what_it_adapts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -378,4 +384,4 @@ def test_the_command_line_says_what_it_adapts_and_refuses_other_patches(
 def test_the_dictionary_that_is_read_is_said(word: str, tmp_path: Path) -> None:
     entry, file = small("vit_tiny_patch16_224"), tmp_path / "wrapped.pth"
     torch.save({word: weights_of(entry), "optimizer": {}}, file)
-    assert models.read_file(entry, str(file), entry.input_size).notes == (f"{file}: weights read from '{word}'",)
+    assert read_from(entry, file, entry.input_size).notes == (f"{file}: weights read from '{word}'",)

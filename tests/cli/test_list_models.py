@@ -12,7 +12,6 @@ from torch import nn
 
 import diffrate
 import models
-from models import supported
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 
@@ -54,7 +53,7 @@ def test_few_blocks_tell_as_much_as_all(monkeypatch: pytest.MonkeyPatch) -> None
         depths.append(len(model.blocks))
         return len(model.blocks) > 3
 
-    assert list(supported.supported_names("test_vit", diffrate.patch.families(), accepts)) == ["test_vit.r160_in1k"]
+    assert list(models.supported_names("test_vit", diffrate.patch.families(), accepts)) == ["test_vit.r160_in1k"]
     assert depths == [3, 6]
     assert next(timm.create_model("test_vit").parameters()).device == torch.device("cpu")
 

@@ -19,13 +19,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import cli.data
 import diffrate
+from cli.transforms import View, eval_transform
 from datasets import ImageLoader, Samples, SeededSamples, build_dataset
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import PLAIN
 from tests.cli.test_search import MODEL, words
 from tests.conftest import Cli, write_image
 from tests.forked import two_mains
-from training.transforms import View, eval_transform
 
 STRANGE = (47, 47)  # pixels of the image that transforms choke on
 # Loader processes run what is patched here only where they are forked.

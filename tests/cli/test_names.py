@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 
 import diffrate
 import models
-from cli.entry import chosen_entry
 from cli.flags import parse_flags
-from models.zoo import TimmWeights
+from cli.model import chosen_entry
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
@@ -26,9 +25,16 @@ from tests.conftest import Cli
 FAST = ("--num_workers", 0)
 
 
+def read_at(entry: models.ModelEntry, size: models.Size) -> models.Read:
+    """The published weights for an input of `size`."""
+    with models.shapes_alone():
+        model = models.create(entry, size)
+    return models.read_official(entry, model)
+
+
 @pytest.mark.parametrize("name", models.ZOO)
 def test_published_models_keep_their_names_and_recipe(name: str) -> None:
-    entry = models.lookup(name)
+    entry = models.entry_of(name)
     for known in (name, name.replace("_", "-"), *entry.aliases):
         assert models.entry_of(known) is entry
     assert entry.config is None
@@ -145,8 +151,8 @@ def test_repositories_say_all_there_is_to_know(
     name = source if source != "local-dir" else f"local-dir:{repository}"
     entry = models.entry_of(name)
     assert (entry.input_size, entry.crop_mode, entry.num_classes) == ((64, 96), "squash", 3)
-    assert isinstance(entry.weights, TimmWeights)
-    read = models.read_official(entry, (64, 96))
+    assert isinstance(entry.weights, str)
+    read = read_at(entry, (64, 96))
     expected = timm.create_model(name, pretrained=True).state_dict()
     torch.testing.assert_close(dict(read.state), dict(expected), rtol=0, atol=0)
     code, out, err = cli("--eval", "--model", name, "--data-path", image_folder, *FAST)
@@ -168,11 +174,11 @@ def test_pretrained_weights_are_those_of_the_tag(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     entry = models.entry_of("test_vit")
-    read = models.read_official(entry, entry.input_size)
+    read = read_at(entry, entry.input_size)
     assert asked == {("timm/test_vit.r160_in1k", "model.safetensors")}
     assert read.name == "test_vit.r160_in1k"
     torch.testing.assert_close(dict(read.state), state, rtol=0, atol=0)
-    oblong = models.read_official(entry, (320, 80)).state
+    oblong = read_at(entry, (320, 80)).state
     assert oblong["pos_embed"].shape == state["pos_embed"].shape
     assert not torch.equal(oblong["pos_embed"], state["pos_embed"])
 

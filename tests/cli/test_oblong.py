@@ -20,12 +20,12 @@ from benchmarks.parts import build_step
 from benchmarks.speed import Setting, Subject, build_side, scaling_rows
 from cli.flags import parse_flags
 from cli.image_page import page, see
+from cli.settings import Augmentation
+from cli.transforms import View, crop_view, eval_transform, train_transform
 from diffrate.saving.about import about
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image
-from training.settings import Augmentation
-from training.transforms import View, crop_view, eval_transform, train_transform
 
 MODEL = ("--model", "test_vit")  # of 160 pixels, patches of 16
 AT = ("--input-size", 48, 96)

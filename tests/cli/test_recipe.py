@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageOps
 
 import engine
+from cli.settings import Augmentation
+from cli.transforms import View, _posterize, train_transform
 from diffrate.seeds import seed_everything
 from tests.cli.test_eval import PROJECT
 from tests.cli.test_finetune import FULL, records
 from tests.conftest import Cli
-from training.settings import Augmentation
-from training.transforms import View, _posterize, train_transform
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 SIDES = (64, 80, 100)  # pixels of what is cut out of them

@@ -9,8 +9,8 @@ import torch
 
 import diffrate
 import models
-from cli.entry import chosen_entry
 from cli.flags import parse_flags
+from cli.model import chosen_entry
 from tests.constructions import build, size_of
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from cli.image_page import MOST_BLOCKS, Seen, page, see, shown_blocks
 from cli.settings import PROJECT
+from cli.transforms import View, crop_view, eval_transform
 from diffrate.pictures import PRUNED
 from tests.conftest import Cli, write_image
 from tests.test_patch import FALLING, patched
 from tests.tiny_models import FAMILIES, IMAGE_SIZE
-from training.transforms import View, crop_view, eval_transform
 
 
 def seen_by(family: str, *photographs: Image.Image) -> list[Seen]:

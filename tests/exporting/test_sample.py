@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cli.data import eval_dataset
-from cli.entry import chosen_entry
 from cli.flags import parse_flags
+from cli.model import chosen_entry
 from diffrate.exporting.files import load_exported
 from tests.conftest import Cli
 

@@ -10,11 +10,11 @@ import torch
 import diffrate
 import models
 import sample
+from cli.transforms import View, eval_transform
 from datasets import build_dataset, build_images
 from diffrate.budgets.rounding import meets_budget
 from diffrate.budgets.uniform import uniform_schedules
 from diffrate.searching.teacher import losses_at
-from training.transforms import View, eval_transform
 
 WEIGHTS = Path(sample.__file__).with_name(f"{sample.MODEL}.pth")
 

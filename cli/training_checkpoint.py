@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 import diffrate
 from cli.runtime import Runtime
+from cli.training import Recipe
 from diffrate.files import UNREADABLE, first_line
-from training.recipe import Recipe
 from utils import UsageError
 
 KIND = "finetune"

@@ -1,26 +1,50 @@
-"""DeiT's training recipe from settings, through timm's factories: optimizer, schedule, loss, mixup, EMA."""
+"""DeiT's training recipe from settings, through timm's factories: optimizer, schedule, loss, mixup, EMA; and the dense
+model as a teacher beside the labels: the weights that a training starts from, all tokens kept."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer, get_optimizer_info, list_optimizers
-from timm.scheduler import create_scheduler
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import diffrate
+from cli.settings import Mixing, TrainingSettings
 from diffrate.files import first_line
-from training.settings import Mixing, TrainingSettings
-from training.teacher import Teacher
+from diffrate.searching.teacher import divergence
 from utils import UsageError
 
 SCALED_BATCH = 512  # DeiT scales the learning rate by images per step / 512
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`model` says what the trained one should, and `weight`, from 0 to 1, how much it counts beside the labels."""
+
+    model: nn.Module
+    weight: float
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """The dense logits `[B, K]`, without gradients."""
+        with torch.no_grad():
+            return self.model(images, return_flop=False)
+
+    def mixed(self, loss: Tensor, outputs: Tensor, taught: Tensor) -> Tensor:
+        """The labels' `loss` and the divergence of `outputs` from what was `taught`, by their weights.
+
+        It is that of Hinton et al. (2015) at a temperature of 1.
+        """
+        apart = divergence(outputs.float(), taught.float()).mean()
+        return (1 - self.weight) * loss + self.weight * apart
 
 
 @dataclass
@@ -105,15 +129,14 @@ def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: in
         raise UsageError(
             f"--opt {settings.optimizer}: unknown to timm, or of second order; accepted: {', '.join(map(str, known))}"
         )
-    # timm's factories read attributes, by these names.
-    chosen = SimpleNamespace(
-        opt=settings.optimizer,
-        lr=step_rate(settings, images_per_step),
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-    )
     try:
-        return create_optimizer(chosen, model)
+        return create_optimizer_v2(
+            model,
+            opt=settings.optimizer,
+            lr=step_rate(settings, images_per_step),
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # it needs a GPU, or a momentum
         raise UsageError(
             f"--opt {settings.optimizer}: {first_line(error)}; accepted: one that runs here, at this --momentum"
@@ -125,13 +148,33 @@ def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, see
     warmup = settings.warmup_epochs
     if warmup is None:
         warmup = 5 if settings.epochs > 5 else 0
-    chosen = SimpleNamespace(
+    return create_scheduler_v2(
+        optimizer,
         sched=settings.schedule,
-        epochs=settings.epochs,
+        num_epochs=settings.epochs,
         warmup_epochs=warmup,
         min_lr=settings.least_learning_rate,
         warmup_lr=settings.warmup_learning_rate,
-        seed=seed,
-        sched_on_updates=True,
-    )
-    return create_scheduler(chosen, optimizer, updates_per_epoch=steps)[0]
+        noise_seed=seed,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+        # timm's own training script has these, and its function others.
+        decay_epochs=30,
+        decay_milestones=[30, 60],
+    )[0]
+
+
+def dense_copy(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
+    """`model` with the same weights and all tokens kept: frozen, and in evaluation mode."""
+    dense = copy.deepcopy(model)
+    schedule = dense.dense_schedule()
+    dense.set_kept_num(schedule.prune, schedule.merge)
+    return dense.requires_grad_(False).eval()
+
+
+def digest(model: nn.Module) -> str:
+    """What tells the weights of `model` from others."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]

@@ -11,10 +11,9 @@ from typing import Any
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp, posterize
-from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torchvision import transforms
 
-from training.settings import Augmentation
+from cli.settings import Augmentation
 from utils import UsageError
 
 SMALL = 32  # DeiT's recipe crops inputs up to this many pixels after padding, not after resizing
@@ -43,65 +42,39 @@ class View:
         """Rows and columns of the input."""
         return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
 
-    @property
-    def resized(self) -> tuple[int, int]:
-        """Rows and columns that the picture is resized to cover, to have, or to fit into, before cropping.
+    def check(self) -> None:
+        """Refuse pictures that would not fit in memory.
 
         Raises:
-            UsageError: a picture of that size would not fit in memory.
+            UsageError: names the share that does.
         """
-        rows, columns = self.size
-        longest = max(rows, columns)
+        longest = max(self.size)
         if longest / self.crop_pct > LARGEST_SIDE:
             least = longest / LARGEST_SIDE
             raise UsageError(f"--crop-pct {self.crop_pct:g}: accepted: {least:.3g} to 1 at {longest} pixels")
-        return int(rows / self.crop_pct), int(columns / self.crop_pct)
 
 
-def eval_transform(view: View) -> transforms.Compose:
-    """Resize, crop the centre, normalise."""
-    return transforms.Compose([*_framing(view), transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
-
-
-def mirrored_transform(view: View, hflip: float) -> transforms.Compose:
-    """That of evaluation, with images mirrored at probability `hflip`."""
+def eval_transform(view: View, hflip: float = 0.0) -> transforms.Compose:
+    """timm's for evaluation: resize, crop the centre, normalise; after mirroring at probability `hflip`."""
+    view.check()
+    composed: Any = create_transform(
+        view.size,
+        is_training=False,
+        crop_pct=view.crop_pct,
+        crop_mode=view.crop_mode,
+        mean=view.mean,
+        std=view.std,
+        interpolation=view.interpolation,
+    )
     flips = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
-    return transforms.Compose([*flips, *eval_transform(view).transforms])
-
-
-def _framing(view: View) -> list[Any]:
-    """The steps from a picture of any size to one of the input's."""
-    interpolation = transforms.InterpolationMode(view.interpolation)
-    rows, columns = view.resized
-    if view.crop_mode == "squash":
-        return [transforms.Resize((rows, columns), interpolation=interpolation), transforms.CenterCrop(view.size)]
-    if view.crop_mode == "border":
-        fill: Any = [round(255 * value) for value in view.mean]
-        fitting = ResizeKeepRatio(view.resized, interpolation=view.interpolation, longest=1.0)
-        return [fitting, CenterCropOrPad(list(view.size), fill=fill)]
-    if rows == columns:
-        return [transforms.Resize(rows, interpolation=interpolation), transforms.CenterCrop(view.size)]
-    return [ResizeKeepRatio(view.resized, interpolation=view.interpolation), transforms.CenterCrop(view.size)]
+    return transforms.Compose([*flips, *composed.transforms])
 
 
 def crop_view(photograph: Image.Image, view: View, size: int | tuple[int, int]) -> Image.Image:
     """The part of `photograph` that `eval_transform` makes the input of, at `size`: a side, or rows and columns."""
-    rows, columns = (size, size) if isinstance(size, int) else size
-    if view.crop_mode == "border":
-        larger = replace(view, input_size=(rows, columns), interpolation="bicubic")
-        for step in _framing(larger):
-            photograph = step(photograph)
-        return photograph
-    width, height = photograph.size
-    # The rows and columns of the photograph that become those of the input, if it were resized to fit in height,
-    # and in width.
-    heights, widths = (
-        [seen * side / whole for side, whole in zip((height, width), view.resized, strict=True)] for seen in view.size
-    )
-    cropped = (heights[0], widths[1]) if view.crop_mode == "squash" else (min(heights), min(widths))
-    left, top = (width - cropped[1]) / 2, (height - cropped[0]) / 2
-    box = (left, top, left + cropped[1], top + cropped[0])
-    return photograph.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
+    for step in eval_transform(replace(view, input_size=size, interpolation="bicubic")).transforms[:2]:
+        photograph = step(photograph)  # resized and cropped, and not made a tensor of
+    return photograph
 
 
 def train_transform(view: View, augmentation: Augmentation) -> transforms.Compose:

@@ -1,21 +1,29 @@
-"""Register the zoo's names with timm and build models from them."""
+"""Build the zoo's models, as themselves or as shapes alone, and make their names known to timm."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
+import torch
 from timm.models import is_model, register_model
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from models.checkpoint import load_weights
 from models.download import official_file
-from models.errors import InputSizeError
-from models.zoo import ModelEntry
+from models.weights import load_weights
+from models.zoo import INPUTS, ZOO, InputSizeError, ModelEntry, Size
 
-Size = tuple[int, int]  # rows and columns, in pixels
+# What fills a tensor in place when a model is built, most of the time that it takes without storage.
+FILLING = frozenset(
+    {
+        *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
+        *(Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_),
+    }
+)
 
 
 def create(entry: ModelEntry, input_size: int | Size | None = None, **options: Any) -> nn.Module:
@@ -30,19 +38,11 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
     options = {"num_classes": entry.num_classes, **entry.options, **options}
     given = options.pop("img_size", entry.input_size)
     size = _rows_columns(input_size or given)
-    inputs = {
-        "input_size": (3, *size),
-        "crop_pct": entry.crop_pct,
-        "crop_mode": entry.crop_mode,
-        "mean": entry.mean,
-        "std": entry.std,
-        "interpolation": entry.interpolation,
-    }
     model: Any = timm.create_model(
         entry.architecture,
         pretrained=False,
         pretrained_cfg=None if entry.config is None else dict(entry.config),
-        pretrained_cfg_overlay=inputs,
+        pretrained_cfg_overlay={name: getattr(entry, name) for name in INPUTS} | {"input_size": (3, *size)},
         **options,
     )
     # timm hands the size to models whose configuration says that it is fixed. Of the others, some are built for
@@ -52,6 +52,22 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
         model.set_input_size(img_size=size)
     _check_size(model, size, entry.input_size)
     return model
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """What is built inside is on the meta device: it has no storage, and takes little time."""
+    with torch.device("meta"), _WithoutFilling():
+        yield
+
+
+class _WithoutFilling(TorchFunctionMode):
+    """Passes over the filling of tensors on the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, values: Sequence[Any] = (), named: Mapping[str, Any] | None = None
+    ) -> Any:
+        return values[0] if func in FILLING and values[0].is_meta else func(*values, **(named or {}))
 
 
 def _rows_columns(size: int | Sequence[int]) -> Size:
@@ -71,27 +87,18 @@ def _check_size(model: Any, size: Size, own: Size) -> None:
         least = conv.kernel_size[0] - 2 * int(conv.padding[0])
         if min(size) < least:
             raise InputSizeError(f"{flag}: accepted: from {least}, what the first convolution takes")
-    patch = _rows_columns(_patch_size(model))
+    # A convolutional stem before the patches leaves one pixel of each.
+    embedding = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    patch = _rows_columns(getattr(embedding, "patch_size", 1))
     if size != own and (size[0] % patch[0] or size[1] % patch[1]):
         if patch[0] == patch[1]:
             raise InputSizeError(f"{flag}: accepted: a multiple of {patch[0]}, the side of a patch")
         raise InputSizeError(f"{flag}: accepted: multiples of {patch[0]} and {patch[1]}, the sides of a patch")
 
 
-def _patch_size(model: Any) -> int | Sequence[int]:
-    """Sides of a patch in pixels, or of what a convolutional stem before the patches leaves of them: 1."""
-    embedding = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-    return getattr(embedding, "patch_size", 1)
+def register(entry: ModelEntry) -> None:
+    """Make the name of `entry` known to `timm.create_model`; one that timm has itself stays timm's."""
 
-
-def register(zoo: Mapping[str, ModelEntry]) -> None:
-    """Make each name of `zoo` known to `timm.create_model`; names that timm has itself stay timm's."""
-    for entry in zoo.values():
-        if not is_model(entry.name):
-            _register_one(entry)
-
-
-def _register_one(entry: ModelEntry) -> None:
     def build(
         pretrained: bool = False,
         pretrained_cfg: object = None,  # timm passes both; the zoo says where weights come from
@@ -103,6 +110,11 @@ def _register_one(entry: ModelEntry) -> None:
             load_weights(model, official_file(entry))
         return model
 
-    build.__name__ = build.__qualname__ = entry.name
-    setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
-    register_model(build)
+    if not is_model(entry.name):
+        build.__name__ = build.__qualname__ = entry.name
+        setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
+        register_model(build)
+
+
+for _entry in ZOO.values():
+    register(_entry)

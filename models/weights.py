@@ -1,0 +1,399 @@
+"""Weights in every layout that timm knows, read for a timm model, dense or patched, and copied into one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, is_model, model_entrypoint
+from torch import Tensor, nn
+from torch.serialization import safe_globals
+
+from models.download import fetch, first_line, official_file, timm_state
+from models.zoo import CheckpointError, ModelEntry, Size
+
+StateDict = dict[str, Tensor]
+SHOWN = 3  # names of each kind in a message
+# What a patched model adds to its state: absent from official files, skipped for dense models.
+COMPRESSION_PREFIX = "compression."
+# The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm CAFormer;
+# original CAFormer. The first that is there says how many classes there are.
+CLASSIFIERS = ("head.weight", "head_dist.weight", "head.fc.fc2.weight", "head.fc2.weight")
+# What torch, safetensors, NumPy and timm raise on files that are cut short, damaged or something else.
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, AssertionError),
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+)
+# Words that tensors stand under, in timm's order, the averaged ones first; then those of BEiT v2 and I-JEPA.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
+POOLING = "attn_pool."  # files have it, and a model may be built without: timm leaves it out, too
+POSITIONS = ("pos_embed", "relative_position_bias_table")
+NUMPY = ".npz"  # Google's ViTs
+CONVERTER = "checkpoint_filter_fn"  # timm's name for what converts, in the file of each family
+TIMM = "timm.models."
+# Positions of another input size are interpolated as the weights were trained, which timm tells by the name.
+BILINEAR = ("flexi", "radio")
+ALIGNED_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
+FLEXIBLE = "flexi"  # trained on patches of many sizes: those of another are interpolated
+log = logging.getLogger(__name__)
+
+
+class Read(NamedTuple):
+    """Tensors under timm's names and at the input's size, and as they were found; what to call them in messages; a note
+    on where in the file they were, and on each thing that was adapted."""
+
+    state: StateDict
+    found: StateDict
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+class LoadReport(NamedTuple):
+    """What loading did besides copying: the names of fresh tensors, and a note for the log on each thing."""
+
+    reinitialized: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def load_weights(model: nn.Module, path_or_url: str | Path) -> LoadReport:
+    """Copy the weights of a checkpoint into `model`, whatever layout the file has.
+
+    Reads what timm's converter of the model's family reads: official files of DeiT and DeiT III, MAE, CAFormer, BEiT,
+    EVA, CLIP, DINOv2 and others, timm's own, safetensors, the NumPy archives (`.npz`) of Google's ViTs, and what
+    this project saves. A head with another number of classes keeps the model's fresh weights, and position
+    embeddings and tables of relative positions of another size are interpolated; the report and the log say so,
+    and under which word of the file the weights were found.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, or does not fit the model, or is for patches of another
+            size.
+    """
+    read = read_file(str(path_or_url), model)
+    fresh, notes = fit_state(model, read.state, read.name)
+    report = LoadReport(fresh, (*notes, *read.notes))
+    for note in report.notes:
+        log.info(note)
+    return report
+
+
+def read_official(entry: ModelEntry, model: nn.Module, bar: bool = True) -> Read:
+    """The published weights of an entry, downloaded on first use, for `model`, the entry's at any input's size.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be had.
+    """
+    if isinstance(entry.weights, str):
+        found, name = timm_state(entry.name, entry.weights, bar), entry.name
+    else:
+        path = official_file(entry, bar)
+        found, name = _tensors(path, str(path))[0], str(path)  # a published file has its weights in one place
+    return _converted(found, [], model, name, entry.input_size)
+
+
+def read_file(
+    source: str,
+    model: nn.Module,
+    size: Size | None = None,
+    own: Size | None = None,
+    made_at: Size | None = None,
+    bar: bool = True,
+) -> Read:
+    """The weights in a file, or at a URL, for `model` at an input of `size`; its tensors need no storage.
+
+    They were made for images of `made_at`. Where nobody knows, it is taken to be `size` if they have as many positions
+    as the model has there, and else the model's `own` size; without `own`, what timm takes it to be.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, or of another model.
+    """
+    path = fetch(source, bar) if source.startswith(("http://", "https://")) else Path(source).expanduser()
+    if path.suffix == NUMPY:
+        reader: Any = copy.deepcopy(model)
+        if own is not None and size is not None:
+            # Read for another grid of as many positions, timm would leave them as they are: oblong ones come after.
+            made_at = size if size[0] == size[1] else own
+        return _converted(*_numpy_tensors(path, reader, made_at), model, source, made_at)
+    found, notes = _tensors(path, source)
+    positions, place = found.get("pos_embed"), dict(model.named_parameters()).get("pos_embed")
+    if made_at is None:
+        made_at = own if positions is None or place is None or positions.shape != place.shape else size
+    return _converted(found, notes, model, source, made_at)
+
+
+def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = False) -> LoadReport:
+    """Copy tensors under timm's names, as in `Read`, into `model`; `name` stands for them in messages.
+
+    With `fresh_head`, tensors without any head leave the model's as it is.
+
+    Raises:
+        CheckpointError: the tensors do not fit the model.
+    """
+    expected, found = model.state_dict(), dict(state)
+    optional = {key for key in expected if key.startswith(COMPRESSION_PREFIX)}
+    # What this project saves has buffers that timm computes by itself, at this size of images.
+    computed = {key for key, _ in model.named_buffers()} - expected.keys()
+    found = {
+        key: value
+        for key, value in found.items()
+        if key not in computed and (optional or not key.startswith(COMPRESSION_PREFIX))
+    }
+    notes = []
+    if not any(key.startswith(POOLING) for key in expected) and any(key.startswith(POOLING) for key in found):
+        found = {key: value for key, value in found.items() if not key.startswith(POOLING)}
+        notes.append(f"{name}: the pooling {POOLING}* is left out, which the model has not")
+    heads, why = [weight for weight in CLASSIFIERS if weight in expected], "the head has another number of classes"
+    if fresh_head and head_classes(found) is None:
+        why = "there is no head"
+    else:
+        heads = [weight for weight in heads if weight in found and _other_head(found[weight], expected[weight])]
+    names = [name for weight in heads for name in (weight, weight.removesuffix("weight") + "bias")]
+    fresh = [name for name in names if name in expected or name in found]
+    found = {key: value for key, value in found.items() if key not in fresh}
+    _check_fit(name, found, expected, optional | set(fresh))
+    model.load_state_dict(found, strict=False)
+    notes += [f"{name}: {why}; {', '.join(fresh)} start fresh"] if fresh else []
+    return LoadReport(tuple(fresh), tuple(notes))
+
+
+def head_classes(state: StateDict) -> int | None:
+    """The number of classes of a checkpoint's head, None when it has no head."""
+    return next((state[key].shape[0] for key in CLASSIFIERS if key in state), None)
+
+
+def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
+    """The tensors of a file called `name` under their own names, unwrapped, and a note on where in the file they were.
+
+    Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or holds no tensors by name.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    try:
+        with safe_globals([Namespace]):  # official files hold their flags
+            content: Any = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"checkpoint {path}: cannot be read, cut short or not a checkpoint ({first_line(error)}); "
+            "accepted: a file of torch.save with plain tensors, safetensors, or for Google's ViTs .npz"
+        ) from error
+    notes = []
+    while isinstance(content, dict) and (words := [word for word in WRAPPERS if isinstance(content.get(word), dict)]):
+        others = f", not {', '.join(map(repr, words[1:]))}" if len(words) > 1 else ""
+        notes.append(f"{name}: weights read from {words[0]!r}{others}")
+        content = content[words[0]]
+    found = content if isinstance(content, dict) else {}
+    tensors = clean_state_dict({key: value for key, value in found.items() if isinstance(value, Tensor)})
+    if not tensors:
+        raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")
+    # Words that all names begin with, such as `model.` or `backbone.`: a training framework or another module held the
+    # model, which has parts of several names itself.
+    while len(tensors) > 1 and all("." in key for key in tensors) and len({key.split(".")[0] for key in tensors}) == 1:
+        tensors = {key.partition(".")[2]: value for key, value in tensors.items()}
+    return tensors, notes
+
+
+def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict, list[str]]:
+    """The tensors of an archive as timm reads them into `model`, at an input of `size`; and a note on positions that
+    were interpolated for it, if any.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of such a model, or for patches of another size.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    if not hasattr(model, "load_pretrained"):
+        raise CheckpointError(
+            f"checkpoint {path}: timm's {type(model).__name__} reads no {NUMPY} files; "
+            "accepted: a file of torch.save with plain tensors, or safetensors"
+        )
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"checkpoint {path}: found no NumPy archive; accepted: one of numpy.savez")
+    try:
+        head, patches, positions = _shapes(path, "head/bias", "embedding/kernel", "pos_embedding")
+        if len(patches) == 4:  # rows, columns, channels, width
+            _check_patches(patches[:2], model, str(path))
+        if size is not None:
+            model.set_input_size(img_size=size)
+        model.reset_classifier(head[-1] if head else 0)  # read where it has as many classes as the model's
+        model.to_empty(device="cpu")
+        read = {name: value for name, value in model.named_parameters() if not name.startswith(COMPRESSION_PREFIX)}
+        with torch.no_grad():
+            for parameter in read.values():
+                parameter.fill_(math.nan)  # what is not in the file shows
+        model.load_pretrained(str(path))
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        reason = first_line(error)
+        raise CheckpointError(f"checkpoint {path}: cannot be read into {type(model).__name__} ({reason})") from error
+    missing = [name for name, parameter in read.items() if parameter.isnan().any()]
+    if missing:
+        raise CheckpointError(f"checkpoint {path} does not fit the model: no numbers for {', '.join(missing[:SHOWN])}")
+    own = read.get("pos_embed")
+    resampled = own is not None and len(positions) == 3 and positions[1] != own.shape[1]
+    note = f"{path}: positions resampled, {list(positions)} to {list(own.shape)}" if resampled else ""  # type: ignore[union-attr]
+    return {name: value.detach() for name, value in read.items()}, [note] if note else []
+
+
+def _shapes(path: Path, *endings: str) -> list[tuple[int, ...]]:
+    """Those of the archive's arrays whose names are, or end in, `endings`; of no dimensions where there is none."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        named = [[name for name in arrays.files if f"/{name}".endswith(f"/{ending}")] for ending in endings]
+        return [arrays[names[0]].shape if names else () for names in named]
+
+
+def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_at: Size | None) -> Read:
+    """`found` under timm's names and at the input's size of `model`; `name` starts messages.
+
+    Raises:
+        CheckpointError: timm has no converter for this kind of model, or it does not take these tensors, or their
+            patches are of another size; or they give no numbers.
+    """
+    converter, own = _converter(model), _patch_kernel(model)
+    if own is not None:  # whatever the layout, a kernel of patches has the model's width and channels
+        kernels = [value.shape[2:] for value in found.values() if value.ndim == 4 and value.shape[:2] == own.shape[:2]]
+        if kernels and own.shape[2:] not in kernels:
+            _check_patches(kernels[0], model, name)
+    if made_at is not None:
+        model.pretrained_model_args = {"img_size": made_at}  # where timm looks for the source's size
+    # timm's know nothing of ours, and some look every key up in the model.
+    ours = {key: value for key, value in found.items() if key.startswith(COMPRESSION_PREFIX)}
+    theirs = {key: value for key, value in found.items() if key not in ours}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on how timm interpolates relative positions
+            state = {**converter(theirs, model), **ours}
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
+    except UNREADABLE as error:
+        kind = next(base.__name__ for base in type(model).__mro__ if base.__module__.startswith(TIMM))
+        raise CheckpointError(
+            f"checkpoint {name} does not fit the model: timm does not read it as weights of {kind} "
+            f"({first_line(error)})"
+        ) from error
+    expected = model.state_dict().keys()
+    if not state.keys() & expected:
+        names, accepted = (", ".join(list(keys)[:SHOWN]) for keys in (found, expected))
+        raise CheckpointError(
+            f"checkpoint {name} does not fit the model: found {names}, ...; accepted: {accepted}, ..."
+        )
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
+    return Read(state, found, name, (*notes, *_resampled(found, state, name)))
+
+
+def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
+    """timm's converter for `model`, as the function that builds its architecture would call it.
+
+    Raises:
+        CheckpointError: timm has none.
+    """
+    architecture = _architecture(model)
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith(TIMM)]
+    modules = [sys.modules[kind.__module__] for kind in kinds]
+    if is_model(architecture):
+        own = sys.modules[model_entrypoint(architecture).__module__]
+        if any(getattr(own, kind.__name__, None) is kind for kind in kinds):  # it builds models of this class
+            modules.insert(0, own)
+    function: Any = next((getattr(module, CONVERTER) for module in modules if hasattr(module, CONVERTER)), None)
+    if function is None:
+        raise CheckpointError(
+            f"{type(model).__name__}: timm has no {CONVERTER} for it; accepted: a model for which it has"
+        )
+    # What timm's builders give their converters beyond the tensors and the model.
+    wanted: dict[str, Any] = {"adapt_layer_scale": True}  # DeiT III's names, which no other model has
+    if any(word in architecture for word in BILINEAR):
+        aligned = any(word in architecture for word in ALIGNED_CORNERS)
+        wanted |= {"interpolation": "bilinear", "antialias": False, "align_corners": aligned}
+    options = {name: wanted[name] for name in wanted.keys() & inspect.signature(function).parameters.keys()}
+    return lambda state, target: function(state, target, **options)
+
+
+def _architecture(model: nn.Module) -> str:
+    """timm's name of a model's architecture, as far as the model knows it."""
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+
+
+def _patch_kernel(model: nn.Module) -> Tensor | None:
+    """What turns patches into tokens, None in a model that has no such convolution."""
+    weight = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.ndim == 4 else None
+
+
+def _check_patches(found: Sequence[int], model: nn.Module, name: str) -> None:
+    """Refuse weights for patches of `found` rows and columns in a model of others, unless it was trained for any.
+
+    Raises:
+        CheckpointError: names both sizes, and timm's model with such patches if there is one.
+    """
+    own, architecture = _patch_kernel(model), _architecture(model)
+    if own is None or own.shape[2:] == tuple(found) or FLEXIBLE in architecture:
+        return
+    fitting = re.sub(r"patch\d+", f"patch{found[0]}", architecture)
+    instead = f", or --model {fitting}" if is_model(fitting) else ""
+    (rows, columns), (own_rows, own_columns) = found, own.shape[2:]
+    raise CheckpointError(
+        f"checkpoint {name} does not fit the model: it is for patches of {rows} by {columns} pixels; "
+        f"accepted: of {own_rows} by {own_columns}{instead}"
+    )
+
+
+def _resampled(found: StateDict, state: StateDict, name: str) -> list[str]:
+    """A note on positions in `state` that are not the file's own in `found`, but interpolated ones, if any."""
+    held = {value.untyped_storage().data_ptr() for value in found.values()}
+    made = [
+        key
+        for key, value in state.items()
+        if key.endswith(POSITIONS) and value.untyped_storage().data_ptr() not in held
+    ]
+    if not made:
+        return []
+    first = made[0]
+    came = f" {list(found[first].shape)}" if first in found else ""
+    more = f", and {len(made) - 1} more" if len(made) > 1 else ""
+    return [f"{name}: positions resampled, {first}{came} to {list(state[first].shape)}{more}"]
+
+
+def _other_head(found: Tensor, expected: Tensor) -> bool:
+    """Whether the weights of a classifier's last layer differ in the number of classes alone."""
+    return found.shape[0] != expected.shape[0] and found.shape[1:] == expected.shape[1:]
+
+
+def _check_fit(name: str, found: StateDict, expected: Mapping[str, Tensor], optional: set[str]) -> None:
+    """Refuse tensors of other names or shapes than those `expected`, but for those that are `optional`."""
+    wanted = {key: value.shape for key, value in expected.items()}
+    given = {key: value.shape for key, value in found.items()}
+    wrong = [key for key in given if key in wanted and key not in optional and given[key] != wanted[key]]
+    wrong += [key for key in wanted if key not in given and key not in optional]
+    wrong += [key for key in given if key not in wanted]
+    if not wrong:
+        return
+    shown = [
+        f"{key} expected {list(wanted[key]) if key in wanted else 'nothing'} "
+        f"found {list(given[key]) if key in given else 'nothing'}"
+        for key in wrong[:SHOWN]
+    ]
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    raise CheckpointError(f"checkpoint {name} does not fit the model: {'; '.join(shown)}{more}")

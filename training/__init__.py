@@ -1,1 +1,0 @@
-"""DeiT's training recipe through timm's factories, and the transforms of images."""
