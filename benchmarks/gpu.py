@@ -200,7 +200,7 @@ def _bound(session: Any, images: Any, device: str) -> Run:
 
 def subject_of(name: str, gflops: float) -> Subject:
     """A model with fresh weights at a published schedule."""
-    entry = models.lookup(name)
+    entry = models.entry_of(name)
     return Subject(entry, entry.input_size, find_schedule(PUBLISHED, entry.schedule_key, gflops), GRANULARITY, seed=0)
 
 

@@ -170,7 +170,7 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
         model = diffrate.patch.vit(model, settings.granularity, settings.granularity)
     except diffrate.UnsupportedModelError as error:
         raise UsageError(f"--model {settings.name}: {error}") from error
-    return diffrate.compile_merging(model) if settings.compile_merging else model
+    return model
 
 
 def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weights:
