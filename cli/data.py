@@ -27,7 +27,6 @@ from datasets import (
     has_validation,
     turned_images,
 )
-from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
 from processes.group import usable_cores
 from processes.runtime import Runtime
@@ -114,7 +113,7 @@ def search_dataset(
     else:
         transform = mirrored_transform(view, settings.augmentation.hflip if augmented else 0.0)
     bar = bar_fits(settings.run.quiet)
-    if settings.search.loss != SearchSettings.loss:
+    if not settings.search.labelled:
         return build_images(data.data_set, data.path, transform, bar, data.exif)
     return build_dataset(data.data_set, data.path, "train", transform, head, names, bar=bar, upright=data.exif)
 

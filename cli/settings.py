@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from diffrate.searching.settings import SearchSettings
+from diffrate.budgets.budget import LATENCY, SPEEDUP, Target
+from diffrate.searching.settings import FLAGS, SearchSettings
 from training.settings import Augmentation, Mixing, TrainingSettings
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -23,33 +24,6 @@ DEFAULT_BATCH = 64  # images
 MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "export", "plot", "list_models")
 BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
 FILES = "files"  # the benchmark of exported files
-
-
-@dataclass(frozen=True)
-class Target:
-    """A budget: GFLOPs, or a share of the dense model's; how many times as fast as that; or seconds of an image."""
-
-    gflops: float | None = None
-    share: float | None = None
-    speedup: float | None = None
-    seconds: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """What folders are called by."""
-        if self.timed:
-            return "target_speedup" if self.seconds is None else "target_latency"
-        return "target"
-
-    @property
-    def timed(self) -> bool:
-        """Whether it is a matter of seconds."""
-        return self.speedup is not None or self.seconds is not None
-
-    def __str__(self) -> str:
-        if self.share is not None:
-            return f"{100 * self.share:g}%"
-        return f"{next(value for value in vars(self).values() if value is not None):g}"
 
 
 @dataclass(frozen=True)
@@ -102,19 +76,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """How a search goes about it; None where the model decides.
-
-    method: `gradient`, `calibrated` or `both`. minutes: that the search may take, None for any.
-    loss: `labels`, `distill` or `tokens`. transform: `train` or `eval`. start: `flat` or `uniform`.
-    budget: `penalty` or `held`.
-    """
+    """How a search goes about it, None where the model decides: options of the search, and `transform` of the images,
+    `train` or `eval`."""
 
     loss: str | None
     transform: str | None
-    start: str | None
     budget: str | None
     method: str | None
-    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -212,20 +180,8 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
             compile_merging=args.compile_merging,
             multi_label=args.multi_label,
         ),
-        search=SearchSettings(
-            epochs=args.epochs,
-            flops_loss=args.flops_loss,
-            flops_weight=args.flops_weight,
-            warmup=args.warmup_compression_rate,
-            learning_rate=args.arch_lr,
-            least_learning_rate=args.arch_min_lr,
-            granularity=args.granularity,
-            accumulate=args.accum_steps,
-            seed=args.seed,
-        ),
-        recipe=RecipeSettings(
-            args.search_loss, args.search_transform, args.init, args.budget, args.search, args.minutes
-        ),
+        search=_search(args),
+        recipe=RecipeSettings(args.search_loss, args.search_transform, args.budget, args.search),
         latency=LatencySettings(
             args.latency_batch, args.latency_precision or args.amp or "off", args.compile, args.latency_file
         ),
@@ -243,8 +199,19 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
 
 
 def _timed_targets(args: Namespace) -> tuple[Target, ...]:
-    speedups = tuple(Target(speedup=value) for value in args.target_speedup or ())
-    return speedups or tuple(Target(seconds=value) for value in args.target_latency or ())
+    speedups = tuple(Target(SPEEDUP, value) for value in args.target_speedup or ())
+    return speedups or tuple(Target(LATENCY, value) for value in args.target_latency or ())
+
+
+def dest_of(flag: str) -> str:
+    """The name under which a flag is parsed."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _search(args: Namespace) -> SearchSettings:
+    """The options of the search that have flags; what is left open keeps its default."""
+    given = {name: getattr(args, dest_of(flag)) for name, flag in FLAGS.items()}
+    return SearchSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def mode_of(args: Namespace) -> str:

@@ -11,7 +11,7 @@ import diffrate
 import models
 from cli.settings import SEARCH, Settings
 from datasets import DataError, listed
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import BudgetError
 from diffrate.budgets.uniform import BaselineError
 from diffrate.running.allocator import keep_freed_memory
 from diffrate.searching.settings import SearchSettingError

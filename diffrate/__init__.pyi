@@ -1,7 +1,7 @@
 from . import patch
 from .blocks.forms import UnsupportedModelError
 from .blocks.tokens import TokenState
-from .budgets.rounding import BudgetError
+from .budgets.budget import BudgetError
 from .budgets.schedule import Schedule, ScheduleError, scale_schedule
 from .exporting.export import Exported, export
 from .exporting.plain import plain

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import diffrate
 import models
-from diffrate.budgets.rounding import BudgetError, check_target, meets_budget, round_to_budget
+from diffrate.budgets.budget import Budget, BudgetError, meets_budget
+from diffrate.budgets.rounding import round_to_budget
 from diffrate.budgets.schedule import Schedule, find_schedule, running_counts, save_schedule
 from diffrate.budgets.uniform import BASELINES, BaselineError, baseline_schedule
 from diffrate.rates.rate import expectation, flattest_logits
@@ -37,7 +38,7 @@ def test_any_expected_counts_round_to_any_reachable_budget(name: str, data: st.D
     expected = data.draw(st.lists(count, min_size=choices, max_size=choices))
     least = model.flops_at(space.schedule([1] * choices))
     target = least + data.draw(st.floats(0.01, 1)) * (model.flops_at(space.dense()) - least)
-    schedule = round_to_budget(expected, space, model.flops_at, target)
+    schedule = round_to_budget(expected, space, Budget(model.flops_at, target))
     model.check(schedule)
     assert meets_budget(model.flops_at(schedule), target)
 
@@ -48,7 +49,7 @@ def test_counts_that_meet_the_budget_stay_as_they_are() -> None:
     published = find_schedule(path, "ViT-S-DeiT", 2.9)
     assert published.prune is not None
     expected = [float(c) for block in range(1, 12) for c in (published.prune[block], published.merge[block])]
-    rounded = round_to_budget(expected, model.compression.space, model.flops_at, model.flops_at(published))
+    rounded = round_to_budget(expected, model.compression.space, Budget(model.flops_at, model.flops_at(published)))
     assert running_counts(rounded, 197) == running_counts(published, 197)
 
 
@@ -56,7 +57,7 @@ def test_a_target_out_of_reach_gives_the_range() -> None:
     model = full_size("vit_deit_small_patch16_224")
     for target in (0.3, 4.7):
         with pytest.raises(BudgetError, match=r"accepted: 0\.6018 to 4\.599"):
-            check_target(target * 1e9, model.compression.space, model.flops_at)
+            Budget(model.flops_at, target * 1e9).check(model.compression.space)
 
 
 @pytest.mark.parametrize("kind", BASELINES)
@@ -65,7 +66,7 @@ def test_baselines_meet_the_budget_and_do_only_what_they_say(kind: str, share: f
     model = full_size("vit_deit_base_patch16_224")
     space = model.compression.space
     target = share * model.flops_at(space.dense())
-    schedule = baseline_schedule(kind, space, model.flops_at, target)
+    schedule = baseline_schedule(kind, space, Budget(model.flops_at, target))
     assert meets_budget(model.flops_at(schedule), target)
     counts = running_counts(schedule, 197)[1:]
     pruned = [kept.entering - kept.pruned for kept in counts]
@@ -82,10 +83,10 @@ def test_baselines_meet_the_budget_and_do_only_what_they_say(kind: str, share: f
 
 def test_caformer_has_the_merging_baseline_alone() -> None:
     model = full_size("caformer_s36")
-    target = 0.7 * model.flops_at(model.compression.space.dense())
-    assert baseline_schedule("merge", model.compression.space, model.flops_at, target).prune is None
+    budget = Budget(model.flops_at, 0.7 * model.flops_at(model.compression.space.dense()))
+    assert baseline_schedule("merge", model.compression.space, budget).prune is None
     with pytest.raises(BaselineError, match="only merges; accepted: merge"):
-        baseline_schedule("prune", model.compression.space, model.flops_at, target)
+        baseline_schedule("prune", model.compression.space, budget)
 
 
 def test_random_tokens_go_whatever_their_importance() -> None:

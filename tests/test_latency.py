@@ -15,11 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.budgets.budget import Budget, choices_of, without_waste
-from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.budget import (
+    LATENCY,
+    SPEEDUP,
+    Budget,
+    choices_of,
+    meets_budget,
+    without_waste,
+)
+from diffrate.budgets.rounding import round_to_budget
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
-from diffrate.latency.budget import latency_budget, speedup_budget
 from diffrate.latency.curves import (
     AttentionSample,
     AttentionTimes,
@@ -143,10 +149,11 @@ def test_prices_of_which_runs_say_nothing_stay() -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_counts_round_to_a_speed_without_wasted_reductions(seed: int, speedup: float, price: float) -> None:
     table, rng = table_of(price), Random(seed)
-    budget = speedup_budget(table, SPACE.dense(), speedup)
-    schedule = budget.rounded([rng.uniform(1, TOKENS) for _ in range(10)], SPACE)
+    whole = table.seconds(SPACE.dense())
+    budget = Budget(table.seconds, whole / speedup, SPEEDUP, whole)
+    schedule = round_to_budget([rng.uniform(1, TOKENS) for _ in range(10)], SPACE, budget)
     assert meets_budget(table.seconds(schedule), budget.target)
-    assert budget.unit.of(table.seconds(schedule)) == pytest.approx(speedup, rel=0.02)
+    assert budget.of(table.seconds(schedule)) == pytest.approx(speedup, rel=0.02)
     counts = choices_of(schedule, SPACE)
     thrifty = without_waste(counts, SPACE, table.seconds)
     assert table.seconds(SPACE.schedule(thrifty)) <= table.seconds(schedule) + 1e-12
@@ -163,11 +170,12 @@ def test_reductions_that_cost_more_than_they_save_are_switched_off() -> None:
 
 def test_budgets_speak_in_their_own_units() -> None:
     table = table_of(0.1)
+    whole = table.seconds(SPACE.dense())
     with pytest.raises(diffrate.BudgetError, match=r"^target_speedup 9: accepted: 1 to 2\.\d+; a larger batch"):
-        speedup_budget(table, SPACE.dense(), 9.0).check(SPACE)
+        Budget(table.seconds, whole / 9, SPEEDUP, whole).check(SPACE)
     with pytest.raises(diffrate.BudgetError, match=r"^target_latency 0\.001 s: accepted: \d+\.\d+ to 8\.4; a larger"):
-        latency_budget(table, 0.001).check(SPACE)
-    latency_budget(table, 4.0).check(SPACE)
+        Budget(table.seconds, 0.001, LATENCY).check(SPACE)
+    Budget(table.seconds, 4.0, LATENCY).check(SPACE)
 
 
 @given(st.integers(0, 10_000))
@@ -280,6 +288,6 @@ def test_budgets_of_flops_round_as_before() -> None:
     model = patched("deit")
     space = model.compression.space
     budget = Budget(model.flops_at, 0.6 * model.flops_at(space.dense()))
-    schedule = budget.rounded([60.0] * 10, space)
+    schedule = round_to_budget([60.0] * 10, space, budget)
     assert isinstance(schedule, Schedule)
     assert budget.met_by(schedule)

@@ -1,23 +1,95 @@
-"""A budget: what is counted, how much of it there may be, and how users speak of it. FLOPs and seconds alike."""
+"""Targets and budgets: what users ask a schedule to meet, and what that is for one model. FLOPs and seconds alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from diffrate.budgets.rounding import GFLOPS, BudgetError, Cost, Unit, check_target, meets_budget, round_to_budget
 from diffrate.budgets.schedule import Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
+
+BELOW, ABOVE = 0.02, 0.005  # a schedule meets its target from -2 % to +0.5 %
+FLOPS, SHARE, SPEEDUP, LATENCY = "target_flops", "share", "target_speedup", "target_latency"
+WORDS = {FLOPS: " GFLOPs", SPEEDUP: "", LATENCY: " s"}  # behind a number
+ADVICE = {  # what widens the reachable range
+    FLOPS: "",
+    SPEEDUP: "; a larger batch or input size gains more",
+    LATENCY: "; a larger batch, a smaller input size or a lower precision takes less per image",
+}
+
+Cost = Callable[[Schedule], float]
+
+
+class BudgetError(ValueError):
+    """A target that no schedule of the model meets."""
+
+
+class TargetError(ValueError):
+    """A target that makes no sense."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a user asks for: a number of one kind.
+
+    kind: `target_flops`, multiply-accumulates of an image; `share`, of those of the dense model; `target_speedup`, how
+    many times as fast as that; or `target_latency`, seconds of an image.
+
+    Raises:
+        TargetError: names the kind.
+    """
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.value, "__float__"):
+            raise TargetError(f"{self.kind}: found {self.value!r}; accepted: a number")
+        if self.kind == SHARE and not 0 < self.value <= 1:
+            raise TargetError(f"share: found {self.value!r}; accepted: above 0 to 1, of the dense model's FLOPs")
+        if self.timed and not 0 < self.value < math.inf:
+            raise TargetError(f"{self.kind}: found {self.value!r}; accepted: above 0")
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a matter of seconds."""
+        return self.kind in (SPEEDUP, LATENCY)
+
+    @property
+    def gflops(self) -> float | None:
+        """Of a target in FLOPs, as many GFLOPs as were written."""
+        return float(f"{self.value / 1e9:.15g}") if self.kind == FLOPS else None
+
+    def __str__(self) -> str:
+        if self.kind == SHARE:
+            return f"{100 * self.value:g}%"
+        return f"{self.value if self.timed else self.gflops:g}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a schedule may cost: `target` of `cost`."""
+    """What a target is for one model: a schedule may cost `target` of `cost`, multiply-accumulates or seconds.
+
+    kind: how users speak of it. whole: what the dense model costs, of a speed-up.
+    """
 
     cost: Cost
     target: float
-    unit: Unit = GFLOPS
+    kind: str = FLOPS
+    whole: float = 0.0
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a matter of seconds."""
+        return self.kind != FLOPS
+
+    def of(self, cost: float) -> float:
+        """A cost in the unit of the target: GFLOPs, times as fast as dense, or seconds."""
+        if self.kind == SPEEDUP:
+            return self.whole / cost
+        return cost if self.kind == LATENCY else cost / 1e9
 
     def check(self, space: SearchSpace) -> None:
         """Refuse a target out of reach.
@@ -25,7 +97,11 @@ class Budget:
         Raises:
             BudgetError: gives the reachable range.
         """
-        check_target(self.target, space, self.cost, self.unit)
+        choices = len(space.searchable) * len(space.kinds)
+        least, most = self.cost(space.schedule([space.least] * choices)), self.cost(space.dense())
+        if not least <= self.target <= most:
+            low, high = sorted((self.of(least), self.of(most)))
+            raise BudgetError(f"{self}: accepted: {low:.4g} to {high:.4g}{ADVICE[self.kind]}")
 
     def met_by(self, schedule: Schedule) -> bool:
         """Whether a schedule costs what it may."""
@@ -35,26 +111,13 @@ class Budget:
         """The same with another target."""
         return replace(self, target=self.target * by)
 
-    def rounded(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
-        """The schedule nearest to `expected` counts, one per choice, that meets the target, without reductions that
-        cost more than they save: what they took is spent elsewhere.
+    def __str__(self) -> str:
+        return f"{self.kind} {self.of(self.target):g}{WORDS[self.kind]}"
 
-        Multiply-accumulates know no such reductions.
 
-        Raises:
-            BudgetError: no whole counts meet it.
-        """
-        schedule = round_to_budget(expected, space, self.cost, self.target, self.unit)
-        for _ in range(len(expected)):
-            counts = choices_of(schedule, space)
-            thrifty = without_waste(counts, space, self.cost)
-            if thrifty == counts:
-                break
-            try:
-                schedule = round_to_budget(thrifty, space, self.cost, self.target, self.unit)
-            except BudgetError:  # reductions that are left cannot spend it: the last one that could is good
-                break
-        return schedule
+def meets_budget(found: float, target: float) -> bool:
+    """Whether a cost is inside the band around its target."""
+    return target * (1 - BELOW) <= found <= target * (1 + ABOVE)
 
 
 def choices_of(schedule: Schedule, space: SearchSpace) -> list[int]:

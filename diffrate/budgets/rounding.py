@@ -12,70 +12,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
+from diffrate.budgets.budget import ABOVE, BELOW, Budget, BudgetError, choices_of, meets_budget, without_waste
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 
-BELOW, ABOVE = 0.02, 0.005  # a schedule meets its target from -2 % to +0.5 %
 BISECTIONS = 60
 
-Cost = Callable[[Schedule], float]
 Assemble = Callable[[Sequence[int]], Schedule]
 
 
-class BudgetError(ValueError):
-    """A target that no schedule of the model meets."""
+def round_to_budget(expected: Sequence[float], space: SearchSpace, budget: Budget) -> Schedule:
+    """The schedule nearest to `expected` counts, one per choice, that meets the budget, without reductions that
+    cost more than they save: what they took is spent elsewhere.
 
-
-@dataclass(frozen=True)
-class Unit:
-    """How users speak of a cost: by the option that sets it, and in numbers `of` it with a word behind.
-
-    advice: what widens the reachable range.
-    """
-
-    option: str
-    word: str
-    of: Callable[[float], float]
-    advice: str = ""
-
-    def shown(self, cost: float) -> str:
-        """For a message."""
-        return f"{self.of(cost):.4g}{self.word}"
-
-
-GFLOPS = Unit("target_flops", " GFLOPs", lambda flops: flops / 1e9)
-
-
-def meets_budget(found: float, target: float) -> bool:
-    """Whether a cost is inside the band around its target."""
-    return target * (1 - BELOW) <= found <= target * (1 + ABOVE)
-
-
-def check_target(target: float, space: SearchSpace, cost: Cost, unit: Unit = GFLOPS) -> None:
-    """Refuse a target that cannot be reached.
-
-    Raises:
-        BudgetError: gives the reachable range in the unit.
-    """
-    choices = len(space.searchable) * len(space.kinds)
-    least, most = cost(space.schedule([space.least] * choices)), cost(space.dense())
-    if not least <= target <= most:
-        low, high = sorted((unit.of(least), unit.of(most)))
-        found = f"{unit.of(target):g}{unit.word}"
-        raise BudgetError(f"{unit.option} {found}: accepted: {low:.4g} to {high:.4g}{unit.advice}")
-
-
-def round_to_budget(
-    expected: Sequence[float], space: SearchSpace, cost: Cost, target: float, unit: Unit = GFLOPS
-) -> Schedule:
-    """The schedule nearest to `expected` counts, one per choice, that meets `target`.
+    Multiply-accumulates know no such reductions.
 
     Raises:
         BudgetError: no whole counts meet it.
     """
+    schedule = _rounded(expected, space, budget)
+    for _ in range(len(expected)):
+        counts = choices_of(schedule, space)
+        thrifty = without_waste(counts, space, budget.cost)
+        if thrifty == counts:
+            break
+        try:
+            schedule = _rounded(thrifty, space, budget)
+        except BudgetError:  # reductions that are left cannot spend it: the last one that could is good
+            break
+    return schedule
+
+
+def _rounded(expected: Sequence[float], space: SearchSpace, budget: Budget) -> Schedule:
+    """The schedule nearest to `expected` counts that meets the budget."""
 
     def scaled(share: float) -> list[float]:
         """From all tokens (0) over the expected ones (1) to the fewest (2)."""
@@ -83,19 +54,13 @@ def round_to_budget(
             return [space.tokens + share * (count - space.tokens) for count in expected]
         return [count + (share - 1) * (space.least - count) for count in expected]
 
-    return fit_budget(scaled, 2.0, space.schedule, cost, target, space.least, unit)
+    return fit_budget(scaled, 2.0, space.schedule, budget, space.least)
 
 
 def fit_budget(
-    counts_at: Callable[[float], list[float]],
-    end: float,
-    assemble: Assemble,
-    cost: Cost,
-    target: float,
-    least: int,
-    unit: Unit = GFLOPS,
+    counts_at: Callable[[float], list[float]], end: float, assemble: Assemble, budget: Budget, least: int
 ) -> Schedule:
-    """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets `target`, none below `least`.
+    """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets `budget`, none below `least`.
 
     Bisection finds the two neighbours around the target; where one step of the family changes
     several counts at once, they change one after the other.
@@ -104,27 +69,30 @@ def fit_budget(
         BudgetError: no whole counts meet it.
     """
 
+    cost = budget.cost
+
     def whole(share: float) -> list[int]:
         return [max(least, math.ceil(count - 1e-9)) for count in counts_at(share)]
 
     low, high = 0.0, end  # cost above the target at `low`, unless that is the end; below at `high`
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(assemble(whole(middle))) > target else (low, middle)
+        low, high = (middle, high) if cost(assemble(whole(middle))) > budget.target else (low, middle)
     above, below = whole(low), whole(high)
     steps = [above[:position] + below[position:] for position in range(len(above) + 1)]
-    best = min(steps, key=lambda counts: abs(cost(assemble(counts)) - target))
+    best = min(steps, key=lambda counts: abs(cost(assemble(counts)) - budget.target))
     best = list(accumulate(best, min))  # what really happens, so that every single change has an effect
-    best = _polish(best, (least, max(whole(0))), assemble, cost, target)
+    best = _polish(best, (least, max(whole(0))), assemble, budget)
     found = cost(assemble(best))
-    if not meets_budget(found, target):
-        asked = f"{unit.option} {unit.of(target):g}{unit.word}"
-        raise BudgetError(f"{asked}: the nearest schedule has {unit.of(found):.4g}")
+    if not meets_budget(found, budget.target):
+        raise BudgetError(f"{budget}: the nearest schedule has {budget.of(found):.4g}")
     return assemble(best)
 
 
-def _polish(counts: list[int], limits: tuple[int, int], assemble: Assemble, cost: Cost, target: float) -> list[int]:
+def _polish(counts: list[int], limits: tuple[int, int], assemble: Assemble, budget: Budget) -> list[int]:
     """Change one or two counts by one while that brings the cost nearer to a target outside the band."""
+
+    cost, target = budget.cost, budget.target
 
     def distance(candidate: list[int]) -> tuple[float, float]:
         """How far outside the band, and, the same there, how far from the target."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from diffrate.budgets.rounding import GFLOPS, BudgetError, Cost, Unit, fit_budget
+from diffrate.budgets.budget import Budget, BudgetError
+from diffrate.budgets.rounding import fit_budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 
@@ -20,8 +21,8 @@ class BaselineError(ValueError):
     """A baseline that the model's family cannot run."""
 
 
-def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float, unit: Unit = GFLOPS) -> Schedule:
-    """The schedule `kind` of a constant keep ratio that meets `target`.
+def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule:
+    """The schedule `kind` of a constant keep ratio that meets `budget`.
 
     Raises:
         BaselineError: pruning in a model that only merges.
@@ -44,13 +45,13 @@ def baseline_schedule(kind: str, space: SearchSpace, cost: Cost, target: float, 
         pairs = [(whole, count) if kind == "merge" else (count, count) for count in kept]
         return space.schedule([count for pair in pairs for count in pair])
 
-    return fit_budget(counts_at, 1.0, assemble, cost, target, space.least, unit)
+    return fit_budget(counts_at, 1.0, assemble, budget, space.least)
 
 
-def uniform_schedules(space: SearchSpace, cost: Cost, target: float) -> dict[str, Schedule]:
-    """Every uniform schedule that the model can run and that meets `target`, by kind."""
+def uniform_schedules(space: SearchSpace, budget: Budget) -> dict[str, Schedule]:
+    """Every uniform schedule that the model can run and that meets `budget`, by kind."""
     found = {}
     for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
         with suppress(BudgetError):
-            found[kind] = baseline_schedule(kind, space, cost, target)
+            found[kind] = baseline_schedule(kind, space, budget)
     return found

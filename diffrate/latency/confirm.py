@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-from diffrate.budgets.budget import Budget, choices_of
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import SPEEDUP, Budget, BudgetError, choices_of
+from diffrate.budgets.rounding import round_to_budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import made_by_first
-from diffrate.latency.budget import SPEEDUP
 from diffrate.latency.setting import Use
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
@@ -89,7 +88,8 @@ def confirmed(
         spent = spent or fast
         corrected = corrected.times(budget.target / cost)
         try:
-            other = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
+            space = model.compression.space
+            other = round_to_budget(choices_of(schedule, space), space, corrected)
             other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
             break
@@ -99,13 +99,13 @@ def confirmed(
     enough = [one for one in found if one[0] <= slowest]
     # What takes longer within the budget removes less.
     cost, schedule = max(enough, key=lambda one: one[0]) if enough else min(found, key=lambda one: one[0])
-    of = budget.unit.of
+    of = budget.of
     speeds = of(budget.target), of(table.seconds(schedule)), of(cost)
-    return schedule, Confirmed(*speeds, budget.unit.option, use.words())
+    return schedule, Confirmed(*speeds, budget.kind, use.words())
 
 
 def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use) -> float:
     """Seconds of an image at `schedule`; of a speed-up, those of the table's dense model over the measured ratio."""
-    if budget.unit.option == SPEEDUP:
+    if budget.kind == SPEEDUP:
         return table.seconds(model.dense_schedule()) / measured_speedup(model, schedule, use, SECONDS)
     return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size

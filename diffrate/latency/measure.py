@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffrate.blocks.block import removes
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import Budget, BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.group import made_by_first
@@ -181,7 +181,7 @@ def _whole_schedules(model: CompressedModel) -> list[Schedule]:
     for kind, share in WHOLE:
         if space.prunes or kind == "merge":
             with suppress(BudgetError):
-                found.append(baseline_schedule(kind, space, model.flops_at, share * dense))
+                found.append(baseline_schedule(kind, space, Budget(model.flops_at, share * dense)))
     return found
 
 

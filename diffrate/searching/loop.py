@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrate.budgets.budget import Budget
+from diffrate.budgets.rounding import round_to_budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import all_sum, rank, world
 from diffrate.patch.base import CompressedModel, PlannedCost
@@ -149,7 +150,7 @@ class Search:
     def schedule(self) -> Schedule:
         """The schedule of the present rates, rounded to the budget."""
         compression = self.model.compression
-        return self.budget.rounded(compression.expected_counts(), compression.space)
+        return round_to_budget(compression.expected_counts(), compression.space, self.budget)
 
     def score(self) -> Scores | None:
         """Scores at the schedule of the present rates, with tokens really dropped; None without images for it."""

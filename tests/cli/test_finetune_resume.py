@@ -17,7 +17,7 @@ import diffrate
 import engine
 import main
 import training.checkpoint
-from cli.search_report import Reporter
+from engine import Reporter
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records

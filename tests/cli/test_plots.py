@@ -12,8 +12,7 @@ from PIL import Image
 
 from cli import results
 from diffrate.budgets import uniform
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import Budget, BudgetError
 from diffrate.budgets.schedule import Schedule
 from drawing.plots import (
     LEAST_LOSS,
