@@ -159,7 +159,7 @@ def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime
     """Up to `most` images from all over `dataset`, each once, over all processes; where a search may not have the time
     for all of them, the first ones are from all over, too."""
     part = _spread(dataset, most)
-    if settings.recipe.minutes is not None:
+    if settings.search.minutes is not None:
         Random(settings.run.seed).shuffle(part.indices)
     return eval_loader(part, settings, runtime)
 

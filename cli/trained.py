@@ -15,6 +15,7 @@ from cli.schedules import chosen_schedule
 from cli.settings import OFFICIAL, Settings
 from cli.weights import Weights, read_weights
 from datasets import DataError, LabelledDataset
+from diffrate.budgets.budget import SHARE
 from models.zoo import ModelEntry
 from processes.runtime import Runtime
 from sample import MODEL as SAMPLE_MODEL
@@ -67,7 +68,7 @@ def check_inputs(settings: Settings, entry: ModelEntry) -> None:
     """
     check_data_root(settings.data)
     model = meta_model(settings.model, entry)
-    if all(target.share is None for target in settings.model.targets):  # what a share means depends on the classes
+    if all(target.kind != SHARE for target in settings.model.targets):  # what a share means depends on the classes
         chosen_schedule(settings.model, entry, model)
 
 
