@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -362,8 +363,8 @@ class _Benchmark(argparse.Action):
 
 
 def _number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
-    """An argparse type: a number that is accepted, and no larger than flags may be."""
-    limits = replace(accepted, high=min(accepted.high, MOST if kind is int else LARGEST))
+    """An argparse type: a number that is accepted; where it may be any, up to what computes."""
+    limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
 
     def convert(text: str) -> int | float:
         value = kind(text)

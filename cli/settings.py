@@ -6,15 +6,16 @@ Nothing but this folder sees the parsed flags: `settings_from` is where they end
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from diffrate.budgets.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.settings import FLAGS, SearchSettings
 from training.settings import Augmentation, Mixing, TrainingSettings
 
+Taken = TypeVar("Taken")
 PROJECT = Path(__file__).resolve().parent.parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
@@ -155,30 +156,24 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
     """The settings that parsed and checked flags stand for; `words` are what was parsed."""
     return Settings(
         run=_run(args, words),
-        data=DataSettings(
-            data_set=args.data_set,
+        data=_taken(
+            DataSettings,
+            args,
             path=args.data_path,
-            crop_pct=args.crop_pct,
             batch_sizes=tuple(args.batch_sizes or ()),
             workers=args.num_workers,
             pin_memory=args.pin_mem,
-            exif=args.exif,
-            skip_unreadable=args.skip_unreadable,
         ),
-        model=ModelSettings(
+        model=_taken(
+            ModelSettings,
+            args,
             name=args.model,
-            checkpoint=args.checkpoint,
             input_size=_rows_columns(args.input_size),
-            drop_path=args.drop_path,
-            granularity=args.granularity,
             load=args.load_compression_rate,
             targets=tuple(args.target_flops or ()) or _timed_targets(args),
             rate_file=args.compression_rate_file,
             scale=args.scale_compression_rate,
-            dense=args.dense,
             start=args.init_compression_rate,
-            compile_merging=args.compile_merging,
-            multi_label=args.multi_label,
         ),
         search=_search(args),
         recipe=RecipeSettings(args.search_loss, args.search_transform, args.budget, args.search),
@@ -187,15 +182,20 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
         ),
         training=_training(args),
         augmentation=_augmentation(args),
-        mixing=Mixing(
-            smoothing=args.smoothing,
-            mixup=args.mixup,
-            cutmix=args.cutmix,
+        mixing=_taken(
+            Mixing,
+            args,
             probability=args.mixup_prob,
             switch_probability=args.mixup_switch_prob,
             mode=args.mixup_mode,
         ),
     )
+
+
+def _taken(kind: type[Taken], args: Namespace, **own: Any) -> Taken:
+    """Settings of the flags that are called like their fields, and of what is their `own`."""
+    alike = {item.name for item in fields(kind) if item.init} - own.keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in alike}, **own)
 
 
 def _timed_targets(args: Namespace) -> tuple[Target, ...]:
@@ -237,50 +237,32 @@ def _rows_columns(sizes: list[int] | None) -> tuple[int, int] | None:
 
 
 def _run(args: Namespace, words: tuple[str, ...]) -> RunSettings:
-    return RunSettings(
+    return _taken(
+        RunSettings,
+        args,
         mode=mode_of(args),
         images=tuple(args.visualize or ()),
         folder=args.plot,
-        baseline=args.baseline,
         benchmark=benchmark_of(args),
         exported=tuple(map(Path, args.benchmark)) if benchmark_of(args) == FILES else (),
-        export=args.export,
-        export_dtype=args.export_dtype,
-        export_normalize=args.export_normalize,
-        export_opset=args.export_opset,
-        sensitivity=args.sensitivity,
         pattern=args.list_models,
-        output_dir=args.output_dir,
-        save=args.save,
         save_rates=args.save_compression_rate,
-        resume=args.resume,
-        device=args.device,
-        amp=args.amp,
-        seed=args.seed,
-        print_freq=args.print_freq,
         blocks=None if args.blocks is None else tuple(args.blocks),
-        quiet=args.quiet,
-        compile=args.compile,
-        rounds=args.rounds,
-        tensorboard=args.tensorboard,
         flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()} | _side(args.input_size)),
         words=words,
     )
 
 
 def _training(args: Namespace) -> TrainingSettings:
-    return TrainingSettings(
-        epochs=args.epochs,
+    return _taken(
+        TrainingSettings,
+        args,
         optimizer=args.opt,
         learning_rate=args.lr,
         unscaled=args.unscale_lr,
         least_learning_rate=args.min_lr,
         warmup_learning_rate=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
         schedule=args.sched,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        clip_grad=args.clip_grad,
         average=args.model_ema,
         average_decay=args.model_ema_decay,
         distill=args.distill or None,
@@ -288,14 +270,14 @@ def _training(args: Namespace) -> TrainingSettings:
 
 
 def _augmentation(args: Namespace) -> Augmentation:
-    return Augmentation(
-        color_jitter=args.color_jitter,
+    return _taken(
+        Augmentation,
+        args,
         auto_augment=None if args.aa in ("", "none") else args.aa,
         interpolation=args.train_interpolation,
         erase_probability=args.reprob,
         erase_mode=args.remode,
         erase_count=args.recount,
-        hflip=args.hflip,
         affine=None if args.affine is None else (args.affine[0], args.affine[1], args.affine[2]),
         repeated=args.repeated_aug,
     )

@@ -103,10 +103,6 @@ class Budget:
             low, high = sorted((self.of(least), self.of(most)))
             raise BudgetError(f"{self}: accepted: {low:.4g} to {high:.4g}{ADVICE[self.kind]}")
 
-    def met_by(self, schedule: Schedule) -> bool:
-        """Whether a schedule costs what it may."""
-        return meets_budget(self.cost(schedule), self.target)
-
     def times(self, by: float) -> Budget:
         """The same with another target."""
         return replace(self, target=self.target * by)

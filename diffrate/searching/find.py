@@ -107,8 +107,7 @@ def search(
             DataLoader, a list, any iterable. Labels are classes `[B]`, or shares of classes `[B, K]`; a loss other
             than `labels` takes batches of images alone. Without `steps`, a generator is kept in memory, and what has
             no length is counted first.
-        settings: the options, or
-        options: each by its name, below, also beside `settings`.
+        settings, options: the options below, as one or each by its name.
         val: batches to score each epoch's schedule on: the best epoch's is reported, else the last one's.
         callback: called with a record after each step, or an `Observer`.
         checkpoint: file that is written every `save_every` steps and after each epoch.
@@ -122,7 +121,7 @@ def search(
         SearchCheckpointError: `resume` is missing, damaged, or another search's.
         NonFiniteLossError: the loss is no number.
         StoppedError: the observer asked to stop.
-        ScoresError: labels do not fit the head, or scikit-learn is not there to score `multi_label` on `val`.
+        ScoresError: labels do not fit the head, or `val` is to be scored without scikit-learn.
         ValueError: the loader ends before an epoch does, or a batch has another form.
     """
     require_patched(model)
@@ -136,8 +135,7 @@ def search(
         table = table_for(model, target, place.device) if settings.latency is None else settings.latency
         settings = replace(settings, flops_loss="relative", latency=table)
     budget = budget_of(model, target, settings.latency)
-    files = [None if path is None else Path(path) for path in (checkpoint, resume)]
-    task = _Task(model, loader, settings, budget, place, val, *files, begun=time.monotonic())
+    task = _Task(model, loader, settings, budget, place, val, *map(_path, (checkpoint, resume)), begun=time.monotonic())
     with generators_kept():
         if settings.method == GRADIENT:
             return _settled(task, _by_gradient(task, _observer(callback)), None)
@@ -366,6 +364,10 @@ def _fresh_rates(model: CompressedModel, settings: SearchSettings) -> None:
     if start is not None:
         model.check(start, "start: ")
         compression.start_at(start, settings.start_spread)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _observer(callback: Callable[[StepRecord], None] | Observer | None) -> Observer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffrate.budgets.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
@@ -54,30 +55,30 @@ def option(default: Any, help: str, accepted: Any = None, flag: str | None = "",
     """A field that is an option of a search.
 
     accepted: a `Range`, a tuple of words, or a class; None for whatever its use accepts. flag: how the command line
-    spells it, by default like the field; None for no flag. shown: of the flag's help, such as `metavar`; and `saved`:
-    whether a search can only go on with the same value. By default those with a flag are.
+    spells it, by default like the field; None for no flag. shown: more for its help, such as `metavar`; and `saved`:
+    whether a search goes on with the same value alone, by default of those with a flag.
     """
     saved = shown.pop("saved", flag is not None)
-    return field(
-        default=default,
-        metadata={"help": help, "accepted": accepted, "flag": flag, "saved": saved, "shown": shown},
-    )
+    known = {"help": help, "accepted": accepted, "flag": flag, "saved": saved, "shown": shown}
+    return field(default=default, metadata=known)
+
+
+keyword = partial(option, flag=None)
 
 
 @dataclass(frozen=True)
 class SearchSettings:
     """What the user chooses of a search (paper, section 4.1). What each option is, its `help` says."""
 
-    target_flops: float | None = option(None, "the budget in multiply-accumulates of an image", flag=None)
-    share: float | None = option(None, "or as a share of those of the dense model", flag=None)
-    target_speedup: float | None = option(None, "or how many times as fast as dense", flag=None)
-    target_latency: float | None = option(None, "or seconds of an image", flag=None)
-    latency: LatencyTable | None = option(
+    target_flops: float | None = keyword(None, "the budget in multiply-accumulates of an image")
+    share: float | None = keyword(None, "or as a share of those of the dense model")
+    target_speedup: float | None = keyword(None, "or how many times as fast as dense")
+    target_latency: float | None = keyword(None, "or seconds of an image")
+    latency: LatencyTable | None = keyword(
         None,
         "what schedules take, of `measure_latency`, for the batch size, precision and mode that a speed is asked for; "
         "by default measured with its defaults",
         LatencyTable,
-        flag=None,
     )
     epochs: int = option(1, "times that the images are gone through", Range(1))
     learning_rate: float = option(
@@ -129,43 +130,36 @@ class SearchSettings:
         "outputs stand for labels of their own, by a sigmoid each: losses are binary cross-entropies, and scores "
         "mean average precisions",
     )
-    steps: int | None = option(None, "updates an epoch, where the loader has no length, or fewer", flag=None)
-    calibration: Iterable[Any] | None = option(None, "what hard counts are tried on, by default `loader`", flag=None)
-    images: int = option(4096, "of these, at most", Range(2), flag=None)
-    work: float | None = option(
+    steps: int | None = keyword(None, "updates an epoch, where the loader has no length, or fewer")
+    calibration: Iterable[Any] | None = keyword(None, "what hard counts are tried on, by default `loader`")
+    images: int = keyword(4096, "of these, at most", Range(2))
+    work: float | None = keyword(
         None,
         "of a search at hard counts, in forward passes of the dense model on an image; by default 22,000, or fewer "
         "where there are few images",
         Range(0, above=True),
-        flag=None,
     )
-    criterion: Callable[[Any, Any], Any] | None = option(
+    criterion: Callable[[Any, Any], Any] | None = keyword(
         None,
         "loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1, and with "
         "`multi_label` binary cross-entropy. A head with one output has no default",
-        flag=None,
     )
-    mixup: Callable[[Any, Any], tuple[Any, Any]] | None = option(
-        None, "mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does", flag=None
+    mixup: Callable[[Any, Any], tuple[Any, Any]] | None = keyword(
+        None, "mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does"
     )
-    start: Schedule | None = option(None, "schedule to begin at; by default all candidates alike", Schedule, flag=None)
-    start_spread: float | None = option(
+    start: Schedule | None = keyword(None, "schedule to begin at; by default all candidates alike", Schedule)
+    start_spread: float | None = keyword(
         None,
         "how wide the candidates around `start` are in play, a deviation as a share of the patches; by default as wide "
         "as the counts of `start` allow",
         Range(0, above=True),
-        flag=None,
     )
-    device: torch.device | str | None = option(
-        None, "where to search and leave the model; by default where it is", flag=None
-    )
-    precision: torch.dtype | None = option(
-        None, "of autocast; by default float16 on a GPU and none elsewhere", flag=None
-    )
-    trials: Any = option(None, "a `CalibrationObserver`, told how a search at hard counts goes on", flag=None)
-    save_every: int = option(10, "steps between checkpoints", Range(1), flag=None)
-    notes: Mapping[str, Any] | None = option(
-        None, "plain values and tensors that go into the checkpoint beside the search's own", flag=None
+    device: torch.device | str | None = keyword(None, "where to search and leave the model; by default where it is")
+    precision: torch.dtype | None = keyword(None, "of autocast; by default float16 on a GPU and none elsewhere")
+    trials: Any = keyword(None, "a `CalibrationObserver`, told how a search at hard counts goes on")
+    save_every: int = keyword(10, "steps between checkpoints", Range(1))
+    notes: Mapping[str, Any] | None = keyword(
+        None, "plain values and tensors that go into the checkpoint beside the search's own"
     )
 
     def __post_init__(self) -> None:

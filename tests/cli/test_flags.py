@@ -31,9 +31,10 @@ def attributes_read(path: Path) -> set[str]:
 
 
 def test_every_flag_becomes_a_setting_and_every_setting_is_of_a_flag() -> None:
-    """Which mode it is, `mode_of` finds from the names of `MODES`. Options of the search are taken by `FLAGS`."""
+    """Which mode it is, `mode_of` finds from the names of `MODES`. Flags of fields' names are taken as they are."""
     declared = {action.dest for action in get_args_parser()._actions} - {"help"}
     read = attributes_read(SETTINGS) | {dest_of(flag) for flag in OPTIONS.values()}
+    read |= declared & {field.name for kind in CLASSES for field in dataclasses.fields(kind)}
     assert declared - read == {"eval", "finetune"}
     assert {"eval", "finetune"} <= set(MODES)
     assert read - declared == set()
