@@ -27,7 +27,7 @@ from .searching.find import Found, search
 from .searching.history import EpochRecord, StepRecord
 from .searching.loop import NonFiniteLossError, Observer, StoppedError
 from .searching.sensitivity import Sensitivity, sensitivity
-from .searching.settings import SearchSettingError
+from .searching.settings import SearchSettingError, SearchSettings
 
 __version__: str
 
@@ -56,6 +56,7 @@ __all__ = [
     "ScoresError",
     "SearchCheckpointError",
     "SearchSettingError",
+    "SearchSettings",
     "Sensitivity",
     "Speed",
     "StepRecord",
