@@ -108,9 +108,8 @@ class Training:
 def finetune(
     model: diffrate.CompressedModel, training: Training, flags: dict[str, Any], resume: Path | None
 ) -> diffrate.CompressedModel:
-    """Train the weights of `model` at its fixed rates and score them after every epoch.
-
-    Gives the model as its checkpoint loads: with the average of the weights, where they are averaged.
+    """Train the weights of `model` at its fixed rates and score them after every epoch. Gives the model as its
+    checkpoint loads: with the average of the weights, where they are averaged.
 
     Leaves `checkpoint.pth` (last, with `flags` and all that is needed to go on) and `model_best.pth` (best
     top-1) in the output folder. `resume` is a checkpoint to go on from, bit for bit on a CPU.
