@@ -8,7 +8,7 @@ from functools import partial
 
 import diffrate
 from cli.data import eval_loader, warn_of_turned
-from cli.goals import aims_of
+from cli.goals import budgets_of, kept_as
 from cli.model import chosen_entry, meta_model, patched, trained_model
 from cli.results import report, save_schedules
 from cli.runtime import Runtime
@@ -18,6 +18,7 @@ from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule, fields_of
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.saving.about import is_saved_model
+from diffrate.searching.target import confirmed_at
 from diffrate.seeds import generators_kept
 from engine import evaluate
 from models.zoo import ModelEntry
@@ -43,17 +44,18 @@ def _score(settings: Settings, runtime: Runtime) -> None:
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":
         model.rule = replace(model.rule, importance=RandomImportance(model.rule.importance.queries))
-    for aim in aims_of(settings, model, runtime):
+    budgets, table = budgets_of(settings, model, runtime)
+    for target, budget in budgets.items():
         again = partial(_again, settings, model)
-        first = _schedule(settings, model, aim.goal.budget)
+        first = _schedule(settings, model, budget)
         with generators_kept():
-            schedule, speed = aim.goal.confirmed(model, first, runtime.device, again)
+            schedule, speed = confirmed_at(model, first, budget, table, runtime.device, again)
         model.set_kept_num(schedule.prune, schedule.merge)
         scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
         report(f"baseline {kind}", trained.entry, model, scores, runtime)
         if speed is not None:
             log.info(speed.line())
-        save_schedules(settings, trained.entry, aim.named(model, schedule), schedule, runtime)
+        save_schedules(settings, trained.entry, kept_as(target, model, schedule), schedule, runtime)
 
 
 def _again(settings: Settings, model: diffrate.CompressedModel, budget: Budget, *_: Schedule) -> Schedule:
@@ -66,13 +68,13 @@ def _list(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
     model = meta_model(settings.model, entry)
     if any(target.timed for target in settings.model.targets):
         raise UsageError(f"--baseline {settings.run.baseline} of a model without a head: accepted: --target_flops")
-    for aim in aims_of(settings, model, runtime):
-        schedule = _schedule(settings, model, aim.goal.budget)
+    for target, budget in budgets_of(settings, model, runtime)[0].items():
+        schedule = _schedule(settings, model, budget)
         for name, counts in fields_of(schedule).items():
             if counts is not None:
                 log.info("%s %s", name, list(counts))
         log.info("* flops %.3f (no head to score with)", model.flops_at(schedule) / 1e9)
-        save_schedules(settings, entry, aim.named(model, schedule), schedule, runtime)
+        save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
 
 
 def _schedule(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:

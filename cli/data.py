@@ -30,7 +30,6 @@ from datasets import (
     has_validation,
     turned_images,
 )
-from diffrate.searching.settings import SearchSettings
 from models.zoo import ModelEntry
 from samplers import train_sampler
 from utils import UsageError
@@ -106,7 +105,7 @@ def search_dataset(
         transform = train_transform(view, settings.augmentation)
     else:
         transform = eval_transform(view, settings.augmentation.hflip if augmented else 0.0)
-    if settings.search.loss != SearchSettings.loss:
+    if not settings.search.labelled:
         return _unlabelled(settings, transform)
     return _split("train", settings, transform, head, names)
 
@@ -162,7 +161,7 @@ def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime
     """Up to `most` images from all over `dataset`, each once, over all processes; where a search may not have the time
     for all of them, the first ones are from all over, too."""
     part = _spread(dataset, most)
-    if settings.recipe.minutes is not None:
+    if settings.search.minutes is not None:
         Random(settings.run.seed).shuffle(part.indices)
     return eval_loader(part, settings, runtime)
 

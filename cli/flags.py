@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -19,22 +20,26 @@ from cli.settings import (
     OFFICIAL,
     SEARCH,
     Settings,
-    Target,
     benchmark_of,
     mode_of,
     settings_from,
 )
+from diffrate.budgets.budget import FLOPS, SHARE, Target
+from diffrate.budgets.space import GRANULARITY
 from diffrate.budgets.uniform import BASELINES
 from diffrate.exporting.targets import PRECISIONS as EXPORTED_PRECISIONS
 from diffrate.exporting.targets import TARGETS, ExportError, check_destination, target_of
 from diffrate.running import ROUNDS
 from diffrate.saving.about import SavedModelError, about, is_saved_model
-from diffrate.searching.settings import BUDGETS, FLOPS_LOSSES, LOSSES, METHODS, SMOOTHING, SearchSettings, least_rate
+from diffrate.searching.settings import FLAGS, GRADIENT, OPTIONS, SMOOTHING, Range, SearchSettings, help_of
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 LATENCY_BATCH = 8  # images
-TRANSFORMS, STARTS = ("train", "eval"), ("flat", "uniform")
+TRANSFORMS = ("train", "eval")
+SEARCH_EPOCHS = 3
+# What the model, or other flags, decide where nobody says.
+OPEN = ("epochs", "method", "loss", "budget", "flops_loss", "flops_weight")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 PRECISIONS = ("off", "bf16", "fp16")
 SAVED = ".safetensors"
@@ -126,12 +131,12 @@ def parse_flags(words: Sequence[str] | None = None, usual: Mapping[str, Any] = M
     mode = mode_of(args)
     args.data_set = args.data_set or ("SAMPLE" if args.data_path is None else "IMNET")
     if args.arch_min_lr is None:
-        args.arch_min_lr = least_rate(args.arch_lr)
+        args.arch_min_lr = SearchSettings(learning_rate=args.arch_lr).last_rate
     if args.checkpoint is None:
         args.checkpoint = FROM_SCRATCH if args.finetune else OFFICIAL
     _fill_search(args, parser)
     if args.epochs is None:
-        args.epochs = SearchSettings.epochs if mode == SEARCH else 30
+        args.epochs = SEARCH_EPOCHS if mode == SEARCH else 30
     if mode in (SEARCH, "visualize", "sensitivity") and args.output_dir is None:
         args.output_dir = Path("output")
     _check_numbers(args, mode)
@@ -161,7 +166,7 @@ def _fill_search(args: argparse.Namespace, parser: Parser) -> None:
         UsageError: two of them contradict each other.
     """
     if args.search is None and _asks_for_gradient(args, parser):
-        args.search = METHODS[0]
+        args.search = GRADIENT
     penalty = {name: getattr(args, name) for name in ("flops_loss", "flops_weight")}
     given = [name for name, value in penalty.items() if value is not None]
     given += ["warmup_compression_rate"] if args.warmup_compression_rate else []
@@ -173,18 +178,14 @@ def _fill_search(args: argparse.Namespace, parser: Parser) -> None:
     for name, value in penalty.items():
         if value is None:
             setattr(args, name, own.get(name, getattr(SearchSettings, name)))
-    if args.init_compression_rate is not None:
-        if args.init is not None:
-            raise UsageError("--init and --init_compression_rate name two starts; accepted: one of them")
-        args.init = "flat"
 
 
 def _asks_for_gradient(args: argparse.Namespace, parser: Parser) -> bool:
     """Whether there are flags that nothing but the gradient search looks at."""
-    own = ("epochs", "init", "budget", "init_compression_rate", "search_transform", "flops_loss", "flops_weight")
-    numbers = ("arch_lr", "accum_steps", "warmup_compression_rate")
-    changed = any(getattr(args, name) != parser.get_default(name) for name in numbers)
-    return changed or args.search_loss == SearchSettings.loss or any(getattr(args, name) is not None for name in own)
+    own = ("epochs", "arch_lr", "accum_steps", "budget", "flops_loss", "flops_weight", "warmup_compression_rate")
+    own += ("init_compression_rate", "search_transform")
+    changed = any(getattr(args, name) != parser.get_default(name) for name in own)
+    return changed or args.search_loss == SearchSettings.loss
 
 
 def _model_name(args: argparse.Namespace) -> str | None:
@@ -357,22 +358,13 @@ class _Benchmark(argparse.Action):
         namespace.benchmark = words
 
 
-def _number(
-    kind: type[int] | type[float],
-    low: float,
-    high: float = float("inf"),
-    open_low: bool = False,
-    open_high: bool = False,
-):
-    """An argparse type: a number from `low` to `high`, each left out where it is open."""
+def _number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
+    """An argparse type: a number that is accepted; where it may be any, up to what computes."""
+    limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
 
     def convert(text: str) -> int | float:
         value = kind(text)
-        above = low < value if open_low else low <= value
-        below = value < high if open_high else value <= high
-        if not above or not below or math.isinf(value):
-            upper = f" to {'below ' if open_high else ''}{high:.10g}" if high < float("inf") else ""
-            limits = f"{'above' if open_low else 'from'} {low:g}{upper}"
+        if value not in limits:
             raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
         return value
 
@@ -389,7 +381,7 @@ def _target(text: str) -> Target:
         raise argparse.ArgumentTypeError(f"found {text}; accepted: GFLOPs, or a share such as 50%") from error
     if not (0 < value <= 100 if share else 0 < value < float("inf")):
         raise argparse.ArgumentTypeError(f"found {text}; accepted: above {'0% to 100%' if share else '0'}")
-    return Target(share=value / 100) if share else Target(gflops=value)
+    return Target(SHARE, value / 100) if share else Target(FLOPS, value * 1e9)
 
 
 def _path(text: str) -> str:
@@ -402,10 +394,24 @@ def _path(text: str) -> str:
         raise argparse.ArgumentTypeError(f"found {text}; accepted: the folder of a user that there is") from error
 
 
-COUNT, WHOLE, FRACTION = _number(int, 1, MOST), _number(int, 0, MOST), _number(float, 0, 1)
-DROPPED = _number(float, 0, 1, open_high=True)
-SEED, PIXELS = _number(int, 0, 2**32 - 1), _number(int, 1, LARGEST_INPUT)
-POSITIVE, NOT_NEGATIVE = _number(float, 0, LARGEST, open_low=True), _number(float, 0, LARGEST)
+COUNT, WHOLE, FRACTION = _number(int, Range(1)), _number(int, Range(0)), _number(float, Range(0, 1))
+DROPPED, CROPPED = _number(float, Range(0, 1, below=True)), _number(float, Range(0, 1, above=True))
+PIXELS = _number(int, Range(1, LARGEST_INPUT))
+POSITIVE, NOT_NEGATIVE = _number(float, Range(0, above=True)), _number(float, Range(0))
+
+
+def _add_option(group: Any, name: str, **changed: Any) -> None:
+    """The flag of an option of the search."""
+    item = OPTIONS[name]
+    accepted, default = item.metadata["accepted"], None if name in OPEN else item.default
+    words = {"help": help_of(item), "default": default, **item.metadata["shown"], **changed}
+    if item.type == "bool":
+        words["action"] = "store_true"
+    elif isinstance(accepted, tuple):
+        words["choices"] = accepted
+    elif isinstance(accepted, Range):
+        words["type"] = _number(int if "int" in str(item.type) else float, accepted)
+    group.add_argument(FLAGS[name], **words)
 
 
 def _add_mode_flags(parser: Parser) -> None:
@@ -483,12 +489,7 @@ def _add_model_flags(parser: Parser) -> None:
         "--export-normalize", action="store_true", help="let the file of --export take RGB in 0..1, and normalise it"
     )
     group.add_argument("--export-opset", type=COUNT, metavar="OPSET", help="of an .onnx file, from 18, the default")
-    group.add_argument(
-        "--multi-label",
-        action="store_true",
-        help="outputs stand for labels of their own, by a sigmoid each: losses are binary cross-entropies, and scores "
-        "mean average precisions",
-    )
+    _add_option(group, "multi_label")
     group.add_argument("--dense", action="store_true", help="keep all tokens, whatever the checkpoint was trained at")
     group.add_argument(
         "--input-size",
@@ -555,9 +556,7 @@ def _add_data_flags(parser: Parser) -> None:
         "--data-path", type=_path, metavar="DIR", help="folder of the data set; none: the digits that ship"
     )
     group.add_argument("--data-set", choices=DATA_SETS, help="IMNET is any ImageFolder layout; CIFAR is CIFAR-100")
-    group.add_argument(
-        "--crop-pct", type=_number(float, 0, 1, open_low=True), help="part of the short side that is seen"
-    )
+    group.add_argument("--crop-pct", type=CROPPED, help="part of the short side that is seen")
     group.add_argument(
         "--batch-size",
         type=COUNT,
@@ -588,12 +587,7 @@ def _add_run_flags(parser: Parser) -> None:
     group.add_argument("--output_dir", type=Path, metavar="DIR", help="where logs and checkpoints go")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
     group.add_argument("--amp", choices=PRECISIONS, help="mixed precision; default fp16 on CUDA, off on CPU")
-    group.add_argument(
-        "--seed",
-        type=SEED,
-        default=SearchSettings.seed,
-        help="of weights, order and augmentation",
-    )
+    _add_option(group, "seed")
     group.add_argument("--print-freq", type=COUNT, default=10, metavar="STEPS", help="steps between log lines")
     group.add_argument("--blocks", type=WHOLE, nargs="+", help="blocks to draw with --visualize, counted from 0")
     group.add_argument("--quiet", action="store_true", help="no progress on the terminal: results and warnings alone")
@@ -603,66 +597,24 @@ def _add_run_flags(parser: Parser) -> None:
 
 def _add_search_flags(parser: Parser) -> None:
     group = parser.add_argument_group("search")
-    group.add_argument(
-        "--epochs",
-        type=COUNT,
-        help="default 3 for a search, 30 for --finetune and more from scratch, "
-        f"{SAMPLE_TUNING['epochs']} where it tunes the sample",
-    )
-    group.add_argument(
-        "--arch-lr",
-        type=POSITIVE,
-        default=SearchSettings.learning_rate,
-        help="learning rate of the rates, at the start",
-    )
-    steps = SearchSettings.granularity
-    group.add_argument("--arch-min-lr", type=NOT_NEGATIVE, help="and in the last step, default a tenth of that")
-    group.add_argument("--granularity", type=COUNT, default=steps, help="tokens between the candidates of a count")
-    group.add_argument(
-        "--search",
-        choices=METHODS,
-        help="learn rates by gradient (the paper, default of its models and beside flags of its own); try schedules at "
-        "hard counts on calibration images (default of all others); or both in turn",
-    )
-    group.add_argument("--minutes", type=POSITIVE, metavar="M", help="end the search within this time, about")
-    group.add_argument(
-        "--search_loss",
-        choices=LOSSES,
-        help="hold the compressed model against labels (the paper, default of its models); the dense model's outputs, "
-        "default of all others; or its features of every patch: the last two need no labels, and take any folder of "
-        "images",
-    )
+    changed: dict[str, dict[str, Any]] = {
+        "epochs": {
+            "help": f"default {SEARCH_EPOCHS} for a search, 30 for --finetune and more from scratch, "
+            f"{SAMPLE_TUNING['epochs']} where it tunes the sample"
+        },
+        "granularity": {"type": COUNT, "default": GRANULARITY},
+    }
+    for name in FLAGS:
+        if name not in ("seed", "multi_label"):
+            _add_option(group, name, **changed.get(name, {}))
     group.add_argument(
         "--search_transform",
         choices=TRANSFORMS,
         help="images as in training (the paper, default of its models), or as in evaluation, mirrored by --hflip",
     )
     group.add_argument(
-        "--init",
-        choices=STARTS,
-        help="start with all candidates alike (the paper, default of its models), or at the best uniform schedule",
-    )
-    group.add_argument(
-        "--budget",
-        choices=BUDGETS,
-        help="the cost is a penalty in the loss (the paper, default of its models; so are --flops_loss, --flops_weight "
-        "and --warmup_compression_rate), or held on its target",
-    )
-    group.add_argument(
-        "--flops_loss",
-        choices=FLOPS_LOSSES,
-        help=f"the penalty in GFLOPs (paper), or as a share of the target; default {SearchSettings.flops_loss}",
-    )
-    group.add_argument(
-        "--flops_weight",
-        type=NOT_NEGATIVE,
-        help=f"weight of the penalty in the loss, default {SearchSettings.flops_weight:g}",
-    )
-    group.add_argument("--warmup_compression_rate", action="store_true", help="no cost in the first epoch's loss")
-    group.add_argument(
         "--init_compression_rate", type=_target, metavar="GFLOPS", help="start from this schedule of the rate file"
     )
-    group.add_argument("--accum-steps", type=COUNT, default=SearchSettings.accumulate, help="batches an update")
     group.add_argument("--save_compression_rate", action="store_true", help="add the result to compression_rate.json")
     group.add_argument(
         "--resume",

@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import diffrate
 from cli.latency import latency_table
 from cli.runtime import Runtime
 from cli.schedules import DIGITS, targets_of
-from cli.settings import Settings, Target
-from diffrate.searching.target import Asked, Goal, goal_at
+from cli.settings import Settings
+from diffrate.budgets.budget import Budget, Target
+from diffrate.searching.target import budget_of
 
 
-@dataclass(frozen=True)
-class Aim:
-    """A target of the flags, and the budget that it is of a model."""
-
-    target: Target
-    goal: Goal
-
-    @property
-    def asked(self) -> Asked:
-        """The target by the names of the library."""
-        return asked_of(self.target)
-
-    def named(self, model: diffrate.CompressedModel, schedule: diffrate.Schedule) -> float:
-        """The GFLOPs under which files keep the schedule that meets it: the target's, or of seconds its own."""
-        if self.target.gflops is not None:
-            return self.target.gflops
-        return float(f"{model.flops_at(schedule) / 1e9:.{DIGITS}g}")
-
-
-def aims_of(settings: Settings, model: diffrate.CompressedModel, runtime: Runtime) -> list[Aim]:
-    """The targets to meet by `model`, all of them in reach.
+def budgets_of(
+    settings: Settings, model: diffrate.CompressedModel, runtime: Runtime
+) -> tuple[dict[Target, Budget], diffrate.LatencyTable | None]:
+    """What each target is for `model`, all of them in reach; and the table that those in seconds go by.
 
     Raises:
         BudgetError: one is not; gives the range that is.
         LatencyFileError, UsageError: as `latency_table` and `targets_of`.
     """
     targets = targets_of(settings.model, model)
-    asked = [asked_of(target) for target in targets]
-    table = latency_table(settings.latency, model, runtime, asked) if any(one.timed for one in asked) else None
-    aims = [Aim(target, goal_at(model, asked_of(target), table)) for target in targets]
-    for aim in aims:
-        aim.goal.budget.check(model.compression.space)
-    return aims
+    timed = any(target.timed for target in targets)
+    table = latency_table(settings.latency, model, runtime, targets) if timed else None
+    return {target: budget_of(model, target, table) for target in targets}, table
 
 
-def asked_of(target: Target) -> Asked:
-    """A target, with its GFLOPs known, by the names of the library."""
-    flops = None if target.gflops is None else target.gflops * 1e9
-    return Asked(target_flops=flops, target_speedup=target.speedup, target_latency=target.seconds)
+def kept_as(target: Target, model: diffrate.CompressedModel, schedule: diffrate.Schedule) -> float:
+    """The GFLOPs under which files keep the schedule that meets a target: the target's, or of seconds its own."""
+    if target.gflops is not None:
+        return target.gflops
+    return float(f"{model.flops_at(schedule) / 1e9:.{DIGITS}g}")

@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import diffrate
 from cli.log import share
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import LatencySettings
+from diffrate.budgets.budget import Target
 from diffrate.files import cache_folder
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import Use, setting_of
-from diffrate.searching.target import Asked, check_reach
+from diffrate.searching.target import check_reach
 
 log = logging.getLogger(__name__)
 
 
 def latency_table(
-    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, asked: Sequence[Asked] = ()
+    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
 ) -> diffrate.LatencyTable:
-    """What `model` takes at any schedule, used as the flags say. Where it has to be measured, what is `asked` of it is
+    """What `model` takes at any schedule, used as the flags say. Where it has to be measured, the `targets` are
     tried first.
 
     Raises:
@@ -35,7 +36,7 @@ def latency_table(
     setting = setting_of(model, use)
     file = settings.file or _kept_in(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
-    check_reach(model, asked, use, file)
+    check_reach(model, targets, use, file)
     with share("Latency", SECONDS, runtime) as advance:
         return diffrate.measure_latency(
             model,

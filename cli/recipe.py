@@ -11,12 +11,12 @@ from cli.flags import parse_flags
 from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
 from cli.training import SCALED_BATCH, step_rate
-from diffrate.searching.settings import SearchSettings
+from diffrate.searching.settings import CALIBRATED, OPTIONS, SearchSettings
 from models.zoo import ModelEntry
 from utils import UsageError
 
 PAPER = RecipeSettings(
-    loss=SearchSettings.loss, transform="train", start="flat", budget=SearchSettings.budget, method="gradient"
+    loss=SearchSettings.loss, transform="train", budget=SearchSettings.budget, method=SearchSettings.method
 )
 # DeiT's recipe is for 1.28 million images. Up to so many, its augmentation and learning rate leave too few steps.
 FEW = 50_000
@@ -27,7 +27,7 @@ MANY_FROM_SCRATCH, MANY_FROM_WEIGHTS = {"epochs": 300, "lr": 5e-4}, {"lr": 1e-5}
 FALLING = ("cosine", "tanh", "poly")  # schedules that end at --min-lr
 ENDS = 0.1  # of the rate, where that lies below the usual end
 log = logging.getLogger(__name__)
-OTHERS = RecipeSettings(loss="distill", transform="eval", start="flat", budget="held", method="calibrated")
+OTHERS = RecipeSettings(loss="distill", transform="eval", budget="held", method=CALIBRATED)
 
 
 def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
@@ -41,24 +41,16 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
     # What is to meet a time has no recipe in the paper.
     timed = any(target.timed for target in settings.model.targets)
     asked, usual = settings.recipe, PAPER if entry.published and not timed else OTHERS
-    recipe = RecipeSettings(
-        loss=asked.loss or usual.loss,
-        transform=asked.transform or usual.transform,
-        start=asked.start or usual.start,
-        budget=asked.budget or usual.budget,
-        method=asked.method or usual.method,
-        minutes=asked.minutes,
-    )
-    if recipe.method == "calibrated" and asked.loss == SearchSettings.loss:
-        raise UsageError("--search_loss labels goes with --search gradient or both; hard counts are held to no labels")
-    assert recipe.loss is not None
-    assert recipe.budget is not None
+    recipe = replace(usual, **{name: value for name, value in vars(asked).items() if value is not None})
+    if recipe.method == CALIBRATED and asked.loss == SearchSettings.loss:
+        raise UsageError("--search_loss labels goes with --search gradient; hard counts are held to no labels")
     augmentation, mixing = settings.augmentation, settings.mixing
     if recipe.transform == "eval":
         augmentation, mixing = replace(augmentation, repeated=False), replace(mixing, mixup=0.0, cutmix=0.0)
     if mixing.mixes and settings.data.batch_size % 2:
         raise UsageError(f"--batch-size {settings.data.batch_size}: accepted: an even number with --mixup or --cutmix")
-    search = replace(settings.search, loss=recipe.loss, budget=recipe.budget)
+    own = {name: value for name, value in vars(recipe).items() if name in OPTIONS}
+    search = replace(settings.search, **own)
     return replace(settings, recipe=recipe, search=search, augmentation=augmentation, mixing=mixing)
 
 

@@ -121,7 +121,7 @@ def _record(
 
 def _uniform(compressed: diffrate.CompressedModel, budget: Budget) -> dict[str, dict[str, Sequence[int] | None]]:
     """The uniform schedules of the same budget that the model can run, to draw beside the one found."""
-    found = uniform_schedules(compressed.compression.space, budget.cost, budget.target)
+    found = uniform_schedules(compressed.compression.space, budget)
     return {kind: dict(fields_of(found[kind])) for kind in ("prune", "merge", "both") if kind in found}
 
 

@@ -12,26 +12,25 @@ import models
 from cli.recipe import PAPER
 from cli.runtime import Runtime
 from cli.schedules import fit_tokens
-from cli.settings import Settings, Target
+from cli.settings import Settings, dest_of
 from cli.training import digest
 from cli.training_checkpoint import LAST, read_training
+from diffrate.budgets.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
+from diffrate.searching.settings import FLAGS, OPTIONS
 from models.zoo import ModelEntry
 from utils import UsageError
 
 AUTO = "auto"
 # No flags, but what several come to.
 KEPT, STEPS, STARTED = "kept counts", "updates an epoch", "starting weights"
-# The flags from before there was a choice: of searches alone, and all.
-OF_SEARCHES = {
-    "search_loss": PAPER.loss,
-    "search_transform": PAPER.transform,
-    "init": PAPER.start,
-    "budget": PAPER.budget,
-    "search": PAPER.method,
-    "multi_label": False,
+OF_A_TRAINING = ("epochs", "granularity", "seed")  # too, of the options of a search
+OF_SEARCHES = [dest_of(flag) for name, flag in FLAGS.items() if name not in OF_A_TRAINING]
+# The flags from before there was a choice.
+EARLIER = {
+    **{dest_of(flag): OPTIONS[name].default for name, flag in FLAGS.items()},
+    **{"search_transform": PAPER.transform, "exif": False},
 }
-EARLIER = {**OF_SEARCHES, "exif": False}
 log = logging.getLogger(__name__)
 # What may differ when a training goes on: where things lie, and how they are told.
 FREE = (
@@ -65,29 +64,17 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
         "latency_precision": timed.precision,
         "compile": timed.compiled,
     }
+    saved = {FLAGS[name].removeprefix("--"): value for name, value in search.record().items() if name in FLAGS}
     return {
         "model": entry.name,
-        "granularity": search.granularity,
         "target_flops": target.gflops,
-        "target_speedup": target.speedup,
-        "target_latency": target.seconds,
+        **{kind: target.value if target.kind == kind else None for kind in (SPEEDUP, LATENCY)},
         **(speed if target.timed else {}),
-        "flops_loss": search.flops_loss,
-        "flops_weight": search.flops_weight,
-        "warmup_compression_rate": search.warmup,
-        "epochs": search.epochs,
-        "arch-lr": search.learning_rate,
-        "arch-min-lr": search.least_learning_rate,
+        **saved,
         "batch-size": batch_size,
-        "accum-steps": search.accumulate,
-        "seed": search.seed,
-        "search_loss": search.loss,
+        "search": search.method,
         "search_transform": settings.recipe.transform,
-        "init": settings.recipe.start,
-        "budget": search.budget,
-        "search": settings.recipe.method,
         "exif": settings.data.exif,
-        "multi_label": settings.model.multi_label,
     }
 
 
@@ -115,7 +102,7 @@ def training_flags(
     """
     flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
     del flags["batch_sizes"]  # a list only for benchmarks
-    for name in OF_SEARCHES:
+    for name in (*OF_SEARCHES, "search_transform"):
         flags.pop(name)
     kept = [list(counts or ()) for counts in model.get_kept_num()]
     started = {} if teacher is None else {STARTED: digest(teacher)}
@@ -164,7 +151,8 @@ def _read_search(path: Path) -> dict[str, Any]:
 def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     found = content.get("flags", {})
     for name, value in expected.items():
-        made = found.get(name, EARLIER.get(name))
+        parsed = dest_of(name)
+        made = found.get(name, found.get(parsed, EARLIER.get(parsed)))
         if made != value and not (name == "model" and _same_model(str(made), value)):
             called = name if name in (KEPT, STEPS, STARTED) else f"--{name}"
             raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")

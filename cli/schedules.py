@@ -9,14 +9,15 @@ from pathlib import Path
 
 import diffrate
 import models
-from cli.settings import PROJECT, ModelSettings, Target
+from cli.settings import PROJECT, ModelSettings
+from diffrate.budgets.budget import FLOPS, Target
 from diffrate.budgets.schedule import Schedule, find_schedule, read_schedules, scale_schedule
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
 PROJECT_RATES = PROJECT / "compression_rate.json"
-TARGET_OF_SAMPLE = 0.0242  # GFLOPs: half of the sample model's
+TARGET_OF_SAMPLE = Target(FLOPS, 0.0242 * 1e9)  # half of the sample model's
 DIGITS = 4  # of a share's GFLOPs, the name of its schedule
 
 
@@ -40,7 +41,7 @@ def chosen_schedule(
         return None
     target = settings.targets[0] if settings.targets else None
     if target is None and entry.name == SAMPLE_MODEL and settings.rate_file is None:
-        target = Target(gflops=TARGET_OF_SAMPLE)
+        target = TARGET_OF_SAMPLE
     return _find(settings, entry, target, model)
 
 
@@ -83,8 +84,8 @@ def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list
         UsageError: two of them are the same.
     """
     targets = [
-        target if target.timed else Target(gflops=gflops_of(target, model))
-        for target in settings.targets or (Target(gflops=TARGET_OF_SAMPLE),)
+        target if target.timed else Target(FLOPS, gflops_of(target, model) * 1e9)
+        for target in settings.targets or (TARGET_OF_SAMPLE,)
     ]
     if len(set(targets)) < len(targets):
         raise UsageError(f"--target_flops {' '.join(map(str, settings.targets))}: accepted: each once")
@@ -93,11 +94,10 @@ def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list
 
 def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
     """A budget in GFLOPs; a share's with as many digits as name its schedule in files."""
-    if target.share is None:
-        assert target.gflops is not None
+    if target.gflops is not None:
         return target.gflops
     dense = model.flops_at(model.dense_schedule()) / 1e9
-    gflops = target.share * dense
+    gflops = target.value * dense
     rounded = float(f"{gflops:.{DIGITS}g}")
     if rounded <= dense:
         return rounded

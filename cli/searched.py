@@ -26,18 +26,13 @@ from cli.runtime import Runtime
 from cli.schedules import start_schedule
 from cli.settings import Settings
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
-from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
-from diffrate.searching.calibrate import IMAGES
 from diffrate.searching.calibration import images_that_fit
-from diffrate.searching.settings import SearchSettings
-from diffrate.searching.starts import best_uniform
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
-STARTING_IMAGES = 512  # that the uniform schedules are compared on
-START_SPREAD = 0.05  # of the rates around it
+PART = 512  # images
 log = logging.getLogger(__name__)
 
 
@@ -57,11 +52,6 @@ class Searched:
     part: ImageLoader
     calibration: ImageLoader
 
-    @property
-    def labelled(self) -> bool:
-        """Whether the search itself looks at labels."""
-        return self.settings.search.loss == SearchSettings.loss
-
 
 def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     """The model that the flags name, and its data, as its recipe asks for them.
@@ -73,7 +63,7 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     settings = with_recipe(settings, entry)
     dropping = {"drop_path_rate": settings.model.drop_path}
     val: LabelledDataset | None
-    if settings.search.loss == SearchSettings.loss:
+    if settings.search.labelled:
         trained = trained_model(settings, runtime, **dropping)
         model, weights, val = trained.model, trained.weights, trained.val
         outputs = weights.head or len(val.classes)
@@ -89,10 +79,11 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     train, plain = (
         search_dataset(settings, entry, weights.head, weights.classes, augmented) for augmented in (True, False)
     )
-    if settings.search.loss == SearchSettings.loss:
+    if settings.search.labelled:
         assert val is not None
         check_same_classes(train, val)
     warn_of_turned(settings, runtime, train, *([] if val is None else [val]))
+    pixels = 3 * math.prod(input_size_of(settings.model, entry))
     return Searched(
         settings,
         entry,
@@ -100,19 +91,14 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
         weights.classes if val is None else output_names(val, outputs, weights),
         train_loader(train, settings, runtime),
         None if val is None else eval_loader(val, settings, runtime),
-        part_loader(plain, STARTING_IMAGES, settings, runtime),
-        part_loader(
-            plain, images_that_fit(3 * math.prod(input_size_of(settings.model, entry)), IMAGES), settings, runtime
-        ),
+        part_loader(plain, PART, settings, runtime),
+        part_loader(plain, images_that_fit(pixels, settings.search.images), settings, runtime),
     )
 
 
-def start_of(searched: Searched, model: diffrate.CompressedModel, budget: Budget, runtime: Runtime) -> Schedule | None:
-    """Where the search of `model` for `budget` begins, None for all candidates alike."""
-    settings = searched.settings
-    if settings.recipe.start == "uniform":
-        return best_uniform(model, budget, searched.part, runtime.amp, settings.model.multi_label)
-    named = start_schedule(settings.model, searched.entry, model)
+def start_of(searched: Searched, model: diffrate.CompressedModel) -> Schedule | None:
+    """Where the search of `model` begins, None for all candidates alike."""
+    named = start_schedule(searched.settings.model, searched.entry, model)
     return None if named is None else named.schedule
 
 

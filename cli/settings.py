@@ -6,13 +6,15 @@ Nothing but this folder sees the parsed flags: `settings_from` is where they end
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from diffrate.searching.settings import SearchSettings
+from diffrate.budgets.budget import LATENCY, SPEEDUP, Target
+from diffrate.searching.settings import FLAGS, SearchSettings
 
+Taken = TypeVar("Taken")
 PROJECT = Path(__file__).resolve().parent.parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
@@ -22,33 +24,6 @@ DEFAULT_BATCH = 64  # images
 MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "export", "plot", "list_models")
 BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
 FILES = "files"  # the benchmark of exported files
-
-
-@dataclass(frozen=True)
-class Target:
-    """A budget: GFLOPs, or a share of the dense model's; how many times as fast as that; or seconds of an image."""
-
-    gflops: float | None = None
-    share: float | None = None
-    speedup: float | None = None
-    seconds: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """What folders are called by."""
-        if self.timed:
-            return "target_speedup" if self.seconds is None else "target_latency"
-        return "target"
-
-    @property
-    def timed(self) -> bool:
-        """Whether it is a matter of seconds."""
-        return self.speedup is not None or self.seconds is not None
-
-    def __str__(self) -> str:
-        if self.share is not None:
-            return f"{100 * self.share:g}%"
-        return f"{next(value for value in vars(self).values() if value is not None):g}"
 
 
 @dataclass(frozen=True)
@@ -100,19 +75,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """How a search goes about it; None where the model decides.
-
-    method: `gradient`, `calibrated` or `both`. minutes: that the search may take, None for any.
-    loss: `labels`, `distill` or `tokens`. transform: `train` or `eval`. start: `flat` or `uniform`.
-    budget: `penalty` or `held`.
-    """
+    """How a search goes about it, None where the model decides: options of the search, and `transform` of the images,
+    `train` or `eval`."""
 
     loss: str | None
     transform: str | None
-    start: str | None
     budget: str | None
     method: str | None
-    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -237,53 +206,35 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
     """The settings that parsed and checked flags stand for; `words` are what was parsed."""
     return Settings(
         run=_run(args, words),
-        data=DataSettings(
-            data_set=args.data_set,
+        data=_taken(
+            DataSettings,
+            args,
             path=args.data_path,
-            crop_pct=args.crop_pct,
             batch_sizes=tuple(args.batch_sizes or ()),
             workers=args.num_workers,
             pin_memory=args.pin_mem,
-            exif=args.exif,
-            skip_unreadable=args.skip_unreadable,
         ),
-        model=ModelSettings(
+        model=_taken(
+            ModelSettings,
+            args,
             name=args.model,
-            checkpoint=args.checkpoint,
             input_size=_rows_columns(args.input_size),
-            drop_path=args.drop_path,
-            granularity=args.granularity,
             load=args.load_compression_rate,
             targets=tuple(args.target_flops or ()) or _timed_targets(args),
             rate_file=args.compression_rate_file,
             scale=args.scale_compression_rate,
-            dense=args.dense,
             start=args.init_compression_rate,
-            multi_label=args.multi_label,
         ),
-        search=SearchSettings(
-            epochs=args.epochs,
-            flops_loss=args.flops_loss,
-            flops_weight=args.flops_weight,
-            warmup=args.warmup_compression_rate,
-            learning_rate=args.arch_lr,
-            least_learning_rate=args.arch_min_lr,
-            granularity=args.granularity,
-            accumulate=args.accum_steps,
-            seed=args.seed,
-        ),
-        recipe=RecipeSettings(
-            args.search_loss, args.search_transform, args.init, args.budget, args.search, args.minutes
-        ),
+        search=_search(args),
+        recipe=RecipeSettings(args.search_loss, args.search_transform, args.budget, args.search),
         latency=LatencySettings(
             args.latency_batch, args.latency_precision or args.amp or "off", args.compile, args.latency_file
         ),
         training=_training(args),
         augmentation=_augmentation(args),
-        mixing=Mixing(
-            smoothing=args.smoothing,
-            mixup=args.mixup,
-            cutmix=args.cutmix,
+        mixing=_taken(
+            Mixing,
+            args,
             probability=args.mixup_prob,
             switch_probability=args.mixup_switch_prob,
             mode=args.mixup_mode,
@@ -291,9 +242,26 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
     )
 
 
+def _taken(kind: type[Taken], args: Namespace, **own: Any) -> Taken:
+    """Settings of the flags that are called like their fields, and of what is their `own`."""
+    alike = {item.name for item in fields(kind) if item.init} - own.keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in alike}, **own)
+
+
 def _timed_targets(args: Namespace) -> tuple[Target, ...]:
-    speedups = tuple(Target(speedup=value) for value in args.target_speedup or ())
-    return speedups or tuple(Target(seconds=value) for value in args.target_latency or ())
+    speedups = tuple(Target(SPEEDUP, value) for value in args.target_speedup or ())
+    return speedups or tuple(Target(LATENCY, value) for value in args.target_latency or ())
+
+
+def dest_of(flag: str) -> str:
+    """The name under which a flag is parsed."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _search(args: Namespace) -> SearchSettings:
+    """The options of the search that have flags; what is left open keeps its default."""
+    given = {name: getattr(args, dest_of(flag)) for name, flag in FLAGS.items()}
+    return SearchSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def mode_of(args: Namespace) -> str:
@@ -319,50 +287,32 @@ def _rows_columns(sizes: list[int] | None) -> tuple[int, int] | None:
 
 
 def _run(args: Namespace, words: tuple[str, ...]) -> RunSettings:
-    return RunSettings(
+    return _taken(
+        RunSettings,
+        args,
         mode=mode_of(args),
         images=tuple(args.visualize or ()),
         folder=args.plot,
-        baseline=args.baseline,
         benchmark=benchmark_of(args),
         exported=tuple(map(Path, args.benchmark)) if benchmark_of(args) == FILES else (),
-        export=args.export,
-        export_dtype=args.export_dtype,
-        export_normalize=args.export_normalize,
-        export_opset=args.export_opset,
-        sensitivity=args.sensitivity,
         pattern=args.list_models,
-        output_dir=args.output_dir,
-        save=args.save,
         save_rates=args.save_compression_rate,
-        resume=args.resume,
-        device=args.device,
-        amp=args.amp,
-        seed=args.seed,
-        print_freq=args.print_freq,
         blocks=None if args.blocks is None else tuple(args.blocks),
-        quiet=args.quiet,
-        compile=args.compile,
-        rounds=args.rounds,
-        tensorboard=args.tensorboard,
         flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()} | _side(args.input_size)),
         words=words,
     )
 
 
 def _training(args: Namespace) -> TrainingSettings:
-    return TrainingSettings(
-        epochs=args.epochs,
+    return _taken(
+        TrainingSettings,
+        args,
         optimizer=args.opt,
         learning_rate=args.lr,
         unscaled=args.unscale_lr,
         least_learning_rate=args.min_lr,
         warmup_learning_rate=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
         schedule=args.sched,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        clip_grad=args.clip_grad,
         average=args.model_ema,
         average_decay=args.model_ema_decay,
         distill=args.distill or None,
@@ -370,14 +320,14 @@ def _training(args: Namespace) -> TrainingSettings:
 
 
 def _augmentation(args: Namespace) -> Augmentation:
-    return Augmentation(
-        color_jitter=args.color_jitter,
+    return _taken(
+        Augmentation,
+        args,
         auto_augment=None if args.aa in ("", "none") else args.aa,
         interpolation=args.train_interpolation,
         erase_probability=args.reprob,
         erase_mode=args.remode,
         erase_count=args.recount,
-        hflip=args.hflip,
         affine=None if args.affine is None else (args.affine[0], args.affine[1], args.affine[2]),
         repeated=args.repeated_aug,
     )

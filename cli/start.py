@@ -14,7 +14,7 @@ from cli.log import bar_fits, setup_logging
 from cli.runtime import Runtime, amp_dtype, open_board, resolve_device
 from cli.settings import Settings
 from datasets import DataError, listed
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import BudgetError
 from diffrate.budgets.uniform import BaselineError
 from diffrate.searching.settings import SearchSettingError
 from diffrate.seeds import seed_everything

@@ -1,7 +1,7 @@
 from . import patch
 from .blocks.forms import UnsupportedModelError
 from .blocks.tokens import TokenState
-from .budgets.rounding import BudgetError
+from .budgets.budget import BudgetError
 from .budgets.schedule import Schedule, ScheduleError, scale_schedule
 from .exporting.export import Exported, export
 from .exporting.plain import plain
@@ -25,7 +25,7 @@ from .searching.find import Found, search
 from .searching.history import EpochRecord, StepRecord
 from .searching.loop import NonFiniteLossError, Observer, StoppedError
 from .searching.sensitivity import Sensitivity, sensitivity
-from .searching.settings import SearchSettingError
+from .searching.settings import SearchSettingError, SearchSettings
 
 __version__: str
 
@@ -53,6 +53,7 @@ __all__ = [
     "ScoresError",
     "SearchCheckpointError",
     "SearchSettingError",
+    "SearchSettings",
     "Sensitivity",
     "Speed",
     "StepRecord",

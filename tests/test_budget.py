@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import diffrate
 import models
 from diffrate.blocks.rule import RandomImportance
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import BudgetError, meets_budget
+from diffrate.budgets.budget import Budget, BudgetError, meets_budget
 from diffrate.budgets.schedule import Schedule, find_schedule, running_counts, save_schedule
 from diffrate.budgets.uniform import BASELINES, BaselineError, baseline_schedule
 from diffrate.rates.rate import expectation, flattest_logits
@@ -84,10 +83,10 @@ def test_baselines_meet_the_budget_and_do_only_what_they_say(kind: str, share: f
 
 def test_caformer_has_the_merging_baseline_alone() -> None:
     model = full_size("caformer_s36")
-    target = 0.7 * model.flops_at(model.compression.space.dense())
-    assert baseline_schedule("merge", model.compression.space, Budget(model.flops_at, target)).prune is None
+    budget = Budget(model.flops_at, 0.7 * model.flops_at(model.compression.space.dense()))
+    assert baseline_schedule("merge", model.compression.space, budget).prune is None
     with pytest.raises(BaselineError, match="only merges; accepted: merge"):
-        baseline_schedule("prune", model.compression.space, Budget(model.flops_at, target))
+        baseline_schedule("prune", model.compression.space, budget)
 
 
 def test_random_tokens_go_whatever_their_importance() -> None:

@@ -15,12 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.budgets.budget import Budget, choices_of, without_waste
-from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.budget import (
+    LATENCY,
+    SPEEDUP,
+    Budget,
+    choices_of,
+    meets_budget,
+    without_waste,
+)
 from diffrate.budgets.schedule import Kept, Schedule, running_counts
 from diffrate.budgets.space import SearchSpace
-from diffrate.latency.confirm import LATENCY, speedup_unit
-from diffrate.latency.curves import Curve, fit_curve, fit_prices, fit_terms, reduction_terms
+from diffrate.latency.curves import (
+    Curve,
+    fit_curve,
+    fit_prices,
+    fit_terms,
+    reduction_terms,
+)
 from diffrate.latency.expected import expected_seconds
 from diffrate.latency.file import LatencyFileError, read_table, write_table
 from diffrate.latency.probing import knots, probing_schedules, random_schedule
@@ -55,7 +66,7 @@ def table_of(price: float, **changes: Any) -> LatencyTable:
 
 def speedup_budget(table: LatencyTable, speedup: float) -> Budget:
     whole = table.seconds(SPACE.dense())
-    return Budget(table.seconds, whole / speedup, speedup_unit(whole))
+    return Budget(table.seconds, whole / speedup, SPEEDUP, whole)
 
 
 @given(st.integers(0, 10_000))
@@ -144,7 +155,7 @@ def test_any_counts_round_to_a_speed_without_wasted_reductions(seed: int, speedu
     budget = speedup_budget(table, speedup)
     schedule = budget.rounded([rng.uniform(1, TOKENS) for _ in range(10)], SPACE)
     assert meets_budget(table.seconds(schedule), budget.target)
-    assert budget.unit.of(table.seconds(schedule)) == pytest.approx(speedup, rel=0.02)
+    assert budget.of(table.seconds(schedule)) == pytest.approx(speedup, rel=0.02)
     counts = choices_of(schedule, SPACE)
     thrifty = without_waste(counts, SPACE, table.seconds)
     assert table.seconds(SPACE.schedule(thrifty)) <= table.seconds(schedule) + 1e-12
@@ -161,6 +172,7 @@ def test_reductions_that_cost_more_than_they_save_are_switched_off() -> None:
 
 def test_budgets_speak_in_their_own_units() -> None:
     table = table_of(0.1)
+    whole = table.seconds(SPACE.dense())
     with pytest.raises(diffrate.BudgetError, match=r"^target_speedup 9: accepted: 1 to 2\.\d+; a larger batch"):
         speedup_budget(table, 9.0).check(SPACE)
     with pytest.raises(diffrate.BudgetError, match=r"^target_latency 0\.001 s: accepted: \d+\.\d+ to 8\.4; a larger"):

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import BudgetError, Cost
+from diffrate.budgets.budget import Budget, BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 
@@ -48,10 +47,10 @@ def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule
     return budget.fitted(counts_at, 1.0, assemble, space.least)
 
 
-def uniform_schedules(space: SearchSpace, cost: Cost, target: float) -> dict[str, Schedule]:
-    """Every uniform schedule that the model can run and that meets `target`, by kind."""
+def uniform_schedules(space: SearchSpace, budget: Budget) -> dict[str, Schedule]:
+    """Every uniform schedule that the model can run and that meets `budget`, by kind."""
     found = {}
     for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
         with suppress(BudgetError):
-            found[kind] = baseline_schedule(kind, space, Budget(cost, target))
+            found[kind] = baseline_schedule(kind, space, budget)
     return found

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from diffrate.budgets.budget import Budget, Unit, choices_of
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import SPEEDUP, Budget, BudgetError, choices_of
 from diffrate.budgets.schedule import Schedule
 from diffrate.group import made_by_first
 from diffrate.latency.setting import Use
@@ -21,21 +20,9 @@ SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 TOO_FAST = 0.03  # of what was asked: from here on what is left over is spent, once
 CORRECTIONS = 3
-SPEEDUP = "target_speedup"
-LATENCY = Unit(
-    "target_latency",
-    " s",
-    lambda seconds: seconds,
-    "; a larger batch, a smaller input size or a lower precision takes less per image",
-)
 
 # A better schedule of a corrected budget: of what was found before, and of that rounded to it.
 Again = Callable[[Budget, Schedule, Schedule], Schedule]
-
-
-def speedup_unit(whole: float) -> Unit:
-    """Of how many times as fast as the dense model, which takes `whole` seconds for an image."""
-    return Unit(SPEEDUP, "", lambda seconds: whole / seconds, "; a larger batch or input size gains more")
 
 
 @dataclass(frozen=True)
@@ -100,7 +87,8 @@ def confirmed(
         spent = spent or fast
         corrected = replace(corrected, target=corrected.target * (budget.target / cost))
         try:
-            other = corrected.rounded(choices_of(schedule, model.compression.space), model.compression.space)
+            space = model.compression.space
+            other = corrected.rounded(choices_of(schedule, space), space)
             other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
             break
@@ -110,13 +98,13 @@ def confirmed(
     enough = [one for one in found if one[0] <= slowest]
     # What takes longer within the budget removes less.
     cost, schedule = max(enough, key=lambda one: one[0]) if enough else min(found, key=lambda one: one[0])
-    of = budget.unit.of
+    of = budget.of
     speeds = of(budget.target), of(table.seconds(schedule)), of(cost)
-    return schedule, Confirmed(*speeds, budget.unit.option, use.words())
+    return schedule, Confirmed(*speeds, budget.kind, use.words())
 
 
 def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use) -> float:
     """Seconds of an image at `schedule`; of a speed-up, those of the table's dense model over the measured ratio."""
-    if budget.unit.option == SPEEDUP:
+    if budget.kind == SPEEDUP:
         return table.seconds(model.dense_schedule()) / measured_speedup(model, schedule, use, SECONDS)
     return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from diffrate.blocks.block import removes
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import Budget, BudgetError
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.uniform import baseline_schedule
 from diffrate.group import made_by_first

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrate.budgets.rounding import Cost
+from diffrate.budgets.budget import Cost
 from diffrate.budgets.schedule import Schedule, make_schedule
 from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.group import all_sum, least, rank, world
@@ -20,19 +20,17 @@ from diffrate.running.evaluation import modes_kept
 from diffrate.running.precision import Place
 from diffrate.searching.calibrated import FINALISTS, CalibratedSearch, TrialRecord, Trials
 from diffrate.searching.calibration import CHUNK, Calibration, gather_images
-from diffrate.searching.checkpoint import EARLIER, KIND, SearchCheckpointError, plain_row, read_checkpoint
+from diffrate.searching.checkpoint import KIND, SearchCheckpointError, check_record, plain_row, read_checkpoint
 from diffrate.searching.clock import FIRST_PART, Clock
 from diffrate.searching.moves import Moves
-from diffrate.searching.settings import METHODS
+from diffrate.searching.settings import CALIBRATED, SearchSettings
 from diffrate.searching.teacher import Teacher
 
-IMAGES = 4096  # of calibration, over all processes
 WORK = 22_000.0  # forward passes of the dense model on one image, all in all
 LOOKS_AN_IMAGE = 60.0  # at most: of few images there is no more to learn
 CHOSEN_ON = 4  # one in so many images is held back to choose on
 MOST_CHOSEN_ON = 512  # images
 CHOICE = 0.25  # of the time at most: where all images and candidates would take longer, there are fewer of them
-CALIBRATED = "calibrated"
 UNIFORM = "uniform"  # and the kind
 KNOWN = 0.1  # of the least loss: where a difference is measured no closer, too few images say that two are alike
 # Of schedules that measurement does not tell apart, the first by this order is chosen: simple ones before others.
@@ -72,7 +70,7 @@ class Plan:
     included, None for any."""
 
     seed: int
-    images: int = IMAGES
+    images: int = SearchSettings.images
     work: float | None = None
     minutes: float | None = None
     share: float = 1.0
@@ -126,7 +124,7 @@ def calibrate(
     observer, told = observer or CalibrationObserver(), []
     before = {} if resume is None else _content(resume)
     clock = Clock(place.device, None if plan.minutes is None else 60 * plan.minutes, observer.stop)
-    clock.saved = bool(before) or METHODS[0] in (given or {})
+    clock.saved = bool(before)
     clock.begun -= before.get("seconds", 0.0)
     # What is gone on from had its images: they are the same again, however long that takes.
     loading, begun = clock.untimed() if before else clock, clock.now()
@@ -270,15 +268,6 @@ def _work(plan: Plan, calibration: Calibration, choosing: float, place: Place) -
     return float(least(int(max(work, choosing + 2 * len(calibration.images))), place.device))
 
 
-def is_calibrated(path: Path) -> bool:
-    """Whether a search's checkpoint is of the part at hard counts.
-
-    Raises:
-        SearchCheckpointError: it cannot be read, or is none.
-    """
-    return read_checkpoint(path).get("calibrated") is not None
-
-
 def _write(
     path: Path,
     trials: Trials,
@@ -313,12 +302,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _trials(path: Path, content: Mapping[str, Any], setting: Mapping[str, Any]) -> Trials:
     """The state that a calibration of this `setting` saved at `path`."""
-    for name, expected in setting.items():
-        found = content["setting"].get(name, EARLIER.get(name))
-        if found != expected:
-            raise SearchCheckpointError(
-                f"{path}: was made with {name} {found}; accepted: {expected}, as in this search"
-            )
+    check_record(path, content["setting"], setting)
     try:
         return Trials(**{item.name: content[item.name] for item in fields(Trials)})
     except UNREADABLE as error:

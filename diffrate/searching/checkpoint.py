@@ -15,10 +15,9 @@ from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.running.evaluation import Scores
 from diffrate.searching.history import History
 from diffrate.searching.multiplier import Multiplier
-from diffrate.searching.settings import Course
+from diffrate.searching.settings import OPTIONS, Course
 
 KIND = "search"
-EARLIER = {"loss": "labels", "budget": "penalty", "multi_label": False}  # of files from before there was a choice
 
 
 class SearchCheckpointError(ValueError):
@@ -65,7 +64,7 @@ def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mappi
     content = {
         **notes,
         "mode": KIND,
-        "settings": {**asdict(course.settings), "target": course.target, "steps": course.steps},
+        "settings": course.record(),
         "rates": [rate.detach().cpu() for rate in search.rates],
         "tokens": schedule.tokens,
         "schedule": plain_row(schedule),
@@ -74,7 +73,7 @@ def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mappi
         "optimizer": search.optimizer.state_dict(),
         "scheduler": {
             "rate": course.settings.learning_rate,
-            "least_rate": course.settings.least_learning_rate,
+            "least_rate": course.settings.last_rate,
             "steps": course.steps,
         },
         "scaler": search.scaler.state_dict(),
@@ -119,15 +118,9 @@ def restore(search: Parts, path: Path) -> None:
         raise SearchCheckpointError(
             f"{path}: found a calibrated search's; accepted: the checkpoint of a gradient search"
         )
-    course = search.course
-    for name, expected in {**asdict(course.settings), "target": course.target, "steps": course.steps}.items():
-        found = content.get("settings", {}).get(
-            name, EARLIER.get(name, expected)
-        )  # older files have no settings of their own
-        if found != expected:
-            raise SearchCheckpointError(
-                f"{path}: was made with {name} {found}; accepted: {expected}, as in this search"
-            )
+    saved = content.get("settings")
+    if saved is not None:  # older files have none of their own
+        check_record(path, saved, search.course.record())
     try:
         with torch.no_grad():
             for rate, saved in zip(search.rates, content["rates"], strict=True):
@@ -137,6 +130,18 @@ def restore(search: Parts, path: Path) -> None:
         search.state = _state(content)
     except UNREADABLE as error:
         raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
+
+
+def check_record(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse what was `saved` of another search. Files from before there was an option were made with its default.
+
+    Raises:
+        SearchCheckpointError: names the first value that differs.
+    """
+    for name, value in expected.items():
+        found = saved.get(name, OPTIONS[name].default if name in OPTIONS else value)
+        if found != value:
+            raise SearchCheckpointError(f"{path}: was made with {name} {found}; accepted: {value}, as in this search")
 
 
 def searched_schedule(path: Path) -> Schedule:

@@ -13,8 +13,7 @@ from random import Random
 
 import numpy as np
 
-from diffrate.budgets.budget import choices_of
-from diffrate.budgets.rounding import ABOVE, BELOW, Cost, meets_budget
+from diffrate.budgets.budget import ABOVE, BELOW, Budget, Cost, choices_of, meets_budget
 from diffrate.budgets.schedule import Schedule
 from diffrate.budgets.space import SearchSpace
 from diffrate.budgets.uniform import uniform_schedules
@@ -48,7 +47,7 @@ class Moves:
 
     def uniform(self) -> dict[str, Schedule]:
         """The uniform schedules of the budget, by kind."""
-        return uniform_schedules(self.space, self.cost, self.target)
+        return uniform_schedules(self.space, Budget(self.cost, self.target))
 
     def fitted(self, schedule: Schedule, rng: Random) -> Counts | None:
         """`schedule` scaled onto the budget, or as it is where it alone meets it; None where neither does."""

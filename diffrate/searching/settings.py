@@ -1,23 +1,28 @@
-"""What a search is set to: the defaults are the paper's. No torch here."""
+"""The options of a search, each declared once: name, type, default, accepted values, help. No torch here.
 
+The command line's flags, the keywords of `diffrate.search`, their check, the record in checkpoints and the comparison
+with it all follow from the fields of `SearchSettings`.
+"""
+
+# ruff: noqa: RUF009  (`option` gives a field)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from diffrate.budgets.space import GRANULARITY
+from diffrate.budgets.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
+from diffrate.budgets.schedule import Schedule
+from diffrate.latency.table import LatencyTable
 
-METHODS = ("gradient", "calibrated", "both")
-FLOPS_LOSSES = ("absolute", "relative")
-LOSSES = ("labels", "distill", "tokens")
-BUDGETS = ("penalty", "held")
+if TYPE_CHECKING:
+    import torch
+
+TARGETS = (FLOPS, SHARE, SPEEDUP, LATENCY)
+GRADIENT, CALIBRATED = METHODS = ("gradient", "calibrated")
 SMOOTHING = 0.1  # of labels, as in DeiT's recipe
-
-
-def least_rate(learning_rate: float) -> float:
-    """The learning rate of the last step, where nobody says: a tenth of the first."""
-    return learning_rate / 10
 
 
 class SearchSettingError(ValueError):
@@ -25,57 +30,227 @@ class SearchSettingError(ValueError):
 
 
 @dataclass(frozen=True)
-class SearchSettings:
-    """What the user chooses of a search (paper, section 4.1).
+class Range:
+    """Numbers from `low` to `high`, or above `low` and below `high` where it says so."""
 
-    flops_loss: the cost's distance from its target in GFLOPs (`absolute`, the paper's), or as a share of
-        the target (`relative`), for models whose GFLOPs are far from 1.
-    flops_weight: of that distance, squared, in the loss.
-    warmup: whether the first epoch's loss leaves the cost out.
-    learning_rate, least_learning_rate: of the rate logits, in the first step and in the last.
-    granularity: tokens between the candidates of a count.
-    accumulate: batches an update.
-    loss: what the compressed model is held against: `labels` (the paper), the dense model's outputs
-        (`distill`), or its features of every patch (`tokens`).
-    multi_label: whether outputs are labels of their own, by a sigmoid each, and not classes.
-    budget: how the cost is: a `penalty` in the loss (the paper), or `held` on its target by a multiplier that
-        the search learns.
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        try:
+            over = self.low < value if self.above else self.low <= value
+            under = value < self.high if self.below or math.isinf(self.high) else value <= self.high
+        except TypeError:
+            return False
+        return bool(over and under)
+
+    def __str__(self) -> str:
+        upper = "" if math.isinf(self.high) else f" to {'below ' if self.below else ''}{self.high:.10g}"
+        return f"{'above' if self.above else 'from'} {self.low:g}{upper}"
+
+
+def option(default: Any, help: str, accepted: Any = None, flag: str | None = "", **shown: Any) -> Any:
+    """A field that is an option of a search.
+
+    accepted: a `Range`, a tuple of words, or a class; None for whatever its use accepts. flag: how the command line
+    spells it, by default like the field; None for no flag. shown: more for its help, such as `metavar`; and `saved`:
+    whether a search goes on with the same value alone, by default of those with a flag.
     """
+    saved = shown.pop("saved", flag is not None)
+    known = {"help": help, "accepted": accepted, "flag": flag, "saved": saved, "shown": shown}
+    return field(default=default, metadata=known)
 
-    epochs: int = 3
-    flops_loss: str = "absolute"
-    flops_weight: float = 5.0
-    warmup: bool = False
-    learning_rate: float = 0.01
-    least_learning_rate: float = least_rate(0.01)
-    granularity: int = GRANULARITY
-    accumulate: int = 1
-    seed: int = 0
-    loss: str = "labels"
-    budget: str = "penalty"
-    multi_label: bool = False
+
+keyword = partial(option, flag=None)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What the user chooses of a search (paper, section 4.1). What each option is, its `help` says."""
+
+    target_flops: float | None = keyword(None, "the budget in multiply-accumulates of an image")
+    share: float | None = keyword(None, "or as a share of those of the dense model")
+    target_speedup: float | None = keyword(None, "or how many times as fast as dense")
+    target_latency: float | None = keyword(None, "or seconds of an image")
+    latency: LatencyTable | None = keyword(
+        None,
+        "what schedules take, of `measure_latency`, for the batch size, precision and mode that a speed is asked for; "
+        "by default measured with its defaults",
+        LatencyTable,
+    )
+    epochs: int = option(1, "times that the images are gone through", Range(1))
+    learning_rate: float = option(
+        0.01, "learning rate of the rates, at the start", Range(0, above=True), flag="--arch-lr"
+    )
+    least_learning_rate: float | None = option(
+        None, "and in the last step, default a tenth of that", Range(0), flag="--arch-min-lr"
+    )
+    granularity: int | None = option(None, "tokens between the candidates of a count")
+    method: str = option(
+        GRADIENT,
+        "learn rates by gradient (the paper, default of its models and beside flags of its own), or try schedules at "
+        "hard counts on calibration images (default of all others)",
+        METHODS,
+        flag="--search",
+        saved=False,
+    )
+    minutes: float | None = option(
+        None, "end the search within this time, about", Range(0, above=True), metavar="M", saved=False
+    )
+    loss: str = option(
+        "labels",
+        "hold the compressed model against labels (the paper, default of its models); the dense model's outputs, "
+        "default of all others; or its features of every patch: the last two need no labels, and take any folder of "
+        "images",
+        ("labels", "distill", "tokens"),
+        flag="--search_loss",
+    )
+    budget: str = option(
+        "penalty",
+        "the cost is a penalty in the loss (the paper, default of its models; so are --flops_loss, --flops_weight "
+        "and --warmup_compression_rate), or held on its target",
+        ("penalty", "held"),
+    )
+    flops_loss: str = option(
+        "absolute",
+        "the penalty in GFLOPs (paper), or as a share of the target; default {default}",
+        ("absolute", "relative"),
+        flag="--flops_loss",
+    )
+    flops_weight: float = option(
+        5.0, "weight of the penalty in the loss, default {default:g}", Range(0), flag="--flops_weight"
+    )
+    warmup: bool = option(False, "no cost in the first epoch's loss", flag="--warmup_compression_rate")
+    accumulate: int = option(1, "batches an update", Range(1), flag="--accum-steps")
+    seed: int = option(0, "of weights, order and augmentation", Range(0, 2**32 - 1))
+    multi_label: bool = option(
+        False,
+        "outputs stand for labels of their own, by a sigmoid each: losses are binary cross-entropies, and scores "
+        "mean average precisions",
+    )
+    steps: int | None = keyword(None, "updates an epoch, where the loader has no length, or fewer")
+    calibration: Iterable[Any] | None = keyword(None, "what hard counts are tried on, by default `loader`")
+    images: int = keyword(4096, "of these, at most", Range(2))
+    work: float | None = keyword(
+        None,
+        "of a search at hard counts, in forward passes of the dense model on an image; by default 22,000, or fewer "
+        "where there are few images",
+        Range(0, above=True),
+    )
+    criterion: Callable[[Any, Any], Any] | None = keyword(
+        None,
+        "loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1, and with "
+        "`multi_label` binary cross-entropy. A head with one output has no default",
+    )
+    mixup: Callable[[Any, Any], tuple[Any, Any]] | None = keyword(
+        None, "mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does"
+    )
+    start: Schedule | None = keyword(None, "schedule to begin at; by default all candidates alike", Schedule)
+    start_spread: float | None = keyword(
+        None,
+        "how wide the candidates around `start` are in play, a deviation as a share of the patches; by default as wide "
+        "as the counts of `start` allow",
+        Range(0, above=True),
+    )
+    device: torch.device | str | None = keyword(None, "where to search and leave the model; by default where it is")
+    precision: torch.dtype | None = keyword(None, "of autocast; by default float16 on a GPU and none elsewhere")
+    trials: Any = keyword(None, "a `CalibrationObserver`, told how a search at hard counts goes on")
+    save_every: int = keyword(10, "steps between checkpoints", Range(1))
+    notes: Mapping[str, Any] | None = keyword(
+        None, "plain values and tensors that go into the checkpoint beside the search's own"
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name))
+        least = self.least_learning_rate
+        if least is not None and least > self.learning_rate:
+            raise SearchSettingError(f"least_learning_rate: found {least!r}; accepted: 0 to learning_rate")
+        if self.warmup and self.held:
+            raise SearchSettingError("warmup: found True; accepted: False where the budget is held")
+        if self.criterion is not None and not self.labelled:
+            raise SearchSettingError(
+                f"criterion: found one with the loss {self.loss!r}; accepted: none, or the loss 'labels'"
+            )
 
     @property
     def held(self) -> bool:
         """Whether a multiplier holds the cost on its target."""
         return self.budget == "held"
 
-    def __post_init__(self) -> None:
-        accepted = {
-            "epochs": (self.epochs >= 1, "from 1"),
-            "flops_loss": (self.flops_loss in FLOPS_LOSSES, " or ".join(FLOPS_LOSSES)),
-            "loss": (self.loss in LOSSES, ", ".join(LOSSES)),
-            "budget": (self.budget in BUDGETS, " or ".join(BUDGETS)),
-            "warmup": (not (self.warmup and self.held), "False where the budget is held"),
-            "flops_weight": (0 <= self.flops_weight < math.inf, "from 0"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "least_learning_rate": (0 <= self.least_learning_rate <= self.learning_rate, "0 to learning_rate"),
-            "accumulate": (self.accumulate >= 1, "from 1"),
-            "seed": (0 <= self.seed < 2**32, "0 to 4294967295"),
-        }
-        for name, (fine, what) in accepted.items():
-            if not fine:
-                raise SearchSettingError(f"{name}: found {getattr(self, name)!r}; accepted: {what}")
+    @property
+    def labelled(self) -> bool:
+        """Whether the search itself looks at labels."""
+        return self.loss == "labels"
+
+    @property
+    def last_rate(self) -> float:
+        """The learning rate of the last step: a tenth of the first, where nobody says."""
+        return self.learning_rate / 10 if self.least_learning_rate is None else self.least_learning_rate
+
+    @property
+    def target(self) -> Target:
+        """The one target that it is to meet.
+
+        Raises:
+            SearchSettingError: there are several or none, or it makes no sense.
+        """
+        given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise SearchSettingError(f"{', '.join(TARGETS)}: found {found}; accepted: one of them")
+        try:
+            return Target(*next(iter(given.items())))
+        except TargetError as error:
+            raise SearchSettingError(str(error)) from None
+
+    def record(self) -> dict[str, Any]:
+        """The values with which alone a search goes on, for its checkpoint."""
+        kept = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["saved"]}
+        return kept | {"least_learning_rate": self.last_rate}
+
+
+OPTIONS: Mapping[str, Field[Any]] = {item.name: item for item in fields(SearchSettings)}
+FLAGS = {  # how the command line spells those that it has
+    name: item.metadata["flag"] or f"--{name.replace('_', '-')}"
+    for name, item in OPTIONS.items()
+    if item.metadata["flag"] is not None
+}
+
+
+def help_of(item: Field[Any]) -> str:
+    """What an option is, for people."""
+    return item.metadata["help"].format(default=item.default)
+
+
+def settings_of(settings: SearchSettings | None, options: Mapping[str, Any]) -> SearchSettings:
+    """`settings`, or the defaults, with `options` by name.
+
+    Raises:
+        TypeError: there is no such option.
+        SearchSettingError: a value makes no sense.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{name}: no option of a search; accepted: {', '.join(OPTIONS)}")
+    return replace(settings or SearchSettings(), **options)
+
+
+def _check(item: Field[Any], value: Any) -> None:
+    accepted, found = item.metadata["accepted"], repr(value)
+    if accepted is None or (value is None and item.default is None):
+        return
+    if isinstance(accepted, type):
+        fine, found, words = isinstance(value, accepted), type(value).__name__, f"a {accepted.__name__}"
+    elif isinstance(accepted, tuple):
+        fine, words = value in accepted, (" or " if len(accepted) == 2 else ", ").join(accepted)
+    else:
+        fine, words = value in accepted, str(accepted)
+    if not fine:
+        or_none = ", or none" if item.default is None else ""
+        raise SearchSettingError(f"{item.name}: found {found}; accepted: {words}{or_none}")
 
 
 @dataclass(frozen=True)
@@ -86,12 +261,16 @@ class Course:
     target: float
     steps: int
 
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of it, and is held against."""
+        return {**self.settings.record(), "target": self.target, "steps": self.steps}
+
     def learning_rate(self, epoch: int, step: int) -> float:
         """Cosine over all steps, from the first rate to the last step's."""
         chosen = self.settings
         total = chosen.epochs * self.steps
         share = (epoch * self.steps + step) / max(1, total - 1)
-        first, last = chosen.learning_rate, chosen.least_learning_rate
+        first, last = chosen.learning_rate, chosen.last_rate
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
     def weight(self, epoch: int) -> float:

@@ -1,4 +1,4 @@
-"""`--search calibrated` and `both` on few images: what they print and leave, resumption, refusals."""
+"""`--search calibrated` on few images: what they print and leave, resumption, refusals."""
 
 from __future__ import annotations
 
@@ -43,18 +43,6 @@ def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path
         return [line.split("] ", 1)[-1] for line in text.splitlines() if "found " in line]
 
     assert found(again[1]) == found(text)
-
-
-def test_both(cli: Cli, photographs: Path, tmp_path: Path) -> None:
-    words = (*FAST, "--search", "both", "--epochs", 1, "--batch-size", 4, "--data-path", photographs)
-    code, text, err = cli(*words, "--output_dir", tmp_path / "out")
-    assert (code, err) == (0, "")
-    assert "Search [0]" in text
-    assert "gradient 0." in text
-    spent = works(tmp_path / "out")
-    assert spent.keys() == {"gradient", "calibrated", "uniform"}
-    assert spent["gradient"] == [12.0]  # the teacher, the search, and back, of four images
-    assert (tmp_path / "out" / "search_work.png").exists()
 
 
 def test_minutes_leave_a_gradient_search_fewer_steps(cli: Cli, photographs: Path, tmp_path: Path) -> None:

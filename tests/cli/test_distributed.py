@@ -21,7 +21,7 @@ LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc_per_node=2"],
     "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"],
 }
-PAPER = ("--search_loss", "labels", "--search_transform", "train", "--init", "flat", "--budget", "penalty")
+PAPER = ("--search_loss", "labels", "--search_transform", "train", "--budget", "penalty")
 SEARCH = (
     "--model",
     "vit_sample_patch4_28",

@@ -16,8 +16,8 @@ import torch
 import diffrate
 import engine
 import main
-from cli.search_report import Reporter
 from cli.training_checkpoint import TrainingCheckpoint
+from engine import Reporter
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records

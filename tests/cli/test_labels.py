@@ -36,7 +36,7 @@ def test_a_search_on_some_of_the_classes_takes_their_outputs(cli: Cli, tmp_path:
                 shutil.copy(image, target)
     diffrate.save(_sample(), file, name=SAMPLE_MODEL, classes=[str(digit) for digit in range(10)])
     words = ("--checkpoint", file, "--data-path", part, "--target_flops", "90%", "--epochs", 1, "--batch-size", 50)
-    words = (*words, "--search_loss", "labels", "--search_transform", "train", "--init", "flat", "--budget", "penalty")
+    words = (*words, "--search_loss", "labels", "--search_transform", "train", "--budget", "penalty")
     code, _, err = cli(*words, *WORKERS, "--output_dir", tmp_path / "out")
     assert (code, err) == (0, "")
     record = json.loads((tmp_path / "out" / "log.txt").read_text().splitlines()[0])

@@ -22,8 +22,7 @@ from cli.plots import (
     work_figure,
 )
 from diffrate.budgets import uniform
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import BudgetError
+from diffrate.budgets.budget import Budget, BudgetError
 from diffrate.budgets.schedule import Schedule
 from tests.conftest import Cli
 from tests.test_patch import patched

@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.budget import meets_budget
 from diffrate.budgets.schedule import find_schedule
 from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
@@ -37,8 +37,7 @@ def words(folder: Path, out: Path, *more: object) -> list[str]:
     base = ("--model", MODEL, "--checkpoint", "scratch", "--data-path", folder, "--output_dir", out, "--batch-size", 4)
     published = ("--arch-lr", 0.01, "--arch-min-lr", 0.001, "--granularity", 4)
     run = ("--num_workers", 0, "--target_flops", 0.025, "--print-freq", 1)
-    own = [] if "--init_compression_rate" in more else ["--init", "flat"]
-    return [str(word) for word in (*base, *published, *run, *PAPER, *own, *more)]
+    return [str(word) for word in (*base, *published, *run, *PAPER, *more)]
 
 
 def checkpoint(out: Path, name: str = "checkpoint.pth") -> dict[str, Any]:

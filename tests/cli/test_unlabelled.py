@@ -13,7 +13,7 @@ from tests.cli.test_search import MODEL, PAPER, checkpoint, words
 from tests.conftest import Cli, write_image
 
 FAST = ("--num_workers", 0, "--target_flops", "60%", "--epochs", 1, "--batch-size", 4, "--model", MODEL)
-RECIPE = ("search_loss", "search_transform", "init", "budget")
+RECIPE = ("search_loss", "search_transform", "budget")
 
 
 def recipe(out: Path) -> list[str]:
@@ -35,12 +35,12 @@ def test_any_folder_of_images(split: bool, cli: Cli, photographs: Path, tmp_path
         (tmp_path / "splits").mkdir()
         photographs = photographs.rename(tmp_path / "splits" / "train").parent
     out = tmp_path / "out"
-    code, text, err = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--init", "uniform")
+    code, text, err = cli(*FAST, "--data-path", photographs, "--output_dir", out)
     assert (code, err) == (0, "")
     assert "found: loss against dense " in text
     assert "Acc@1" not in text
-    assert recipe(out) == ["distill", "eval", "uniform", "held"]
-    again = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--init", "uniform", "--resume", "auto")
+    assert recipe(out) == ["distill", "eval", "held"]
+    again = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--resume", "auto")
     assert (again[0], again[2]) == (0, "")
 
 
@@ -58,9 +58,9 @@ def test_a_validation_split_is_scored_at_the_end_alone(cli: Cli, image_folder: P
 
 def test_flags_override_the_recipe(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     more = ("--checkpoint", "scratch", "--data-path", image_folder, "--output_dir", tmp_path / "out")
-    code, text, err = cli(*FAST, *more, "--search_loss", "labels", "--init", "flat", "--flops_weight", 2)
+    code, text, err = cli(*FAST, *more, "--search_loss", "labels", "--flops_weight", 2)
     assert (code, err) == (0, "")
-    assert recipe(tmp_path / "out") == ["labels", "eval", "flat", "penalty"]
+    assert recipe(tmp_path / "out") == ["labels", "eval", "penalty"]
     found = checkpoint(tmp_path / "out")["flags"]
     assert (found["flops_weight"], found["flops_loss"]) == (2, "relative")
     assert "loss against dense" not in text
@@ -71,7 +71,7 @@ def test_the_papers_models_keep_the_papers_recipe(cli: Cli, image_folder: Path, 
     run = ("--num_workers", 0, "--target_flops", "80%", "--epochs", 1, "--batch-size", 4)
     code, _, err = cli(*model, *run, "--data-path", image_folder, "--output_dir", tmp_path / "out")
     assert (code, err) == (0, "")
-    assert recipe(tmp_path / "out") == ["labels", "train", "flat", "penalty"]
+    assert recipe(tmp_path / "out") == ["labels", "train", "penalty"]
     assert checkpoint(tmp_path / "out")["flags"]["flops_loss"] == "absolute"
 
 
@@ -92,13 +92,11 @@ def test_a_checkpoint_from_before_there_was_a_choice(cli: Cli, image_folder: Pat
     ("more", "expected"),
     [
         (("--search_loss", "words"), "--search_loss"),
-        (("--init", "steep"), "--init"),
         (("--budget", "held", "--flops_weight", 2), "--flops_weight goes with a penalty; accepted: --budget penalty"),
-        (("--init", "uniform", "--init_compression_rate", 1), "--init and --init_compression_rate name two starts"),
         (("--data-path", "{empty}"), "no image files; accepted: .jpg"),
         (("--data-path", "{val}"), "val/ and no folder train/"),
-        ((*PAPER, "--init", "flat", "--data-path", "{flat}"), "no folder val/"),
-        ((*PAPER, "--init", "flat", "--mixup", 1, "--batch-size", 3), "--batch-size 3: accepted: an even number"),
+        ((*PAPER, "--data-path", "{flat}"), "no folder val/"),
+        ((*PAPER, "--mixup", 1, "--batch-size", 3), "--batch-size 3: accepted: an even number"),
     ],
 )
 def test_bad_input(more: tuple[Any, ...], expected: str, cli: Cli, photographs: Path, tmp_path: Path) -> None:

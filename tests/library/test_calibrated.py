@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.budget import meets_budget
 from diffrate.running.precision import place_of
 from diffrate.searching.calibrate import _chosen
 from diffrate.searching.calibration import Calibration, Reference
@@ -151,13 +151,6 @@ def test_never_worse_than_by_hand(loader: Any) -> None:
     assert model.get_kept_num() == (list(found.schedule.prune or ()), list(found.schedule.merge))
     assert diffrate.search(small(), batches(8), **SETTING).schedule == found.schedule  # from the seed alone
     assert calibrated.trials[-1].work <= 900
-
-
-def test_both_start_calibration_from_what_the_gradient_found() -> None:
-    found = diffrate.search(small(), batches(8), **SETTING | {"method": "both"}, loss="distill", learning_rate=0.1)
-    assert found.calibrated is not None
-    assert "gradient" in dict(found.calibrated.losses)
-    assert len(found.history) == 8
 
 
 def test_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

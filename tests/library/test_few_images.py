@@ -12,7 +12,7 @@ import models
 import sample
 from cli.transforms import View, eval_transform
 from datasets import build_dataset, build_images
-from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.budget import Budget, meets_budget
 from diffrate.budgets.uniform import uniform_schedules
 from diffrate.searching.teacher import losses_at
 
@@ -41,6 +41,6 @@ def test_a_hundred_images_beat_every_uniform_schedule(head: bool) -> None:
     target = 0.5 * patched.flops_at(patched.dense_schedule())
     found = diffrate.search(patched, images("train", 100), target_flops=target, method="calibrated", work=1500)
     assert meets_budget(found.flops, target)
-    uniform = list(uniform_schedules(patched.compression.space, patched.flops_at, target).values())
+    uniform = list(uniform_schedules(patched.compression.space, Budget(patched.flops_at, target)).values())
     losses = losses_at(patched, [found.schedule, *uniform], images("val", 500))
     assert losses[0] < min(losses[1:])

@@ -18,12 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate
 import models
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.rounding import meets_budget
+from diffrate.budgets.budget import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.pace import paced
 from diffrate.searching.settings import Course, SearchSettingError, SearchSettings
-from diffrate.searching.starts import best_uniform
 from diffrate.searching.teacher import losses_at
 
 Batch = tuple[Tensor, Tensor]
@@ -215,15 +213,11 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path: Path) -> None:
         diffrate.search(small(), batches(), share=0.7, resume=file, budget="held")
 
 
-def test_the_best_uniform_schedule_and_its_spread() -> None:
-    model = small().eval()
-    target = 0.7 * model.flops_at(model.dense_schedule())
-    best = best_uniform(model, Budget(model.flops_at, target), batches())
-    assert best is not None
-    assert meets_budget(model.flops_at(best), target)
+def test_a_start_and_its_spread() -> None:
+    start = diffrate.Schedule((17, 14, 11, 8), (17, 12, 9, 7))
     first = {}
     for spread in (None, 0.05):
-        found = diffrate.search(small(), batches(), target_flops=target, start=best, start_spread=spread)
+        found = diffrate.search(small(), batches(), share=0.7, start=start, start_spread=spread)
         first[spread] = found.history[0]
     assert first[0.05].counts == pytest.approx(first[None].counts, abs=0.05)
 
@@ -365,6 +359,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for name, expected in (("gone.pth", "cannot be read"), ("text.pth", "cannot be read"), ("other.pth", "finetune")):
         with pytest.raises(diffrate.SearchCheckpointError, match=expected):
             diffrate.search(small(), batches(), share=0.7, resume=tmp_path / name)
+
+
+def test_options_are_keywords_or_settings() -> None:
+    settings = SearchSettings(share=0.7, epochs=2, learning_rate=0.1)
+    named = diffrate.search(small(), batches(), share=0.7, epochs=2, learning_rate=0.1)
+    assert diffrate.search(small(), batches(), settings=settings) == named
+    assert diffrate.search(small(), batches(), settings=SearchSettings(share=0.7), epochs=2, learning_rate=0.1) == named
+    with pytest.raises(TypeError, match="epoch: no option of a search; accepted: target_flops, share, "):
+        diffrate.search(small(), batches(), share=0.7, epoch=2)
+    with pytest.raises(SearchSettingError, match="epochs: found '2'; accepted: from 1"):
+        diffrate.search(small(), batches(), share=0.7, epochs="2")
+    assert "least_learning_rate: and in the last step, default a tenth of that" in str(diffrate.search.__doc__)
 
 
 @pytest.mark.parametrize(

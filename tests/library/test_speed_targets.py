@@ -14,6 +14,7 @@ import diffrate
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 import diffrate.searching.target as target
+from diffrate.budgets.budget import Budget
 from diffrate.budgets.uniform import uniform_schedules
 from diffrate.latency.probing import random_schedule
 from diffrate.latency.setting import use_of
@@ -139,7 +140,7 @@ def test_a_speed_that_no_uniform_schedule_reaches(monkeypatch: pytest.MonkeyPatc
         table.seconds(space.schedule([65] * place + [1] * (10 - place))) for place in range(10)
     )
     target = 0.97 * most
-    assert uniform_schedules(space, table.seconds, table.seconds(space.dense()) / target) == {}
+    assert uniform_schedules(space, Budget(table.seconds, table.seconds(space.dense()) / target)) == {}
     monkeypatch.setattr(
         confirm, "measured_speedup", lambda _, schedule, *__: table.seconds(space.dense()) / table.seconds(schedule)
     )
