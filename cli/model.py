@@ -25,6 +25,7 @@ from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
 from cli.training_checkpoint import flags_in
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
+from diffrate.budgets.budget import SHARE
 from diffrate.budgets.schedule import ScheduleError, make_schedule
 from diffrate.files import first_line
 from diffrate.running.compiled import FixedBatch, compile_model
@@ -136,7 +137,7 @@ def planned(settings: ModelSettings, entry: ModelEntry) -> Plan:
     """
     shapes = meta_model(settings, entry)
     # What a share means depends on the classes.
-    shared = any(target.share is not None for target in settings.targets)
+    shared = any(target.kind == SHARE for target in settings.targets)
     return Plan(entry, shapes, None if shared else chosen_schedule(settings, entry, shapes))
 
 

@@ -172,7 +172,6 @@ def test_reductions_that_cost_more_than_they_save_are_switched_off() -> None:
 
 def test_budgets_speak_in_their_own_units() -> None:
     table = table_of(0.1)
-    whole = table.seconds(SPACE.dense())
     with pytest.raises(diffrate.BudgetError, match=r"^target_speedup 9: accepted: 1 to 2\.\d+; a larger batch"):
         speedup_budget(table, 9.0).check(SPACE)
     with pytest.raises(diffrate.BudgetError, match=r"^target_latency 0\.001 s: accepted: \d+\.\d+ to 8\.4; a larger"):
