@@ -23,9 +23,9 @@ from cli.settings import Mixing, TrainingSettings
 from cli.training import Recipe, Teacher, build_recipe
 from cli.training_checkpoint import BEST, LAST, TrainingCheckpoint, TrainingState
 from datasets import ImageLoader
+from diffrate.atomic import whole_file
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import fields_of
-from diffrate.files import whole_file
 from diffrate.group import all_sum
 from diffrate.running.compiled import FixedBatch, compile_model
 from diffrate.running.evaluation import Tally

@@ -32,11 +32,11 @@ import diffrate
 import models
 from benchmarks.rows import Row, markdown
 from benchmarks.speed import SIDES, Subject, build_side, speed_row
+from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.blocks.block import attended, mlp_branch
 from diffrate.budgets.schedule import Kept, Schedule, find_schedule, make_schedule
 from diffrate.budgets.space import GRANULARITY
 from diffrate.exporting.runner import INPUT, OUTPUT
-from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.running.machine import machine_name
 from diffrate.running.speed import precision_name
 from diffrate.running.timing import Run, time_within

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffrate.files import whole_file
+from diffrate.atomic import whole_file
 
 Row = dict[str, Any]
 # What headings write for parts of the columns' names, the longer ones first.

@@ -25,9 +25,9 @@ from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
 from cli.training_checkpoint import flags_in
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
+from diffrate.atomic import first_line
 from diffrate.budgets.budget import SHARE
 from diffrate.budgets.schedule import ScheduleError, make_schedule
-from diffrate.files import first_line
 from diffrate.running.compiled import FixedBatch, compile_model
 from diffrate.saving.about import about, is_saved_model
 from models.zoo import ModelEntry, find

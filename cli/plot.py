@@ -11,8 +11,8 @@ from cli import plots
 from cli.plots import Record
 from cli.runtime import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK, Runtime
 from cli.settings import Settings
+from diffrate.atomic import whole_file
 from diffrate.budgets.schedule import ScheduleError
-from diffrate.files import whole_file
 from utils import UsageError
 
 DPI = 110

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cli.distributed import Processes
-from diffrate.files import whole_file
+from diffrate.atomic import whole_file
 from diffrate.running.precision import Place, autocast, default_precision
 from utils import UsageError, make_output_dir
 

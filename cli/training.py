@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import diffrate
 from cli.settings import Mixing, TrainingSettings
-from diffrate.files import first_line
+from diffrate.atomic import first_line
 from diffrate.searching.teacher import divergence
 from utils import UsageError
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 import diffrate
 from cli.runtime import Runtime
 from cli.training import Recipe
-from diffrate.files import UNREADABLE, first_line
+from diffrate.atomic import UNREADABLE, first_line
 from utils import UsageError
 
 KIND = "finetune"

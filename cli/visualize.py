@@ -15,7 +15,7 @@ from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.transforms import View
 from datasets import load_image
-from diffrate.files import whole_file
+from diffrate.atomic import whole_file
 from utils import UsageError
 
 log = logging.getLogger(__name__)

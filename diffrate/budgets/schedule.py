@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from diffrate.files import whole_file
+from diffrate.atomic import whole_file
 
 PRUNE_FIELD = "prune_kept_num"
 MERGE_FIELD = "merge_kept_num"

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrate.atomic import first_line
 from diffrate.exporting.files import KINDS, load_exported, parts_of, whole_files
 from diffrate.exporting.graph import Normalization, traced
 from diffrate.exporting.metadata import Metadata
 from diffrate.exporting.plain import check_patched
 from diffrate.exporting.targets import ExportError, check_destination
 from diffrate.exporting.verify import LIMITS, Agreement, compare, fresh_images
-from diffrate.files import first_line
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.sizes import input_size
 from diffrate.running.evaluation import modes_kept

@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
+from diffrate.atomic import first_line
 from diffrate.exporting import onnx, openvino, pt2
 from diffrate.exporting.metadata import Metadata
 from diffrate.exporting.runner import Runner
 from diffrate.exporting.targets import ExportError, target_of
-from diffrate.files import first_line
 
 # `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`.
 KINDS: Mapping[str, ModuleType] = MappingProxyType({".onnx": onnx, ".pt2": pt2, ".xml": openvino})

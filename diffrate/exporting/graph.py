@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from diffrate.atomic import first_line
 from diffrate.exporting.targets import ExportError
-from diffrate.files import first_line
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.sizes import input_size
 from diffrate.running.quiet import no_warnings_of

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from diffrate.files import UNREADABLE, first_line, whole_file
+from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.latency.curves import Curve
 from diffrate.latency.table import BlockTimes, LatencyTable
 

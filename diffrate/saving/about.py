@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from diffrate.atomic import first_line
 from diffrate.budgets.schedule import (
     MERGE_FIELD,
     PRUNE_FIELD,
@@ -21,7 +22,6 @@ from diffrate.budgets.schedule import (
     check_schedule,
     fields_of,
 )
-from diffrate.files import first_line
 
 FORMAT_FIELD = "format"
 FORMAT = "diffrate 1"

@@ -16,7 +16,7 @@ from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
-from diffrate.files import first_line
+from diffrate.atomic import first_line
 from diffrate.patch.any import families
 from diffrate.patch.sizes import channels_of
 from diffrate.saving.about import ARGUMENTS, SavedModelError, is_argument

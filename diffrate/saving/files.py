@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import diffrate
+from diffrate.atomic import first_line, whole_path
 from diffrate.budgets.schedule import Schedule, ScheduleError
-from diffrate.files import first_line, whole_path
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.sizes import input_size
 from diffrate.saving import hub

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from diffrate.files import first_line
+from diffrate.atomic import first_line
 from diffrate.saving.about import SavedModelError
 
 PREFIX = "hf-hub:"

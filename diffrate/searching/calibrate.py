@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budgets.budget import Cost
 from diffrate.budgets.schedule import Schedule, make_schedule
-from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.group import all_sum, least, rank, world
 from diffrate.patch.base import CompressedModel
 from diffrate.running.evaluation import modes_kept

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budgets.schedule import Schedule, ScheduleError, make_schedule
-from diffrate.files import UNREADABLE, first_line, whole_file
 from diffrate.running.evaluation import Scores
 from diffrate.searching.history import History
 from diffrate.searching.multiplier import Multiplier

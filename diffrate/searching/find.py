@@ -18,10 +18,10 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.budgets.budget import Budget
 from diffrate.budgets.schedule import Schedule
-from diffrate.files import UNREADABLE, first_line
 from diffrate.group import made_by_first
 from diffrate.latency.confirm import Again, Confirmed
 from diffrate.latency.expected import expected_seconds
