@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from diffrate.seeds import generators_kept, seed_everything
+from diffrate.device import generators_kept, seed_everything
 from sample.unpack import ARCHIVE as SAMPLE_ARCHIVE
 from sample.unpack import unpack_sample
 from samplers import SeededOrder

@@ -24,17 +24,15 @@ from cli.training import Recipe, Teacher, build_recipe
 from cli.training_checkpoint import BEST, LAST, TrainingCheckpoint, TrainingState
 from datasets import ImageLoader
 from diffrate.atomic import whole_file
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.schedule import fields_of
+from diffrate.budget import Budget
+from diffrate.device import FixedBatch, compile_model, seed_everything, step_seed, to_place
+from diffrate.evaluation import Tally
 from diffrate.group import all_sum
-from diffrate.running.compiled import FixedBatch, compile_model
-from diffrate.running.evaluation import Tally
-from diffrate.running.precision import to_place
-from diffrate.searching.calibrate import UNIFORM, Calibrated, CalibrationObserver
-from diffrate.searching.calibrated import TrialRecord
+from diffrate.schedule import fields_of
+from diffrate.searching.hard_counts import UNIFORM, Calibrated, CalibrationObserver
 from diffrate.searching.settings import CALIBRATED, GRADIENT, SearchSettings
 from diffrate.searching.teacher import losses_at
-from diffrate.seeds import seed_everything, step_seed
+from diffrate.searching.trials import TrialRecord
 from utils import StopRequestedError, StopSignals
 
 log = logging.getLogger(__name__)

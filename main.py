@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cli.flags import check_paths, get_args_parser, parse_flags
-from diffrate.saving.about import SavedModelError
+from diffrate.files.header import SavedModelError
 from utils import STOPPED, UsageError
 
 __all__ = ["get_args_parser", "main"]

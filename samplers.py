@@ -10,7 +10,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from diffrate.seeds import step_seed
+from diffrate.device import step_seed
 
 REPEATS = 3  # views of an image in a row with repeated augmentation, as in DeiT's recipe
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.rows import Row
 from benchmarks.speed import SIDES, Setting, Side, Subject, build_side, memory_mib, rows_in_turn
-from diffrate.exporting.files import Loaded, load_exported, parts_of
-from diffrate.exporting.targets import target_of
-from diffrate.running.speed import mode_name
+from diffrate.files.runtimes import Loaded, load_exported, parts_of
+from diffrate.files.targets import target_of
+from diffrate.timing import mode_name
 
 
 class File(NamedTuple):

@@ -34,12 +34,10 @@ from benchmarks.rows import Row, markdown
 from benchmarks.speed import SIDES, Subject, build_side, speed_row
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.blocks.block import attended, mlp_branch
-from diffrate.budgets.schedule import Kept, Schedule, find_schedule, make_schedule
-from diffrate.budgets.space import GRANULARITY
-from diffrate.exporting.runner import INPUT, OUTPUT
-from diffrate.running.machine import machine_name
-from diffrate.running.speed import precision_name
-from diffrate.running.timing import Run, time_within
+from diffrate.device import machine_name
+from diffrate.files.runtimes import INPUT, OUTPUT
+from diffrate.schedule import GRANULARITY, Kept, Schedule, find_schedule, make_schedule
+from diffrate.timing import Run, precision_name, time_within
 from sample import MODEL as SAMPLE
 from utils import UsageError
 

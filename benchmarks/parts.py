@@ -15,9 +15,9 @@ from benchmarks.rows import Row
 from benchmarks.speed import Subject, memory_mib
 from cli.runtime import Runtime
 from datasets import ImageLoader
-from diffrate.budgets.schedule import Kept
 from diffrate.latency.table import BlockTimes
-from diffrate.running.timing import time_all_in_turn, time_in_turn
+from diffrate.schedule import Kept
+from diffrate.timing import time_all_in_turn, time_in_turn
 
 ROWS = 13  # token counts of a kind of block
 GONE = 0.1  # of the tokens, in the prices of reductions

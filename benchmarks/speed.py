@@ -17,10 +17,18 @@ from torch import Tensor, nn
 import diffrate
 import models
 from benchmarks.rows import Row
-from diffrate.budgets.schedule import Schedule
-from diffrate.budgets.space import SearchSpace
-from diffrate.running.speed import forward_pass, mode_name, precision_name, speed_of
-from diffrate.running.timing import PairedTimes, Run, peak_memory, time_all_in_turn, time_in_turn
+from diffrate.schedule import Schedule, SearchSpace
+from diffrate.timing import (
+    PairedTimes,
+    Run,
+    forward_pass,
+    mode_name,
+    peak_memory,
+    precision_name,
+    speed_of,
+    time_all_in_turn,
+    time_in_turn,
+)
 from models.zoo import ModelEntry
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,12 @@ from cli.model import chosen_entry, meta_model, patched, trained_model
 from cli.results import report, save_schedules
 from cli.runtime import Runtime
 from cli.settings import OFFICIAL, Settings
-from diffrate.blocks.rule import RandomImportance
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.schedule import Schedule, fields_of
-from diffrate.budgets.uniform import baseline_schedule
-from diffrate.saving.about import is_saved_model
+from diffrate.blocks.reduction import RandomImportance
+from diffrate.budget import Budget, baseline_schedule
+from diffrate.device import generators_kept
+from diffrate.files.header import is_saved_model
+from diffrate.schedule import Schedule, fields_of
 from diffrate.searching.target import confirmed_at
-from diffrate.seeds import generators_kept
 from engine import evaluate
 from models.zoo import ModelEntry
 from utils import UsageError

@@ -27,8 +27,8 @@ from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
 from datasets import DataError
-from diffrate.latency.probing import random_schedule
-from diffrate.saving.about import about, is_saved_model
+from diffrate.files.header import about, is_saved_model
+from diffrate.latency.measure import random_schedule
 from models.zoo import ModelEntry
 from utils import UsageError
 

@@ -12,8 +12,8 @@ from cli.model import chosen_entry, named_model
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import Settings
 from datasets import DataError
-from diffrate.exporting.export import LEAST_IMAGES
-from diffrate.exporting.graph import Normalization
+from diffrate.files.export import LEAST_IMAGES
+from diffrate.files.graph import Normalization
 from models.zoo import ModelEntry
 
 log = logging.getLogger(__name__)

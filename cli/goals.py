@@ -7,7 +7,7 @@ from cli.latency import latency_table
 from cli.runtime import Runtime
 from cli.schedules import DIGITS, targets_of
 from cli.settings import Settings
-from diffrate.budgets.budget import Budget, Target
+from diffrate.budget import Budget, Target
 from diffrate.searching.target import budget_of
 
 

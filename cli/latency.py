@@ -13,7 +13,7 @@ from cli.log import share
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import LatencySettings
 from diffrate.atomic import cache_folder
-from diffrate.budgets.budget import Target
+from diffrate.budget import Target
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.setting import Use, setting_of
 from diffrate.searching.target import check_reach

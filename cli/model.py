@@ -26,10 +26,10 @@ from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
 from cli.training_checkpoint import flags_in
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
-from diffrate.budgets.budget import SHARE
-from diffrate.budgets.schedule import ScheduleError, make_schedule
-from diffrate.running.compiled import FixedBatch, compile_model
-from diffrate.saving.about import about, is_saved_model
+from diffrate.budget import SHARE
+from diffrate.device import FixedBatch, compile_model
+from diffrate.files.header import about, is_saved_model
+from diffrate.schedule import ScheduleError, make_schedule
 from models.zoo import ModelEntry, find
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError

@@ -12,7 +12,7 @@ from cli.plots import Record
 from cli.runtime import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK, Runtime
 from cli.settings import Settings
 from diffrate.atomic import whole_file
-from diffrate.budgets.schedule import ScheduleError
+from diffrate.schedule import ScheduleError
 from utils import UsageError
 
 DPI = 110

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from diffrate.budgets.schedule import MERGE_FIELD, PRUNE_FIELD, Kept, make_schedule, running_counts
+from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, Kept, make_schedule, running_counts
 
 # Okabe and Ito's colours; every curve also has a mark or a stroke of its own, for grey print.
 STYLES = {

@@ -13,9 +13,8 @@ import diffrate
 from cli.runtime import FOUND, RATES, Runtime
 from cli.schedules import PROJECT_RATES
 from cli.settings import OFFICIAL, Settings, size_words
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.schedule import Schedule, fields_of, save_schedule
-from diffrate.budgets.uniform import uniform_schedules
+from diffrate.budget import Budget, uniform_schedules
+from diffrate.schedule import Schedule, fields_of, save_schedule
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 

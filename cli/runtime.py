@@ -12,7 +12,7 @@ import torch
 
 from cli.distributed import Processes
 from diffrate.atomic import whole_file
-from diffrate.running.precision import Place, autocast, default_precision
+from diffrate.device import Place, autocast, default_precision
 from utils import UsageError, make_output_dir
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,8 +10,8 @@ from pathlib import Path
 import diffrate
 import models
 from cli.settings import PROJECT, ModelSettings
-from diffrate.budgets.budget import FLOPS, Target
-from diffrate.budgets.schedule import Schedule, find_schedule, read_schedules, scale_schedule
+from diffrate.budget import FLOPS, Target
+from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError

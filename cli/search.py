@@ -14,7 +14,7 @@ from cli.runtime import Runtime
 from cli.searched import Searched, searched_model, start_of
 from cli.settings import Settings
 from cli.training import build_criterion, build_mixup
-from diffrate.budgets.budget import Budget, Target
+from diffrate.budget import Budget, Target
 from diffrate.searching.settings import GRADIENT, SearchSettings
 from engine import Searching, found_scores, loss_apart, search
 from utils import UsageError

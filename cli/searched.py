@@ -26,7 +26,7 @@ from cli.runtime import Runtime
 from cli.schedules import start_schedule
 from cli.settings import Settings
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
-from diffrate.budgets.schedule import Schedule
+from diffrate.schedule import Schedule
 from diffrate.searching.calibration import images_that_fit
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from diffrate.budgets.budget import LATENCY, SPEEDUP, Target
+from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.settings import FLAGS, SearchSettings
 
 Taken = TypeVar("Taken")

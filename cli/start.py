@@ -14,10 +14,9 @@ from cli.log import bar_fits, setup_logging
 from cli.runtime import Runtime, amp_dtype, open_board, resolve_device
 from cli.settings import Settings
 from datasets import DataError, listed
-from diffrate.budgets.budget import BudgetError
-from diffrate.budgets.uniform import BaselineError
+from diffrate.budget import BaselineError, BudgetError
+from diffrate.device import seed_everything
 from diffrate.searching.settings import SearchSettingError
-from diffrate.seeds import seed_everything
 from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)

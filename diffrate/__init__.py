@@ -8,3 +8,4 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = "0.9.0"
+ROUNDS = 10  # timed pairs of a benchmark

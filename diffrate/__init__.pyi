@@ -1,34 +1,33 @@
 from . import patch
 from .blocks.forms import UnsupportedModelError
+from .blocks.rates import RateError
 from .blocks.tokens import TokenState
-from .budgets.budget import BudgetError
-from .budgets.schedule import Schedule, ScheduleError, scale_schedule
-from .exporting.export import Exported, export
-from .exporting.plain import plain
-from .exporting.targets import ExportError
-from .latency.check import PredictionCheck, check_predictions
-from .latency.confirm import Confirmed
-from .latency.file import LatencyFileError
+from .budget import BudgetError
+from .evaluation import Scores, ScoresError, Tally, evaluate
+from .files.export import Exported, export
+from .files.graph import plain
+from .files.header import About, SavedModelError, about
+from .files.save import load, save
+from .files.targets import ExportError
+from .latency.confirm import Confirmed, PredictionCheck, check_predictions
 from .latency.measure import measure_latency
+from .latency.setting import LatencyFileError
 from .latency.table import LatencyTable
 from .patch.base import CompressedModel
 from .pictures import VisualizationError, make_visualization
-from .rates.rate import RateError
-from .running.evaluation import Scores, ScoresError, Tally, evaluate
-from .running.speed import Speed, benchmark
-from .saving.about import About, SavedModelError, about
-from .saving.files import load, save
-from .searching.calibrate import Calibrated, CalibrationObserver
-from .searching.calibrated import TrialRecord
-from .searching.checkpoint import SearchCheckpointError
-from .searching.find import Found, search
-from .searching.history import EpochRecord, StepRecord
-from .searching.loop import NonFiniteLossError, Observer, StoppedError
+from .schedule import Schedule, ScheduleError, scale_schedule
+from .searching.checkpoint import EpochRecord, SearchCheckpointError, StepRecord
+from .searching.gradient import NonFiniteLossError, Observer, StoppedError
+from .searching.hard_counts import Calibrated, CalibrationObserver
+from .searching.search import Found, search
 from .searching.sensitivity import Sensitivity, sensitivity
 from .searching.settings import SearchSettingError, SearchSettings
+from .searching.trials import TrialRecord
+from .timing import Speed, benchmark
 
 __version__: str
 
+ROUNDS: int
 __all__ = [
     "About",
     "BudgetError",

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
-from diffrate.blocks.rule import PlainMean
+from diffrate.blocks.reduction import PlainMean
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 from tests.tiny_models import dense
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import diffrate
 from cli.flags import parse_flags
-from diffrate.exporting import targets
+from diffrate.files import targets
 from sample.unpack import unpack_sample
 from tests.conftest import Cli
 

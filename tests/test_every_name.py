@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
-from diffrate.budgets.schedule import Schedule
+from diffrate.schedule import Schedule
 
 FILES = (
     "vision_transformer",

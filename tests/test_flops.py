@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 import models
-from diffrate.budgets.schedule import find_schedule
+from diffrate.schedule import find_schedule
 from tests.tiny_models import GOLDEN
 
 PROJECT = Path(__file__).parent.parent

@@ -15,28 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.budgets.budget import (
-    LATENCY,
-    SPEEDUP,
-    Budget,
-    choices_of,
-    meets_budget,
-    without_waste,
-)
-from diffrate.budgets.schedule import Kept, Schedule, running_counts
-from diffrate.budgets.space import SearchSpace
-from diffrate.latency.curves import (
-    Curve,
-    fit_curve,
-    fit_prices,
-    fit_terms,
-    reduction_terms,
-)
-from diffrate.latency.expected import expected_seconds
-from diffrate.latency.file import LatencyFileError, read_table, write_table
-from diffrate.latency.probing import knots, probing_schedules, random_schedule
-from diffrate.latency.table import BlockTimes, LatencyTable
-from diffrate.rates.masked_block import plan_search
+from diffrate.blocks.masked_block import plan_search
+from diffrate.budget import LATENCY, SPEEDUP, Budget, choices_of, meets_budget, without_waste
+from diffrate.latency.measure import knots, probing_schedules, random_schedule
+from diffrate.latency.setting import LatencyFileError, read_table, write_table
+from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
+from diffrate.schedule import Kept, Schedule, SearchSpace, running_counts
+from diffrate.searching.target import expected_seconds
 from tests.test_patch import patched
 
 TOKENS, BLOCKS = 65, 6

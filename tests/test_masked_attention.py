@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffrate.blocks import masked_attention as subject
 from diffrate.blocks.attention import Heads
-from diffrate.rates import masked_attention as subject
-from diffrate.rates.masked_attention import EPSILON, masked_attention
+from diffrate.blocks.masked_attention import EPSILON, masked_attention
 
 
 def by_the_formula(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import diffrate
 import models
 from diffrate.blocks.tokens import TokenState
-from diffrate.patch.grid import restore
+from diffrate.patch.features import restore
 from tests import recipe_weights
 from tests.tiny_models import (
     FAMILIES,
@@ -217,7 +217,7 @@ def test_exports_to_one_graph(family: str) -> None:
 def test_a_block_that_removes_nothing_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the third block removes tokens: one ranking and one merge in the whole model."""
     import diffrate.blocks.block as block
-    import diffrate.blocks.rule as rule
+    import diffrate.blocks.reduction as rule
 
     calls = []
     for module, name in ((rule, "keep_tokens"), (rule, "merge_tokens"), (block, "attend_and_rank")):
@@ -235,7 +235,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
     for block in model.blocks:
         torch.nn.init.zeros_(block.ls1.gamma)
         torch.nn.init.zeros_(block.ls2.gamma)
-    compressed = dense(diffrate.patch.deit(model))
+    compressed = dense(diffrate.patch.timm_families(model))
     state = compressed.forward_tokens(images("deit"))
     torch.testing.assert_close(state.x, model._pos_embed(model.patch_embed(images("deit"))))
 
@@ -253,7 +253,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
 )
 def test_models_that_are_not_handled_are_refused_by_name(options: dict[str, object], expected: str) -> None:
     with pytest.raises(diffrate.UnsupportedModelError) as caught:
-        diffrate.patch.deit(plain("deit", **options))
+        diffrate.patch.timm_families(plain("deit", **options))
     assert expected in str(caught.value)
 
 
@@ -261,17 +261,17 @@ def test_unknown_parts_of_a_block_are_refused() -> None:
     model = plain("deit")
     model.blocks[2].attn.add_module("rotary", torch.nn.Identity())
     with pytest.raises(diffrate.UnsupportedModelError, match=r"blocks\.2\.attn: found rotary"):
-        diffrate.patch.deit(model)
+        diffrate.patch.timm_families(model)
 
 
 def test_patching_twice_is_refused() -> None:
     with pytest.raises(diffrate.UnsupportedModelError, match="not yet patched"):
-        diffrate.patch.deit(patched("deit"))
+        diffrate.patch.timm_families(patched("deit"))
 
 
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(diffrate.UnsupportedModelError, match="MetaFormer"):
-        diffrate.patch.deit(plain("caformer"))
+        diffrate.patch.timm_families(plain("caformer"))
     with pytest.raises(diffrate.UnsupportedModelError, match="VisionTransformer"):
         diffrate.patch.caformer(plain("deit"))
 

@@ -10,8 +10,15 @@ from torch.nn import functional as F
 
 from diffrate.blocks import attention
 from diffrate.blocks.attention import Heads, first_tokens_attention, size_bias
-from diffrate.blocks.merge import SIZE_FLOOR, add_by_index, add_by_product, match, merge_tokens
-from diffrate.blocks.prune import keep_tokens, most_important
+from diffrate.blocks.reduction import (
+    SIZE_FLOOR,
+    add_by_index,
+    add_by_product,
+    keep_tokens,
+    match,
+    merge_tokens,
+    most_important,
+)
 from diffrate.blocks.tokens import TokenState, follow
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 12), st.integers(1, 2**31))

@@ -10,14 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffrate.budgets.schedule import (
-    Schedule,
-    ScheduleError,
-    check_schedule,
-    find_schedule,
-    make_schedule,
-    running_counts,
-)
+from diffrate.schedule import Schedule, ScheduleError, check_schedule, find_schedule, make_schedule, running_counts
 
 COUNTS = st.lists(st.integers(1, 50), min_size=1, max_size=12)
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from diffrate.blocks.attention import add_bias, attend, attend_and_rank, attend_with_map, size_bias
 from diffrate.blocks.forms import called, form_of, has_hooks, through
-from diffrate.blocks.positions import Positions
-from diffrate.blocks.projection import projection_of
-from diffrate.blocks.rule import ReductionRule
+from diffrate.blocks.heads import Positions, projection_of
+from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
-from diffrate.budgets.schedule import Kept
+from diffrate.schedule import Kept
 
 
 def fixed_block(

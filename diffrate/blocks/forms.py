@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
-from diffrate.blocks.projection import PROJECTIONS, projection_of
+from diffrate.blocks.heads import PROJECTIONS, projection_of
 
 Path = tuple[str, ...]
 

@@ -1,20 +1,22 @@
-"""The measured speed of a schedule beside the predicted one, and what to do where it is too slow."""
+"""The measured speed of schedules beside the predicted one, and what to do where one is too slow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from diffrate.budgets.budget import SPEEDUP, Budget, BudgetError, choices_of
-from diffrate.budgets.schedule import Schedule
+import torch
+
+from diffrate.budget import SPEEDUP, Budget, BudgetError, choices_of
+from diffrate.device import place_of
 from diffrate.group import made_by_first
-from diffrate.latency.setting import Use
+from diffrate.latency.setting import Use, check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
-from diffrate.running.speed import at_schedules
-from diffrate.running.timing import PairedTimes, time_within
+from diffrate.schedule import Schedule
+from diffrate.timing import PairedTimes, at_schedules, time_within
 
 SECONDS = 8.0  # of timed pairs
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
@@ -108,3 +110,60 @@ def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table:
     if budget.kind == SPEEDUP:
         return table.seconds(model.dense_schedule()) / measured_speedup(model, schedule, use, SECONDS)
     return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size
+
+
+CHECK_SECONDS = 5.0  # of timed pairs, for a schedule
+
+
+@dataclass(frozen=True)
+class PredictionCheck:
+    """The speed-ups of schedules over dense, as predicted and as measured."""
+
+    schedules: tuple[Schedule, ...]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """By how much each predicted time is off, as a share of the measured one."""
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return tuple(abs(measured / predicted - 1) for predicted, measured in pairs)
+
+    def line(self) -> str:
+        """As a sentence."""
+        middle, worst = 100 * median(self.errors), 100 * max(self.errors)
+        return f"prediction: median error {middle:.1f} %, worst {worst:.1f} % over {len(self.errors)} schedules"
+
+
+def check_predictions(
+    model: CompressedModel,
+    table: LatencyTable,
+    schedules: Iterable[Schedule],
+    *,
+    seconds: float = CHECK_SECONDS,
+    device: torch.device | str | None = None,
+    callback: Callable[[Schedule, float, float], None] | None = None,
+) -> PredictionCheck:
+    """Hold the speed-ups that `table` predicts of `model` at `schedules` against measured ones, in pairs for so many
+    `seconds` each.
+
+    `callback` is told each schedule, its predicted and its measured speed-up.
+
+    Raises:
+        ScheduleError: a schedule does not fit the model.
+        ValueError: no schedule, seconds not above 0, or a table of another model.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds: found {seconds}; accepted: above 0")
+    check_table(table, model)
+    use, whole = use_of(table, place_of(model, device).device), table.seconds(model.dense_schedule())
+    rows = []
+    for schedule in schedules:
+        model.check(schedule)
+        predicted = whole / table.seconds(schedule)
+        rows.append((schedule, predicted, measured_speedup(model, schedule, use, seconds)))
+        if callback is not None:
+            callback(*rows[-1])
+    if not rows:
+        raise ValueError("schedules: found none; accepted: one at least")
+    return PredictionCheck(*zip(*rows, strict=True))

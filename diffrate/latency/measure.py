@@ -1,36 +1,133 @@
-"""`diffrate.measure_latency`: time the parts of a model's blocks on the machine at hand."""
+"""Which schedules to time so that every part of a block is seen at every number of tokens. No torch here."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from diffrate.blocks.block import removes
-from diffrate.budgets.budget import Budget, BudgetError
-from diffrate.budgets.schedule import Schedule
-from diffrate.budgets.uniform import baseline_schedule
+from diffrate.blocks.block import attended, mlp_branch, reduced, removes
+from diffrate.blocks.tokens import replaced
+from diffrate.budget import Budget, BudgetError, baseline_schedule
+from diffrate.device import generators_kept, place_of
 from diffrate.group import made_by_first
 from diffrate.latency.confirm import measured_speedup
-from diffrate.latency.curves import Curve, fit_curve, fit_prices, fit_terms, reduction_terms
-from diffrate.latency.file import check_folder, read_table, write_table
-from diffrate.latency.probe import TimedRun, parts_of, timed_run
-from diffrate.latency.probing import knots, probing_schedules
-from diffrate.latency.setting import Use, kinds_of, setting_of
-from diffrate.latency.table import BlockTimes, LatencyTable
+from diffrate.latency.setting import Use, check_folder, kinds_of, read_table, setting_of, write_table
+from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
 from diffrate.patch.base import CompressedModel, require_patched
-from diffrate.patch.sizes import input_size
-from diffrate.running.precision import place_of
-from diffrate.seeds import generators_kept
+from diffrate.patch.shapes import input_size
+from diffrate.schedule import Kept, Schedule, SearchSpace
+from diffrate.timing import Stopwatch
+
+KNOTS = 56  # token counts to look at, at most: kernels move in steps of 16 or 32 rows
+
+
+def knots(least: int, tokens: int) -> list[int]:
+    """The token counts to look at, from the fewest to all."""
+    step = max(1, -(-(tokens - least) // KNOTS))
+    return sorted({*range(tokens, least, -step), least})
+
+
+def probing_schedules(space: SearchSpace, rng: Random) -> Iterator[Schedule]:
+    """Schedules without end. Each takes some of the knots in falling order, and blocks that leave their tokens whole
+    between them; when all knots were taken it starts over, with others side by side.
+
+    Up to a block drawn each time tokens are only pruned, so that there are whole sizes at few tokens, too.
+    """
+    blocks = len(space.searchable)
+    levels: list[int] = []
+    while True:
+        steps = rng.randint(max(1, blocks // 3), max(1, 2 * blocks // 3))
+        if len(levels) < steps:
+            levels = knots(space.least, space.tokens - 1)
+            rng.shuffle(levels)
+        chosen, levels = sorted(levels[:steps], reverse=True), levels[steps:]
+        reducing = sorted(rng.sample(range(blocks), len(chosen)))
+        yield _assembled(space, dict(zip(reducing, chosen, strict=True)), rng.randint(-1, blocks), rng)
+
+
+def random_schedule(space: SearchSpace, rng: Random) -> Schedule:
+    """A schedule of any kind: few reductions or many, early or late, small or large."""
+    blocks = len(space.searchable)
+    count = rng.randint(1, blocks)
+    least = rng.randint(space.least, max(space.least, space.tokens // 2))
+    counts = sorted((rng.randint(least, space.tokens - 1) for _ in range(count)), reverse=True)
+    reducing = dict(zip(sorted(rng.sample(range(blocks), count)), counts, strict=True))
+    return _assembled(space, reducing, rng.choice((-1, blocks, rng.randrange(blocks))), rng)
+
+
+def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: Random) -> Schedule:
+    """The schedule that leaves so many tokens in some of the searchable blocks: by pruning alone before block number
+    `merging`, by merging from there on, with some pruning before it in every other block."""
+    counts, before = [], space.tokens
+    for block in range(len(space.searchable)):
+        after = min(before, leaving.get(block, before))
+        if space.prunes:
+            pruned = rng.choice((before, rng.randint(after, before)))
+            counts.append(after if block < merging else pruned)
+        counts.append(after)
+        before = after
+    return space.schedule(counts)
+
+
+Parts = tuple[Callable[..., Any], ...]  # `attended`, `reduced` and `mlp_branch` of a block
+
+
+class TimedRun(NamedTuple):
+    """One forward pass: the tokens of each block, whether those that enter it stand for several, and `seconds`: before
+    the first block, of each block's attention, reduction and MLP, and after the last."""
+
+    kept: tuple[Kept, ...]
+    sized: tuple[bool, ...]
+    seconds: np.ndarray
+
+    def blocks(self) -> Iterator[tuple[Any, ...]]:
+        """Tokens, sizes and the three times of each block."""
+        times = self.seconds[1:-1].reshape(-1, 3).tolist()
+        return ((*block, *seconds) for *block, seconds in zip(self.kept, self.sized, times, strict=True))
+
+
+def parts_of(compiled: bool) -> Parts:
+    """The parts of a block; compiled for any number of tokens, since one for each would take minutes."""
+    parts = attended, reduced, mlp_branch
+    return tuple(torch.compile(part, dynamic=True) for part in parts) if compiled else parts
+
+
+@torch.inference_mode()
+def timed_run(model: CompressedModel, parts: Parts, images: Tensor, schedule: Schedule) -> TimedRun:
+    """Run `model` on `images` at `schedule`, each part of each block timed."""
+    attention, reduction, mlp = parts
+    watch = Stopwatch(images.device)
+    watch.mark()
+    entry = model.enter(images)
+    state, steps = model.prepared(entry.state, schedule), model.steps(entry, schedule)
+    watch.mark()
+    kept, sized = [], []
+    for block, positions, counts, read in steps:
+        kept.append(counts)
+        sized.append(state.size is not None)
+        state, importance = attention(block, positions, model.rule, state, counts, read)
+        watch.mark()
+        if removes(counts, read):
+            state = reduction(model.rule, state, importance, counts)
+        watch.mark()
+        state = replaced(state, x=mlp(block, state.x))
+        watch.mark()
+    model.classify(state)
+    watch.mark()
+    return TimedRun(tuple(kept), tuple(sized), np.array(watch.seconds()))
+
 
 BATCH_SIZE = 8
 SECONDS = 30.0  # of timed runs

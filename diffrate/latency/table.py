@@ -1,16 +1,119 @@
-"""What a schedule costs in seconds: the sum of what its blocks' parts were measured to cost. No torch here."""
+"""From timed runs to what each part of a block costs at any number of tokens. No torch here.
+
+All parts are fitted at once to all samples of a kind of block, by least squares of relative errors in which
+outliers count less. Times over tokens are piecewise linear and never fall; what a reduction adds is linear in
+the rows that it moves and in the pairs that it compares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy.optimize import lsq_linear
 
-from diffrate.budgets.schedule import Kept, Schedule, running_counts
-from diffrate.latency.curves import MERGING_TERMS, Curve, powers, reduction_terms
+from diffrate.schedule import Kept, Schedule, running_counts
+
+REWEIGHTED = 6  # times
+OUTLIER = 2.0  # median deviations, from which on samples count less
+SAMPLES_A_KNOT = 4.0  # at least, in the mean
+BELIEVED = (0.5, 3.0)  # of a factor on a price
+DOUBT = 0.02  # of a whole run's time, that a factor of 2 is believed at
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds over tokens: linear between knots, and never falling."""
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, tokens: np.ndarray) -> np.ndarray:
+        """Seconds at numbers of tokens, `[...]`; the ends go on as they are."""
+        return np.interp(tokens, self.tokens, self.seconds)
+
+
+def fit_curve(
+    tokens: Sequence[int], seconds: Sequence[float], knots: Sequence[int], *flags: Sequence[bool]
+) -> tuple[Curve, list[tuple[float, ...]]]:
+    """The curve through samples at numbers of `tokens`, with as many of the `knots` as samples suffice for, and what
+    the samples take more where each of the `flags` is set: coefficients of `powers`."""
+    counts = np.asarray(tokens)
+    chosen = _thinned(knots, len(counts), len(set(tokens)))
+    more = [np.asarray(flag, dtype=np.float64)[:, None] * powers(counts) for flag in flags]
+    weights = _fitted(np.concatenate([_rising(counts, chosen), *more], axis=1), np.asarray(seconds), len(chosen))
+    steps, *found = np.split(weights, range(len(chosen), len(weights), 3))
+    return Curve(tuple(chosen), tuple(np.cumsum(steps).tolist())), [tuple(one.tolist()) for one in found]
+
+
+def fit_terms(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients of `terms` `[S, F]` that give `seconds` `[S]`, none below 0."""
+    columns = np.asarray(terms, dtype=np.float64)
+    return tuple(_fitted(columns, np.asarray(seconds), columns.shape[1]).tolist())
+
+
+def powers(tokens: np.ndarray) -> np.ndarray:
+    """1, N and N^2 of numbers of tokens `[...]`, as `[..., 3]`."""
+    counts = np.asarray(tokens, dtype=np.float64)
+    return np.stack([np.ones_like(counts), counts, counts**2], axis=-1)
+
+
+MERGING_TERMS = range(3, 6)  # of those of a reduction's price
+
+
+def reduction_terms(kept: Kept, sized: bool) -> list[float]:
+    """What a block's reduction depends on: that it is there at all, the rows that come and that stay after pruning;
+    where it merges, that it does, the tokens before, and the pairs of sources and destinations; and sizes."""
+    pairs = (kept.pruned - kept.merged) * kept.merged
+    merging = [1.0, float(kept.pruned), float(pairs)] if kept.merged < kept.pruned else [0.0] * len(MERGING_TERMS)
+    return [1.0, float(kept.entering), float(kept.pruned), *merging, float(sized)]
+
+
+def fit_prices(
+    rest: Sequence[float], going: Sequence[float], merging: Sequence[float], taken: Sequence[float]
+) -> tuple[float, float]:
+    """By how much the price of letting tokens go, and what merging adds to it, are to be multiplied so that with the
+    `rest` they come to the seconds `taken` by whole runs: two factors, 1 as far as the runs do not say otherwise."""
+    whole = np.asarray(taken, dtype=np.float64)
+    columns = np.stack([going, merging], axis=1) / whole[:, None]
+    doubt = DOUBT * np.eye(2)
+    found = lsq_linear(
+        np.concatenate([columns, doubt]),
+        np.concatenate([1 - np.asarray(rest) / whole, doubt.sum(axis=0)]),
+        bounds=BELIEVED,
+        method="bvls",
+    )
+    return float(found.x[0]), float(found.x[1])
+
+
+def _rising(tokens: np.ndarray, knots: Sequence[int]) -> np.ndarray:
+    """For weights that are the steps from knot to knot: `[S, K]`, rows sum up to what is reached at each sample."""
+    reached = np.interp(tokens, knots, np.arange(len(knots)))
+    return np.clip(reached[:, None] - np.arange(len(knots)) + 1, 0, 1)
+
+
+def _thinned(knots: Sequence[int], samples: int, different: int) -> list[int]:
+    """As many of the knots, at even steps, as there are samples for; the ends at least."""
+    wanted = max(1, min(len(knots), different, int(samples / SAMPLES_A_KNOT)))
+    return [knots[round(at)] for at in np.linspace(0, len(knots) - 1, wanted)] if wanted > 1 else [knots[-1]]
+
+
+def _fitted(columns: np.ndarray, seconds: np.ndarray, rising: int) -> np.ndarray:
+    """The weights of `columns` `[S, F]` that give `seconds` `[S]`; the first `rising` not below 0."""
+    least = np.concatenate([np.zeros(rising), np.full(columns.shape[1] - rising, -np.inf)])
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-12)
+    trust, weights = np.ones(len(seconds)), np.zeros(columns.shape[1])
+    for _ in range(REWEIGHTED):
+        rows = trust / seconds
+        found = lsq_linear(columns / scale * rows[:, None], seconds * rows, bounds=(least, np.inf), method="bvls")
+        weights = found.x / scale
+        apart = np.abs(columns @ weights / seconds - 1)
+        limit = OUTLIER * max(float(np.median(apart)), 1e-6)
+        trust = np.sqrt(np.minimum(1.0, limit / np.maximum(apart, 1e-12)))
+    return weights
+
 
 LEAST = 0.5  # of the plain attention's time, that attention takes where importance is asked for
 

@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from diffrate.blocks.block import fixed_block
 from diffrate.blocks.forms import UnsupportedModelError, check_block, has_hooks, is_read
-from diffrate.blocks.positions import NO_POSITIONS, Positions
-from diffrate.blocks.rule import ReductionRule
+from diffrate.blocks.heads import NO_POSITIONS, Positions
+from diffrate.blocks.masked_block import BlockPlan, plan_search, search_block
+from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import TokenState, in_graph, replaced, size_dtype
-from diffrate.budgets.flops import Count
-from diffrate.budgets.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
-from diffrate.patch.sizes import channels_of
+from diffrate.flops import Count
+from diffrate.patch.shapes import channels_of
 from diffrate.patch.state import CompressionState
-from diffrate.rates.masked_block import BlockPlan, plan_search, search_block
+from diffrate.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
 
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
 

@@ -9,17 +9,15 @@ from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
-from diffrate.blocks.positions import NO_POSITIONS, Positions
-from diffrate.blocks.rule import IntoMostSimilarKept, PlainMean, ReceivedAttention, ReductionRule
+from diffrate.blocks.heads import NO_POSITIONS, Positions
+from diffrate.blocks.reduction import IntoMostSimilarKept, PlainMean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
-from diffrate.budgets.flops import Count, StageShape, caformer_flops
-from diffrate.budgets.schedule import MERGE_FIELD, Kept, Schedule, ScheduleError
-from diffrate.budgets.space import GRANULARITY, SearchSpace
+from diffrate.flops import Count, StageShape, caformer_flops
 from diffrate.patch.base import CompressedModel, Entry
-from diffrate.patch.features import taken_of
-from diffrate.patch.grid import as_map, restore
-from diffrate.patch.sizes import as_size
+from diffrate.patch.features import as_map, restore, taken_of
+from diffrate.patch.shapes import as_size
 from diffrate.patch.state import CompressionState
+from diffrate.schedule import GRANULARITY, MERGE_FIELD, Kept, Schedule, ScheduleError, SearchSpace
 
 MIXERS = (SepConv, SepConv, Attention, Attention)
 # timm's port of the head normalises with 1e-6, the original with 1e-5: logits differ by 1e-6.

@@ -13,19 +13,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
-from diffrate.blocks.positions import Positions
-from diffrate.blocks.rule import published_rule
+from diffrate.blocks.heads import Positions
+from diffrate.blocks.reduction import published_rule
 from diffrate.blocks.tokens import TokenState, replaced
-from diffrate.budgets.flops import Count, VitShape, vit_flops
-from diffrate.budgets.schedule import Schedule
-from diffrate.budgets.space import SearchSpace
+from diffrate.flops import Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel
-from diffrate.patch.features import Features
-from diffrate.patch.grid import restore
+from diffrate.patch.features import Features, restore
 from diffrate.patch.pooling import POOLS, pool_parts, pooled
-from diffrate.patch.shapes import block_shape, pool_shape, stem_flops, weights
-from diffrate.patch.sizes import Size, as_size, channels_of
+from diffrate.patch.shapes import Size, as_size, block_shape, channels_of, pool_shape, stem_flops, weights
 from diffrate.patch.state import CompressionState
+from diffrate.schedule import Schedule, SearchSpace
 
 LEAST_PATCHES = 2  # one is nothing to choose from
 # Typed as a ViT for the reader and the type checker; at run time the families mix it in themselves.

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrate.budgets.schedule import Schedule, make_schedule
-from diffrate.budgets.space import SearchSpace
-from diffrate.rates.rate import Choice, candidate_count, draw, expectation, flattest_logits
+from diffrate.blocks.rates import Choice, candidate_count, draw, expectation, flattest_logits
+from diffrate.schedule import Schedule, SearchSpace, make_schedule
 
 
 class CompressionState(nn.Module):

@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from diffrate.device import seed_everything, step_seed
 from diffrate.group import least, rank
 from diffrate.searching.settings import SearchSettingError
-from diffrate.seeds import seed_everything, step_seed
 
 Batch = tuple[Tensor, Tensor]
 

@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffrate.budgets.schedule import Schedule
-from diffrate.budgets.space import SearchSpace
+from diffrate.device import autocast, place_of
+from diffrate.evaluation import images_of, modes_kept
 from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel, require_patched
-from diffrate.running.batch import images_of
-from diffrate.running.evaluation import modes_kept
-from diffrate.running.precision import autocast, place_of
-from diffrate.searching.loop import NonFiniteLossError
+from diffrate.schedule import Schedule, SearchSpace
+from diffrate.searching.gradient import NonFiniteLossError
 from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.teacher import Teacher, angle, spread_of
 

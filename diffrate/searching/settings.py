@@ -13,9 +13,9 @@ from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diffrate.budgets.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
-from diffrate.budgets.schedule import Schedule
+from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
 from diffrate.latency.table import LatencyTable
+from diffrate.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch

@@ -2,23 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor, nn
 
-from diffrate.budgets.budget import ADVICE, LATENCY, SHARE, SPEEDUP, Budget, BudgetError, Target
-from diffrate.budgets.schedule import Schedule
+from diffrate.blocks.masked_block import BlockPlan
+from diffrate.blocks.rates import Choice, with_gradient_of
+from diffrate.budget import ADVICE, LATENCY, SHARE, SPEEDUP, Budget, BudgetError, Target
 from diffrate.group import made_by_first
 from diffrate.latency.confirm import Again, Confirmed, confirmed, measured_times
-from diffrate.latency.file import read_table
 from diffrate.latency.measure import BATCH_SIZE, measure_latency
-from diffrate.latency.setting import Use, check_table, setting_of, use_of
-from diffrate.latency.table import LatencyTable
+from diffrate.latency.setting import Use, check_table, read_table, setting_of, use_of
+from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel
-from diffrate.running.timing import PairedTimes
+from diffrate.schedule import Kept, Schedule
 from diffrate.searching.settings import SearchSettingError
+from diffrate.timing import PairedTimes
+
+GAIN = 0.2  # of the value, a step, for each whole excess
+STIFFNESS = 60.0  # an excess of 2 % weighs about as much as the classification loss
+MOST = 0.1  # of an excess that the value takes in: far from the target, it would rise without end
+MEMORY = 0.9  # of the running mean
+
+
+@dataclass
+class Multiplier:
+    """What an excess costs: `value` in its `unit`, which is 0 before the first step."""
+
+    value: float = 0.0
+    unit: float = 0.0
+
+    def add(self, rates: Sequence[nn.Parameter], slopes: Sequence[Tensor], excess: float, scale: float) -> None:
+        """Add the cost's part to the gradients of `rates`, which are `scale` times those of the classification loss.
+
+        `slopes` are the gradients of the excess, as a share of the target. Gradients that are no numbers are left
+        to the scaler, which passes the step over.
+        """
+        lengths = [torch.cat([part.flatten() for part in parts]).norm() for parts in (_gradients(rates), slopes)]
+        own, other = torch.stack(lengths).tolist()
+        unit = own / scale / other if other else math.nan
+        if not math.isfinite(unit):
+            return
+        self.unit = MEMORY * self.unit + (1 - MEMORY) * unit if self.unit else unit
+        weight = self.unit * (self.value + STIFFNESS * excess)
+        self.value += GAIN * max(-MOST, min(MOST, excess))
+        for gradient, slope in zip(_gradients(rates), slopes, strict=True):
+            gradient.add_(slope, alpha=weight * scale)
+
+    def plain(self) -> list[float]:
+        """Both numbers for a checkpoint."""
+        return [self.value, self.unit]
+
+    @classmethod
+    def from_plain(cls, numbers: Sequence[float] | None) -> Multiplier:
+        """Back; None, from files of searches that had none, is a fresh one."""
+        return cls() if numbers is None else cls(*numbers)
+
+
+def _gradients(rates: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [rate.grad for rate in rates if rate.grad is not None]
+
+
+SMOOTHED = 16  # tokens to both sides that a slope is taken over: kernels move in steps, and would have none between
+
+
+def expected_seconds(table: LatencyTable, plans: Sequence[BlockPlan]) -> Tensor:
+    """Of one image, for the plans of all blocks."""
+    prunes = any(plan.prune is not None for plan in plans)
+    schedule = Schedule(tuple(plan.pruned for plan in plans) if prunes else None, tuple(plan.merged for plan in plans))
+    soft = plans[0].cost[0].new_zeros(())
+    for plan, step in zip(plans, table.steps(schedule), strict=True):
+        soft = soft + _block(plan, *step)
+    return with_gradient_of(soft.new_tensor(table.seconds(schedule)), soft / table.batch_size)
+
+
+def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool) -> Tensor:
+    """What carries the gradient of a block's seconds, for a batch."""
+    entering, leaving = plan.cost
+    soft = entering * _slope(times.plain, kept.entering)
+    if times.read is not None:
+        return soft
+    soft = soft + leaving * _slope(times.after, kept.merged)
+    fewer = max(1, kept.merged - 1)
+    pruning = times.price(Kept(kept.entering, fewer, fewer), sized)
+    merging = times.price(Kept(kept.entering, kept.entering, fewer), sized)
+    prune, merge = _reducing(plan.prune, plan.entering), _reducing(plan.merge, plan.pruned)
+    if prune is None:
+        return soft if merge is None else soft + merging * merge
+    return (
+        soft
+        + pruning * (prune if merge is None else 1 - (1 - prune) * (1 - merge))
+        + (0.0 if merge is None else max(0.0, merging - pruning) * merge)
+    )
+
+
+def _reducing(choice: Choice | None, tokens: int) -> Tensor | None:
+    """The probability that a choice keeps fewer than the `tokens` that are there: the least important one goes."""
+    return None if choice is None else 1 - choice.survival[tokens - 1]
+
+
+def _slope(seconds: Sequence[float], tokens: int) -> float:
+    """Of a curve at every number of tokens, around one."""
+    low, high = max(0, tokens - SMOOTHED), min(len(seconds) - 1, tokens + SMOOTHED)
+    return (seconds[high] - seconds[low]) / max(1, high - low)
+
 
 REACH = 1.15  # a few seconds tell a ratio no better: what is further away than this is out of reach
 REACH_SECONDS = 2.0

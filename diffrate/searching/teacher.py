@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.forms import UnsupportedModelError
-from diffrate.budgets.schedule import Schedule
+from diffrate.device import autocast, place_of
+from diffrate.evaluation import images_of, modes_kept
 from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier
 from diffrate.patch.features import Features
-from diffrate.running.batch import images_of
-from diffrate.running.evaluation import modes_kept
-from diffrate.running.precision import autocast, place_of
+from diffrate.schedule import Schedule
 
 LEAST_SPREAD = 1e-9  # of outputs, as a share of their mean square: one image alone has none
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffrate
-from diffrate.budgets.schedule import find_schedule
+from diffrate.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.cli.test_eval import PROJECT, official_file, scores
 from tests.cli.test_finetune import HALF, MODEL, PLAIN

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import engine
-from diffrate.running.compiled import FixedBatch
+from diffrate.device import FixedBatch
 from tests.cli.test_eval import PROJECT, scores
 from tests.conftest import Cli
 from tests.test_patch import images, patched

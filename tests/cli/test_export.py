@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import diffrate
-from diffrate.exporting import targets
+from diffrate.files import targets
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 from tests.tiny_models import saved_file

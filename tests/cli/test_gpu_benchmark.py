@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from diffrate.running import speed, timing
+from diffrate import timing
+from diffrate import timing as speed
 from tests.gpu import test_cuda
 
 TINY = gpu.SETTINGS["cpu"]

@@ -14,7 +14,7 @@ import diffrate
 import models
 from benchmarks.parts import build_step
 from benchmarks.speed import Subject
-from diffrate.budgets.schedule import find_schedule
+from diffrate.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image

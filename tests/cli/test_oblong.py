@@ -22,7 +22,7 @@ from cli.flags import parse_flags
 from cli.image_page import page, see
 from cli.settings import Augmentation
 from cli.transforms import View, crop_view, eval_transform, train_transform
-from diffrate.saving.about import about
+from diffrate.files.header import about
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image

@@ -21,9 +21,9 @@ from cli.plots import (
     speed_figure,
     work_figure,
 )
-from diffrate.budgets import uniform
-from diffrate.budgets.budget import Budget, BudgetError
-from diffrate.budgets.schedule import Schedule
+from diffrate import budget as uniform
+from diffrate.budget import Budget, BudgetError
+from diffrate.schedule import Schedule
 from tests.conftest import Cli
 from tests.test_patch import patched
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 import engine
 from cli.settings import Augmentation
 from cli.transforms import View, _posterize, train_transform
-from diffrate.seeds import seed_everything
+from diffrate.device import seed_everything
 from tests.cli.test_eval import PROJECT
 from tests.cli.test_finetune import FULL, records
 from tests.conftest import Cli

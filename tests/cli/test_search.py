@@ -18,8 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from diffrate.budgets.budget import meets_budget
-from diffrate.budgets.schedule import find_schedule
+from diffrate.budget import meets_budget
+from diffrate.schedule import find_schedule
 from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
 from tests.conftest import Cli

@@ -11,11 +11,11 @@ import pytest
 
 import cli.benchmark
 import cli.latency
-import diffrate.latency.check as check_module
+import diffrate.latency.confirm as check_module
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 import diffrate.searching.target as target
-from diffrate.running import timing
+from diffrate import timing
 from sample import MODEL as SAMPLE
 from tests.cli.test_errors import check
 from tests.conftest import Cli

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffrate.budgets.schedule import find_schedule
+from diffrate.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.cli.test_eval import PROJECT, scores
 from tests.cli.test_search import KEY, MODEL, words

@@ -15,9 +15,9 @@ import torch
 import diffrate
 import models
 from cli.schedules import PROJECT_RATES
-from diffrate.budgets.schedule import find_schedule
-from diffrate.exporting.files import load_exported
-from diffrate.exporting.verify import fresh_images
+from diffrate.files.export import fresh_images
+from diffrate.files.runtimes import load_exported
+from diffrate.schedule import find_schedule
 
 BATCHES = (1, 3, 8)  # from one file
 SPREAD = 0.02  # added to the weights

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 import diffrate
-from diffrate.exporting.files import KINDS, load_exported
-from diffrate.exporting.graph import traced
-from diffrate.exporting.metadata import Metadata
+from diffrate.files.graph import traced
+from diffrate.files.runtimes import KINDS, Metadata, load_exported
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 
 PRUNED, MERGED = (1.0, 0.8, 0.6, 0.4), (1.0, 0.7, 0.5, 0.3)  # shares of the patches that the four blocks keep

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import diffrate
-from diffrate.exporting import export as exporting
-from diffrate.exporting import files
-from diffrate.exporting.export import Exported
-from diffrate.exporting.files import load_exported
-from diffrate.exporting.targets import TARGETS
-from diffrate.exporting.verify import compare
+from diffrate.files import export as exporting
+from diffrate.files import runtimes as files
+from diffrate.files.export import Exported, compare
+from diffrate.files.runtimes import load_exported
+from diffrate.files.targets import TARGETS
 from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain, schedule_for
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
@@ -145,7 +144,7 @@ def test_a_batch_size_that_is_baked_in_is_refused(
     model: diffrate.CompressedModel, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def frozen(live: Any, dtype: torch.dtype, normalization: Any) -> Any:
-        from diffrate.exporting.graph import Logits
+        from diffrate.files.graph import Logits
 
         return torch.export.export(Logits(live, dtype, normalization).eval(), (torch.zeros(2, 3, 32, 32),))
 

@@ -10,7 +10,7 @@ import torch
 from cli.data import eval_dataset
 from cli.flags import parse_flags
 from cli.model import chosen_entry
-from diffrate.exporting.files import load_exported
+from diffrate.files.runtimes import load_exported
 from tests.conftest import Cli
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import diffrate
-from diffrate.budgets.budget import meets_budget
+from diffrate.budget import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from tests import recipe_weights
 from tests.constructions import CONSTRUCTIONS, images_for

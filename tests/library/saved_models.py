@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor
 
+from diffrate.files.header import SavedModelError
 from diffrate.patch.base import CompressedModel
-from diffrate.patch.sizes import input_size
-from diffrate.saving.about import SavedModelError
+from diffrate.patch.shapes import input_size
 
 needs_arguments = pytest.mark.skipif(
     not hasattr(timm.create_model("test_vit"), "_model_args"), reason="needs a timm that keeps what it was given"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffrate
-from diffrate.running.batch import split_batch
+from diffrate.evaluation import split_batch
 from diffrate.searching.teacher import losses_at
 from tests.library.test_search_function import small
 

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.budgets.budget import meets_budget
-from diffrate.running.precision import place_of
-from diffrate.searching.calibrate import _chosen
+from diffrate.budget import meets_budget
+from diffrate.device import place_of
 from diffrate.searching.calibration import Calibration, Reference
-from diffrate.searching.moves import Moves
+from diffrate.searching.hard_counts import _chosen
+from diffrate.searching.moves import Moves, Surrogate
 from diffrate.searching.settings import SearchSettingError
-from diffrate.searching.surrogate import Surrogate
 from diffrate.searching.teacher import Teacher
 from tests.constructions import build, images_for
 from tests.forked import two
@@ -210,7 +209,7 @@ class SlowClock:
             self.seconds += images * share / self.pace * (self.slower if hasattr(held, "seen") else 1.0)
 
         monkeypatch.setattr(Calibration, "_worked", passes)
-        monkeypatch.setattr("diffrate.searching.clock.time.monotonic", lambda: self.seconds)
+        monkeypatch.setattr("diffrate.searching.calibration.time.monotonic", lambda: self.seconds)
 
 
 @pytest.mark.parametrize("slower", [1.0, 8.0])

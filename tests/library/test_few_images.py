@@ -12,8 +12,7 @@ import models
 import sample
 from cli.transforms import View, eval_transform
 from datasets import build_dataset, build_images
-from diffrate.budgets.budget import Budget, meets_budget
-from diffrate.budgets.uniform import uniform_schedules
+from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.searching.teacher import losses_at
 
 WEIGHTS = Path(sample.__file__).with_name(f"{sample.MODEL}.pth")

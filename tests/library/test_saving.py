@@ -25,13 +25,14 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import Tensor, nn
 
 import diffrate
-from diffrate.blocks.rule import RandomImportance
-from diffrate.patch.any import vit
+from diffrate.blocks.reduction import RandomImportance
+from diffrate.files import header as hub
+from diffrate.files import save as files
+from diffrate.files.header import About, SavedModelError, about
+from diffrate.files.save import load, save
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.caformer import caformer
-from diffrate.saving import files, hub
-from diffrate.saving.about import About, SavedModelError, about
-from diffrate.saving.files import load, save
+from diffrate.patch.timm_families import vit
 from tests.library.saved_models import assert_same, logits, needs_arguments, refusal, scheduled
 
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -355,7 +356,7 @@ def test_preprocessing_comes_from_the_model_and_goes_back(path: Path) -> None:
 def test_headers_are_read_without_torch(saved: Path) -> None:
     code = f"""
 import sys
-from diffrate.saving.about import about
+from diffrate.files.header import about
 assert about({str(saved)!r}).name == "tiny"
 assert not sys.modules.keys() & {{"torch", "timm", "PIL"}}
 """

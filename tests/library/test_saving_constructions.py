@@ -17,11 +17,11 @@ from timm.models.metaformer import Attention, SepConv
 from timm.models.naflexvit import NaFlexVitCfg
 from torch import nn
 
-from diffrate.patch.any import families, vit
+from diffrate.files.header import ARGUMENTS, about
+from diffrate.files.save import load, save
 from diffrate.patch.base import CompressedModel
-from diffrate.patch.sizes import input_size
-from diffrate.saving.about import ARGUMENTS, about
-from diffrate.saving.files import load, save
+from diffrate.patch.shapes import input_size
+from diffrate.patch.timm_families import families, vit
 from tests.constructions import CONSTRUCTIONS, build, size_of
 from tests.library.saved_models import assert_same, needs_arguments, refusal, scheduled
 

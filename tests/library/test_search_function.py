@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate
 import models
-from diffrate.budgets.budget import meets_budget
+from diffrate.budget import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
-from diffrate.searching.pace import paced
+from diffrate.searching.gradient import paced
 from diffrate.searching.settings import Course, SearchSettingError, SearchSettings
 from diffrate.searching.teacher import losses_at
 

@@ -14,13 +14,12 @@ import diffrate
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 import diffrate.searching.target as target
-from diffrate.budgets.budget import Budget
-from diffrate.budgets.uniform import uniform_schedules
-from diffrate.latency.probing import random_schedule
+from diffrate import timing
+from diffrate.budget import Budget, uniform_schedules
+from diffrate.latency.measure import random_schedule
 from diffrate.latency.setting import use_of
 from diffrate.latency.table import LatencyTable
-from diffrate.running import timing
-from diffrate.running.timing import PairedTimes
+from diffrate.timing import PairedTimes
 from tests.test_latency import table_of
 from tests.test_patch import patched
 

@@ -1,0 +1,214 @@
+"""Into heads and out of them, and what attention knows of positions, for each of timm's attentions.
+
+One small class per form; `projection_of` finds it by the type of the module. Submodules are read by
+name, a timm attention's `forward` is never called."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.metaformer import Attention as MetaFormerAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffrate.blocks.attention import Heads
+from diffrate.blocks.tokens import replaced
+
+
+class Projection(ABC):
+    """One form of attention. `parts` are the submodules and parameters that it reads."""
+
+    parts: frozenset[str] = frozenset({"q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
+
+    @abstractmethod
+    def split(self, attention: Any, x: Tensor) -> Heads:
+        """Queries, keys and values of `x` `[B, N, C]`."""
+
+    def mixing(self, attention: Any) -> int:
+        """Width of queries and of values, all heads together: multiply-accumulates that a pair of tokens costs."""
+        return 2 * attention.proj.in_features
+
+    def join(self, attention: Any, mixed: Tensor, x: Tensor) -> Tensor:
+        """`[B, Q, C]` of the heads' output `[B, H, Q, V]`, for the first Q tokens of the input `x` `[B, N, C]`."""
+        joined = _optional(attention, "norm", mixed.transpose(1, 2).flatten(2))
+        if getattr(attention, "gate", None) is not None:
+            joined = joined * attention.gate(x[:, : mixed.shape[2]]).sigmoid()
+        return attention.proj_drop(attention.proj(joined))
+
+
+class Fused(Projection):
+    """One linear layer makes queries, keys and values."""
+
+    parts = Projection.parts | {"qkv", "rel_pos"}  # relative biases are read as positions
+
+    def split(self, attention: Any, x: Tensor) -> Heads:
+        qkv = self.project(attention, x).chunk(3, dim=-1)
+        return _normalised(attention, *(item.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for item in qkv))
+
+    def project(self, attention: Any, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side, `[B, N, 3 H D]`."""
+        return attention.qkv(x)
+
+
+class FusedWithBiases(Fused):
+    """The same without a bias of its own: those of queries and values are parameters beside it, keys have none."""
+
+    parts = Fused.parts | {"q_bias", "v_bias", "relative_position_bias_table"}
+
+    def project(self, attention: Any, x: Tensor) -> Tensor:
+        if attention.q_bias is None:
+            return attention.qkv(x)
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        if type(attention.qkv) is not nn.Linear:  # such as an adapter, which its weight alone does not show
+            return attention.qkv(x) + bias
+        return F.linear(x, attention.qkv.weight, bias)
+
+
+class Either(Projection):
+    """Fused, or three linear layers, of which those of keys and values may make fewer heads than there are queries."""
+
+    parts = FusedWithBiases.parts | {"q_proj", "k_proj", "v_proj"}
+
+    def __init__(self, fused: Fused) -> None:
+        self.fused = fused
+
+    def split(self, attention: Any, x: Tensor) -> Heads:
+        if attention.qkv is not None:
+            return self.fused.split(attention, x)
+        projected = (getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        width = attention.q_proj.out_features // attention.num_heads
+        query, key, value = (item.unflatten(-1, (-1, width)).transpose(1, 2) for item in projected)
+        heads = _normalised(attention, query, key, value)
+        groups = attention.num_heads // key.shape[1]
+        if groups == 1:
+            return heads
+        key, value = (item.repeat_interleave(groups, dim=1) for item in (heads.key, heads.value))
+        return replaced(heads, key=key, value=value)
+
+
+class Differential(Projection):
+    """Two maps for each head, the second taken off the first (arXiv 2410.05258).
+
+    To the rest of the block they are twice as many heads; neighbours have the same values.
+    """
+
+    parts = Fused.parts | {"sub_norm", "lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
+
+    def split(self, attention: Any, x: Tensor) -> Heads:
+        query, key, value = attention.qkv(x).chunk(3, dim=-1)
+        query, key = (item.unflatten(-1, (2 * attention.num_heads, -1)).transpose(1, 2) for item in (query, key))
+        value = value.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        return _normalised(attention, query, key, value.repeat_interleave(2, dim=1))
+
+    def mixing(self, attention: Any) -> int:
+        return 3 * attention.proj.in_features
+
+    def join(self, attention: Any, mixed: Tensor, x: Tensor) -> Tensor:
+        first, second = mixed.unflatten(1, (-1, 2)).unbind(2)
+        difference = first - self.weight(attention).type_as(mixed) * second
+        return super().join(attention, attention.sub_norm(difference) * (1 - attention.lambda_init), x)
+
+    @staticmethod
+    def weight(attention: Any) -> Tensor:
+        """How much of the second map is taken off, lambda in the paper (its equation 2)."""
+        if attention.lambda_a is not None:
+            first, second = attention.lambda_a, attention.lambda_b
+        else:
+            first = (attention.lambda_q1 * attention.lambda_k1).sum(-1).float()
+            second = (attention.lambda_q2 * attention.lambda_k2).sum(-1).float()
+        return first.exp() - second.exp() + attention.lambda_init
+
+
+PROJECTIONS: dict[type[nn.Module], Projection] = {
+    Attention: Fused(),
+    MetaFormerAttention: Fused(),
+    RelPosAttention: Fused(),
+    BeitAttention: FusedWithBiases(),
+    EvaAttention: Either(FusedWithBiases()),
+    AttentionRope: Either(Fused()),
+}
+try:
+    from timm.layers.diff_attention import DiffAttention
+except ImportError:  # before timm 1.0.24, which has no models with it either
+    pass
+else:
+    PROJECTIONS[DiffAttention] = Differential()
+
+
+def projection_of(attention: nn.Module) -> Projection:
+    """How an attention of a known type projects."""
+    return PROJECTIONS[type(attention)]
+
+
+def _normalised(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Heads:
+    query, key = _optional(attention, "q_norm", query), _optional(attention, "k_norm", key)
+    return Heads(query, key, value, attention.scale)
+
+
+def _optional(module: Any, name: str, value: Tensor) -> Tensor:
+    """`value` through the submodule `name` where there is one (not every attention has norms)."""
+    return getattr(module, name)(value) if hasattr(module, name) else value
+
+
+class Positions:
+    """Nothing is known of positions: of models whose embeddings are in the features."""
+
+    def turn(self, heads: Heads, place: Tensor | None) -> Heads:
+        """Queries and keys turned by the angles of their places `[B or 1, N]` (RoPE)."""
+        return heads
+
+    def pairs(self, place: Tensor | None) -> Tensor | None:
+        """What is added to the scores of each pair of tokens, `[B or 1, H, N, N]`; None for nothing."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary(Positions):
+    """Angles of every input position: `table` has their sines, then their cosines, `[N0, 2 D]`, or `[H, N0, 2 D]`
+    where heads differ; `half` is timm's name for the layout in which the first half of the channels turns
+    with the second, not each with its neighbour."""
+
+    table: Tensor
+    half: bool
+
+    def turn(self, heads: Heads, place: Tensor | None) -> Heads:
+        assert place is not None
+        table = self.table[place] if self.table.ndim == 2 else self.table[:, place].transpose(0, 1)
+        angles = table if table.ndim == 4 else table[:, None]  # [B, 1 or H, N, 2 D]
+        query, key = (apply_rot_embed_cat(item, angles, half=self.half) for item in (heads.query, heads.key))
+        return replaced(heads, query=query.type_as(heads.value), key=key.type_as(heads.value))
+
+
+@dataclass(frozen=True, eq=False)
+class PairBias(Positions):
+    """A bias of every pair of input positions: `table()` makes it when it is needed, `[H, N0, N0]`, since those
+    of all blocks together are large. Rows ask and columns are seen."""
+
+    table: Callable[[], Tensor]
+
+    def pairs(self, place: Tensor | None) -> Tensor | None:
+        assert place is not None
+        table = self.table()
+        pair = place[:, :, None] * table.shape[-1] + place[:, None, :]
+        found = table.flatten(1).index_select(1, pair.flatten())
+        return found.unflatten(1, pair.shape).transpose(0, 1)
+
+
+NO_POSITIONS = Positions()
+
+
+def with_prefix(table: Tensor, prefix: int) -> Tensor:
+    """A table of sines and cosines `[..., N, 2 D]` with `prefix` tokens in front that are not turned."""
+    if not prefix:
+        return table
+    sines, cosines = torch.zeros_like(table[..., :prefix, :]).chunk(2, dim=-1)
+    return torch.cat([torch.cat([sines, cosines + 1], dim=-1), table], dim=-2)

@@ -1,0 +1,278 @@
+"""How a block lets tokens go, as a value: which tokens matter, which merge into which, and how they are averaged.
+
+A new importance, pairing or mean is a class here, with the attributes of the others beside it (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffrate.blocks.tokens import TokenState, alone, autocasts, in_graph, moved, rows_of, size_dtype, take
+from diffrate.schedule import Kept
+
+
+def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
+    """Positions `[B, kept]` of the tokens to keep: the first `prefix`, then the most important of the others.
+
+    `importance` `[B, N - prefix]` leaves the prefix out; the others come in falling order.
+    """
+    others = importance.topk(kept - prefix, dim=1).indices
+    if not prefix:
+        return others
+    if prefix == 1:
+        return F.pad(others + 1, (1, 0))
+    first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
+    return torch.cat([first, others + prefix], dim=1)
+
+
+def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
+    """The tokens at `index` `[B, K]`, in that order; the others are pruned."""
+    size = None if state.size is None else take(state.size, index)
+    place = None if state.place is None else take(state.place, index)
+    kept = TokenState(take(state.x, index), size, place=place)
+    if state.origin is None:
+        return kept
+    return moved(state, kept, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+
+
+# Negative cosines can bring a similarity-weighted size to 0 or below, and its logarithm to NaN. The
+# floor lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
+SIZE_FLOOR = 1e-30
+
+
+def length_of(x: Tensor) -> Tensor:
+    """The length of each token of `x` `[..., N, C]`, `[..., N]`, in float32 at least."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=size_dtype(x)).clamp(min=1e-12)
+
+
+def most_similar(sources: Tensor, candidates: Tensor, candidate_length: Tensor) -> tuple[Tensor, Tensor]:
+    """Which candidate each source is most similar to by their cosine, and the cosine times the source's own length,
+    which makes no difference to that: both `[..., S]`.
+
+    They come as features, `[..., S, C]` and `[..., K, C]` in float32 at least, with the candidates' length.
+    """
+    # Of the candidates, which are many, the products are divided by their length, not the features.
+    products = full_product(sources, candidates.transpose(-2, -1))
+    along, nearest = (products / candidate_length.unsqueeze(-2)).max(dim=-1)
+    return nearest, along
+
+
+def full_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left` `[..., S, C]` times `right` `[..., C, K]` in their own precision: half of it has not the range, and costs
+    more on many a CPU."""
+    # Not `@`, which exporters copy both sides for.
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    if not autocasts(left.device.type):
+        return multiply(left, right)
+    with torch.autocast(left.device.type, enabled=False):
+        return multiply(left, right)
+
+
+def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """`start` `[..., K]` plus each of `values` `[..., S]` at its `destination` `[..., S]`."""
+    if start.ndim == 1:
+        return start.index_add(0, destination, values)
+    if on_cpu(start):
+        return start.scatter_add(1, destination, values)
+    return add_by_product(start[:, :, None], destination, values[:, :, None]).squeeze(-1)
+
+
+def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """The first tokens of `x` `[B, K + S, C]`, `[B, K, C]`, plus each of `values` `[B, S, C]` at its `destination`.
+
+    In place, row by row: faster on a CPU; on a GPU the sums would come in another order each time. `values` may be
+    the last tokens of `x`.
+    """
+    (batch, tokens, _), sources = x.shape, destination.shape[1]
+    # Without the last image's sources, so that of one image no row is both read and written.
+    rows = x.flatten(0, 1)[: batch * tokens - sources]
+    rows.index_add_(0, rows_of(destination, tokens).flatten(), values.flatten(0, 1))
+    return x[:, : tokens - sources]
+
+
+def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """`start` `[B, K, C]` plus each of `values` `[B, S, C]` at its `destination`, as a product with a matrix of ones
+    and zeros, `[B, K, S]`: the same sums each time."""
+    goes_to = destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]
+    with torch.autocast(start.device.type, enabled=False):  # tokens keep the residual stream's precision
+        return torch.baddbmm(start, goes_to.to(start.dtype), values)
+
+
+def match(x: Tensor, kept: int, spared: int) -> tuple[Tensor, Tensor]:
+    """For each token from position `kept` on: its destination, and their cosine times the token's own length, both
+    `[..., N - kept]`.
+
+    The destination is the most similar of the first `kept` tokens of `x` `[..., N, C]`, the first
+    `spared` left out: nothing is merged into class tokens and registers.
+    """
+    candidates = x.narrow(-2, spared, kept - spared)
+    nearest, along = most_similar(x.narrow(-2, kept, x.shape[-2] - kept), candidates, length_of(candidates))
+    return nearest + spared, along
+
+
+def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, cosine_sizes: bool) -> TokenState:
+    """The tokens at the first `kept` of `index` `[B, K]`, each but the first `spared` averaged with those at
+    the later ones that go to it; all other tokens are pruned.
+
+    Features are the plain mean of a destination and its sources, whatever their sizes. Sizes add
+    up, the sources' times their cosine with `cosine_sizes`. Where none but spared tokens are
+    kept there is no destination, and the sources are pruned.
+    """
+    staying = index[:, :kept]
+    if kept <= spared:
+        return keep_tokens(state, staying)
+    x, size = take(state.x, index), None if state.size is None else take(state.size, index)
+    if alone(index) and on_cpu(x):  # the same with fewer dimensions takes fewer operations
+        found = averaged(x[0], None if size is None else size[0], kept, spared, cosine_sizes)
+        features, size, destination = (part[None] for part in found)
+    else:
+        features, size, destination = averaged(x, size, kept, spared, cosine_sizes)
+    place = None if state.place is None else take(state.place, staying)
+    merged = TokenState(features, size, place=place)
+    if state.origin is None:
+        return merged
+    stay = torch.arange(kept, device=index.device).expand_as(staying)
+    return moved(state, merged, index, torch.cat([stay, destination], dim=1))
+
+
+def averaged(
+    x: Tensor, size: Tensor | None, kept: int, spared: int, cosine_sizes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `kept` tokens of `x` `[..., N, C]` with the later ones that go to them, their sizes `[..., kept]`, and
+    where each later one goes, `[..., N - kept]`.
+
+    `size` `[..., N]` is None while all stand for one. `x` may be overwritten, unless a backward pass asks for it.
+    """
+    precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
+    destination, along = match(precise, kept, spared)
+    ones = precise.new_ones(precise.shape[:-1])
+    joined = add_up(ones.narrow(-1, 0, kept), destination, ones.narrow(-1, kept, leaving))
+    sizes = joined
+    if cosine_sizes:
+        whole = ones if size is None else size
+        cosine = along / length_of(precise.narrow(-2, kept, leaving))
+        added = whole.narrow(-1, kept, leaving) * cosine
+        sizes = add_up(whole.narrow(-1, 0, kept), destination, added).clamp(min=SIZE_FLOOR)
+    elif size is not None:
+        sizes = add_up(size.narrow(-1, 0, kept), destination, size.narrow(-1, kept, leaving))
+    features = add_features(precise, destination, kept) / joined.unsqueeze(-1)
+    return features.to(x.dtype), sizes, destination
+
+
+def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
+    """The first `kept` tokens of `x` `[..., N, C]` plus each later one at its `destination`, `[..., kept, C]`.
+
+    `x` may be overwritten, unless a backward pass asks for it.
+    """
+    leaves = x.narrow(-2, kept, x.shape[-2] - kept)
+    if on_cpu(x) and in_graph():  # a graph has nothing to do in place, and more runtimes know this
+        return x[:, :kept].scatter_add(1, destination[:, :, None].expand_as(leaves), leaves)
+    if x.ndim == 2:
+        stays = x.narrow(0, 0, kept)
+        return (stays.clone() if x.requires_grad else stays).index_add_(0, destination, leaves)
+    if on_cpu(x):
+        return add_by_index(x.clone() if x.requires_grad else x, destination, leaves)
+    return add_by_product(x[:, :kept], destination, leaves)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether sums come in the same order each time however they are made."""
+    return x.device.type in ("cpu", "meta")
+
+
+@dataclass(frozen=True)
+class FirstTokensAttention:
+    """Importance is the attention of the first `queries` tokens, the mean over them and over heads (paper, section 3.2:
+    the class token's)."""
+
+    queries: int
+    masked_queries: ClassVar[bool] = False
+
+    def of(self, attention: Tensor) -> Tensor:
+        """Importance `[B, N]` of the attention `[B, N]` that tokens receive from those that are queries."""
+        return attention
+
+
+@dataclass(frozen=True)
+class ReceivedAttention:
+    """Importance is the attention received from all tokens, for models without a class token.
+
+    masked_queries: in search, tokens that were removed go on being queries, as in the published search of CAFormer.
+    """
+
+    masked_queries: bool = False
+    queries: ClassVar[int] = 0  # all
+
+    def of(self, attention: Tensor) -> Tensor:
+        """As of `FirstTokensAttention`."""
+        return attention
+
+
+@dataclass(frozen=True)
+class RandomImportance:
+    """Any tokens go: a baseline. Drawn from torch's generator."""
+
+    queries: int
+    masked_queries: ClassVar[bool] = False
+
+    def of(self, attention: Tensor) -> Tensor:
+        """As of `FirstTokensAttention`."""
+        return torch.rand_like(attention)
+
+
+@dataclass(frozen=True)
+class PlainMean:
+    """The features of merged tokens are their plain mean, whatever their sizes.
+
+    cosine_sizes: a merged token's size counts times its cosine with its destination; else sizes add up.
+    """
+
+    cosine_sizes: bool
+
+
+@dataclass(frozen=True)
+class IntoMostSimilarKept:
+    """The least important tokens merge, each into the most similar of those that are kept (paper, section 3.2).
+
+    spared: the first tokens by importance, the prefix at least, that none is merged into.
+    """
+
+    spared: int
+
+    def reduce(self, state: TokenState, importance: Tensor, kept: Kept, prefix: int, mean: PlainMean) -> TokenState:
+        """The most important tokens, after the less important ones joined them.
+
+        `importance` `[B, N - prefix]` is that of all tokens but the first `prefix`.
+        """
+        index = most_important(importance, kept.pruned, prefix)
+        if kept.merged < kept.pruned:
+            return merge_tokens(state, index, kept.merged, self.spared, mean.cosine_sizes)
+        return keep_tokens(state, index)
+
+
+Importance = FirstTokensAttention | ReceivedAttention | RandomImportance
+
+
+@dataclass(frozen=True)
+class ReductionRule:
+    """How a block lets tokens go. prefix: the first tokens, which always stay: class, distillation, registers."""
+
+    prefix: int
+    importance: Importance
+    pairing: IntoMostSimilarKept
+    mean: PlainMean
+
+    def reduced(self, state: TokenState, attention: Tensor, kept: Kept) -> TokenState:
+        """What is left of `state` of `kept.entering` tokens, given the attention `[B, N - prefix]` that all but the
+        prefix receive."""
+        return self.pairing.reduce(state, self.importance.of(attention), kept, self.prefix, self.mean)
+
+
+def published_rule(prefix: int, class_tokens: int) -> ReductionRule:
+    """The paper's rule for models with so many tokens in front, of which the first stand for the whole image."""
+    importance = FirstTokensAttention(class_tokens) if class_tokens else ReceivedAttention()
+    return ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), PlainMean(cosine_sizes=True))

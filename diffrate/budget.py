@@ -1,0 +1,302 @@
+"""Targets and budgets: what users ask a schedule to meet, and what that is for one model. FLOPs and seconds alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from diffrate.schedule import Schedule, SearchSpace, running_counts
+
+BISECTIONS = 60
+BELOW, ABOVE = 0.02, 0.005  # a schedule meets its target from -2 % to +0.5 %
+FLOPS, SHARE, SPEEDUP, LATENCY = "target_flops", "share", "target_speedup", "target_latency"
+WORDS = {FLOPS: " GFLOPs", SPEEDUP: "", LATENCY: " s"}  # behind a number
+ADVICE = {  # what widens the reachable range
+    FLOPS: "",
+    SPEEDUP: "; a larger batch or input size gains more",
+    LATENCY: "; a larger batch, a smaller input size or a lower precision takes less per image",
+}
+
+Cost = Callable[[Schedule], float]
+Assemble = Callable[[Sequence[int]], Schedule]
+
+
+class BudgetError(ValueError):
+    """A target that no schedule of the model meets."""
+
+
+class TargetError(ValueError):
+    """A target that makes no sense."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a user asks for: a number of one kind.
+
+    kind: `target_flops`, multiply-accumulates of an image; `share`, of those of the dense model; `target_speedup`, how
+    many times as fast as that; or `target_latency`, seconds of an image.
+
+    Raises:
+        TargetError: names the kind.
+    """
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.value, "__float__"):
+            raise TargetError(f"{self.kind}: found {self.value!r}; accepted: a number")
+        if self.kind == SHARE and not 0 < self.value <= 1:
+            raise TargetError(f"share: found {self.value!r}; accepted: above 0 to 1, of the dense model's FLOPs")
+        if self.timed and not 0 < self.value < math.inf:
+            raise TargetError(f"{self.kind}: found {self.value!r}; accepted: above 0")
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a matter of seconds."""
+        return self.kind in (SPEEDUP, LATENCY)
+
+    @property
+    def gflops(self) -> float | None:
+        """Of a target in FLOPs, as many GFLOPs as were written."""
+        return float(f"{self.value / 1e9:.15g}") if self.kind == FLOPS else None
+
+    def __str__(self) -> str:
+        if self.kind == SHARE:
+            return f"{100 * self.value:g}%"
+        return f"{self.value if self.timed else self.gflops:g}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a target is for one model: a schedule may cost `target` of `cost`, multiply-accumulates or seconds.
+
+    kind: how users speak of it. whole: what the dense model costs, of a speed-up.
+    """
+
+    cost: Cost
+    target: float
+    kind: str = FLOPS
+    whole: float = 0.0
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a matter of seconds."""
+        return self.kind != FLOPS
+
+    def of(self, cost: float) -> float:
+        """A cost in the unit of the target: GFLOPs, times as fast as dense, or seconds."""
+        if self.kind == SPEEDUP:
+            return self.whole / cost
+        return cost if self.kind == LATENCY else cost / 1e9
+
+    def check(self, space: SearchSpace) -> None:
+        """Refuse a target out of reach.
+
+        Raises:
+            BudgetError: gives the reachable range.
+        """
+        least, most = self.cost(space.fewest()), self.cost(space.dense())
+        if not least <= self.target <= most:
+            low, high = sorted((self.of(least), self.of(most)))
+            raise BudgetError(f"{self}: accepted: {low:.4g} to {high:.4g}{ADVICE[self.kind]}")
+
+    def times(self, by: float) -> Budget:
+        """The same with another target."""
+        return replace(self, target=self.target * by)
+
+    def fitted(self, counts_at: Callable[[float], list[float]], end: float, assemble: Assemble, least: int) -> Schedule:
+        """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets the target, none below
+        `least`.
+
+        Raises:
+            BudgetError: no whole counts meet it.
+        """
+        best = nearest_counts(counts_at, end, lambda counts: self.cost(assemble(counts)), self.target, least)
+        found = self.cost(assemble(best))
+        if not meets_budget(found, self.target):
+            raise BudgetError(f"{self}: the nearest schedule has {self.of(found):.4g}")
+        return assemble(best)
+
+    def rounded(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
+        """The schedule nearest to `expected` counts, one per choice, that meets the target, without reductions that
+        cost more than they save: what they took is spent elsewhere.
+
+        Multiply-accumulates know no such reductions.
+
+        Raises:
+            BudgetError: no whole counts meet it.
+        """
+        schedule = self._nearest(expected, space)
+        for _ in range(len(expected)):
+            counts = choices_of(schedule, space)
+            thrifty = without_waste(counts, space, self.cost)
+            if thrifty == counts:
+                break
+            try:
+                schedule = self._nearest(thrifty, space)
+            except BudgetError:  # reductions that are left cannot spend it: the last one that could is good
+                break
+        return schedule
+
+    def _nearest(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
+        """The schedule nearest to `expected` counts that meets the target.
+
+        They are scaled towards keeping all tokens or towards keeping the fewest, every block by the same share of its
+        way: this keeps what a search found about the blocks relative to each other, and reaches every budget.
+        """
+
+        def scaled(share: float) -> list[float]:
+            """From all tokens (0) over the expected ones (1) to the fewest (2)."""
+            if share <= 1:
+                return [space.tokens + share * (count - space.tokens) for count in expected]
+            return [count + (share - 1) * (space.least - count) for count in expected]
+
+        return self.fitted(scaled, 2.0, space.schedule, space.least)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.of(self.target):g}{WORDS[self.kind]}"
+
+
+def choices_of(schedule: Schedule, space: SearchSpace) -> list[int]:
+    """What really happens at a schedule: one count per choice, never rising."""
+    kept = running_counts(schedule, space.limits[0])
+    return [kept[block].pruned if kind == "prune" else kept[block].merged for block, kind in space.choices]
+
+
+def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list[int]:
+    """The counts with every reduction switched off that costs more than it saves, the worst first: a choice alone, or
+    all of a block, where one without the other would cost as much."""
+    best = list(accumulate(counts, min))
+    least = cost(space.schedule(best))
+    while True:
+        trials = _switched_off(best, space)
+        costs = [cost(space.schedule(trial)) for trial in trials]
+        if not costs or min(costs) >= least:
+            return best
+        least = min(costs)
+        best = trials[costs.index(least)]
+
+
+def _switched_off(counts: list[int], space: SearchSpace) -> list[list[int]]:
+    """The counts with one choice that keeps all that are there, or with all choices of a block."""
+    width, trials = len(space.kinds), []
+    for choice in range(len(counts)):
+        before = space.tokens if choice == 0 else counts[choice - 1]
+        for end in sorted({choice + 1} if choice % width else {choice + 1, choice + width}):
+            trial = [*counts[:choice], *[before] * (end - choice), *counts[end:]]
+            if trial != counts:
+                trials.append(trial)
+    return trials
+
+
+def meets_budget(found: float, target: float) -> bool:
+    """Whether a cost is inside the band around its target."""
+    return target * (1 - BELOW) <= found <= target * (1 + ABOVE)
+
+
+def nearest_counts(
+    counts_at: Callable[[float], list[float]],
+    end: float,
+    cost: Callable[[Sequence[int]], float],
+    target: float,
+    least: int,
+) -> list[int]:
+    """The whole counts of a falling family, `counts_at` 0 to `end`, whose cost is nearest to `target`, none below
+    `least`.
+
+    Bisection finds the two neighbours around the target; where one step of the family changes
+    several counts at once, they change one after the other.
+    """
+
+    def whole(share: float) -> list[int]:
+        return [max(least, math.ceil(count - 1e-9)) for count in counts_at(share)]
+
+    low, high = 0.0, end  # cost above the target at `low`, unless that is the end; below at `high`
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(whole(middle)) > target else (low, middle)
+    above, below = whole(low), whole(high)
+    steps = [above[:position] + below[position:] for position in range(len(above) + 1)]
+    best = min(steps, key=lambda counts: abs(cost(counts) - target))
+    best = list(accumulate(best, min))  # what really happens, so that every single change has an effect
+    return _polish(best, (least, max(whole(0))), cost, target)
+
+
+def _polish(
+    counts: list[int], limits: tuple[int, int], cost: Callable[[Sequence[int]], float], target: float
+) -> list[int]:
+    """Change one or two counts by one while that brings the cost nearer to a target outside the band."""
+
+    def distance(candidate: list[int]) -> tuple[float, float]:
+        """How far outside the band, and, the same there, how far from the target."""
+        found = cost(candidate)
+        outside = max(0.0, target * (1 - BELOW) - found, found - target * (1 + ABOVE))
+        return outside, abs(found - target)
+
+    best = counts
+    while not meets_budget(cost(best), target):
+        single = _neighbours(best, limits)
+        nearest = min(single, key=distance)
+        if distance(nearest) >= distance(best):
+            nearest = min((pair for one in single for pair in _neighbours(one, limits)), key=distance)
+        if distance(nearest) >= distance(best):
+            break
+        best = nearest
+    return best
+
+
+def _neighbours(counts: list[int], limits: tuple[int, int]) -> list[list[int]]:
+    least, most = limits
+    return [
+        [*counts[:position], count + step, *counts[position + 1 :]]
+        for position, count in enumerate(counts)
+        for step in (-1, 1)
+        if least <= count + step <= most
+    ]
+
+
+BASELINES = ("prune", "merge", "both", "random")
+
+
+class BaselineError(ValueError):
+    """A baseline that the model's family cannot run."""
+
+
+def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule:
+    """The schedule `kind` of a constant keep ratio that meets `budget`.
+
+    Raises:
+        BaselineError: pruning in a model that only merges.
+        BudgetError: the target cannot be met.
+    """
+    if not space.prunes and kind != "merge":
+        raise BaselineError(f"baseline {kind}: this model only merges; accepted: merge")
+    blocks = len(space.searchable)
+    halves = 2 if kind == "both" else 1
+
+    def counts_at(share: float) -> list[float]:
+        """Tokens kept after each step of removal when each keeps `1 - share` of them, `halves` a block."""
+        ratio = (1 - share) ** (1 / halves)
+        return [space.tokens * ratio**step for step in range(1, blocks * halves + 1)]
+
+    def assemble(kept: Sequence[int]) -> Schedule:
+        if kind == "both" or not space.prunes:
+            return space.schedule(kept)
+        whole = space.tokens
+        pairs = [(whole, count) if kind == "merge" else (count, count) for count in kept]
+        return space.schedule([count for pair in pairs for count in pair])
+
+    return budget.fitted(counts_at, 1.0, assemble, space.least)
+
+
+def uniform_schedules(space: SearchSpace, budget: Budget) -> dict[str, Schedule]:
+    """Every uniform schedule that the model can run and that meets `budget`, by kind."""
+    found = {}
+    for kind in ("merge", "both", "prune") if space.prunes else ("merge",):
+        with suppress(BudgetError):
+            found[kind] = baseline_schedule(kind, space, budget)
+    return found

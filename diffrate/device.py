@@ -1,0 +1,142 @@
+"""Where and how a model computes: the machine's name, precision, seeds, compiled graphs, fewer messages of torch's."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that augmentation, mixup and dropout draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (what timm's mixup draws from)
+    torch.manual_seed(seed)
+
+
+def step_seed(*numbers: int) -> int:
+    """One seed of 32 bits from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Draw and seed freely inside the block; after it every generator goes on as before it.
+
+    Those of Python, NumPy, and torch, on the CPU and on every GPU in use.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+_CPUS = Path("/proc/cpuinfo")
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU, or the CPU and which of its instructions torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # elsewhere than on Linux
+        lines = []
+    names = sorted({line.partition(":")[2].strip() for line in lines if line.startswith("model name")})
+    name = ", ".join(names) or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+class Place(NamedTuple):
+    """The device of a model and the type of its weights, which its images take."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def place_of(model: nn.Module, device: torch.device | str | None = None) -> Place:
+    """Where `model` is, or is to be."""
+    weight = next(model.parameters())
+    return Place(weight.device if device is None else torch.device(device), weight.dtype)
+
+
+def to_place(images: Tensor, labels: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """A batch where it is computed."""
+    return images.to(place.device, place.dtype, non_blocking=True), labels.to(place.device, non_blocking=True)
+
+
+def default_precision(device: torch.device) -> torch.dtype | None:
+    """What to autocast to where nobody says: float16 on a GPU, as published, and nothing elsewhere."""
+    return torch.float16 if device.type == "cuda" else None
+
+
+def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in `precision`; None and float32 are none."""
+    enabled = precision is not None and precision != torch.float32
+    return torch.autocast(device.type, dtype=precision if enabled else None, enabled=enabled)
+
+
+@contextmanager
+def errors_alone(*names: str) -> Iterator[None]:
+    """Let the loggers of these names say errors alone, inside the block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def no_warnings_of(modules: str) -> Iterator[None]:
+    """Without warnings at code of the modules that this pattern names, inside the block."""
+    with warnings.catch_warnings():
+        for category in (UserWarning, DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=modules)
+        yield
+
+
+def compile_model(model: nn.Module) -> Any:
+    """`model` compiled as a whole for the shapes it is called with: no graph break goes unnoticed."""
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
+class FixedBatch(nn.Module):
+    """A compressed model that always sees `batch_size` images: a smaller batch is filled up.
+
+    A compiled model would be compiled once more for the last batch of a data set, which takes longer
+    than the batch.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.batch_size = model, batch_size
+
+    def forward(self, images: Tensor, return_flop: bool = False) -> Tensor:
+        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size; the cost is not to be had.
+
+        Raises:
+            ValueError: the cost is asked for.
+        """
+        if return_flop:
+            raise ValueError("return_flop=True: accepted: False, the cost of a filled-up batch means nothing")
+        count = len(images)
+        if count < self.batch_size:
+            images = torch.cat([images, images[-1:].expand(self.batch_size - count, -1, -1, -1)])
+        return self.model(images, return_flop=False)[:count]

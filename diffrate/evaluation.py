@@ -1,0 +1,322 @@
+"""`diffrate.evaluate`: loss and accuracy over batches, and what a batch may look like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.device import Place, autocast, place_of
+from diffrate.group import all_parts, all_sum
+from diffrate.patch.base import CompressedModel, has_classifier
+
+IMAGES = ("pixel_values", "image", "images", "img", "input")
+LABELS = ("labels", "label", "target", "targets")
+ACCEPTED = (
+    "images [B, channels, H, W] of floats, alone, in a tuple or list before labels, or in a mapping as "
+    f"{', '.join(IMAGES)}, labels as {', '.join(LABELS)}"
+)
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Any]:
+    """The images `[B, channels, H, W]` of a batch, and its labels as they come; None where there are none.
+
+    Raises:
+        ValueError: the batch has another form, or its images have no batch dimension or are no floats.
+    """
+    whole = type(batch).__name__
+    images, labels, inside = batch, None, ""
+    if isinstance(batch, Mapping):
+        images, labels = (next((batch[name] for name in names if name in batch), None) for names in (IMAGES, LABELS))
+        inside = f" in a {whole} with the names {', '.join(map(repr, batch)) or 'none'}"
+    elif isinstance(batch, tuple | list):
+        images, labels = (*batch[:2], None, None)[:2]
+        inside = f" in a {whole} of {len(batch)}"
+    if not isinstance(images, Tensor):
+        found = "no images" if images is None else type(images).__name__
+    elif images.ndim != 4:
+        found = f"images of the shape {list(images.shape)}"
+    elif not images.is_floating_point():
+        found = f"images of {str(images.dtype).removeprefix('torch.')}"
+    else:
+        return images, labels
+    raise ValueError(f"batch: found {found}{inside}; accepted: {ACCEPTED}")
+
+
+def images_of(batch: Any, place: Place) -> Tensor:
+    """The images of a batch where they are computed.
+
+    Raises:
+        ValueError: as `split_batch`.
+    """
+    return split_batch(batch)[0].to(place.device, place.dtype, non_blocking=True)
+
+
+Batches = Iterable[Any]  # as `split_batch` takes them, with labels
+
+
+class ScoresError(ValueError):
+    """Labels or outputs that no scores come of, or a package that they need and that is not there."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean loss over `images` images, each counted once, and what a head is scored by.
+
+    acc1, acc5: accuracies in percent, of a softmax (the loss is cross-entropy); NaN of other heads.
+    mae, r2: mean absolute error, and coefficient of determination, of a head with one output (the loss is the mean
+        squared error); None of other heads. r2 is NaN where all labels are the same.
+    mean_average_precision: of 0 to 1, over the classes that occur, of labels that each stand for themselves (the loss
+        is binary cross-entropy); None of other heads.
+    """
+
+    acc1: float
+    acc5: float
+    loss: float
+    images: int
+    mae: float | None = None
+    r2: float | None = None
+    mean_average_precision: float | None = None
+
+    @property
+    def ranked(self) -> tuple[str, float]:
+        """The figure that models are ranked by, and what it is called: the larger, the better."""
+        if self.mean_average_precision is not None:
+            return "mAP", self.mean_average_precision
+        return ("top-1", self.acc1) if self.r2 is None else ("R2", self.r2)
+
+    def line(self, flops: int) -> str:
+        """The published closing line; `flops` in multiply-accumulates."""
+        names = {"acc1": "Acc@1", "acc5": "Acc@5", "mae": "MAE", "r2": "R2", "mean_average_precision": "mAP"}
+        figures = " ".join(f"{names[name]} {value:.3f}" for name, value in self._figures().items())
+        return f"* {figures} loss {self.loss:.3f} flops {flops / 1e9:.3f}"
+
+    def record(self, flops: int) -> dict[str, float]:
+        """The same for a JSON line."""
+        return self._figures() | {"loss": self.loss, "images": self.images, "gflops": flops / 1e9}
+
+    def _figures(self) -> dict[str, float]:
+        """Those of this head."""
+        if self.mean_average_precision is not None:
+            return {"mean_average_precision": self.mean_average_precision}
+        if self.mae is not None and self.r2 is not None:
+            return {"mae": self.mae, "r2": self.r2}
+        return {"acc1": self.acc1, "acc5": self.acc5}
+
+
+class Tally:
+    """The scores of the batches so far. Sums stay on the device: no sync until somebody asks.
+
+    kept: outputs and labels `[B, 2, K]` of each batch, of heads whose figures are no sums.
+
+    Raises:
+        ScoresError: `multi_label` is asked for, and scikit-learn is not there.
+    """
+
+    def __init__(self, device: torch.device, multi_label: bool = False) -> None:
+        # Loss, top-1 hits, top-5 hits, images, and how many of them are kept.
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.kept: list[Tensor] = []
+        self.average_precision = _average_precision() if multi_label else None
+
+    @property
+    def loss(self) -> float:
+        """The mean of this process's batches."""
+        return float(self.sums[0] / self.sums[3])
+
+    def add(self, logits: Tensor, labels: Any) -> None:
+        """One batch: `logits` `[B, K]`, and labels as `evaluate` takes them.
+
+        Raises:
+            ScoresError: the logits have another shape, or the labels do not fit them.
+        """
+        if logits.ndim != 2:
+            raise ScoresError(f"outputs: found the shape {list(logits.shape)}; accepted: [B, classes], with a pooling")
+        multi_label = self.average_precision is not None
+        if multi_label or logits.shape[1] == 1:
+            targets = multi_hot(labels, logits) if multi_label else _numbers(labels, logits)
+            if multi_label and ((targets != 0) & (targets != 1)).any():
+                wrong = targets[(targets != 0) & (targets != 1)][0]
+                raise ScoresError(f"labels: found {wrong:g} with multi_label; accepted: 0 and 1")
+            measure = F.binary_cross_entropy_with_logits if multi_label else F.mse_loss
+            loss = measure(logits.double(), targets, reduction="none").mean(1).sum()
+            self.kept.append(torch.stack([logits.double(), targets], dim=1))
+            counts = torch.stack([loss, *loss.new_tensor([0, 0, len(logits), len(logits)])])
+        else:
+            classes = class_indices(labels, logits)
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]  # of fewer classes: all
+            loss = F.cross_entropy(logits, classes, reduction="sum")
+            counts = torch.stack(
+                [loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(classes)), loss.new_zeros(())]
+            )
+        self.sums += counts.double()
+
+    def scores(self) -> Scores:
+        """Of this process's batches."""
+        return self._scores(self.sums, [self._rows()])
+
+    def shared(self) -> Scores:
+        """Of the batches of all processes.
+
+        Raises:
+            ValueError: there is none.
+        """
+        sums = all_sum(self.sums.clone())
+        if sums[3] == 0:
+            raise ValueError("loader: found no batch; accepted: batches of images and labels")
+        return self._scores(sums, all_parts(self._rows()) if sums[4] else [])
+
+    def _rows(self) -> Tensor | None:
+        return torch.cat(self.kept).cpu() if self.kept else None
+
+    def _scores(self, sums: Tensor, parts: Sequence[Tensor | None]) -> Scores:
+        total, top1, top5, images, kept = sums.tolist()
+        loss, count = total / images, int(images)
+        if not kept:
+            return Scores(100 * top1 / images, 100 * top5 / images, loss, count)
+        outputs, targets = torch.cat([part for part in parts if part is not None]).unbind(1)
+        if self.average_precision is None:
+            error = (targets - outputs).square().sum()
+            around = (targets - targets.mean()).square().sum()
+            r2 = float(1 - error / around) if around > 0 else math.nan
+            return Scores(math.nan, math.nan, loss, count, mae=float((targets - outputs).abs().mean()), r2=r2)
+        occurring = [place for place in range(targets.shape[1]) if targets[:, place].any()]
+        if not occurring:
+            raise ScoresError("labels: found no 1 with multi_label; accepted: from one, for a mean average precision")
+        mean = math.nan
+        if math.isfinite(loss):
+            each = (self.average_precision(targets[:, k].numpy(), outputs[:, k].numpy()) for k in occurring)
+            mean = float(sum(each) / len(occurring))
+        return Scores(math.nan, math.nan, loss, count, mean_average_precision=mean)
+
+
+def class_indices(labels: Any, logits: Tensor) -> Tensor:
+    """Labels `[B]` that are outputs of a softmax of logits `[B, K]`, where those are.
+
+    Raises:
+        ScoresError: they are no such integers.
+    """
+    accepted = f"class indices [{len(logits)}], integers from 0 to {logits.shape[-1] - 1}"
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+    if not whole or labels.shape != logits.shape[:1]:
+        raise ScoresError(f"labels: found {_described(labels)}; accepted: {accepted}")
+    classes = labels.long()
+    outside = (classes < 0) | (classes >= logits.shape[-1])
+    if outside.any():
+        raise ScoresError(f"labels: found {int(classes[outside][0])}; accepted: {accepted}")
+    return classes.to(logits.device, non_blocking=True)
+
+
+def multi_hot(labels: Any, logits: Tensor) -> Tensor:
+    """Labels `[B, K]`, or the class indices `[B]` that they are the one-hot form of, as float64 where the logits
+    `[B, K]` are; of one output, `[B]` are its labels.
+
+    Raises:
+        ScoresError: they have another shape, or are no such indices.
+    """
+    if isinstance(labels, Tensor) and labels.ndim == 1:
+        if logits.shape[1] == 1:
+            return _numbers(labels, logits)
+        return F.one_hot(class_indices(labels, logits), logits.shape[1]).double()
+    return _real(labels, logits, [logits.shape], f"{list(logits.shape)} of 0 and 1, or class indices [{len(logits)}]")
+
+
+def _numbers(labels: Any, logits: Tensor) -> Tensor:
+    """Labels `[B]` or `[B, 1]` of a head with one output, as `[B, 1]`."""
+    shapes = [logits.shape, logits.shape[:1]]
+    return _real(labels, logits, shapes, f"numbers [{len(logits)}] or [{len(logits)}, 1]")
+
+
+def _real(labels: Any, logits: Tensor, shapes: Sequence[torch.Size], accepted: str) -> Tensor:
+    if not isinstance(labels, Tensor) or labels.is_complex() or labels.shape not in shapes:
+        raise ScoresError(f"labels: found {_described(labels)}; accepted: {accepted}")
+    return labels.to(logits.device, torch.float64, non_blocking=True).view_as(logits)
+
+
+def _described(labels: Any) -> str:
+    if isinstance(labels, Tensor):
+        return f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
+    return "none" if labels is None else f"a {type(labels).__name__}"
+
+
+def _average_precision() -> Any:
+    """scikit-learn's, which nothing else needs.
+
+    Raises:
+        ScoresError: it is not there.
+    """
+    try:
+        return import_module("sklearn.metrics").average_precision_score
+    except ImportError as error:
+        raise ScoresError(
+            "multi_label: found no scikit-learn; accepted: after pip install scikit-learn, or diffrate[multilabel]"
+        ) from error
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    *,
+    multi_label: bool = False,
+    device: torch.device | str | None = None,
+    precision: torch.dtype | None = None,
+    callback: Callable[[Tally], None] | None = None,
+) -> Scores:
+    """Score `model` on batches of images `[B, 3, H, W]` and labels; patched or plain.
+
+    The model runs in evaluation mode, on `device` (by default where it is) and under autocast to
+    `precision` (by default in its weights' own), and has its training mode back afterwards. Inside an
+    initialised process group the images of all processes count. `callback` is told after each batch.
+
+    Args:
+        loader: batches that are tuples or lists, images first and labels second, or mappings with `pixel_values`,
+            `image`, `images`, `img` or `input`, and `labels`, `label`, `target` or `targets`. Labels are class
+            indices `[B]`; of a head with one output numbers, `[B]` or `[B, 1]`.
+        multi_label: outputs stand for labels of their own, by a sigmoid each: labels are 0 and 1, `[B, K]`, or
+            class indices `[B]`. Needs scikit-learn.
+
+    Raises:
+        UnsupportedModelError: the model has no head.
+        ScoresError: labels do not fit the head, or scikit-learn is not there.
+        ValueError: there is no batch, or one of another form.
+    """
+    if not has_classifier(model):
+        raise UnsupportedModelError("found a model without a head; accepted: one with classes")
+    place = place_of(model, device)
+    options: dict[str, Any] = {"return_flop": False} if _is_compressed(model) else {}
+    tally = Tally(place.device, multi_label)
+    model.to(place.device)  # outside inference mode: the weights stay fit for training
+    with torch.inference_mode(), modes_kept(model):
+        model.eval()
+        for batch in loader:
+            images, labels = split_batch(batch)
+            with autocast(place.device, precision):
+                logits = model(images.to(place.device, place.dtype, non_blocking=True), **options)
+            tally.add(logits.float(), labels)
+            if callback is not None:
+                callback(tally)
+    return tally.shared()
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module of `model` in training or evaluation mode as before, after the block."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _is_compressed(model: nn.Module) -> bool:
+    """Also compiled, distributed or filled up: then it is a module inside."""
+    return any(isinstance(module, CompressedModel) for module in model.modules())

@@ -1,0 +1,1 @@
+"""A compressed model in files: saved and loaded, exported to other runtimes."""

@@ -1,0 +1,275 @@
+"""Whether an exported file answers as the live model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrate.atomic import first_line
+from diffrate.device import place_of
+from diffrate.evaluation import modes_kept
+from diffrate.files.graph import Normalization, check_patched, traced
+from diffrate.files.runtimes import KINDS, Metadata, load_exported, parts_of, whole_files
+from diffrate.files.save import header_of
+from diffrate.files.targets import ExportError, check_destination
+from diffrate.patch.base import CompressedModel
+from diffrate.patch.shapes import input_size
+from diffrate.timing import precision_name
+
+BATCHES = (1, 5)  # neither is the one that was traced; more images come in batches of the last
+# The largest difference of logits that a file may have: as it is in float32; in half precision as a share of the
+# largest logit, since tokens may then go in another order.
+LIMITS = {"float32": 1e-3, "fp16": 0.1, "bf16": 0.5}
+NUDGE, NUDGES = 1e-5, 3  # of an image's values, more than runtimes differ by in float32; how often each is tried
+TIE_NUDGES = 30  # of an image on which a file answers otherwise
+TRIES = 20  # images drawn for each that is wanted
+
+Answer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a file compares with the live model on `images` images.
+
+    difference: the largest of logits, where no tokens tie. limit: what it may be. top1: the share of images with equal
+    top-1. source: whose images. ties: on how many the file differs by more, and answers as the live model does when
+    the last bits of the image change: tokens are as important, or as similar, to the last bits. tied: the largest
+    difference on those.
+    """
+
+    difference: float
+    limit: float
+    top1: float
+    images: int
+    source: str
+    ties: int
+    tied: float
+
+    def line(self) -> str:
+        """The figures as a sentence."""
+        said = (
+            f"largest difference from the live model {self.difference:.1e} (limit {self.limit:.0e}), "
+            f"equal top-1 {self.top1:.1%} of {self.images} {self.source} images"
+        )
+        return said if not self.ties else f"{said}; up to {self.tied:.1e} on {self.ties} whose tokens nearly tie"
+
+
+def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: str) -> Agreement:
+    """Run both on `images`, in batches of `BATCHES`, and compare logits."""
+    sizes = [*BATCHES[:-1], *[BATCHES[-1]] * (len(images) // BATCHES[-1] + 1)]
+    ends = torch.tensor(sizes).cumsum(0)
+    batches = [batch for batch in images.tensor_split(ends[ends < len(images)]) if len(batch)]
+    found, expected = (torch.cat([answer(batch) for batch in batches]) for answer in (file, live))
+    limit = LIMITS[precision] * (1.0 if precision == "float32" else float(expected.abs().max()))
+    if found.shape != expected.shape:
+        raise ExportError(f"logits of the file: found {list(found.shape)}; accepted: {list(expected.shape)}")
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    differences = (found - expected).abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
+    ties = torch.zeros(len(images), dtype=torch.bool)
+    for index in (differences > limit).nonzero()[:, 0]:
+        ties[index] = _answers_when_nudged(live, images[index][None], found[index][None], limit)
+        if not ties[index]:  # of a file that is wrong on one image, it does not matter on how many
+            break
+    largest = [float(part.max()) if len(part) else 0.0 for part in (differences[~ties], differences[ties])]
+    return Agreement(largest[0], limit, float(same), len(images), source, int(ties.sum()), largest[1])
+
+
+def _answers_when_nudged(live: Answer, image: Tensor, found: Tensor, limit: float) -> bool:
+    """Whether `live` comes to what was `found` when the last bits of the image change."""
+    generator = torch.Generator().manual_seed(0)
+    return any(_largest(live(one) - found) <= limit for one in _nudged(image, TIE_NUDGES, generator))
+
+
+def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalization | None, seed: int) -> Tensor:
+    """Random images for all `BATCHES`, as the file takes them: in [0, 1], or normalised by `outside`.
+
+    Where two tokens are as important to the last bit, which of them goes is left to the order in which a runtime adds
+    up: images whose logits change when the last bits of their values do are no test of a file, and others are drawn.
+
+    Raises:
+        ExportError: there are no others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    wanted = sum(BATCHES)
+    for _ in range(TRIES * wanted):
+        images = torch.rand(1, *size, generator=generator)
+        images = images if outside is None else outside.apply(images)
+        nudged, logits = list(_nudged(images, NUDGES, generator)), live(images)
+        if all(_largest(logits - live(one)) < LIMITS["float32"] / 10 for one in nudged):
+            found.append(images)
+        if len(found) == wanted:
+            return torch.cat(found)
+    raise ExportError(
+        f"found {len(found)} of {wanted} images on which the live model answers alike when they change a "
+        "little; accepted: a model that does"
+    )
+
+
+def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`images` with other last bits, `times` over."""
+    return (images * (1 + NUDGE * torch.randn(images.shape, generator=generator)) for _ in range(times))
+
+
+def _largest(difference: Tensor) -> float:
+    """The largest absolute value; that of anything undefined is infinite."""
+    return float(difference.abs().nan_to_num(nan=torch.inf).max())
+
+
+LONGEST = 300  # characters of another package's message
+LEAST_IMAGES = 2  # so that batches are not all of one size
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written: what it says of itself, how it compares with the live model, bytes of all its parts."""
+
+    path: Path
+    metadata: Metadata
+    agreement: Agreement
+    size: int
+
+
+def export(
+    model: CompressedModel,
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    normalize: bool = False,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    opset: int | None = None,
+    images: Tensor | None = None,
+) -> Exported:
+    """Write `model` at its kept counts as `.onnx`, `.pt2` (torch) or `.xml` (OpenVINO): images -> logits.
+
+    Images `[B, C, H, W]` and logits `[B, K]` are float32, B is any; `dtype` is that of the weights. With `normalize`
+    the file takes images in [0, 1], and normalises them itself. `mean` and `std` are by default what timm's
+    configuration of the model says, `name` what it calls the model; `classes` are words for the outputs, in order.
+    `opset` is that of `.onnx`, by default 18, the lowest, which quantizers and older runtimes know; from 23
+    on there is an operator for attention.
+
+    The file is loaded again and compared with the model at two batch sizes, on `images` (two at least, as the file
+    takes them) or on random ones from `seed`: there is none unless they agree, but where tokens nearly tie. The
+    weights of `.xml`, and those of `.onnx` where they are more than 2 GB, are in a file beside it (`.bin`,
+    `.onnx.data`). The model itself is not touched.
+
+    Raises:
+        ExportError: another suffix, a missing package or folder, a precision that the file does not take, a model that
+            is not patched or cannot be traced, a file that would not agree with it or cannot be written.
+    """
+    path, precision = Path(path), precision_name(dtype)
+    check_patched(model)
+    check_destination(path, precision, opset)
+    if images is not None:
+        _check_images(model, images)
+    known = _normalization(model, mean, std)
+    metadata = _metadata(model, precision, normalize, known, name, classes)
+    program = traced(model, dtype, known if normalize else None)
+    try:
+        with whole_files(path) as scratch:
+            options = {} if opset is None else {"opset": opset}
+            KINDS[path.suffix].write(program, metadata.entries(), scratch, **options)
+            del program  # as large as the model
+            agreement = _checked(model, scratch, metadata, known, seed, images)
+    except ExportError:
+        raise
+    except Exception as error:  # the writers have errors of their own
+        raise ExportError(f"{path}: cannot be written ({first_line(error)[:LONGEST]})") from error
+    return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
+
+
+def _check_images(model: CompressedModel, images: Tensor) -> None:
+    """Refuse images that do not tell one batch size from another, or that the model does not take.
+
+    Raises:
+        ExportError: their number, their size or their type.
+    """
+    size = input_size(model)
+    if images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES:
+        raise ExportError(
+            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
+            f"torch.float32, N from {LEAST_IMAGES}"
+        )
+
+
+def _checked(
+    model: CompressedModel,
+    path: Path,
+    metadata: Metadata,
+    known: Normalization | None,
+    seed: int,
+    images: Tensor | None,
+) -> Agreement:
+    """How the file at `path` compares with `model`, on `images` or on random ones.
+
+    Raises:
+        ExportError: they do not agree.
+    """
+    inside, outside = (known, None) if metadata.normalizes else (None, known)
+    place = place_of(model)
+
+    def live(images: Tensor) -> Tensor:
+        images = images if inside is None else inside.apply(images)
+        return model(images.to(*place), return_flop=False).float().cpu()
+
+    with torch.inference_mode(), modes_kept(model):
+        model.eval()
+        source = "random" if images is None else "given"
+        if images is None:
+            images = fresh_images(live, metadata.input_size, outside, seed)
+        coarser = max(metadata.precision, precision_name(place.dtype), key=lambda name: LIMITS.get(name, 0.0))
+        agreement = compare(load_exported(path).runner.logits, live, images.cpu(), coarser, source)
+    if not agreement.difference <= agreement.limit:
+        raise ExportError(f"{path.name}: not written: {agreement.line()}")
+    return agreement
+
+
+def _normalization(model: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalization | None:
+    """What images are normalised with, None where nobody says.
+
+    Raises:
+        ExportError: not a number for each channel.
+    """
+    config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
+    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
+    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
+    if mean is None or std is None:
+        return None
+    for name, row in (("mean", mean), ("std", std)):
+        if len(row) != channels:
+            raise ExportError(f"{name}: found {list(row)}; accepted: {channels} numbers, one per channel")
+    return Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _metadata(
+    model: Any,
+    precision: str,
+    normalize: bool,
+    known: Normalization | None,
+    name: str | None,
+    classes: Sequence[str] | None,
+) -> Metadata:
+    if normalize and known is None:
+        raise ExportError("normalize: found a model without mean and std; accepted: with mean and std as well")
+    if classes is not None and len(classes) != model.num_classes:
+        raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return Metadata(
+        **header_of(model),
+        mean=known and known.mean,
+        std=known and known.std,
+        model=name or config.get("architecture") or type(model).__name__,
+        dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
+        normalizes=normalize,
+        precision=precision,
+        classes=None if classes is None else tuple(classes),
+    )

@@ -1,0 +1,277 @@
+"""Saved models on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from diffrate.atomic import first_line
+from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, TOKENS_FIELD, Schedule, ScheduleError, check_schedule, fields_of
+
+PREFIX = "hf-hub:"
+DEFAULT_FILE = "model.safetensors"
+REFERENCE = re.compile(PREFIX + r"(?P<repository>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
+
+
+def fetch(reference: str) -> Path:
+    """The file of `hf-hub:USER/NAME[/FILE][@REVISION]` on this machine, downloaded on first use.
+
+    Raises:
+        SavedModelError: the reference is of another form, or the file cannot be had.
+    """
+    parts = REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
+    file = parts["file"] or DEFAULT_FILE
+    try:
+        return Path(hf_hub_download(parts["repository"], file, revision=parts["revision"]))
+    except Exception as error:  # no network, repository, file or permission: an error of its own each
+        raise SavedModelError(f"{reference}: cannot download {file} ({first_line(error)})") from error
+
+
+FORMAT_FIELD = "format"
+FORMAT = "diffrate 1"
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+SHOWN = 60  # characters of a refused value in a message
+LONGEST = 65536  # pixels of a side: the counts of tokens that come of more are no numbers that torch takes
+_NAMES = """
+    act_layer attn_drop_rate attn_gated attn_layer attn_only_layer_scale attn_pool_mlp_ratio attn_pool_num_heads
+    attn_type bias class_token depth depths dims drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim
+    embed_norm_layer embed_proj_type enable_patch_interpolator expansion_ratio fc_norm final_norm global_pool head_dim
+    img_size in_chans init_values kernel_size layer_scale_init_values mlp_bias mlp_ratio no_embed_class norm_layer
+    num_classes num_heads num_kv_heads num_reg_tokens padding patch_size patchify_channels_last pool_include_prefix
+    pos_drop_rate pos_embed pos_embed_align_corners pos_embed_antialias pos_embed_ar_preserving pos_embed_grid_size
+    pos_embed_interp_mode pos_embed_use_grid_sample pre_norm proj_bias proj_drop_rate qk_norm qkv_bias qkv_fused
+    ref_feat_shape reg_tokens rel_pos_dim rel_pos_type res_scale_init_values rope_grid_indexing rope_grid_offset
+    rope_jitter_coords rope_mrope_section rope_ref_feat_shape rope_rescale_coords rope_rotate_half rope_shift_coords
+    rope_temperature rope_type scale_attn_inner scale_attn_inner_norm scale_attn_norm scale_mlp scale_mlp_norm
+    shared_rel_pos swiglu_align_to swiglu_mlp use_abs_pos_emb use_fc_norm use_key_only_attn_mask use_mlp_head
+    use_naflex use_post_norm use_post_transformer_norm use_pre_transformer_norm use_rel_pos_bias use_rot_pos_emb
+    use_shared_rel_pos_bias
+"""
+ARGUMENTS = frozenset(_NAMES.split())  # all that a file may give timm: none makes it fetch or read other files
+
+
+class SavedModelError(ValueError):
+    """A file that holds no model that can be rebuilt, or a model that cannot be saved; one line."""
+
+
+class _Entry(NamedTuple):
+    """The values that an entry of the header takes, in words and as a check, and how it is written."""
+
+    accepted: str
+    fits: Callable[[Any], Any]
+    plain: bool = False
+    optional: bool = False
+
+
+def _between(low: float, high: float = sys.float_info.max, whole: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is a number from `low` to `high`; infinite ones and NaN are not."""
+    return lambda value: type(value) in ((int,) if whole else (int, float)) and low <= value <= high
+
+
+def _array_of(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == (length or len(value) or 1) and all(map(fits, value))
+
+
+def _one_of(*words: str) -> _Entry:
+    return _Entry(f"one of {', '.join(words)}", words.__contains__, plain=True)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool | str) or _is_number(value)
+
+
+def is_argument(value: Any) -> bool:
+    """Whether a value that JSON gives can be an argument: text, number, truth value or none, or an array of those."""
+    return _is_scalar(value) or _array_of(_is_scalar)(value)
+
+
+_is_number = _between(-sys.float_info.max)
+_is_positive = _between(sys.float_info.min)
+_is_count = _between(1, whole=True)
+_SIZE = f"channels, height and width, whole numbers from 1 to {LONGEST}"
+_COUNTS = _Entry("an array of whole numbers from 1", _array_of(_is_count))
+_ENTRIES: Mapping[str, _Entry] = {
+    "architecture": _Entry("the name of a timm model", re.compile(r"\w+").fullmatch, plain=True),
+    "arguments": _Entry(
+        "an object of numbers, texts and arrays of them",
+        lambda value: isinstance(value, dict) and all(map(is_argument, value.values())),
+    ),
+    "num_classes": _Entry("a whole number from 0", _between(0, whole=True)),
+    "input_size": _Entry(_SIZE, _array_of(_between(1, LONGEST, whole=True), 3)),
+    "mean": _Entry("an array of numbers", _array_of(_is_number)),
+    "std": _Entry("an array of numbers above 0", _array_of(_is_positive)),
+    "interpolation": _one_of(*INTERPOLATIONS),
+    "crop_pct": _Entry("a number above 0", _is_positive),
+    "crop_mode": _one_of(*CROP_MODES)._replace(optional=True),
+    PRUNE_FIELD: _COUNTS._replace(optional=True),
+    MERGE_FIELD: _COUNTS,
+    TOKENS_FIELD: _Entry("a whole number from 1", _is_count),
+    "granularity": _Entry("two whole numbers from 1", _array_of(_is_count, 2)),
+    "gflops": _Entry("a number from 0", _between(0)),
+    "versions": _Entry(
+        "an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))
+    ),
+    "return_flop": _Entry("true or false", lambda value: isinstance(value, bool), optional=True),
+    "name": _Entry(
+        "a line of text", lambda value: bool(value.strip()) and value.isprintable(), plain=True, optional=True
+    ),
+    "classes": _Entry("an array of texts", _array_of(_is_text), optional=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What saved and exported files both say of their model.
+
+    schedule: kept counts per block, with the tokens that enter the first.
+    gflops: 10^9 multiply-accumulates of one image at the schedule.
+    input_size: channels, height and width of the images, in pixels.
+    mean, std: what images in [0, 1] are normalised with, per channel; None where an exported model does not say.
+    classes: words for the outputs, in order. versions: of diffrate, timm and torch, that the file was written with.
+    """
+
+    schedule: Schedule
+    gflops: float
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    classes: tuple[str, ...] | None = None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class About(Header):
+    """What a saved file says of its model, beside what all files say.
+
+    architecture: timm's name of it.
+    arguments: what `timm.create_model` gets beside the architecture's name, JSON values.
+    num_classes: outputs; 0 for a model without a head.
+    interpolation, crop_pct: how photographs are resized, and the share of the side that is kept.
+    crop_mode: timm's word for how, with sides of another ratio: cut, squashed, or with a border.
+    granularity: steps between the candidates of a count in search, pruning and merging.
+    name: what the one who saved it calls the model.
+    return_flop: whether the model's forward gives the cost beside the logits.
+    """
+
+    architecture: str
+    arguments: dict[str, Any]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = CROP_MODES[0]
+    granularity: tuple[int, int]
+    name: str | None = None
+    return_flop: bool = True
+
+    def to_metadata(self) -> dict[str, str]:
+        """The header's entries: plain text, or JSON for all that is no text; nothing for what is None."""
+        values = {**vars(self), **fields_of(self.schedule), TOKENS_FIELD: self.schedule.tokens}
+        # What JSON does not know becomes text, which no field but those of texts takes.
+        return {FORMAT_FIELD: FORMAT} | {
+            name: str(values[name]) if entry.plain else json.dumps(values[name], default=str)
+            for name, entry in _ENTRIES.items()
+            if values[name] is not None and (name, values[name]) != ("return_flop", True)  # what files without it mean
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str = "") -> About:
+        """The inverse of `to_metadata`; `where` the entries come from starts the messages.
+
+        Raises:
+            SavedModelError: the entries are not ours or of a newer format, one is missing or holds what
+                it cannot, or two do not fit each other.
+        """
+        if metadata.get(FORMAT_FIELD) != FORMAT:
+            raise SavedModelError(_refusal(where, FORMAT_FIELD, metadata.get(FORMAT_FIELD), f"{FORMAT!r}"))
+        values = {name: _read(metadata, name, entry, where) for name, entry in _ENTRIES.items()}
+        _check_together(values, where)
+        prune, merge, tokens = (values.pop(name) for name in (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD))
+        schedule = Schedule(prune and tuple(prune), tuple(merge), tokens)
+        try:
+            check_schedule(schedule, (tokens,) * len(merge), prune is not None, where)
+        except ScheduleError as error:
+            raise SavedModelError(str(error)) from error
+        given = {name: value for name, value in values.items() if value is not None}
+        return cls(schedule=schedule, **arrays_as_tuples(given))
+
+
+def arrays_as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of JSON, with a tuple for each array among them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def about(path: str | Path) -> About:
+    """What the file at `path` says of its model. Reads the header only, and needs no torch.
+
+    Raises:
+        SavedModelError: the file is missing, damaged, or not one that `save` wrote.
+    """
+    path, accepted = Path(path), "accepted: a file written by diffrate.save"
+    if not path.is_file():
+        raise SavedModelError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; {accepted}")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise SavedModelError(f"{path}: cannot be read ({first_line(error)}); {accepted}") from error
+    return About.from_metadata(metadata or {}, f"{path}: ")
+
+
+def is_saved_model(path: str | Path) -> bool:
+    """Whether a local file was written by `diffrate.save`, of whatever format; damaged or missing ones are not."""
+    try:
+        with safe_open(str(Path(path).expanduser()), framework="np") as file:
+            return (file.metadata() or {}).get(FORMAT_FIELD, "").startswith(FORMAT.split()[0])
+    except (OSError, SafetensorError):
+        return False
+
+
+def _read(metadata: Mapping[str, str], name: str, entry: _Entry, where: str) -> Any:
+    """The value of one entry, None where it may be missing and is."""
+    text = metadata.get(name)
+    if text is None and entry.optional:
+        return None
+    try:
+        value = (text or "") if entry.plain else json.loads(text or "")
+    except (ValueError, RecursionError):  # not JSON, a number of too many digits, or nested too deeply
+        value = None
+    if not entry.fits(value):
+        raise SavedModelError(_refusal(where, name, text, entry.accepted))
+    return value
+
+
+def _check_together(values: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments that timm is not to get, and entries that do not fit the numbers of channels and of outputs."""
+    for name in sorted(values["arguments"].keys() - ARGUMENTS):
+        raise SavedModelError(f"{where}arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
+    channels = values["input_size"][0]
+    lengths = (3,) if channels == 3 else (channels, 3)  # timm keeps three for models of other channels
+    for name in ("mean", "std"):
+        if len(values[name]) not in lengths:
+            accepted = " or ".join(f"{length} numbers" for length in lengths)
+            raise SavedModelError(_refusal(where, name, json.dumps(values[name]), accepted))
+    classes, outputs = values["classes"], values["num_classes"]
+    if classes is not None and len(classes) != outputs:
+        raise SavedModelError(f"{where}classes: found {len(classes)} names; accepted: {outputs}, one per output")
+
+
+def _refusal(where: str, name: str, text: str | None, accepted: str) -> str:
+    found = "none" if text is None else repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    return f"{where}{name}: found {found}; accepted: {accepted}"

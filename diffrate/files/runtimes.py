@@ -1,0 +1,258 @@
+"""Each kind of exported file: how it is written, which runtime runs it, and what it says of its model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from diffrate.atomic import first_line
+from diffrate.device import errors_alone, no_warnings_of
+from diffrate.files.graph import translations
+from diffrate.files.header import FORMAT_FIELD, Header, arrays_as_tuples
+from diffrate.files.targets import LEAST_OPSET, ExportError, target_of
+from diffrate.schedule import Schedule
+
+INPUT, OUTPUT = "images", "logits"  # what the files call them
+
+
+class Runner(NamedTuple):
+    """What a file does, float32 images `[B, C, H, W]` on the CPU -> float32 logits `[B, K]`, and what it says of
+    itself."""
+
+    logits: Callable[[Tensor], Tensor]
+    entries: Mapping[str, str]
+
+
+FORMAT = "diffrate export 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata(Header):
+    """What an exported file says of its model, beside what all files say.
+
+    model: what its maker calls it. dense_gflops: as `gflops`, with all tokens.
+    normalizes: whether the file normalises images itself, and takes them in [0, 1].
+    precision: of the weights; images and logits are float32 in any.
+    """
+
+    model: str
+    dense_gflops: float
+    normalizes: bool
+    precision: str
+
+    def entries(self) -> dict[str, str]:
+        """JSON for each field, and for the format's name."""
+        return {name: json.dumps(value) for name, value in {FORMAT_FIELD: FORMAT, **asdict(self)}.items()}
+
+    @classmethod
+    def of_entries(cls, entries: Mapping[str, str], where: str) -> Metadata:
+        """The inverse of `entries`; `where` they come from starts the message.
+
+        Raises:
+            ExportError: they are not of an export, or one is missing or damaged.
+        """
+        if entries.get(FORMAT_FIELD) != json.dumps(FORMAT):
+            found = entries.get(FORMAT_FIELD, "none")
+            raise ExportError(f"{where}: found the format {found}; accepted: {json.dumps(FORMAT)}, a file of --export")
+        try:
+            values: dict[str, Any] = {name: json.loads(entries[name]) for name in cls.__dataclass_fields__}
+            schedule = Schedule(**arrays_as_tuples(values.pop("schedule")))
+            return cls(schedule=schedule, **arrays_as_tuples(values))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ExportError(f"{where}: damaged metadata ({error}); accepted: a file of --export") from error
+
+
+LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
+BATCH = "batch"  # what the file calls the number of images
+DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it
+
+
+def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, opset: int = LEAST_OPSET) -> None:
+    """Write `program` with `entries` as metadata, in the operators of `opset`, weights beside it in `path`.data where
+    protobuf has no room."""
+    import onnx
+    from onnxscript import optimizer
+
+    with _quiet():
+        made: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            custom_translation_table=translations(opset),
+            optimize=False,
+        )
+        optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
+        made.optimize()
+    for value in (*made.model.graph.inputs, *made.model.graph.outputs):
+        value.shape = type(value.shape)([BATCH, *value.shape[1:]])  # torch calls it by a number
+    made.model.metadata_props.update(entries)
+    made.model.producer_name, made.model.producer_version = "diffrate", None
+    made.save(path, external_data=_weights(program) > LARGEST)
+    onnx.checker.check_model(path)
+
+
+def run_onnx(path: Path, threads: int | None = None) -> Runner:
+    """What runs the file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def logits(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+    return Runner(logits, dict(session.get_modelmeta().custom_metadata_map))
+
+
+def _weights(program: ExportedProgram) -> int:
+    return sum(tensor.nbytes for tensor in program.state_dict.values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of itself: its own deprecations, and of packages that it does not need."""
+    modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
+    with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
+        yield
+
+
+METADATA = "metadata.json"  # among the file's extra files
+
+
+def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
+    """Write `program` with `entries` as JSON among its extra files."""
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(entries)})
+
+
+def run_pt2(path: Path, threads: int | None = None) -> Runner:
+    """What runs the file; torch has its number of threads for the whole process."""
+    extra = {METADATA: ""}
+    with errors_alone("torch.export", "torch._export"):  # what is wrong with a file, the error says
+        module = torch.export.load(path, extra_files=extra).module()
+
+    def logits(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return module(images)
+
+    return Runner(logits, json.loads(extra[METADATA] or "{}"))
+
+
+WEIGHTS = ".bin"  # in place of the suffix
+SECTION = "diffrate"  # of the file's runtime information
+
+
+def write_openvino(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
+    """Write `program` with `entries` as runtime information."""
+    import openvino
+
+    sizes = list(next(node.meta["val"].shape for node in program.graph.nodes if node.name == INPUT))
+    with no_warnings_of(r"torch\.|openvino|copyreg"):
+        model: Any = openvino.convert_model(program)
+    model.reshape([-1, *sizes[1:]])
+    model.inputs[0].get_tensor().set_names({INPUT})
+    model.outputs[0].get_tensor().set_names({OUTPUT})
+    for name, text in entries.items():
+        model.set_rt_info(text, [SECTION, name])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def run_openvino(path: Path, threads: int | None = None) -> Runner:
+    """What runs the file, for each single request in turn."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+
+    def logits(images: Tensor) -> Tensor:
+        return torch.from_numpy(request.infer([images.numpy()])[0].copy())
+
+    said: Any = model.get_rt_info(SECTION).value if model.has_rt_info(SECTION) else {}
+    return Runner(logits, {name: str(item) for name, item in said.items()})
+
+
+class Kind(NamedTuple):
+    """A kind of file: `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`."""
+
+    write: Callable[..., None]
+    run: Callable[[Path, int | None], Runner]
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        ".onnx": Kind(write_onnx, run_onnx),
+        ".pt2": Kind(write_pt2, run_pt2),
+        ".xml": Kind(write_openvino, run_openvino),
+    }
+)
+
+
+class Loaded(NamedTuple):
+    """An exported file that is ready to run."""
+
+    runner: Runner
+    metadata: Metadata
+
+
+def load_exported(path: Path, threads: int | None = None) -> Loaded:
+    """The file at `path`, made by `diffrate.export`, on `threads` threads or as many as its runtime takes.
+
+    Raises:
+        ExportError: it is missing, damaged, another file, or a package is missing that runs it.
+    """
+    target = target_of(path)
+    if not path.is_file():
+        raise ExportError(
+            f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; accepted: an exported file"
+        )
+    try:
+        runner = KINDS[path.suffix].run(path, threads)
+    except Exception as error:  # each runtime has errors of its own
+        raise ExportError(f"{path}: {target.runtime} cannot read it ({first_line(error)[:200]})") from error
+    return Loaded(runner, Metadata.of_entries(runner.entries, str(path)))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The exported file at `path`, and that of its weights where they are beside it."""
+    beside = {".onnx": path.with_name(path.name + DATA), ".xml": path.with_suffix(WEIGHTS)}
+    return [path, *(part for suffix, part in beside.items() if suffix == path.suffix and part.is_file())]
+
+
+@contextmanager
+def whole_files(path: Path) -> Iterator[Path]:
+    """A name in a scratch folder beside `path` for the block to write, alone or with others beside it. All of them
+    take their place beside `path` when the block ends well, `path` last; otherwise they are gone.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+        for file in written:
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        outdated = set(parts_of(path)) - {path.with_name(file.name) for file in written}
+        for file in written:
+            file.replace(path.with_name(file.name))
+        for file in outdated:  # weights beside a file that was there before
+            file.unlink()

@@ -1,1 +1,0 @@
-"""The differentiable choice of a count, and one block in search."""

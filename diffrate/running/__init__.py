@@ -1,3 +1,0 @@
-"""A finished model at work: scored, timed, compiled."""
-
-ROUNDS = 10  # timed pairs of a benchmark

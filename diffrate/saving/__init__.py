@@ -1,1 +1,0 @@
-"""A compressed model as one file, and back."""

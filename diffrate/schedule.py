@@ -1,0 +1,284 @@
+"""Kept counts as plain integers: check them, read them, find them. No torch here.
+
+A schedule says for each block how many tokens are kept after pruning and after merging, class and
+register tokens included. Counts need not fall from block to block: the running minimum is the meaning."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from diffrate.atomic import whole_file
+
+PRUNE_FIELD = "prune_kept_num"
+MERGE_FIELD = "merge_kept_num"
+TOKENS_FIELD = "tokens"
+SHOWN = 60  # characters of what is refused
+
+
+class ScheduleError(ValueError):
+    """A schedule that is malformed, missing, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Token counts of one block: entering it, after pruning, after merging. Never rising."""
+
+    entering: int
+    pruned: int
+    merged: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Kept counts per block as given; `prune` is None for models that only merge (CAFormer).
+
+    `tokens` enter the first block of the model that they were made for, where that is known.
+    """
+
+    prune: tuple[int, ...] | None
+    merge: tuple[int, ...]
+    tokens: int | None = field(default=None, compare=False)
+
+
+def make_schedule(prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex], where: str = "") -> Schedule:
+    """A schedule from two sequences of integers.
+
+    Raises:
+        ScheduleError: a field is no sequence, or holds something that is not an integer.
+    """
+    return Schedule(
+        None if prune is None else _integers(prune, PRUNE_FIELD, where),
+        _integers(merge, MERGE_FIELD, where),
+    )
+
+
+def fields_of(schedule: Schedule) -> dict[str, tuple[int, ...] | None]:
+    """The counts under the names that files give them."""
+    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+
+
+def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, where: str = "", least: int = 1) -> None:
+    """Refuse a schedule that does not fit a model with `least` to `limits[i]` tokens in block i.
+
+    Raises:
+        ScheduleError: made for another number of tokens, the wrong number of blocks, a count below the
+            least or above the limit, or pruning counts for a model that only merges, or none for one that prunes.
+    """
+    if schedule.tokens is not None and schedule.tokens != limits[0]:
+        raise ScheduleError(
+            f"{where}made for {schedule.tokens} tokens; accepted: {limits[0]} tokens, as the model has at this input"
+        )
+    if prunes and schedule.prune is None:
+        raise ScheduleError(f"{where}{PRUNE_FIELD}: found none; accepted: {len(limits)} counts")
+    if not prunes and schedule.prune is not None:
+        raise ScheduleError(f"{where}{PRUNE_FIELD}: this model only merges; accepted: none")
+    for name, counts in ((PRUNE_FIELD, schedule.prune), (MERGE_FIELD, schedule.merge)):
+        if counts is None:
+            continue
+        if len(counts) != len(limits):
+            raise ScheduleError(f"{where}{name}: found {len(counts)} counts; accepted: {len(limits)}, one per block")
+        for block, (count, limit) in enumerate(zip(counts, limits, strict=True)):
+            if not least <= count <= limit:
+                raise ScheduleError(f"{where}{name}[{block}]: found {count}; accepted: {least} to {limit}")
+
+
+def scale_schedule(
+    schedule: Schedule, old_limits: Sequence[int], new_limits: Sequence[int], class_token: int, least: int = 1
+) -> Schedule:
+    """`schedule` of a model with `old_limits[i]` tokens at most in block i for one with `new_limits[i]`.
+
+    The same share of the patches is kept, rounded, but `least` tokens at all; class and register tokens, of
+    which there are `class_token` (True is one), stay as many.
+    """
+
+    def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
+        blocks = zip(counts, old_limits, new_limits, strict=True)
+        return tuple(
+            max(least, class_token + round((count - class_token) * (new - class_token) / (old - class_token)))
+            for count, old, new in blocks
+        )
+
+    return Schedule(None if schedule.prune is None else scaled(schedule.prune), scaled(schedule.merge), new_limits[0])
+
+
+def running_counts(schedule: Schedule, tokens: int) -> list[Kept]:
+    """What really happens in each block when `tokens` enter the first: the running minimum."""
+    counts = []
+    prune = schedule.prune if schedule.prune is not None else (tokens,) * len(schedule.merge)
+    for prune_kept, merge_kept in zip(prune, schedule.merge, strict=True):
+        pruned = min(tokens, prune_kept)
+        merged = min(pruned, merge_kept)
+        counts.append(Kept(tokens, pruned, merged))
+        tokens = merged
+    return counts
+
+
+def read_schedules(path: Path) -> dict[str, Any]:
+    """The schedule file at `path`, entries unchecked: `{model key: {target: fields}}`.
+
+    Raises:
+        ScheduleError: the file is missing, not JSON, or not of that shape.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ScheduleError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise ScheduleError(
+            f"{path}: nested too deeply; accepted: an object of models, each an object of targets"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ScheduleError(
+            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; accepted: JSON"
+        ) from error
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        raise ScheduleError(f"{path}: accepted: an object of models, each an object of targets")
+    return table
+
+
+def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = "--target_flops") -> Schedule:
+    """The schedule of model `key` for a target in GFLOPs; `11.50` finds `11.5`.
+
+    Without a target the model's only entry is taken. Counts may be JSON arrays or, as in the
+    published file, arrays inside strings.
+
+    Raises:
+        ScheduleError: no such entry (the message lists what there is), or a malformed one.
+    """
+    targets: Mapping[str, Any] = _entry(path, read_schedules(path), key)
+    if target_flops is None and len(targets) != 1:
+        raise ScheduleError(f"{path}: {key} needs {flag}; accepted: {', '.join(targets)}")
+    found = [name for name in targets if target_flops is None or _number(name) == target_flops]
+    if not found:
+        raise ScheduleError(f"{path}: {key} has no {flag} {target_flops:g}; accepted: {', '.join(targets)}")
+    where = f"{path}: {key} {found[0]} "
+    fields = targets[found[0]]
+    if not isinstance(fields, dict) or MERGE_FIELD not in fields:
+        raise ScheduleError(f"{where}{MERGE_FIELD}: found none; accepted: an array of counts")
+    schedule = make_schedule(fields.get(PRUNE_FIELD), fields[MERGE_FIELD], where)
+    if TOKENS_FIELD not in fields:
+        return schedule
+    tokens = fields[TOKENS_FIELD]
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2:
+        raise ScheduleError(f"{where}{TOKENS_FIELD}: found {tokens!r}; accepted: a whole number from 2")
+    return replace(schedule, tokens=tokens)
+
+
+def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule) -> None:
+    """Add the schedule of model `key` for a target in GFLOPs to the file at `path`, or replace it.
+
+    The other entries stay, and those of a model are in rising order; a missing file is made.
+
+    Raises:
+        ScheduleError: the file is there but malformed, or cannot be written.
+    """
+    table = read_schedules(path) if path.exists() else {}
+    targets = table.setdefault(key, {})
+    name = next((name for name in targets if _number(name) == target_flops), f"{target_flops:g}")
+    targets[name] = {kind: list(kept) for kind, kept in fields_of(schedule).items() if kept is not None}
+    if schedule.tokens is not None:
+        targets[name][TOKENS_FIELD] = schedule.tokens
+    table[key] = dict(sorted(targets.items(), key=lambda item: _number(item[0]) or 0))
+    try:
+        with whole_file(path) as file:
+            file.write(_pretty(table).encode())
+    except OSError as error:
+        raise ScheduleError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _pretty(table: Mapping[str, Any]) -> str:
+    """JSON with one line per array of counts."""
+    text = json.dumps(table, indent=2)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda array: json.dumps(json.loads(array[0])), text) + "\n"
+
+
+def _entry(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if key not in table:
+        raise ScheduleError(f"{path}: no schedules for {key}; accepted: {', '.join(table) or 'nothing, it is empty'}")
+    if not table[key]:
+        raise ScheduleError(f"{path}: {key} is empty")
+    return table[key]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ScheduleError(f"{where}{name}: found {values[:SHOWN]!r}; accepted: an array of counts") from error
+    try:
+        items = list(values)
+    except TypeError as error:
+        raise ScheduleError(f"{where}{name}: found {values!r}; accepted: an array of counts") from error
+    counts = []
+    for block, value in enumerate(items):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ScheduleError(f"{where}{name}[{block}]: found {value!r}; accepted: whole numbers")
+        counts.append(operator.index(value))
+    return tuple(counts)
+
+
+GRANULARITY = 4  # tokens between the candidates of a count, as published
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The choices of a model.
+
+    limits: the most tokens of each block of a schedule, prefix included.
+    searchable: the blocks with choices; the others stay whole.
+    prunes: whether each has a pruning choice before its merging choice.
+    prefix: the first tokens, which always stay: class, distillation, registers.
+    least: the fewest tokens that a block may keep: the prefix, and one more where no class token is in it.
+    """
+
+    limits: tuple[int, ...]
+    searchable: tuple[int, ...]
+    prunes: bool
+    prefix: int
+    least: int = 1
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The choices of a block, in order."""
+        return ("prune", "merge") if self.prunes else ("merge",)
+
+    @property
+    def choices(self) -> list[tuple[int, str]]:
+        """The block and the kind of every choice, in order."""
+        return [(block, kind) for block in self.searchable for kind in self.kinds]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that enter a searchable block when nothing was removed."""
+        return self.limits[self.searchable[0]]
+
+    def dense(self) -> Schedule:
+        """The schedule that removes nothing."""
+        return Schedule(self.limits if self.prunes else None, self.limits, self.limits[0])
+
+    def fewest(self) -> Schedule:
+        """The schedule that removes all that it may."""
+        return self.schedule([self.least] * len(self.choices))
+
+    def schedule(self, counts: Sequence[int]) -> Schedule:
+        """The schedule of one count per choice, in block order, prune before merge."""
+        rows = {kind: list(self.limits) for kind in self.kinds}
+        for (block, kind), count in zip(self.choices, counts, strict=True):
+            rows[kind][block] = count
+        return Schedule(tuple(rows["prune"]) if self.prunes else None, tuple(rows["merge"]), self.limits[0])

@@ -1,0 +1,362 @@
+"""The search at hard counts: schedules on the budget are tried on calibration images, tokens really dropped.
+
+A surrogate (`surrogate.py`) learns from all that was measured, and says which schedules near the best ones to
+try next, on a few images each. In phases the best one so far becomes the reference that others are held
+against, on images drawn afresh. No gradient is computed, and nothing is known of what is budgeted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from random import Random
+
+import numpy as np
+import torch
+
+from diffrate.device import step_seed
+from diffrate.group import from_first, world
+from diffrate.schedule import Schedule
+from diffrate.searching.calibration import Calibration, Draw, Reference
+from diffrate.searching.moves import Counts, Moves, Surrogate
+from diffrate.searching.settings import SearchSettingError
+
+CHUNKS = 24  # of images in a phase
+PHASES = 5
+LOOKS = 6  # chunks on which starts, and the best of a phase, are compared
+FIRST, SECOND = 72, 20  # schedules drawn at random before the surrogate is asked; those that are looked at again
+GLANCE = 0.5  # of a chunk, for a first look
+TOGETHER = 8  # schedules that are chosen at a time
+NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate looks at, for each that it chooses
+SCALED_EVERY = 10  # rounds
+DARING = 1.0  # how many deviations better than the mean a schedule is hoped to be, as they are drawn
+PATIENCE = 0.4  # of the work, without a better schedule
+BETTER = 0.005  # of the first reference's loss, at least
+FINALISTS = 6  # schedules among which images held back decide
+COMPARED = 0.1  # of the work that time leaves, to compare the starts with
+BEGUN = (0.3, 0.4, 0.55, 0.65)  # of the time: starts, starts again, schedules drawn, and these again are over by then
+LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """The best schedule after a round of trials: loss estimated over all images, forward passes of the dense model
+    on one image so far, seconds, schedules measured."""
+
+    schedule: Schedule
+    loss: float
+    work: float
+    seconds: float
+    trials: int
+
+
+@dataclass
+class Trials:
+    """All that changes while the search runs: plain values and tensors, from which it goes on.
+
+    measured: counts, how much worse than the first reference as a share of its loss, the variance of that. looks:
+    the chunks of this phase that each of the counts was measured on.
+    offset: the reference's own place on that scale. scale: the first reference's loss. improved: the work at the last
+    better schedule. exhausted: nothing is left to look at.
+    """
+
+    round: int = 0
+    phase: int = 0
+    work: float = 0.0
+    seconds: float = 0.0
+    measured: list[tuple[Counts, float, float]] = field(default_factory=list)
+    reference: Counts = ()
+    offset: float = 0.0
+    scale: float = 0.0
+    order: list[int] = field(default_factory=list)
+    looks: dict[Counts, list[int]] = field(default_factory=dict)
+    draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ((), ())  # type: ignore[assignment]
+    known: dict[int, torch.Tensor] = field(default_factory=dict)
+    felt: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    scales: list[float] = field(default_factory=list)
+    best: float = 0.0
+    improved: float = 0.0
+    exhausted: bool = False
+
+
+class CalibratedSearch:
+    """A search with `work` forward passes of the dense model, from the better ones of `starts`.
+
+    pace: forward passes a second. Where the calibration's clock has a limit, the search ends `reserve` seconds before
+    that, and its phases go by how much work fits in.
+    """
+
+    def __init__(
+        self,
+        moves: Moves,
+        calibration: Calibration,
+        work: float,
+        seed: int,
+        trials: Trials | None,
+        pace: float = 0.0,
+        reserve: float = 0.0,
+    ) -> None:
+        self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
+        self.clock, self.most, self.end = calibration.clock, work, calibration.clock.seconds - reserve
+        self.pace = pace
+        self._fit_in()
+        self.trials = trials or Trials(work=calibration.work)
+        self.surrogate = Surrogate(moves.groups())
+        self.begun = time.monotonic() - self.trials.seconds
+        if trials is not None:
+            self._go_on(trials)
+
+    def run(
+        self, starts: list[Schedule], after: Callable[[TrialRecord], None], save: Callable[[Trials], None]
+    ) -> list[Schedule]:
+        """The best schedules that were found, the best first.
+
+        `after` is called with a record after each round, `save` with all that is needed to go on; either may raise
+        to end the search.
+
+        Raises:
+            SearchSettingError: the first schedules all come to the same loss.
+            ValueError: none of `starts` can be brought onto the budget.
+        """
+        begun, before = self.clock.now(), self.calibration.work
+        if not self.trials.measured:
+            self._begin(starts)
+        while True:
+            if self.calibration.work > before:  # from here on with all that is computed between trials
+                self.pace = (self.calibration.work - before) / max(1e-9, self.clock.now() - begun)
+            self._fit_in()
+            if self._over():
+                break
+            self._round()
+            after(self._record())
+            save(self.state())
+        return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
+
+    def state(self) -> Trials:
+        """What there is to go on from."""
+        trials = self.trials
+        trials.work, trials.seconds = self.calibration.work, time.monotonic() - self.begun
+        trials.felt, trials.seen = self.calibration.felt, self.calibration.seen
+        trials.known, trials.scales = self.reference.losses, self.surrogate.scales.tolist()
+        return trials
+
+    def _go_on(self, trials: Trials) -> None:
+        assert trials.felt is not None
+        assert trials.seen is not None
+        self.surrogate.scales = np.array(trials.scales)
+        self._refer(trials.reference, Draw(*map(list, trials.draw)))
+        for chunk in trials.known:  # the tokens between its blocks are not saved
+            self.reference.at(chunk)
+        self.calibration.work, self.calibration.felt, self.calibration.seen = trials.work, trials.felt, trials.seen
+        self._fit()
+
+    def _begin(self, starts: list[Schedule]) -> None:
+        """The best start becomes the reference; schedules drawn around it are the first to be measured."""
+        rng, trials = self._rng(), self.trials
+        fitted = [counts for start in starts if (counts := self.moves.fitted(start, rng)) is not None]
+        if not fitted:
+            raise ValueError("starts: none of them can be brought onto the budget")
+        first = self.calibration.drawn(LOOKS, rng)
+        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first.images[0]) * world())
+        index = torch.cat(first.images[: max(1, int(looks)) if self.clock.limited else LOOKS])
+        losses: list[float] = []
+        for counts in fitted:
+            if not losses or self._in_time(BEGUN[0]):
+                losses.append(self.calibration.mean(self.moves.schedule(counts), index))
+        trials.scale = max(min(losses), 1e-12)
+        best = fitted[int(np.argmin(losses))]
+        self._redraw(best, rng)
+        trials.measured.append((best, 0.0, 1e-4))
+        for counts in fitted:
+            for _ in range(2 if counts != best else 0):
+                if self._in_time(BEGUN[1]):
+                    self._measure(counts, rng)
+        found = [self._first(trial, best, fitted, rng) for trial in range(FIRST)]
+        for counts in dict.fromkeys(counts for counts in found if counts is not None):
+            if self._in_time(BEGUN[2]):
+                self._measure(counts, rng, part=GLANCE)
+        for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
+            if counts != best and self._in_time(BEGUN[3]):
+                self._measure(counts, rng)
+        tried = {counts for counts, _, _ in trials.measured}
+        if len(tried) > 1 and all(value == 0 for _, value, _ in trials.measured):
+            raise SearchSettingError(
+                f"loss: found {min(losses):.6g} for each of {len(tried)} schedules; accepted: a model, and a loss, "
+                "that tell schedules apart"
+            )
+        trials.improved = self.calibration.work
+        self._fit()
+
+    def _first(self, trial: int, best: Counts, fitted: list[Counts], rng: Random) -> Counts | None:
+        """A schedule to begin with: one near a start in three, else of a few steps."""
+        self.clock.now()
+        if trial % 3:
+            return self.moves.stepped(rng)
+        near = self.moves.changed(rng.choice([best, *fitted]), rng)
+        return near and (self.moves.changed(near, rng) or near)
+
+    def _round(self) -> None:
+        """Measure what the surrogate hopes for; at the end of a phase, change the reference."""
+        trials = self.trials
+        trials.round += 1
+        rng = self._rng()
+        if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
+            self.surrogate.choose_scales(*self._arrays(), seed=step_seed(self.seed, trials.round))
+            self._fit()
+        hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
+        trials.exhausted = not hoped and not self._spent()
+        for counts in hoped:
+            if not self._spent():
+                self._measure(counts, rng)
+        self._fit()
+        if (
+            not self._spent()
+            and self.calibration.work - self._start_work() > (trials.phase + 1) / PHASES * self._span()
+        ):
+            trials.phase += 1
+            self._change(rng)
+        leader = self._best(1)[0][1]
+        if leader < trials.best - BETTER:
+            trials.best, trials.improved = leader, self.calibration.work
+
+    def _change(self, rng: Random) -> None:
+        """Compare the leaders on fresh images; the best of them is the next reference."""
+        before = self.trials.reference
+        leaders = [counts for counts, _ in self._best(4)]
+        self._redraw(before, rng, self.trials.offset)
+        for chunk in range(min(LOOKS, len(self.reference))):
+            for counts in leaders:
+                if counts != before and not self._spent():
+                    self._measure(counts, rng, chunk)
+        self._fit()
+        leader = self._best(1)[0][0]
+        if leader == before:
+            return
+        for chunk in range(LOOKS, min(2 * LOOKS + 4, len(self.reference))):
+            if self._spent():
+                break
+            self._measure(leader, rng, chunk)
+        self._fit()
+        leader, value = self._best(1)[0]
+        self.trials.offset = value
+        self._refer(leader, Draw(*map(list, self.trials.draw)))
+
+    def _hoped(self, leaders: list[Counts], rng: Random) -> list[Counts]:
+        """Schedules near the `leaders` that the surrogate expects to be good, or knows little of."""
+        chosen: list[Counts] = []
+        for _ in range(TOGETHER):
+            daring, pool = abs(rng.gauss(0, DARING)), list(leaders)
+            if self._spent():
+                break
+            for _ in range(GENERATIONS):
+                self.clock.now()
+                near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW)]
+                far = [self.moves.stepped(rng) for _ in range(FAR)]
+                pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
+                mean, deviation = self.surrogate.predict(self._features(pool))
+                pool = [pool[place] for place in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
+            # The same images have no more to tell of the same counts.
+            unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
+            chosen += islice(unseen, 1)
+        return self._same_everywhere(chosen)
+
+    def _measure(self, counts: Counts, rng: Random, chunk: int | None = None, part: float = 1.0) -> None:
+        """How much worse than the reference `counts` are, on `chunk`, or the next one that is left."""
+        trials = self.trials
+        if chunk is None:
+            unseen = self._unseen(counts)
+            if not unseen:
+                return
+            if not set(unseen) & set(trials.order):
+                trials.order += rng.sample(unseen, len(unseen))
+            chunk = next(one for one in reversed(trials.order) if one in unseen)
+            trials.order.remove(chunk)
+        trials.looks.setdefault(counts, []).append(chunk)
+        mean, variance = self.reference.difference(self.moves.schedule(counts), chunk, part)
+        value, variance = mean / trials.scale, variance / trials.scale**2
+        if value > LINEAR:  # how bad the bad ones are is of no interest
+            value, variance = LINEAR * (1 + np.log(value / LINEAR)), variance * (LINEAR / value) ** 2
+        trials.measured.append((counts, float(value) + trials.offset, float(variance) + 1e-6))
+
+    def _unseen(self, counts: Counts) -> list[int]:
+        """The chunks of this phase that say more of `counts`; none of the reference, which all are held against."""
+        if counts == self.trials.reference:
+            return []
+        seen = self.trials.looks.get(counts, [])
+        return [chunk for chunk in range(len(self.reference)) if chunk not in seen]
+
+    def _redraw(self, counts: Counts, rng: Random, offset: float = 0.0) -> None:
+        draw = self.calibration.drawn(CHUNKS, rng)
+        self.trials.draw, self.trials.order, self.trials.offset = (draw.images, draw.weights), [], offset
+        self.trials.looks = {}
+        self._refer(counts, draw)
+
+    def _refer(self, counts: Counts, draw: Draw) -> None:
+        self.trials.reference = counts
+        self.reference = Reference(self.calibration, self.moves.schedule(counts), draw)
+
+    def _fit(self) -> None:
+        self.surrogate.fit(*self._arrays())
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Features of each schedule that was measured, its mean over all looks, and the variance of that."""
+        measured = self.trials.measured
+        # Few images are lost badly: a look that happens to miss them must not seem surer than the others.
+        usual = float(np.median([variance for _, value, variance in measured if value < LINEAR]))
+        sums: dict[Counts, np.ndarray] = {}
+        for counts, value, variance in measured:
+            weight = 1 / max(variance, usual)
+            sums[counts] = sums.get(counts, np.zeros(2)) + np.array([weight, weight * value])
+        weights, weighed = np.array(list(sums.values())).T
+        return self._features(list(sums)), weighed / weights, 1 / weights
+
+    def _features(self, counts: tuple[Counts, ...] | list[Counts]) -> np.ndarray:
+        return np.stack([self.moves.features(one) for one in counts])
+
+    def _best(self, count: int) -> list[tuple[Counts, float]]:
+        """The measured schedules that are surely good, with what the surrogate makes of them."""
+        tried = list(dict.fromkeys(counts for counts, _, _ in self.trials.measured))
+        mean, deviation = self.surrogate.predict(self._features(tried))
+        return [(tried[place], float(mean[place])) for place in np.argsort(mean + deviation, kind="stable")[:count]]
+
+    def _same_everywhere(self, chosen: list[Counts]) -> list[Counts]:
+        """The first process's choice: others may round otherwise."""
+        nothing = (0,) * self.moves.choices
+        table = torch.tensor([*chosen, *[nothing] * (TOGETHER - len(chosen))])
+        rows = [tuple(row) for row in from_first(table, self.calibration.place.device).tolist()]
+        return [row for row in rows if row != nothing]
+
+    def _record(self) -> TrialRecord:
+        counts, value = self._best(1)[0]
+        trials = self.trials
+        loss = max(0.0, trials.scale * (1 + value))
+        seconds = time.monotonic() - self.begun
+        return TrialRecord(self.moves.schedule(counts), loss, self.calibration.work, seconds, len(trials.measured))
+
+    def _over(self) -> bool:
+        quiet = self.calibration.work - self.trials.improved
+        return self._spent() or self.trials.exhausted or quiet > PATIENCE * self.limit
+
+    def _spent(self) -> bool:
+        return self.calibration.work >= self.limit or not self._in_time(1.0)
+
+    def _in_time(self, share: float) -> bool:
+        """Whether less than a `share` of the time is over."""
+        return not self.clock.limited or self.clock.now() < share * self.end
+
+    def _fit_in(self) -> None:
+        """Make the work what is left of the time suffices for."""
+        if self.clock.limited:
+            self.limit = min(self.most, self.calibration.work + self.pace * max(0.0, self.end - self.clock.now()))
+
+    def _start_work(self) -> float:
+        return float(len(self.calibration.images))
+
+    def _span(self) -> float:
+        return max(1.0, self.limit - self._start_work())
+
+    def _rng(self) -> Random:
+        """Of this round alone, so that a search goes on as if it had not stopped."""
+        return Random(step_seed(self.seed, self.trials.round))
