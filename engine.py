@@ -20,8 +20,7 @@ import diffrate
 from cli.log import Progress
 from cli.runtime import STEPS, WORK, Runtime
 from cli.settings import Mixing, TrainingSettings
-from cli.training import Recipe, Teacher, build_recipe
-from cli.training_checkpoint import BEST, LAST, TrainingCheckpoint, TrainingState
+from cli.training import BEST, LAST, Recipe, Teacher, TrainingCheckpoint, TrainingState, build_recipe
 from datasets import ImageLoader
 from diffrate.atomic import whole_file
 from diffrate.budget import Budget

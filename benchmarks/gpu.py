@@ -30,8 +30,7 @@ from torch import Tensor
 
 import diffrate
 import models
-from benchmarks.rows import Row, markdown
-from benchmarks.speed import SIDES, Subject, build_side, speed_row
+from benchmarks.speed import SIDES, Row, Subject, build_side, markdown, speed_row
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.blocks.block import attended, mlp_branch
 from diffrate.device import machine_name

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffrate
-from benchmarks.rows import Row
-from benchmarks.speed import Subject, memory_mib
+from benchmarks.speed import Row, Subject, memory_mib
 from cli.runtime import Runtime
 from datasets import ImageLoader
 from diffrate.latency.table import BlockTimes

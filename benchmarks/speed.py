@@ -1,13 +1,19 @@
-"""`--benchmark` and `--benchmark scaling`: throughput of a compressed model against the plain one, in turn."""
+"""Rows of figures, dictionaries by the names of columns: as tables for readers, as JSON and CSV for programs."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from importlib import import_module
 from itertools import product
+from pathlib import Path
 from statistics import linear_regression
 from typing import Any, NamedTuple
 
@@ -16,7 +22,9 @@ from torch import Tensor, nn
 
 import diffrate
 import models
-from benchmarks.rows import Row
+from diffrate.atomic import whole_file
+from diffrate.files.runtimes import Loaded, load_exported, parts_of
+from diffrate.files.targets import target_of
 from diffrate.schedule import Schedule, SearchSpace
 from diffrate.timing import (
     PairedTimes,
@@ -30,6 +38,75 @@ from diffrate.timing import (
     time_in_turn,
 )
 from models.zoo import ModelEntry
+
+Row = dict[str, Any]
+# What headings write for parts of the columns' names, the longer ones first.
+SHORT = {
+    "images_per_second": "img/s",
+    "share_of_ideal": "share %",
+    "ideal_speedup": "ideal",
+    "speedup_high": "highest",
+    "speedup_low": "lowest",
+    "ms_per_image": "ms/img",
+    "batch_size": "batch",
+    "compressed": "compr.",
+    "memory_mib": "MiB",
+    "speedup": "speed-up",
+    "gflops": "GFLOPs",
+    "mib": "MiB",
+    "_": " ",
+}
+
+
+def line(row: Row) -> str:
+    """A row by itself, without the model."""
+    headings, cells = _cells([row], ("model",))
+    return ", ".join(f"{heading} {cell}" for heading, cell in zip(headings, cells, strict=True))
+
+
+def table(rows: Sequence[Row], hidden: Collection[str] = ("model",)) -> list[str]:
+    """Lines of aligned columns, headings first, without the columns that are `hidden`."""
+    lines = _cells(rows, hidden)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def markdown(rows: Sequence[Row], hidden: Collection[str] = ()) -> list[str]:
+    """The same as a table of Markdown."""
+    first, *others = (f"| {' | '.join(line)} |" for line in _cells(rows, hidden))
+    return [first, "|" + "---|" * (first.count("|") - 1), *others]
+
+
+def write_rows(rows: Sequence[Row], folder: Path, name: str) -> None:
+    """`name`.json and `name`.csv in `folder`, as whole files."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    for ending, content in (("json", json.dumps(rows, indent=2) + "\n"), ("csv", text.getvalue())):
+        with whole_file(folder / f"{name}.{ending}") as file:
+            file.write(content.encode())
+
+
+def _cells(rows: Sequence[Row], hidden: Collection[str]) -> list[list[str]]:
+    headings = {name: _heading(name) for name in rows[0] if name not in hidden}
+    return [list(headings.values()), *([_cell(row[name], headings[name]) for name in headings] for row in rows)]
+
+
+def _heading(name: str) -> str:
+    for part, short in SHORT.items():
+        name = name.replace(part, short)
+    return name
+
+
+def _cell(value: Any, heading: str) -> str:
+    """A column whose heading ends in `%` is a share of 1."""
+    if heading.endswith("%"):
+        return f"{100 * value:.0f}"
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
 
 log = logging.getLogger(__name__)
 SIDES = ("dense", "compressed")
@@ -203,3 +280,62 @@ def exponents(rows: Sequence[Row]) -> Iterator[Row]:
                 places, speeds, costs = ([math.log(row[name]) for row in group] for name in (axis, paced, "gflops"))
                 measured, ideal = linear_regression(places, speeds).slope, -linear_regression(places, costs).slope
                 yield {"axis": axis.replace("_", " "), "measured": measured, "ideal": ideal, "held": held}
+
+
+class File(NamedTuple):
+    """An exported file that has been loaded, with the seconds that took and its size with all its parts."""
+
+    path: Path
+    loaded: Loaded
+    seconds: float
+    mib: float
+
+
+def open_file(path: Path) -> File:
+    """Load an exported file on as many threads as torch takes, and see how long that takes.
+
+    Raises:
+        ExportError: it is none, or a package is missing.
+    """
+    import_module(target_of(path).runtime)  # not the file's to wait for
+    start = time.perf_counter()
+    loaded = load_exported(path, torch.get_num_threads())
+    seconds = time.perf_counter() - start
+    return File(path, loaded, seconds, sum(part.stat().st_size for part in parts_of(path)) / 2**20)
+
+
+def file_rows(subject: Subject, files: Sequence[File], setting: Setting) -> Iterator[Row]:
+    """For each batch size a row for the dense model, the one at the schedule, and each file; memory is what a batch
+    adds at its peak."""
+    for batch_size in setting.batch_sizes:
+        sides = [*_live(subject, batch_size, setting), *(_of_file(file, batch_size) for file in files)]
+        yield from rows_in_turn(sides, batch_size, setting)
+
+
+def build_file(path: Path, batch_size: int, threads: int) -> Callable[[], Tensor]:
+    """What runs an exported file on random images."""
+    return _runner(load_exported(path, threads), batch_size)
+
+
+def _runner(loaded: Loaded, batch_size: int) -> Callable[[], Tensor]:
+    images = torch.rand(batch_size, *loaded.metadata.input_size)
+    return lambda: loaded.runner.logits(images)
+
+
+def _live(subject: Subject, batch_size: int, setting: Setting) -> Iterator[Side]:
+    """The model itself, dense and at the schedule, in each mode."""
+    for compiled in setting.modes:
+        for side, flops in zip(SIDES, subject.costs(), strict=True):
+            use = (side, subject, batch_size, torch.float32, compiled, str(setting.device))
+            about = {"subject": f"{side} model", "runtime": mode_name(compiled)}
+            about |= {"file_mib": None, "load_seconds": None}
+            about |= {"memory_mib": memory_mib(build_side, *use, device=setting.device)}
+            yield Side(about, "float32", flops, build_side(*use))
+
+
+def _of_file(file: File, batch_size: int) -> Side:
+    said, use = file.loaded.metadata, (file.path, batch_size, torch.get_num_threads())
+    about = {"subject": file.path.name, "runtime": target_of(file.path).runtime}
+    about |= {"file_mib": file.mib, "load_seconds": file.seconds}
+    about |= {"memory_mib": memory_mib(build_file, *use, device=torch.device("cpu"))}
+    return Side(about, said.precision, 1e9 * said.gflops, _runner(file.loaded, batch_size))

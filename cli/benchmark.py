@@ -17,14 +17,13 @@ from torch.utils.data import Subset
 
 import diffrate
 import models
-from benchmarks import exported, parts, speed
-from benchmarks.rows import Row, line, table, write_rows
-from benchmarks.speed import Setting, Subject
+from benchmarks import parts, speed
+from benchmarks import speed as exported
+from benchmarks.speed import Row, Setting, Subject, line, table, write_rows
 from cli.data import eval_dataset, eval_loader, input_size_of
-from cli.latency import latency_table
 from cli.model import Weights, at_schedule, chosen_entry, for_inference, planned
 from cli.runtime import AMP_DTYPES, Runtime
-from cli.schedules import schedules_that_fit
+from cli.schedules import latency_table, schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
 from datasets import DataError
 from diffrate.files.header import about, is_saved_model

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from cli.distributed import usable_cores
 from cli.log import bar_fits
-from cli.runtime import Runtime
+from cli.runtime import Runtime, usable_cores
 from cli.settings import DataSettings, ModelSettings, Settings, size_words
 from cli.transforms import View, eval_transform, train_transform
 from datasets import (

@@ -24,11 +24,11 @@ from cli.settings import (
     mode_of,
     settings_from,
 )
+from diffrate import ROUNDS
 from diffrate.budget import BASELINES, FLOPS, SHARE, Target
 from diffrate.files.header import SavedModelError, about, is_saved_model
 from diffrate.files.targets import PRECISIONS as EXPORTED_PRECISIONS
 from diffrate.files.targets import TARGETS, ExportError, check_destination, target_of
-from diffrate import ROUNDS
 from diffrate.schedule import GRANULARITY
 from diffrate.searching.settings import FLAGS, GRADIENT, OPTIONS, SMOOTHING, Range, SearchSettings, help_of
 from sample import MODEL as SAMPLE_MODEL

@@ -18,12 +18,11 @@ from torch import nn
 import diffrate
 import models
 from cli.data import eval_dataset, input_size_of
-from cli.distributed import local_main_first
 from cli.resume import use_searched
-from cli.runtime import Runtime
+from cli.runtime import Runtime, local_main_first
 from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
-from cli.training_checkpoint import flags_in
+from cli.training import flags_in
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
 from diffrate.budget import SHARE

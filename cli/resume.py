@@ -13,8 +13,7 @@ from cli.recipe import PAPER
 from cli.runtime import Runtime
 from cli.schedules import fit_tokens
 from cli.settings import Settings, dest_of
-from cli.training import digest
-from cli.training_checkpoint import LAST, read_training
+from cli.training import LAST, digest, read_training
 from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from diffrate.searching.settings import FLAGS, OPTIONS

@@ -1,17 +1,27 @@
-"""Which schedule and which budgets the flags name, and the files of schedules."""
+"""What the flags ask of schedules: those of a file, targets, and the seconds that targets go by."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffrate
 import models
-from cli.settings import PROJECT, ModelSettings
-from diffrate.budget import FLOPS, Target
+from cli.log import share
+from cli.runtime import AMP_DTYPES, Runtime
+from cli.settings import PROJECT, LatencySettings, ModelSettings, Settings
+from diffrate.atomic import cache_folder
+from diffrate.budget import FLOPS, Budget, Target
+from diffrate.latency.measure import SECONDS
+from diffrate.latency.setting import Use, setting_of
 from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
+from diffrate.searching.target import budget_of, check_reach
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
@@ -141,3 +151,63 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
     # All of them enter each block at most, but for the blocks that are never compressed: they keep all.
     limits = (schedule.tokens,) * blocks + schedule.merge[blocks:]
     return scale_schedule(schedule, limits, space.limits, space.prefix, space.least)
+
+
+log = logging.getLogger(__name__)
+
+
+def latency_table(
+    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
+) -> diffrate.LatencyTable:
+    """What `model` takes at any schedule, used as the flags say. Where it has to be measured, the `targets` are
+    tried first.
+
+    Raises:
+        BudgetError: it is far out of reach.
+        LatencyFileError: the file that keeps it cannot be read or written.
+    """
+    dtype = AMP_DTYPES[settings.precision] or runtime.dtype
+    use = Use(settings.batch_size, dtype, settings.compiled, runtime.device)
+    setting = setting_of(model, use)
+    file = settings.file or _kept_in(setting)
+    log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
+    check_reach(model, targets, use, file)
+    with share("Latency", SECONDS, runtime) as advance:
+        return diffrate.measure_latency(
+            model,
+            use.batch_size,
+            dtype,
+            device=use.device,
+            compile=use.compiled,
+            file=file,
+            progress=advance,
+        )
+
+
+def _kept_in(setting: dict[str, object]) -> Path | None:
+    """The file of a table in the user's cache; None where there is none."""
+    folder = cache_folder("latency")
+    name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
+    return None if folder is None else folder / f"{name}.json"
+
+
+def budgets_of(
+    settings: Settings, model: diffrate.CompressedModel, runtime: Runtime
+) -> tuple[dict[Target, Budget], diffrate.LatencyTable | None]:
+    """What each target is for `model`, all of them in reach; and the table that those in seconds go by.
+
+    Raises:
+        BudgetError: one is not; gives the range that is.
+        LatencyFileError, UsageError: as `latency_table` and `targets_of`.
+    """
+    targets = targets_of(settings.model, model)
+    timed = any(target.timed for target in targets)
+    table = latency_table(settings.latency, model, runtime, targets) if timed else None
+    return {target: budget_of(model, target, table) for target in targets}, table
+
+
+def kept_as(target: Target, model: diffrate.CompressedModel, schedule: diffrate.Schedule) -> float:
+    """The GFLOPs under which files keep the schedule that meets a target: the target's, or of seconds its own."""
+    if target.gflops is not None:
+        return target.gflops
+    return float(f"{model.flops_at(schedule) / 1e9:.{DIGITS}g}")

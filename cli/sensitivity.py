@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import diffrate
-from benchmarks.rows import table
+from benchmarks.speed import table
 from cli.data import calibration_dataset, eval_loader, warn_of_turned
 from cli.log import Progress
 from cli.model import checked_plan, chosen_entry, for_inference, patched, plain_model, read_weights

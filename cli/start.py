@@ -9,9 +9,17 @@ import torch
 
 import diffrate
 import models
-from cli.distributed import LostProcessError, Processes, process_group, processes_from_environment
 from cli.log import bar_fits, setup_logging
-from cli.runtime import Runtime, amp_dtype, open_board, resolve_device
+from cli.runtime import (
+    LostProcessError,
+    Processes,
+    Runtime,
+    amp_dtype,
+    open_board,
+    process_group,
+    processes_from_environment,
+    resolve_device,
+)
 from cli.settings import Settings
 from datasets import DataError, listed
 from diffrate.budget import BaselineError, BudgetError
@@ -20,7 +28,12 @@ from diffrate.searching.settings import SearchSettingError
 from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)
-MODULES = {"eval": "evaluate"}  # of modes whose file in this folder is called otherwise
+# The file in this folder and its function of modes that are not `run` in a file of their name.
+PLACES = {
+    "eval": ("evaluate", "run"),
+    "baseline": ("evaluate", "run_baseline"),
+    "list_models": ("evaluate", "run_list_models"),
+}
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
 NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
@@ -51,7 +64,8 @@ def run(settings: Settings) -> None:
     with process_group(processes, runtime.device):
         try:
             mode = settings.run.mode
-            import_module(f"cli.{MODULES.get(mode, mode)}").run(settings, runtime)
+            file, function = PLACES.get(mode, (mode, "run"))
+            getattr(import_module(f"cli.{file}"), function)(settings, runtime)
         finally:
             if runtime.unreadable:
                 files = list(runtime.unreadable)

@@ -1,22 +1,190 @@
-"""`--visualize`: a page of pictures for each image, in files."""
+"""`--visualize`: a page for each image, with its tokens after the blocks and the predictions."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import count
+from dataclasses import dataclass
+from itertools import count, zip_longest
 from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
 import diffrate
 from cli.data import view_of
-from cli.image_page import Seen, likeliest, page, see
 from cli.model import chosen_entry, named_model
 from cli.runtime import Runtime
 from cli.settings import Settings
-from cli.transforms import View
+from cli.transforms import View, crop_view, eval_transform
 from datasets import load_image
 from diffrate.atomic import whole_file
+from diffrate.pictures import draw_groups, origin_groups
 from utils import UsageError
+
+SIDE = 448  # pixels at least of the short side of a picture with tokens: lines stay thin beside the patches
+SHOWN_CLASSES = 5
+MOST_BLOCKS = 12  # panels of a page, unless blocks are chosen
+COLUMNS = 4
+WIDTH, TITLE = 2.6, 0.2  # inches of a panel, and above its picture
+TALLEST = 2.0  # of a panel, against its width
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model makes of one image.
+
+    view: what it sees of the photograph, at a size for people.
+    grid: rows and columns of the patches.
+    origins: after each block, which kept token stands for each patch, `[rows * columns]`, -1 for pruned.
+    kept: tokens after each block, class token included; `tokens` before the first.
+    dense, compressed: probabilities of the classes, `[K]`; None of a model without a head.
+    """
+
+    view: Image.Image
+    grid: tuple[int, int]
+    origins: tuple[Tensor, ...]
+    kept: tuple[int, ...]
+    tokens: int
+    dense: Tensor | None
+    compressed: Tensor | None
+
+    def tokens_after(self, block: int) -> Image.Image:
+        """The view with the groups of patches after `block`, drawn in."""
+        return draw_groups(self.view, origin_groups(self.origins[block], self.grid))
+
+    def has_patches(self, block: int) -> bool:
+        """Whether any patch is left after `block`; where only the class token is, its picture would be all dark."""
+        return bool((self.origins[block] >= 0).any())
+
+
+@torch.inference_mode()
+def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], view: View) -> list[Seen]:
+    """Run `photographs`, of any size, through `model` at its kept counts and, for comparison, with all tokens."""
+    transform = eval_transform(view)
+    weight = next(model.parameters())
+    images = torch.stack([transform(photograph) for photograph in photographs]).to(weight.device, weight.dtype)
+    model.eval()
+    states = model.forward_blocks(images)
+    dense = compressed = [None] * len(photographs)
+    if model.has_head():
+        compressed = _probabilities(model.classify(states[-1]))
+        before, model.compression.schedule = model.compression.schedule, model.dense_schedule()
+        try:
+            dense = _probabilities(model(images, return_flop=False))
+        finally:
+            model.compression.schedule = before
+    first = model.compression.space.prefix
+    zoom = -(-SIDE // min(view.size))  # whole pixels for every pixel of the input
+    rows, columns = (zoom * side for side in view.size)
+    below, right = (zoom * side for side in _covered(model, view.size))
+    return [
+        Seen(
+            view=crop_view(photograph, view, (rows, columns)).crop((0, 0, right, below)),
+            grid=model.token_grid,
+            origins=tuple(state.origin[index, first:].cpu() for state in states if state.origin is not None),
+            kept=tuple(state.x.shape[1] for state in states),
+            tokens=model.compression.space.limits[0],
+            dense=dense[index],
+            compressed=compressed[index],
+        )
+        for index, photograph in enumerate(photographs)
+    ]
+
+
+def shown_blocks(seen: Seen) -> list[int]:
+    """The blocks that remove tokens and leave patches, evenly thinned out, the last of them kept."""
+    before = (seen.tokens, *seen.kept)
+    last = _last_shown(seen)
+    removing = [block for block in range(last + 1) if seen.kept[block] < before[block]] or [last]
+    step = -(-len(removing) // MOST_BLOCKS)
+    return removing[::-1][::step][::-1]
+
+
+def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | None = None) -> Figure:
+    """One page: the view, the tokens after the last block that leaves patches and after `blocks` (by default
+    those that remove tokens), and the predictions, if there are any."""
+    shown = shown_blocks(seen) if blocks is None else blocks
+    rows = -(-len(shown) // COLUMNS)
+    height = WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
+    figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows) + 0.3), layout="constrained")
+    figure.suptitle(title)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
+    view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
+    last = _last_shown(seen)
+    _picture(view, seen.view, "input")
+    when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
+    _picture(end, seen.tokens_after(last), f"{when}: {_count(seen, last)}")
+    draw_predictions(predictions, seen, names)
+    for axes, block in zip_longest(below.subplots(rows, COLUMNS, squeeze=False).flat, shown):
+        axes.set_axis_off()
+        if block is not None:
+            _picture(axes, seen.tokens_after(block), f"after block {block}: {_count(seen, block)}")
+    return figure
+
+
+def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
+    """The likeliest classes of the dense model, with the compressed model's word on them beside; nothing of a
+    model without a head."""
+    if seen.dense is None or seen.compressed is None:
+        axes.set_axis_off()
+        return
+    classes = seen.dense.topk(min(SHOWN_CLASSES, len(seen.dense))).indices.tolist()
+    for name, found, offset, color, hatch in (
+        ("dense", seen.dense, -0.2, "#bbbbbb", ""),
+        ("compressed", seen.compressed, 0.2, "#0072b2", "///"),
+    ):
+        places = [place + offset for place in range(len(classes))]
+        values = [100 * float(found[index]) for index in classes]
+        bars = axes.barh(places, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
+        axes.bar_label(bars, fmt="{:.1f} %", padding=2, fontsize=8)
+    axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="probability in %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
+
+
+def likeliest(probabilities: Tensor, names: Sequence[str]) -> str:
+    """The class that a model names first, and its probability."""
+    best = int(probabilities.argmax())
+    return f"{names[best]} {100 * float(probabilities[best]):.1f} %"
+
+
+def _covered(model: diffrate.CompressedModel, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of pixels that patches stand for: they leave some out where they do not tile the input."""
+    module: Any = model
+    embedding = getattr(module, "patch_embed", None) or getattr(module, "embeds", None)
+    patch = getattr(embedding, "patch_size", (1, 1))
+    rows, columns = (count * side for count, side in zip(model.token_grid, patch, strict=True))
+    # Where convolutions come first, what is called a patch is none of the input's.
+    left_out = (size[0] - rows, size[1] - columns)
+    return (rows, columns) if all(0 <= rest < side for rest, side in zip(left_out, patch, strict=True)) else size
+
+
+def _picture(axes: Axes, image: Image.Image, title: str) -> None:
+    axes.imshow(image)
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def _last_shown(seen: Seen) -> int:
+    """The last block that leaves patches, or the last one where none does."""
+    blocks = range(len(seen.kept))
+    return max((block for block in blocks if seen.has_patches(block)), default=blocks[-1])
+
+
+def _count(seen: Seen, block: int) -> str:
+    return f"{seen.kept[block]} of {seen.tokens} tokens" + ("" if seen.has_patches(block) else ", no patches")
+
+
+def _probabilities(logits: Tensor) -> Sequence[Tensor]:
+    return logits.float().softmax(dim=-1).cpu()
+
 
 log = logging.getLogger(__name__)
 DPI = 110

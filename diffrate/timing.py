@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrate.device import compile_model, generators_kept, place_of
 from diffrate import ROUNDS
+from diffrate.device import compile_model, generators_kept, place_of
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import channels_of
 from diffrate.schedule import Schedule

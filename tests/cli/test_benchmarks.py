@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.rows import Row, line, table
-from benchmarks.speed import exponents, share_schedule
+from benchmarks.speed import Row, exponents, line, share_schedule, table
 from tests.conftest import Cli
 from tests.test_patch import patched
 from tests.tiny_models import FAMILIES, TOKENS

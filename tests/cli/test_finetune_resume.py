@@ -16,7 +16,7 @@ import torch
 import diffrate
 import engine
 import main
-from cli.training_checkpoint import TrainingCheckpoint
+from cli.training import TrainingCheckpoint
 from engine import Reporter
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
@@ -65,7 +65,7 @@ def interrupt_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         if len(saves) == number:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("cli.training_checkpoint.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("cli.training.SAVE_SECONDS", -1.0)
     monkeypatch.setattr(TrainingCheckpoint, "save", save)
 
 
@@ -155,7 +155,7 @@ def test_sigterm_saves_and_leaves(
 
 def test_a_process_killed_in_an_epoch_goes_on(whole: Path, cli: Cli, folder: Path, tmp_path: Path) -> None:
     again = words(folder, tmp_path / "out", "--resume", "auto", "--print-freq", 1)
-    often = "import sys, main, cli.training_checkpoint as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
+    often = "import sys, main, cli.training as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", often, *map(str, again)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

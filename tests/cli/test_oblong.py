@@ -19,9 +19,9 @@ from benchmarks import speed
 from benchmarks.parts import build_step
 from benchmarks.speed import Setting, Subject, build_side, scaling_rows
 from cli.flags import parse_flags
-from cli.image_page import page, see
 from cli.settings import Augmentation
 from cli.transforms import View, crop_view, eval_transform, train_transform
+from cli.visualize import page, see
 from diffrate.files.header import about
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cli import results
-from cli.plots import (
+from cli.plot import (
     LEAST_LOSS,
     accuracy_figure,
     kept_tokens_figure,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.distributed import Processes, processes_from_environment
+from cli.runtime import Processes, processes_from_environment
 from utils import UsageError
 
 

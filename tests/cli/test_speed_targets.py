@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cli.benchmark
-import cli.latency
+import cli.schedules
 import diffrate.latency.confirm as check_module
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
@@ -35,7 +35,7 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli.benchmark, "RANDOM", 2)
     measured = confirm.measured_speedup
     monkeypatch.setattr(check_module, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
-    assert cli.latency.SECONDS > 0
+    assert cli.schedules.SECONDS > 0
 
 
 @pytest.mark.parametrize("search", ["calibrated", "gradient"])
