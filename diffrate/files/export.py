@@ -1,4 +1,4 @@
-"""Whether an exported file answers as the live model does."""
+"""Export a model to a file for another runtime, and compare the file with the live model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffrate.atomic import first_line
 from diffrate.device import place_of
 from diffrate.evaluation import modes_kept
 from diffrate.files.graph import Normalization, check_patched, traced
+from diffrate.files.header import ExportError, check_destination
 from diffrate.files.runtimes import KINDS, Metadata, load_exported, parts_of, whole_files
 from diffrate.files.save import header_of
-from diffrate.files.targets import ExportError, check_destination
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
 from diffrate.timing import precision_name
@@ -28,6 +28,8 @@ LIMITS = {"float32": 1e-3, "fp16": 0.1, "bf16": 0.5}
 NUDGE, NUDGES = 1e-5, 3  # of an image's values, more than runtimes differ by in float32; how often each is tried
 TIE_NUDGES = 30  # of an image on which a file answers otherwise
 TRIES = 20  # images drawn for each that is wanted
+LONGEST = 300  # characters of another package's message
+LEAST_IMAGES = 2  # so that batches are not all of one size
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -71,18 +73,14 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
     differences = (found - expected).abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
     ties = torch.zeros(len(images), dtype=torch.bool)
+    generator = torch.Generator()
     for index in (differences > limit).nonzero()[:, 0]:
-        ties[index] = _answers_when_nudged(live, images[index][None], found[index][None], limit)
+        nudged = _nudged(images[index][None], TIE_NUDGES, generator.manual_seed(0))
+        ties[index] = any(_largest(live(one) - found[index]) <= limit for one in nudged)
         if not ties[index]:  # of a file that is wrong on one image, it does not matter on how many
             break
     largest = [float(part.max()) if len(part) else 0.0 for part in (differences[~ties], differences[ties])]
     return Agreement(largest[0], limit, float(same), len(images), source, int(ties.sum()), largest[1])
-
-
-def _answers_when_nudged(live: Answer, image: Tensor, found: Tensor, limit: float) -> bool:
-    """Whether `live` comes to what was `found` when the last bits of the image change."""
-    generator = torch.Generator().manual_seed(0)
-    return any(_largest(live(one) - found) <= limit for one in _nudged(image, TIE_NUDGES, generator))
 
 
 def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalization | None, seed: int) -> Tensor:
@@ -119,10 +117,6 @@ def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[
 def _largest(difference: Tensor) -> float:
     """The largest absolute value; that of anything undefined is infinite."""
     return float(difference.abs().nan_to_num(nan=torch.inf).max())
-
-
-LONGEST = 300  # characters of another package's message
-LEAST_IMAGES = 2  # so that batches are not all of one size
 
 
 @dataclass(frozen=True)
@@ -169,8 +163,12 @@ def export(
     path, precision = Path(path), precision_name(dtype)
     check_patched(model)
     check_destination(path, precision, opset)
-    if images is not None:
-        _check_images(model, images)
+    size = input_size(model)
+    if images is not None and (images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES):
+        raise ExportError(
+            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
+            f"torch.float32, N from {LEAST_IMAGES}"
+        )
     known = _normalization(model, mean, std)
     metadata = _metadata(model, precision, normalize, known, name, classes)
     program = traced(model, dtype, known if normalize else None)
@@ -187,20 +185,6 @@ def export(
     return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
 
 
-def _check_images(model: CompressedModel, images: Tensor) -> None:
-    """Refuse images that do not tell one batch size from another, or that the model does not take.
-
-    Raises:
-        ExportError: their number, their size or their type.
-    """
-    size = input_size(model)
-    if images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES:
-        raise ExportError(
-            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
-            f"torch.float32, N from {LEAST_IMAGES}"
-        )
-
-
 def _checked(
     model: CompressedModel,
     path: Path,
@@ -215,19 +199,19 @@ def _checked(
         ExportError: they do not agree.
     """
     inside, outside = (known, None) if metadata.normalizes else (None, known)
-    place = place_of(model)
+    device, dtype = place_of(model)
 
     def live(images: Tensor) -> Tensor:
         images = images if inside is None else inside.apply(images)
-        return model(images.to(*place), return_flop=False).float().cpu()
+        return model(images.to(device, dtype), return_flop=False).float().cpu()
 
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         source = "random" if images is None else "given"
         if images is None:
             images = fresh_images(live, metadata.input_size, outside, seed)
-        coarser = max(metadata.precision, precision_name(place.dtype), key=lambda name: LIMITS.get(name, 0.0))
-        agreement = compare(load_exported(path).runner.logits, live, images.cpu(), coarser, source)
+        coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))
+        agreement = compare(load_exported(path).logits, live, images.cpu(), coarser, source)
     if not agreement.difference <= agreement.limit:
         raise ExportError(f"{path.name}: not written: {agreement.line()}")
     return agreement
