@@ -63,9 +63,8 @@ class Agreement:
 
 def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: str) -> Agreement:
     """Run both on `images`, in batches of `BATCHES`, and compare logits."""
-    sizes = [*BATCHES[:-1], *[BATCHES[-1]] * (len(images) // BATCHES[-1] + 1)]
-    ends = torch.tensor(sizes).cumsum(0)
-    batches = [batch for batch in images.tensor_split(ends[ends < len(images)]) if len(batch)]
+    first, size = BATCHES
+    batches = [images[:first], *images[first:].split(size)]
     found, expected = (torch.cat([answer(batch) for batch in batches]) for answer in (file, live))
     limit = LIMITS[precision] * (1.0 if precision == "float32" else float(expected.abs().max()))
     if found.shape != expected.shape:
@@ -163,21 +162,16 @@ def export(
     path, precision = Path(path), precision_name(dtype)
     check_patched(model)
     check_destination(path, precision, opset)
-    size = input_size(model)
-    if images is not None and (images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES):
-        raise ExportError(
-            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
-            f"torch.float32, N from {LEAST_IMAGES}"
-        )
-    known = _normalization(model, mean, std)
-    metadata = _metadata(model, precision, normalize, known, name, classes)
-    program = traced(model, dtype, known if normalize else None)
+    _check_images(images, input_size(model))
+    metadata = _metadata(model, precision, normalize, name, classes, mean, std)
+    program = traced(model, dtype, _normalization(metadata) if normalize else None)
     try:
         with whole_files(path) as scratch:
-            options = {} if opset is None else {"opset": opset}
-            KINDS[path.suffix].write(program, metadata.entries(), scratch, **options)
+            KINDS[path.suffix].write(
+                program, metadata.entries(), scratch, **({} if opset is None else {"opset": opset})
+            )
             del program  # as large as the model
-            agreement = _checked(model, scratch, metadata, known, seed, images)
+            agreement = _checked(model, scratch, metadata, seed, images)
     except ExportError:
         raise
     except Exception as error:  # the writers have errors of their own
@@ -185,21 +179,23 @@ def export(
     return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
 
 
-def _checked(
-    model: CompressedModel,
-    path: Path,
-    metadata: Metadata,
-    known: Normalization | None,
-    seed: int,
-    images: Tensor | None,
-) -> Agreement:
+def _check_images(images: Tensor | None, size: tuple[int, int, int]) -> None:
+    """Refuse images that do not tell one batch size from another, or that the model does not take."""
+    if images is not None and (images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES):
+        raise ExportError(
+            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
+            f"torch.float32, N from {LEAST_IMAGES}"
+        )
+
+
+def _checked(model: CompressedModel, path: Path, metadata: Metadata, seed: int, images: Tensor | None) -> Agreement:
     """How the file at `path` compares with `model`, on `images` or on random ones.
 
     Raises:
         ExportError: they do not agree.
     """
+    known, (device, dtype) = _normalization(metadata), place_of(model)
     inside, outside = (known, None) if metadata.normalizes else (None, known)
-    device, dtype = place_of(model)
 
     def live(images: Tensor) -> Tensor:
         images = images if inside is None else inside.apply(images)
@@ -217,40 +213,40 @@ def _checked(
     return agreement
 
 
-def _normalization(model: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalization | None:
-    """What images are normalised with, None where nobody says.
-
-    Raises:
-        ExportError: not a number for each channel.
-    """
-    config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
-    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
-    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
-    if mean is None or std is None:
-        return None
-    for name, row in (("mean", mean), ("std", std)):
-        if len(row) != channels:
-            raise ExportError(f"{name}: found {list(row)}; accepted: {channels} numbers, one per channel")
-    return Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+def _normalization(metadata: Metadata) -> Normalization | None:
+    return None if metadata.mean is None or metadata.std is None else Normalization(metadata.mean, metadata.std)
 
 
 def _metadata(
     model: Any,
     precision: str,
     normalize: bool,
-    known: Normalization | None,
     name: str | None,
     classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Metadata:
-    if normalize and known is None:
+    """What the file will say of `model`.
+
+    Raises:
+        ExportError: `mean` or `std` are not a number for each channel, or are needed; `classes` not one per output.
+    """
+    config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
+    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
+    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
+    if mean is None or std is None:
+        mean = std = None
+    for field, row in (("mean", mean), ("std", std)):
+        if row is not None and len(row) != channels:
+            raise ExportError(f"{field}: found {list(row)}; accepted: {channels} numbers, one per channel")
+    if normalize and mean is None:
         raise ExportError("normalize: found a model without mean and std; accepted: with mean and std as well")
     if classes is not None and len(classes) != model.num_classes:
         raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
-    config = getattr(model, "pretrained_cfg", None) or {}
     return Metadata(
         **header_of(model),
-        mean=known and known.mean,
-        std=known and known.std,
+        mean=mean and tuple(map(float, mean)),
+        std=std and tuple(map(float, std)),
         model=name or config.get("architecture") or type(model).__name__,
         dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
         normalizes=normalize,

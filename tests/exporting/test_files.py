@@ -192,7 +192,7 @@ def test_large_weights_lie_beside_the_file(
     model: diffrate.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.onnx"
-    monkeypatch.setattr(files.onnx, "LARGEST", 1000)
+    monkeypatch.setattr(files, "LARGEST", 1000)
     diffrate.export(model, path)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     images = images_for("deit", 3)
