@@ -171,21 +171,21 @@ class About(Header):
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], where: str = "") -> About:
-        """The inverse of `to_metadata`; `where` the entries come from starts the messages.
+    def from_metadata(cls, metadata: Mapping[str, str]) -> About:
+        """The inverse of `to_metadata`.
 
         Raises:
             SavedModelError: the entries are not ours or of a newer format, one is missing or holds what
                 it cannot, or two do not fit each other.
         """
         if metadata.get(FORMAT_FIELD) != FORMAT:
-            raise SavedModelError(_refusal(where, FORMAT_FIELD, metadata.get(FORMAT_FIELD), f"{FORMAT!r}"))
-        values = {name: _read(metadata, name, entry, where) for name, entry in _ENTRIES.items()}
-        _check_together(values, where)
+            raise _refusal(FORMAT_FIELD, metadata.get(FORMAT_FIELD), repr(FORMAT))
+        values = {name: _read(metadata.get(name), name, entry) for name, entry in _ENTRIES.items()}
+        _check_together(values)
         prune, merge, tokens = (values.pop(name) for name in (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD))
         schedule = Schedule(prune and tuple(prune), tuple(merge), tokens)
         try:
-            check_schedule(schedule, (tokens,) * len(merge), prune is not None, where)
+            check_schedule(schedule, (tokens,) * len(merge), prune is not None)
         except ScheduleError as error:
             raise SavedModelError(str(error)) from error
         given = arrays_as_tuples({name: value for name, value in values.items() if value is not None})
@@ -227,7 +227,10 @@ def about(path: str | Path) -> About:
             metadata = file.metadata()
     except (OSError, SafetensorError) as error:
         raise SavedModelError(f"{path}: cannot be read ({first_line(error)}); {accepted}") from error
-    return About.from_metadata(metadata or {}, f"{path}: ")
+    try:
+        return About.from_metadata(metadata or {})
+    except SavedModelError as error:
+        raise SavedModelError(f"{path}: {error}") from error
 
 
 def is_saved_model(path: str | Path) -> bool:
@@ -239,9 +242,8 @@ def is_saved_model(path: str | Path) -> bool:
         return False
 
 
-def _read(metadata: Mapping[str, str], name: str, entry: _Entry, where: str) -> Any:
+def _read(text: str | None, name: str, entry: _Entry) -> Any:
     """The value of one entry, None where it may be missing and is."""
-    text = metadata.get(name)
     if text is None and entry.optional:
         return None
     try:
@@ -249,28 +251,27 @@ def _read(metadata: Mapping[str, str], name: str, entry: _Entry, where: str) -> 
     except (ValueError, RecursionError):  # not JSON, a number of too many digits, or nested too deeply
         value = None
     if not entry.fits(value):
-        raise SavedModelError(_refusal(where, name, text, entry.accepted))
+        raise _refusal(name, text, entry.accepted)
     return value
 
 
-def _check_together(values: Mapping[str, Any], where: str) -> None:
+def _check_together(values: Mapping[str, Any]) -> None:
     """Refuse arguments that timm is not to get, and entries that do not fit the numbers of channels and of outputs."""
     for name in sorted(values["arguments"].keys() - ARGUMENTS):
-        raise SavedModelError(f"{where}arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
+        raise SavedModelError(f"arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
     channels = values["input_size"][0]
     lengths = (3,) if channels == 3 else (channels, 3)  # timm keeps three for models of other channels
     for name in ("mean", "std"):
         if len(values[name]) not in lengths:
-            accepted = " or ".join(f"{length} numbers" for length in lengths)
-            raise SavedModelError(_refusal(where, name, json.dumps(values[name]), accepted))
+            raise _refusal(name, json.dumps(values[name]), " or ".join(f"{length} numbers" for length in lengths))
     classes, outputs = values["classes"], values["num_classes"]
     if classes is not None and len(classes) != outputs:
-        raise SavedModelError(f"{where}classes: found {len(classes)} names; accepted: {outputs}, one per output")
+        raise SavedModelError(f"classes: found {len(classes)} names; accepted: {outputs}, one per output")
 
 
-def _refusal(where: str, name: str, text: str | None, accepted: str) -> str:
+def _refusal(name: str, text: str | None, accepted: str) -> SavedModelError:
     found = "none" if text is None else repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
-    return f"{where}{name}: found {found}; accepted: {accepted}"
+    return SavedModelError(f"{name}: found {found}; accepted: {accepted}")
 
 
 PRECISIONS = ("float32", "bf16", "fp16")
