@@ -245,8 +245,8 @@ def _metadata(
         raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
     return Metadata(
         **header_of(model),
-        mean=mean and tuple(map(float, mean)),
-        std=std and tuple(map(float, std)),
+        mean=None if mean is None else tuple(map(float, mean)),
+        std=None if std is None else tuple(map(float, std)),
         model=name or config.get("architecture") or type(model).__name__,
         dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
         normalizes=normalize,
