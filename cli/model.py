@@ -85,7 +85,7 @@ class Trained:
 
     @property
     def classes(self) -> Sequence[str] | None:
-        """Names of the model's outputs, None where nobody says."""
+        """Names of the model's outputs, None where unknown."""
         return output_names(self.val, self.model.num_classes, self.weights)
 
 
@@ -272,7 +272,7 @@ def named_model(
     settings: Settings, entry: ModelEntry, runtime: Runtime
 ) -> tuple[diffrate.CompressedModel, Sequence[str] | None]:
     """The model that the flags name at its kept counts, of modes that need no labels, and words for its outputs: the
-    weights' classes, else ImageNet's words, or the data's classes; None where nobody says.
+    weights' classes, else ImageNet's words, or the data's classes; None where unknown.
 
     Raises:
         CheckpointError, DataError, ScheduleError, UsageError: the weights, the data or the schedule are not there or

@@ -115,7 +115,7 @@ def read_file(
 ) -> Read:
     """The weights in a file, or at a URL, for `model` at an input of `size`; its tensors need no storage.
 
-    They were made for images of `made_at`. Where nobody knows, it is taken to be `size` if they have as many positions
+    They were made for images of `made_at`. Where unknown, that is taken to be `size` if they have as many positions
     as the model has there, and else the model's `own` size; without `own`, what timm takes it to be.
 
     Raises:
