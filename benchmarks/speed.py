@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import diffrate
 import models
 from diffrate.atomic import whole_file
+from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
-from diffrate.files.targets import target_of
 from diffrate.schedule import Schedule, SearchSpace
 from diffrate.timing import (
     PairedTimes,
@@ -319,7 +319,7 @@ def build_file(path: Path, batch_size: int, threads: int) -> Callable[[], Tensor
 
 def _runner(loaded: Loaded, batch_size: int) -> Callable[[], Tensor]:
     images = torch.rand(batch_size, *loaded.metadata.input_size)
-    return lambda: loaded.runner.logits(images)
+    return lambda: loaded.logits(images)
 
 
 def _live(subject: Subject, batch_size: int, setting: Setting) -> Iterator[Side]:

@@ -21,7 +21,7 @@ from benchmarks import parts, speed
 from benchmarks import speed as exported
 from benchmarks.speed import Row, Setting, Subject, line, table, write_rows
 from cli.data import eval_dataset, eval_loader, input_size_of
-from cli.model import Weights, at_schedule, chosen_entry, for_inference, planned
+from cli.model import Weights, chosen_entry, compressed, for_inference, planned
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import latency_table, schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
@@ -137,7 +137,7 @@ def _subject(settings: Settings) -> Subject:
     size = input_size_of(chosen, entry)
     schedule = about(chosen.checkpoint).schedule if saved else None
     plan = planned(chosen, entry)
-    at_schedule(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, schedule))
+    compressed(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, schedule))
     schedule = plan.shapes.compression.current()
     return Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
 

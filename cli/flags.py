@@ -26,9 +26,16 @@ from cli.settings import (
 )
 from diffrate import ROUNDS
 from diffrate.budget import BASELINES, FLOPS, SHARE, Target
-from diffrate.files.header import SavedModelError, about, is_saved_model
-from diffrate.files.targets import PRECISIONS as EXPORTED_PRECISIONS
-from diffrate.files.targets import TARGETS, ExportError, check_destination, target_of
+from diffrate.files.header import PRECISIONS as EXPORTED_PRECISIONS
+from diffrate.files.header import (
+    TARGETS,
+    ExportError,
+    SavedModelError,
+    about,
+    check_destination,
+    is_saved_model,
+    target_of,
+)
 from diffrate.schedule import GRANULARITY
 from diffrate.searching.settings import FLAGS, GRADIENT, OPTIONS, SMOOTHING, Range, SearchSettings, help_of
 from sample import MODEL as SAMPLE_MODEL

@@ -27,7 +27,7 @@ from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
 from diffrate.budget import SHARE
 from diffrate.device import FixedBatch, compile_model
-from diffrate.files.header import about, is_saved_model
+from diffrate.files.header import about, arrays_as_tuples, is_saved_model
 from diffrate.schedule import ScheduleError, make_schedule
 from models.zoo import ModelEntry, find
 from sample import MODEL as SAMPLE_MODEL
@@ -85,7 +85,7 @@ class Trained:
 
     @property
     def classes(self) -> Sequence[str] | None:
-        """Names of the model's outputs, None where nobody says."""
+        """Names of the model's outputs, None where unknown."""
         return output_names(self.val, self.model.num_classes, self.weights)
 
 
@@ -115,16 +115,15 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
         raise UsageError(
             f"{name}: the file's input_size is {list(saved.input_size)}; accepted here: images of 3 channels"
         )
-    inputs = {field.name: getattr(saved, field.name) for field in fields(ModelEntry) if hasattr(saved, field.name)}
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.arguments.items()}
-    inputs |= {"input_size": tuple(size), "options": options, "config": None}
     published = find(name)
-    if published is not None:
-        return replace(published, **{**inputs, "name": published.name})
-    key = name
-    with suppress(models.UnknownModelError):  # schedules are filed by names of timm's with their tags
-        key = models.full_name(name)
-    return ModelEntry(**{**inputs, "name": name}, schedule_key=key, weights=None)
+    if published is None:
+        key = name
+        with suppress(models.UnknownModelError):  # schedules are filed by names of timm's with their tags
+            key = models.full_name(name)
+        published = ModelEntry(name, saved.architecture, key, weights=None)
+    inputs = {field.name: getattr(saved, field.name) for field in fields(ModelEntry) if hasattr(saved, field.name)}
+    inputs |= {"name": published.name, "input_size": tuple(size), "config": None}
+    return replace(published, **inputs, options=arrays_as_tuples(saved.arguments))
 
 
 def planned(settings: ModelSettings, entry: ModelEntry) -> Plan:
@@ -167,10 +166,9 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
         RateError: a granularity that leaves no choice.
     """
     try:
-        model = diffrate.patch.vit(model, settings.granularity, settings.granularity)
+        return diffrate.patch.vit(model, settings.granularity, settings.granularity)
     except diffrate.UnsupportedModelError as error:
         raise UsageError(f"--model {settings.name}: {error}") from error
-    return model
 
 
 def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weights:
@@ -193,9 +191,9 @@ def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weigh
             read = models.read_file(source, plan.shapes, size, entry.input_size, made_at, runtime.bar)
     for note in read.notes:
         log.info(note)
-    if header is not None:
-        return Weights(read.state, read.name, header.schedule, header.classes)
-    return Weights(read.state, read.name, _trained_at(read, settings, plan, made_at))
+    if header is None:
+        return Weights(read.state, read.name, _trained_at(read, settings, plan, made_at))
+    return Weights(read.state, read.name, header.schedule, header.classes)
 
 
 def plain_model(
@@ -217,28 +215,23 @@ def plain_model(
 def compressed(
     model: nn.Module, settings: ModelSettings, plan: Plan, weights: Weights | None = None
 ) -> diffrate.CompressedModel:
-    """Patch `model` in place, at the schedule that the flags name, else at that of its weights, else dense.
+    """`model`, patched in place if it is not, at the schedule of the flags, else of its weights, else dense.
 
     Raises:
         ScheduleError: no such schedule, or one that does not fit.
     """
-    return at_schedule(patched(model, settings), settings, plan, weights)
-
-
-def at_schedule(
-    model: diffrate.CompressedModel, settings: ModelSettings, plan: Plan, weights: Weights | None = None
-) -> diffrate.CompressedModel:
-    """`compressed` of a model that is patched."""
+    if not isinstance(model, diffrate.CompressedModel):
+        model = patched(model, settings)
     named = plan.named or chosen_schedule(settings, plan.entry, model)
-    held = None if weights is None or named is not None or settings.dense else weights.schedule
-    if held is not None and weights is not None and not _is_dense(held, model):
+    held = None if weights is None or settings.dense else weights.schedule
+    if named is None and weights is not None and held is not None and not _is_dense(held, model):
         named = NamedSchedule(fit_tokens(held, model) if settings.scale else held, f"checkpoint {weights.name}: ")
-        model.check(named.schedule, named.where)
+        model.check(named.schedule, named.where)  # before its cost, which needs one that fits
         gflops = model.flops_at(named.schedule) / 1e9
         log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", named.where, gflops)
-    schedule = model.dense_schedule() if named is None else named.schedule
-    model.check(schedule, "" if named is None else named.where)
-    model.set_kept_num(schedule.prune, schedule.merge)
+    named = named or NamedSchedule(model.dense_schedule(), "")
+    model.check(named.schedule, named.where)
+    model.set_kept_num(named.schedule.prune, named.schedule.merge)
     return model
 
 
@@ -279,7 +272,7 @@ def named_model(
     settings: Settings, entry: ModelEntry, runtime: Runtime
 ) -> tuple[diffrate.CompressedModel, Sequence[str] | None]:
     """The model that the flags name at its kept counts, of modes that need no labels, and words for its outputs: the
-    weights' classes, else ImageNet's words, or the data's classes; None where nobody says.
+    weights' classes, else ImageNet's words, or the data's classes; None where unknown.
 
     Raises:
         CheckpointError, DataError, ScheduleError, UsageError: the weights, the data or the schedule are not there or
@@ -346,8 +339,11 @@ def _trained_size(source: str, entry: ModelEntry) -> models.Size | None:
 def _trained_at(
     read: models.Read, settings: ModelSettings, plan: Plan, made_at: models.Size | None
 ) -> diffrate.Schedule | None:
-    """The kept counts among a checkpoint's tensors, with the input tokens that they are for where anything tells; None
-    where there are none."""
+    """The kept counts among a checkpoint's tensors, if any, and the number of input tokens that they are for, if known.
+
+    Raises:
+        ScheduleError: they are none.
+    """
     held = read.found.get("compression._extra_state")
     if held is None or held.numel() == 0:
         return None
@@ -356,17 +352,15 @@ def _trained_at(
         schedule = make_schedule(prune[0] if prune else None, merge)
     except ScheduleError as error:
         raise ScheduleError(f"checkpoint {read.name}: {error}") from error
-    if made_at == input_size_of(settings, plan.entry):
-        return replace(schedule, tokens=plan.shapes.compression.space.limits[0])
     if made_at is not None:
-        shapes = meta_model(replace(settings, input_size=made_at), plan.entry)
+        same = made_at == input_size_of(settings, plan.entry)
+        shapes = plan.shapes if same else meta_model(replace(settings, input_size=made_at), plan.entry)
         return replace(schedule, tokens=shapes.compression.space.limits[0])
     theirs, ours = read.found.get("pos_embed"), dict(plan.shapes.named_parameters()).get("pos_embed")
     if theirs is None or ours is None:
         return schedule
     # Some models add positions to class and register tokens, too, and some do not.
-    more = plan.shapes.compression.space.limits[0] - ours.shape[1]
-    return replace(schedule, tokens=theirs.shape[1] + more)
+    return replace(schedule, tokens=theirs.shape[1] + plan.shapes.compression.space.limits[0] - ours.shape[1])
 
 
 def _is_dense(schedule: diffrate.Schedule, model: diffrate.CompressedModel) -> bool:

@@ -42,21 +42,17 @@ class View:
         """Rows and columns of the input."""
         return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
 
-    def check(self) -> None:
-        """Refuse pictures that would not fit in memory.
-
-        Raises:
-            UsageError: names the share that does.
-        """
-        longest = max(self.size)
-        if longest / self.crop_pct > LARGEST_SIDE:
-            least = longest / LARGEST_SIDE
-            raise UsageError(f"--crop-pct {self.crop_pct:g}: accepted: {least:.3g} to 1 at {longest} pixels")
-
 
 def eval_transform(view: View, hflip: float = 0.0) -> transforms.Compose:
-    """timm's for evaluation: resize, crop the centre, normalise; after mirroring at probability `hflip`."""
-    view.check()
+    """timm's for evaluation: resize, crop the centre, normalise; after mirroring at probability `hflip`.
+
+    Raises:
+        UsageError: a crop share with which pictures would not fit in memory.
+    """
+    longest = max(view.size)
+    if longest / view.crop_pct > LARGEST_SIDE:
+        least = longest / LARGEST_SIDE
+        raise UsageError(f"--crop-pct {view.crop_pct:g}: accepted: {least:.3g} to 1 at {longest} pixels")
     composed: Any = create_transform(
         view.size,
         is_training=False,

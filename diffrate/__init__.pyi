@@ -6,9 +6,8 @@ from .budget import BudgetError
 from .evaluation import Scores, ScoresError, Tally, evaluate
 from .files.export import Exported, export
 from .files.graph import plain
-from .files.header import About, SavedModelError, about
+from .files.header import About, ExportError, SavedModelError, about
 from .files.save import load, save
-from .files.targets import ExportError
 from .latency.confirm import Confirmed, PredictionCheck, check_predictions
 from .latency.measure import measure_latency
 from .latency.setting import LatencyFileError

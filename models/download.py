@@ -15,7 +15,6 @@ import timm
 import torch
 from huggingface_hub.utils import LocalEntryNotFoundError, disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
-from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights
@@ -32,18 +31,16 @@ def official_file(entry: ModelEntry, bar: bool = True) -> Path:
 
     Raises:
         CheckpointError: no source could be reached; the message names each source tried and the
-            place where the file may be put by hand.
+            path where the file may be put by hand.
     """
     if isinstance(entry.weights, Path):
         return entry.weights
     if not isinstance(entry.weights, OfficialWeights):
         raise CheckpointError(f"--model {entry.name}: has no pretrained weights; accepted: a file with --checkpoint")
-    target, failures = _place(entry.weights.file), []
-    if target.is_file():
-        return target
-    for source in _sources(entry.weights):
+    target, failures = _kept_at(entry.weights.file), []
+    for source in entry.weights.sources:
         try:
-            return _download(source, target, bar)
+            return _downloaded(source, target, bar)
         except Exception as error:  # every source fails in its own way, and all mean: try the next
             failures.append(f"{source} ({first_line(error)})")
     raise CheckpointError(
@@ -58,9 +55,9 @@ def fetch(url: str, bar: bool = True) -> Path:
     Raises:
         CheckpointError: the URL cannot be reached or the hash differs.
     """
-    target = _place(Path(urlparse(url).path).name)
+    target = _kept_at(Path(urlparse(url).path).name)
     try:
-        return target if target.is_file() else _download(url, target, bar)
+        return _downloaded(url, target, bar)
     except Exception as error:
         raise CheckpointError(
             f"cannot download {url} ({first_line(error)}). Put the file by hand at {target}, "
@@ -78,17 +75,17 @@ def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
         with downloading(source, bar):
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # every source fails in its own way
-        place = "bring it into the Hugging Face cache (HF_HOME)" if source.startswith(HUB_SITE) else "connect"
+        remedy = "bring it into the Hugging Face cache (HF_HOME)" if source.startswith(HUB_SITE) else "connect"
         raise CheckpointError(
             f"cannot load the weights of {name}: tried {source} ({first_line(error)}). "
-            f"To go on, {place}, or name a file with --checkpoint"
+            f"To go on, {remedy}, or name a file with --checkpoint"
         ) from error
 
 
 @contextmanager
 def downloading(source: str, bar: bool = True) -> Iterator[None]:
-    """What downloads inside shows a bar, or without `bar` says what it is; a silent server does not hang it for ever,
-    and the hub does not warn on each retry: that all failed is told in one line."""
+    """Show a bar for downloads inside, or without `bar` log one line. A silent server times out, and the hub does not
+    warn on each retry."""
     if not bar:
         log.info("downloading %s", source)
         disable_progress_bars()
@@ -106,25 +103,18 @@ def first_line(error: Exception) -> str:
     """What an error says, on one line."""
     if isinstance(error, LocalEntryNotFoundError):
         return "no connection, and nothing in the cache"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _place(file: str) -> Path:
+def _kept_at(file: str) -> Path:
     """Where a download is kept, and a file fetched by hand is looked for (`TORCH_HOME` moves it)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
-def _sources(weights: OfficialWeights) -> list[str]:
-    if weights.timm_config is None:
-        return [weights.url or ""]
-    config = get_pretrained_cfg(weights.timm_config)
-    assert config is not None, f"timm has no pretrained configuration {weights.timm_config}"
-    return [str(source) for source in (config.url, config.hf_hub_id and HUB_SITE + config.hf_hub_id) if source]
-
-
-def _download(source: str, target: Path, bar: bool) -> Path:
-    """A file by its URL as `target`, or a repository's of the hub in the hub's own cache."""
+def _downloaded(source: str, target: Path, bar: bool) -> Path:
+    """`target`, downloaded if it is not there; or a repository's file in the hub's own cache."""
+    if target.is_file():
+        return target
     with downloading(source, bar):
         if source.startswith(HUB_SITE):
             return Path(huggingface_hub.hf_hub_download(source.removeprefix(HUB_SITE), "model.safetensors"))

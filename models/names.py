@@ -1,4 +1,4 @@
-"""Build the zoo's models, as themselves or as shapes alone, and make their names known to timm."""
+"""Names of models: the zoo's and all others of timm, what each stands for, and the models built from them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from timm.models import (
     split_model_name_tag,
 )
 from timm.models._hub import load_model_config_from_path
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models.download import downloading, first_line, official_file
 from models.weights import load_weights
 from models.zoo import HUB_SITE, INPUTS, ZOO, InputSizeError, ModelEntry, Size, UnknownModelError, find
 
+HUB = "hf-hub:"
+SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
+CLOSE = 3  # names that a refusal suggests
+CHANNELS = 3
+DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".npz")  # how files of weights end
 # What fills a tensor in place when a model is built, most of the time that it takes without storage.
-FILLING = frozenset(
-    {
-        *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
-        *(Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_),
-    }
-)
+FILLING = frozenset(["uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"])
 
 
 def create(entry: ModelEntry, input_size: int | Size | None = None, **options: Any) -> nn.Module:
@@ -73,18 +74,17 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """What is built inside is on the meta device: it has no storage, and takes little time."""
+    """Build models inside on the meta device: without storage, and in little time."""
     with torch.device("meta"), _WithoutFilling():
         yield
 
 
 class _WithoutFilling(TorchFunctionMode):
-    """Passes over the filling of tensors on the meta device."""
+    """Skips the filling of tensors on the meta device."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, values: Sequence[Any] = (), named: Mapping[str, Any] | None = None
-    ) -> Any:
-        return values[0] if func in FILLING and values[0].is_meta else func(*values, **(named or {}))
+    def __torch_function__(self, func: Any, types: Any, values: Any = (), named: Any = None) -> Any:
+        skipped = func.__name__ in FILLING and values and values[0].is_meta
+        return values[0] if skipped else func(*values, **(named or {}))
 
 
 def _rows_columns(size: int | Sequence[int]) -> Size:
@@ -93,11 +93,7 @@ def _rows_columns(size: int | Sequence[int]) -> Size:
 
 
 def _check_size(model: Any, size: Size, own: Size) -> None:
-    """Refuse a size that loses pixels, unless it is the model's `own`: some published ones do.
-
-    Raises:
-        InputSizeError: as `create`.
-    """
+    """Refuse a size that loses pixels, unless it is the model's `own`: some published ones do."""
     flag = f"--input-size {size[0]}" if size[0] == size[1] else f"--input-size {size[0]} {size[1]}"
     conv = getattr(getattr(model, "stem", None), "conv", None)
     if isinstance(conv, nn.Conv2d):
@@ -137,19 +133,11 @@ for _entry in ZOO.values():
     register(_entry)
 
 
-HUB = "hf-hub:"
-SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
-CLOSE = 3  # names that a refusal suggests
-CHANNELS = 3
-DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
-WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".npz")  # how files of weights end
-
-
 def entry_of(name: str) -> ModelEntry:
     """The entry of a model: the zoo's by its names there, any other as timm says.
 
-    A name of timm's that is no longer in use stands for what timm replaced it with, and one without a
-    pretrained tag for the one with timm's default tag.
+    A name that timm has replaced stands for its replacement, and one without a pretrained tag for the one with
+    timm's default tag.
 
     Raises:
         UnknownModelError: there is no such model, tag or repository; or it reads no colour images.
@@ -170,31 +158,29 @@ def full_name(name: str) -> str:
         UnknownModelError: timm has no such model, or no such tag of it; or it is a file.
     """
     spelled = name if is_model(name) else name.replace("-", "_")
-    if Path(name).suffix in WEIGHTS or (not is_model(spelled) and Path(name).is_file()):
+    known = is_model(spelled)
+    if Path(name).suffix in WEIGHTS or (not known and Path(name).is_file()):
         raise UnknownModelError(
             f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
             "(--list-models), or no --model where --save left the file"
         )
-    if not is_model(spelled):
-        raise UnknownModelError(f"--model {name}: unknown model; {_alternatives(name)}")
     architecture, tag = split_model_name_tag(spelled)
-    replaced = get_deprecated_models()
-    if architecture in replaced:
-        current = replaced[architecture]
-        if current is None:
-            raise UnknownModelError(f"--model {name}: no longer in timm; {_alternatives(name)}")
-        architecture, own_tag = split_model_name_tag(current)
-        tag = tag or own_tag
-    configurations = get_arch_pretrained_cfgs(architecture)
-    full = next(iter(configurations), architecture) if not tag else f"{architecture}.{tag}"
+    current = get_deprecated_models().get(architecture, architecture) if known else None
+    if current is None:
+        raise UnknownModelError(
+            f"--model {name}: {'no longer in timm' if known else 'unknown model'}; {_alternatives(name)}"
+        )
+    architecture, own_tag = split_model_name_tag(current)
+    tag, configurations = tag or own_tag, get_arch_pretrained_cfgs(architecture)
+    full = f"{architecture}.{tag}" if tag else next(iter(configurations), architecture)
     if tag and full not in configurations:
-        known = ", ".join(configurations) or architecture
-        raise UnknownModelError(f"--model {name}: timm knows no {tag!r} of {architecture}; accepted: {known}")
+        accepted = ", ".join(configurations) or architecture
+        raise UnknownModelError(f"--model {name}: timm knows no {tag!r} of {architecture}; accepted: {accepted}")
     return full
 
 
 def _alternatives(name: str) -> str:
-    """What is accepted instead of a name that is unknown, after the names nearest to it, if any."""
+    """What is accepted instead of an unknown name, after the names nearest to it, if any."""
     if "/" in name:
         return f"accepted: {HUB}{name} for a repository, or the names of --list-models"
     architecture, _ = split_model_name_tag(name)
@@ -204,11 +190,7 @@ def _alternatives(name: str) -> str:
 
 
 def _entry_of_timm(name: str) -> ModelEntry:
-    """The entry of a name that timm takes.
-
-    Raises:
-        UnknownModelError: nothing is there under this name, or the model reads no colour images.
-    """
+    """The entry of a name that timm takes."""
     try:
         with downloading(name):
             architecture, config, options = _resolve(name)
@@ -217,28 +199,27 @@ def _entry_of_timm(name: str) -> ModelEntry:
             f"--model {name}: cannot read its config.json ({first_line(error)}); accepted: a timm model's repository "
             "that can be reached or is in the Hugging Face cache (HF_HOME), or a timm name with --checkpoint FILE"
         ) from error
-    classes = options.pop("num_classes", config["num_classes"])
-    for told_by_the_configuration in ("in_chans", "img_size"):
-        options.pop(told_by_the_configuration, None)
     inputs = resolve_data_config({}, pretrained_cfg=config)
-    given: dict[str, Any] = {key: inputs[key] for key in INPUTS} | {key: tuple(inputs[key]) for key in ("mean", "std")}
     channels, rows, columns = inputs["input_size"]
     if channels != CHANNELS:
         raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: {CHANNELS}")
+    given: dict[str, Any] = {key: inputs[key] for key in INPUTS} | {key: tuple(inputs[key]) for key in ("mean", "std")}
+    # Where timm finds the weights, in the order in which it looks.
+    file, hub, url = (config.get(key) for key in ("file", "hf_hub_id", "url"))
     return ModelEntry(
         name=name,
         architecture=architecture,
         schedule_key=name,
-        weights=_weights_of(config),
-        options=options,
-        num_classes=classes,
+        weights=str(file or (hub and f"{HUB_SITE}{hub}") or url or "") or None,
+        options={key: value for key, value in options.items() if key not in ("num_classes", "in_chans", "img_size")},
+        num_classes=options.get("num_classes", config["num_classes"]),
         input_size=(rows, columns),
         config=config,
         **given,
     )
 
 
-def _resolve(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _resolve(name: str) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
     """The architecture that `name` stands for, its full pretrained configuration, and the model's own arguments.
 
     Raises:
@@ -252,13 +233,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     config, architecture, arguments = read(identifier)
     if not is_model(architecture):
         raise ValueError(f"its architecture {architecture!r} is none of timm's")
-    return architecture, resolve_pretrained_cfg(architecture, config).to_dict(), dict(arguments or {})
-
-
-def _weights_of(config: Mapping[str, Any]) -> str | None:
-    """Where timm finds the weights that go with a configuration, in the order in which it looks."""
-    hub, url, folder = (config.get(key) for key in ("hf_hub_id", "url", "file"))
-    return str(folder) if folder else f"{HUB_SITE}{hub}" if hub else str(url) if url else None
+    return architecture, resolve_pretrained_cfg(architecture, config).to_dict(), arguments or {}
 
 
 def supported_names(

@@ -100,8 +100,8 @@ def read_official(entry: ModelEntry, model: nn.Module, bar: bool = True) -> Read
     if isinstance(entry.weights, str):
         found, name = timm_state(entry.name, entry.weights, bar), entry.name
     else:
-        path = official_file(entry, bar)
-        found, name = _tensors(path, str(path))[0], str(path)  # a published file has its weights in one place
+        name = str(official_file(entry, bar))
+        found, _ = _tensors(Path(name), name)  # a published file has its weights in one place
     return _converted(found, [], model, name, entry.input_size)
 
 
@@ -115,23 +115,24 @@ def read_file(
 ) -> Read:
     """The weights in a file, or at a URL, for `model` at an input of `size`; its tensors need no storage.
 
-    They were made for images of `made_at`. Where nobody knows, it is taken to be `size` if they have as many positions
+    They were made for images of `made_at`. Where unknown, that is taken to be `size` if they have as many positions
     as the model has there, and else the model's `own` size; without `own`, what timm takes it to be.
 
     Raises:
         CheckpointError: the file is missing or unreadable, or of another model.
     """
     path = fetch(source, bar) if source.startswith(("http://", "https://")) else Path(source).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
     if path.suffix == NUMPY:
-        reader: Any = copy.deepcopy(model)
         if own is not None and size is not None:
             # Read for another grid of as many positions, timm would leave them as they are: oblong ones come after.
             made_at = size if size[0] == size[1] else own
-        return _converted(*_numpy_tensors(path, reader, made_at), model, source, made_at)
+        return _converted(*_numpy_tensors(path, copy.deepcopy(model), made_at), model, source, made_at)
     found, notes = _tensors(path, source)
-    positions, place = found.get("pos_embed"), dict(model.named_parameters()).get("pos_embed")
+    theirs, ours = found.get("pos_embed"), dict(model.named_parameters()).get("pos_embed")
     if made_at is None:
-        made_at = own if positions is None or place is None or positions.shape != place.shape else size
+        made_at = size if theirs is not None and ours is not None and theirs.shape == ours.shape else own
     return _converted(found, notes, model, source, made_at)
 
 
@@ -143,30 +144,29 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
     Raises:
         CheckpointError: the tensors do not fit the model.
     """
-    expected, found = model.state_dict(), dict(state)
+    expected = model.state_dict()
     optional = {key for key in expected if key.startswith(COMPRESSION_PREFIX)}
     # What this project saves has buffers that timm computes by itself, at this size of images.
-    computed = {key for key, _ in model.named_buffers()} - expected.keys()
-    found = {
-        key: value
-        for key, value in found.items()
-        if key not in computed and (optional or not key.startswith(COMPRESSION_PREFIX))
-    }
-    notes = []
-    if not any(key.startswith(POOLING) for key in expected) and any(key.startswith(POOLING) for key in found):
-        found = {key: value for key, value in found.items() if not key.startswith(POOLING)}
+    left_out = {key for key, _ in model.named_buffers()} - expected.keys()
+    if not optional:
+        left_out |= {key for key in state if key.startswith(COMPRESSION_PREFIX)}
+    notes: list[str] = []
+    fresh: list[str] = []
+    pooling = {key for key in state if key.startswith(POOLING)}
+    if pooling and not any(key.startswith(POOLING) for key in expected):
+        left_out |= pooling
         notes.append(f"{name}: the pooling {POOLING}* is left out, which the model has not")
-    heads, why = [weight for weight in CLASSIFIERS if weight in expected], "the head has another number of classes"
-    if fresh_head and head_classes(found) is None:
-        why = "there is no head"
-    else:
-        heads = [weight for weight in heads if weight in found and _other_head(found[weight], expected[weight])]
-    names = [name for weight in heads for name in (weight, weight.removesuffix("weight") + "bias")]
-    fresh = [name for name in names if name in expected or name in found]
-    found = {key: value for key, value in found.items() if key not in fresh}
-    _check_fit(name, found, expected, optional | set(fresh))
+    headless = fresh_head and head_classes(state) is None
+    for weight in CLASSIFIERS:
+        ours, theirs = (tensors[weight].shape if weight in tensors else None for tensors in (expected, state))
+        if ours and (headless or (theirs and theirs[0] != ours[0] and theirs[1:] == ours[1:])):
+            fresh += [key for key in (weight, weight.removesuffix("weight") + "bias") if key in {*expected, *state}]
+    if fresh:
+        why = "there is no head" if headless else "the head has another number of classes"
+        notes.append(f"{name}: {why}; {', '.join(fresh)} start fresh")
+    found = {key: value for key, value in state.items() if key not in left_out.union(fresh)}
+    _check_fit(name, found, expected, optional.union(fresh))
     model.load_state_dict(found, strict=False)
-    notes += [f"{name}: {why}; {', '.join(fresh)} start fresh"] if fresh else []
     return LoadReport(tuple(fresh), tuple(notes))
 
 
@@ -181,10 +181,8 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
     Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm.
 
     Raises:
-        CheckpointError: the file is missing, cut short, or holds no tensors by name.
+        CheckpointError: the file is cut short, or holds no tensors by name.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
     try:
         with safe_globals([Namespace]):  # official files hold their flags
             content: Any = (
@@ -218,10 +216,8 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
     were interpolated for it, if any.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of such a model, or for patches of another size.
+        CheckpointError: the file is damaged, or not one of such a model, or for patches of another size.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
     if not hasattr(model, "load_pretrained"):
         raise CheckpointError(
             f"checkpoint {path}: timm's {type(model).__name__} reads no {NUMPY} files; "
@@ -230,7 +226,11 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"checkpoint {path}: found no NumPy archive; accepted: one of numpy.savez")
     try:
-        head, patches, positions = _shapes(path, "head/bias", "embedding/kernel", "pos_embedding")
+        with np.load(path, allow_pickle=False) as arrays:
+            head, patches, positions = (
+                next((arrays[name].shape for name in arrays.files if f"/{name}".endswith(f"/{ending}")), ())
+                for ending in ("head/bias", "embedding/kernel", "pos_embedding")
+            )
         if len(patches) == 4:  # rows, columns, channels, width
             _check_patches(patches[:2], model, str(path))
         if size is not None:
@@ -251,16 +251,10 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
     if missing:
         raise CheckpointError(f"checkpoint {path} does not fit the model: no numbers for {', '.join(missing[:SHOWN])}")
     own = read.get("pos_embed")
-    resampled = own is not None and len(positions) == 3 and positions[1] != own.shape[1]
-    note = f"{path}: positions resampled, {list(positions)} to {list(own.shape)}" if resampled else ""  # type: ignore[union-attr]
-    return {name: value.detach() for name, value in read.items()}, [note] if note else []
-
-
-def _shapes(path: Path, *endings: str) -> list[tuple[int, ...]]:
-    """Those of the archive's arrays whose names are, or end in, `endings`; of no dimensions where there is none."""
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        named = [[name for name in arrays.files if f"/{name}".endswith(f"/{ending}")] for ending in endings]
-        return [arrays[names[0]].shape if names else () for names in named]
+    notes = []
+    if own is not None and len(positions) == 3 and positions[1] != own.shape[1]:
+        notes = [f"{path}: positions resampled, {list(positions)} to {list(own.shape)}"]
+    return {name: value.detach() for name, value in read.items()}, notes
 
 
 def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_at: Size | None) -> Read:
@@ -363,11 +357,7 @@ def _check_patches(found: Sequence[int], model: nn.Module, name: str) -> None:
 def _resampled(found: StateDict, state: StateDict, name: str) -> list[str]:
     """A note on positions in `state` that are not the file's own in `found`, but interpolated ones, if any."""
     held = {value.untyped_storage().data_ptr() for value in found.values()}
-    made = [
-        key
-        for key, value in state.items()
-        if key.endswith(POSITIONS) and value.untyped_storage().data_ptr() not in held
-    ]
+    made = [key for key in state if key.endswith(POSITIONS) and state[key].untyped_storage().data_ptr() not in held]
     if not made:
         return []
     first = made[0]
@@ -376,24 +366,14 @@ def _resampled(found: StateDict, state: StateDict, name: str) -> list[str]:
     return [f"{name}: positions resampled, {first}{came} to {list(state[first].shape)}{more}"]
 
 
-def _other_head(found: Tensor, expected: Tensor) -> bool:
-    """Whether the weights of a classifier's last layer differ in the number of classes alone."""
-    return found.shape[0] != expected.shape[0] and found.shape[1:] == expected.shape[1:]
-
-
 def _check_fit(name: str, found: StateDict, expected: Mapping[str, Tensor], optional: set[str]) -> None:
     """Refuse tensors of other names or shapes than those `expected`, but for those that are `optional`."""
-    wanted = {key: value.shape for key, value in expected.items()}
-    given = {key: value.shape for key, value in found.items()}
+    wanted, given = ({key: list(value.shape) for key, value in state.items()} for state in (expected, found))
     wrong = [key for key in given if key in wanted and key not in optional and given[key] != wanted[key]]
     wrong += [key for key in wanted if key not in given and key not in optional]
     wrong += [key for key in given if key not in wanted]
     if not wrong:
         return
-    shown = [
-        f"{key} expected {list(wanted[key]) if key in wanted else 'nothing'} "
-        f"found {list(given[key]) if key in given else 'nothing'}"
-        for key in wrong[:SHOWN]
-    ]
+    shown = [f"{key} expected {wanted.get(key, 'nothing')} found {given.get(key, 'nothing')}" for key in wrong[:SHOWN]]
     more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     raise CheckpointError(f"checkpoint {name} does not fit the model: {'; '.join(shown)}{more}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from sample import MODEL as SAMPLE_MODEL
 
 Size = tuple[int, int]  # rows and columns, in pixels
 HUB_SITE = "huggingface.co/"
-SAMPLE_DIR = Path(__file__).resolve().parent.parent / "sample"
+FACEBOOK = "https://dl.fbaipublicfiles.com"
 # What inputs are like beside their size, by the names that timm has for it, and files of `diffrate.save`.
 INPUTS = ("crop_pct", "crop_mode", "mean", "std", "interpolation")
-# What the published models were trained and are evaluated with (`timm.data`'s defaults).
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class CheckpointError(ValueError):
@@ -31,29 +30,22 @@ class UnknownModelError(ValueError):
     """A model name that stands for no model."""
 
 
-@dataclass(frozen=True)
-class OfficialWeights:
-    """Where the official weights of a model are published.
-
-    `file` is the name under which the download is kept, and under which a file fetched by hand
-    is looked for. `timm_config` names timm's own pretrained configuration, `url` a file outside it.
-    """
+class OfficialWeights(NamedTuple):
+    """The name that the download is kept under, or a file fetched by hand, and where it is published, in order: URLs
+    and the hub's repositories."""
 
     file: str
-    timm_config: str | None = None
-    url: str | None = None
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One row of the zoo, or what timm says of another model: its architecture with `options`, and what its
-    inputs are like.
+    """A model: timm's architecture with `options`, and what its inputs are like.
 
-    weights: a file, or where timm's own loader finds those of the model by its name: a repository of the hub, a URL or
-    a folder; None where there are no official ones. aliases: timm's names for the same model.
-    num_classes: 0 for a model without a head. input_size: rows and columns, in pixels.
-    config: timm's pretrained configuration, where it is not the one that goes with the architecture.
-    published: whether it is one of the paper's models.
+    weights: a file, or as text the URL, folder or repository from which timm's own loader gets those of this name;
+    None where there are no official ones. num_classes: 0 for a model without a head. input_size: rows and columns,
+    in pixels. aliases: timm's names for the same model. config: timm's pretrained configuration, where it is not the
+    one that goes with the architecture. published: whether it is one of the paper's models.
     """
 
     name: str
@@ -65,8 +57,8 @@ class ModelEntry:
     input_size: Size = (224, 224)
     crop_pct: float = 224 / 256
     crop_mode: str = "center"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     interpolation: str = "bicubic"
     aliases: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
@@ -75,11 +67,12 @@ class ModelEntry:
 
 def _deit(size: str, letter: str, digest: str) -> ModelEntry:
     architecture = f"deit_{size}_patch16_224"
+    file = f"{architecture}-{digest}.pth"
     return ModelEntry(
         name=f"vit_{architecture}",
         architecture=architecture,
         schedule_key=f"ViT-{letter}-DeiT",
-        weights=OfficialWeights(f"{architecture}-{digest}.pth", timm_config=f"{architecture}.fb_in1k"),
+        weights=OfficialWeights(file, (f"{FACEBOOK}/deit/{file}", f"{HUB_SITE}timm/{architecture}.fb_in1k")),
         aliases=(architecture, f"{architecture}.fb_in1k"),
         published=True,
     )
@@ -91,8 +84,7 @@ def _mae(size: str, letter: str, patch: int) -> ModelEntry:
         name=f"vit_{size}_patch{patch}_mae",
         architecture=f"vit_{size}_patch{patch}_224",
         schedule_key=f"ViT-{letter}-MAE",
-        # Listed under "Fine-tuning" in FINETUNE.md of the MAE project.
-        weights=OfficialWeights(file, url=f"https://dl.fbaipublicfiles.com/mae/finetune/{file}"),
+        weights=OfficialWeights(file, (f"{FACEBOOK}/mae/finetune/{file}",)),
         options={"global_pool": "avg"},
         published=True,
     )
@@ -109,7 +101,7 @@ _ENTRIES = (
         name="caformer_s36",
         architecture="caformer_s36",
         schedule_key="CAFormer-S36",
-        weights=OfficialWeights("caformer_s36.pth", timm_config="caformer_s36.sail_in1k"),
+        weights=OfficialWeights("caformer_s36.pth", (f"{HUB_SITE}timm/caformer_s36.sail_in1k",)),
         aliases=("caformer_s36.sail_in1k",),
         published=True,
     ),
@@ -117,7 +109,7 @@ _ENTRIES = (
         name=SAMPLE_MODEL,
         architecture="vit_tiny_patch16_224",
         schedule_key="ViT-Sample",
-        weights=SAMPLE_DIR / "vit_sample_patch4_28.pth",
+        weights=Path(__file__).resolve().parent.parent / "sample" / "vit_sample_patch4_28.pth",
         options={"patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3},
         num_classes=10,
         input_size=(28, 28),
@@ -125,7 +117,7 @@ _ENTRIES = (
     ),
 )
 
-ZOO: Mapping[str, ModelEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+ZOO: Mapping[str, ModelEntry] = {entry.name: entry for entry in _ENTRIES}
 _BY_NAME = {name: entry for entry in _ENTRIES for name in (entry.name, *entry.aliases)}
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import diffrate
 from cli.flags import parse_flags
-from diffrate.files import targets
+from diffrate.files import header
 from sample.archive import unpack_sample
 from tests.conftest import Cli
 
@@ -118,7 +118,7 @@ def test_every_command_is_one_that_there_is(page: Path, tmp_path: Path, monkeypa
         )
     for path in re.findall(r"python -m pytest\s+(tests/\S+\.py)", page.read_text()):
         assert (PROJECT / path).exists(), path
-    monkeypatch.setattr(targets, "find_spec", lambda name: True)  # parsing needs no runtime of exported files
+    monkeypatch.setattr(header, "find_spec", lambda name: True)  # parsing needs no runtime of exported files
     monkeypatch.chdir(tmp_path)
     for line in command_lines(page):
         for name in (word for word in line if word.endswith(".safetensors")):

@@ -29,7 +29,6 @@ FAST = (
     "cli.settings",
     "diffrate.searching.settings",
     "diffrate.files.header",
-    "diffrate.files.targets",
 )
 
 

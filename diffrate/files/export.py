@@ -1,4 +1,4 @@
-"""Whether an exported file answers as the live model does."""
+"""Export a model to a file for another runtime, and compare the file with the live model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffrate.atomic import first_line
 from diffrate.device import place_of
 from diffrate.evaluation import modes_kept
 from diffrate.files.graph import Normalization, check_patched, traced
+from diffrate.files.header import ExportError, check_destination
 from diffrate.files.runtimes import KINDS, Metadata, load_exported, parts_of, whole_files
 from diffrate.files.save import header_of
-from diffrate.files.targets import ExportError, check_destination
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
 from diffrate.timing import precision_name
@@ -28,6 +28,8 @@ LIMITS = {"float32": 1e-3, "fp16": 0.1, "bf16": 0.5}
 NUDGE, NUDGES = 1e-5, 3  # of an image's values, more than runtimes differ by in float32; how often each is tried
 TIE_NUDGES = 30  # of an image on which a file answers otherwise
 TRIES = 20  # images drawn for each that is wanted
+LONGEST = 300  # characters of another package's message
+LEAST_IMAGES = 2  # so that batches are not all of one size
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -61,9 +63,8 @@ class Agreement:
 
 def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: str) -> Agreement:
     """Run both on `images`, in batches of `BATCHES`, and compare logits."""
-    sizes = [*BATCHES[:-1], *[BATCHES[-1]] * (len(images) // BATCHES[-1] + 1)]
-    ends = torch.tensor(sizes).cumsum(0)
-    batches = [batch for batch in images.tensor_split(ends[ends < len(images)]) if len(batch)]
+    first, size = BATCHES
+    batches = [images[:first], *images[first:].split(size)]
     found, expected = (torch.cat([answer(batch) for batch in batches]) for answer in (file, live))
     limit = LIMITS[precision] * (1.0 if precision == "float32" else float(expected.abs().max()))
     if found.shape != expected.shape:
@@ -71,18 +72,14 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
     differences = (found - expected).abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
     ties = torch.zeros(len(images), dtype=torch.bool)
+    generator = torch.Generator()
     for index in (differences > limit).nonzero()[:, 0]:
-        ties[index] = _answers_when_nudged(live, images[index][None], found[index][None], limit)
+        nudged = _nudged(images[index][None], TIE_NUDGES, generator.manual_seed(0))
+        ties[index] = any(_largest(live(one) - found[index]) <= limit for one in nudged)
         if not ties[index]:  # of a file that is wrong on one image, it does not matter on how many
             break
     largest = [float(part.max()) if len(part) else 0.0 for part in (differences[~ties], differences[ties])]
     return Agreement(largest[0], limit, float(same), len(images), source, int(ties.sum()), largest[1])
-
-
-def _answers_when_nudged(live: Answer, image: Tensor, found: Tensor, limit: float) -> bool:
-    """Whether `live` comes to what was `found` when the last bits of the image change."""
-    generator = torch.Generator().manual_seed(0)
-    return any(_largest(live(one) - found) <= limit for one in _nudged(image, TIE_NUDGES, generator))
 
 
 def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalization | None, seed: int) -> Tensor:
@@ -119,10 +116,6 @@ def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[
 def _largest(difference: Tensor) -> float:
     """The largest absolute value; that of anything undefined is infinite."""
     return float(difference.abs().nan_to_num(nan=torch.inf).max())
-
-
-LONGEST = 300  # characters of another package's message
-LEAST_IMAGES = 2  # so that batches are not all of one size
 
 
 @dataclass(frozen=True)
@@ -169,17 +162,16 @@ def export(
     path, precision = Path(path), precision_name(dtype)
     check_patched(model)
     check_destination(path, precision, opset)
-    if images is not None:
-        _check_images(model, images)
-    known = _normalization(model, mean, std)
-    metadata = _metadata(model, precision, normalize, known, name, classes)
-    program = traced(model, dtype, known if normalize else None)
+    _check_images(images, input_size(model))
+    metadata = _metadata(model, precision, normalize, name, classes, mean, std)
+    program = traced(model, dtype, _normalization(metadata) if normalize else None)
     try:
         with whole_files(path) as scratch:
-            options = {} if opset is None else {"opset": opset}
-            KINDS[path.suffix].write(program, metadata.entries(), scratch, **options)
+            KINDS[path.suffix].write(
+                program, metadata.entries(), scratch, **({} if opset is None else {"opset": opset})
+            )
             del program  # as large as the model
-            agreement = _checked(model, scratch, metadata, known, seed, images)
+            agreement = _checked(model, scratch, metadata, seed, images)
     except ExportError:
         raise
     except Exception as error:  # the writers have errors of their own
@@ -187,86 +179,74 @@ def export(
     return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
 
 
-def _check_images(model: CompressedModel, images: Tensor) -> None:
-    """Refuse images that do not tell one batch size from another, or that the model does not take.
-
-    Raises:
-        ExportError: their number, their size or their type.
-    """
-    size = input_size(model)
-    if images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES:
+def _check_images(images: Tensor | None, size: tuple[int, int, int]) -> None:
+    """Refuse images that do not tell one batch size from another, or that the model does not take."""
+    if images is not None and (images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES):
         raise ExportError(
             f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
             f"torch.float32, N from {LEAST_IMAGES}"
         )
 
 
-def _checked(
-    model: CompressedModel,
-    path: Path,
-    metadata: Metadata,
-    known: Normalization | None,
-    seed: int,
-    images: Tensor | None,
-) -> Agreement:
+def _checked(model: CompressedModel, path: Path, metadata: Metadata, seed: int, images: Tensor | None) -> Agreement:
     """How the file at `path` compares with `model`, on `images` or on random ones.
 
     Raises:
         ExportError: they do not agree.
     """
+    known, (device, dtype) = _normalization(metadata), place_of(model)
     inside, outside = (known, None) if metadata.normalizes else (None, known)
-    place = place_of(model)
 
     def live(images: Tensor) -> Tensor:
         images = images if inside is None else inside.apply(images)
-        return model(images.to(*place), return_flop=False).float().cpu()
+        return model(images.to(device, dtype), return_flop=False).float().cpu()
 
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         source = "random" if images is None else "given"
         if images is None:
             images = fresh_images(live, metadata.input_size, outside, seed)
-        coarser = max(metadata.precision, precision_name(place.dtype), key=lambda name: LIMITS.get(name, 0.0))
-        agreement = compare(load_exported(path).runner.logits, live, images.cpu(), coarser, source)
+        coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))
+        agreement = compare(load_exported(path).logits, live, images.cpu(), coarser, source)
     if not agreement.difference <= agreement.limit:
         raise ExportError(f"{path.name}: not written: {agreement.line()}")
     return agreement
 
 
-def _normalization(model: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalization | None:
-    """What images are normalised with, None where nobody says.
-
-    Raises:
-        ExportError: not a number for each channel.
-    """
-    config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
-    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
-    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
-    if mean is None or std is None:
-        return None
-    for name, row in (("mean", mean), ("std", std)):
-        if len(row) != channels:
-            raise ExportError(f"{name}: found {list(row)}; accepted: {channels} numbers, one per channel")
-    return Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+def _normalization(metadata: Metadata) -> Normalization | None:
+    return None if metadata.mean is None or metadata.std is None else Normalization(metadata.mean, metadata.std)
 
 
 def _metadata(
     model: Any,
     precision: str,
     normalize: bool,
-    known: Normalization | None,
     name: str | None,
     classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> Metadata:
-    if normalize and known is None:
+    """What the file will say of `model`.
+
+    Raises:
+        ExportError: `mean` or `std` are not a number for each channel, or are needed; `classes` not one per output.
+    """
+    config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
+    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
+    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
+    if mean is None or std is None:
+        mean = std = None
+    for field, row in (("mean", mean), ("std", std)):
+        if row is not None and len(row) != channels:
+            raise ExportError(f"{field}: found {list(row)}; accepted: {channels} numbers, one per channel")
+    if normalize and mean is None:
         raise ExportError("normalize: found a model without mean and std; accepted: with mean and std as well")
     if classes is not None and len(classes) != model.num_classes:
         raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
-    config = getattr(model, "pretrained_cfg", None) or {}
     return Metadata(
         **header_of(model),
-        mean=known and known.mean,
-        std=known and known.std,
+        mean=None if mean is None else tuple(map(float, mean)),
+        std=None if std is None else tuple(map(float, std)),
         model=name or config.get("architecture") or type(model).__name__,
         dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
         normalizes=normalize,

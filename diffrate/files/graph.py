@@ -1,4 +1,4 @@
-"""ONNX operators in place of those that torch's exporter takes, chosen by measurement in onnxruntime."""
+"""A model as a graph, and the ONNX operators for it, chosen by measurement in onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.export import Dim, ExportedProgram
 
 from diffrate.atomic import first_line
 from diffrate.device import no_warnings_of, place_of
-from diffrate.files.targets import TRACES, ExportError, check_torch
+from diffrate.files.header import TRACES, ExportError, check_torch
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
 
 ATTENTION_OPSET = 23  # the first with an operator for attention
 GELU_OPSET = 20  # the first with one for GELU
+TRACED_BATCH = 2  # of one image torch would make a constant
 
 
 def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -114,9 +115,6 @@ def _side_by_side(op: Any, heads: Any) -> Any:
     return op.Reshape(op.Transpose(heads, perm=[0, 2, 1, 3]), op.Constant(value_ints=[-1, tokens, count * width]))
 
 
-TRACED_BATCH = 2  # of one image torch would make a constant
-
-
 class Normalization(NamedTuple):
     """What images in [0, 1] are normalised with, per channel."""
 
@@ -136,21 +134,20 @@ class Normalization(NamedTuple):
 class Logits(nn.Module):
     """Logits `[B, K]` in float32 of images `[B, C, H, W]` in float32, whatever the precision of the weights."""
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(self, model: CompressedModel, dtype: torch.dtype, normalization: Normalization | None) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.normalizes = normalization is not None
-        if normalization is not None:
-            for name, column in zip(normalization._fields, normalization.columns(), strict=True):
-                self.register_buffer(name, column)
+        mean, std = (None, None) if normalization is None else normalization.columns()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Of the model at its kept counts."""
-        if self.normalizes:
-            images = (images - self.mean) / self.std
+        if self.mean is not None:
+            images = (images - self.mean) / self.std  # type: ignore[operator]
         return self.model(images.to(self.dtype), return_flop=False).float()
 
 
@@ -160,7 +157,11 @@ def traced(model: CompressedModel, dtype: torch.dtype, normalization: Normalizat
     Raises:
         ExportError: torch cannot trace it.
     """
-    still = _at_rest(model, dtype)
+    still = copy.deepcopy(model)
+    still.compression.schedule = model.compression.current()
+    still.compression._parameters.clear()  # rate logits, which nothing reads at fixed counts
+    still = still.to("cpu", dtype).eval().requires_grad_(False)
+    still.settle()
     images = torch.zeros(TRACED_BATCH, *input_size(model))
     try:
         # torch's own code, at what it copies from and at what it deprecates.
@@ -170,16 +171,6 @@ def traced(model: CompressedModel, dtype: torch.dtype, normalization: Normalizat
             )
     except Exception as error:  # torch has a class for each thing that it cannot trace
         raise ExportError(f"{type(model).__name__}: torch cannot trace it ({first_line(error)})") from error
-
-
-def _at_rest(model: CompressedModel, dtype: torch.dtype) -> CompressedModel:
-    """A copy of `model` to trace: on the CPU, its counts fixed, without the rate logits, which nothing reads then."""
-    still = copy.deepcopy(model)
-    still.compression.schedule = model.compression.current()
-    still.compression._parameters.clear()
-    still = still.to("cpu", dtype).eval().requires_grad_(False)
-    still.settle()
-    return still
 
 
 def plain(model: CompressedModel) -> nn.Module:
@@ -193,21 +184,8 @@ def plain(model: CompressedModel) -> nn.Module:
     """
     check_patched(model)
     check_torch("diffrate.plain", TRACES)
-    return module_of(traced(model, place_of(model).dtype, None))
-
-
-def check_patched(model: object) -> None:
-    """Refuse what was not patched.
-
-    Raises:
-        ExportError: says so.
-    """
-    if not isinstance(model, CompressedModel):
-        raise ExportError(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")
-
-
-def module_of(program: torch.export.ExportedProgram) -> nn.Module:
-    """The graph of `program` as a module of its own: torch's has checks of its input inside that do not pickle."""
+    program = traced(model, place_of(model).dtype, None)
+    # torch's own module of the graph has checks of its input inside that do not pickle.
     guarded = "check_guards" in inspect.signature(program.module).parameters  # since torch 2.9
     whole = program.module(**{"check_guards": False} if guarded else {})
     graph, copies = fx.Graph(), {}
@@ -218,3 +196,13 @@ def module_of(program: torch.export.ExportedProgram) -> nn.Module:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.eliminate_dead_code()  # such as types that were asked for while the graph was traced
     return fx.GraphModule(whole, graph, class_name="Plain").eval()
+
+
+def check_patched(model: object) -> None:
+    """Refuse what was not patched.
+
+    Raises:
+        ExportError: says so.
+    """
+    if not isinstance(model, CompressedModel):
+        raise ExportError(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")

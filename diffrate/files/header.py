@@ -1,4 +1,4 @@
-"""Saved models on the Hugging Face hub."""
+"""What saved and exported files say of their model, and which kinds of exported files there are. No torch here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,26 +19,7 @@ from diffrate.atomic import first_line
 from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, TOKENS_FIELD, Schedule, ScheduleError, check_schedule, fields_of
 
 PREFIX = "hf-hub:"
-DEFAULT_FILE = "model.safetensors"
 REFERENCE = re.compile(PREFIX + r"(?P<repository>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
-
-
-def fetch(reference: str) -> Path:
-    """The file of `hf-hub:USER/NAME[/FILE][@REVISION]` on this machine, downloaded on first use.
-
-    Raises:
-        SavedModelError: the reference is of another form, or the file cannot be had.
-    """
-    parts = REFERENCE.fullmatch(reference)
-    if parts is None:
-        raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
-    file = parts["file"] or DEFAULT_FILE
-    try:
-        return Path(hf_hub_download(parts["repository"], file, revision=parts["revision"]))
-    except Exception as error:  # no network, repository, file or permission: an error of its own each
-        raise SavedModelError(f"{reference}: cannot download {file} ({first_line(error)})") from error
-
-
 FORMAT_FIELD = "format"
 FORMAT = "diffrate 1"
 CROP_MODES = ("center", "squash", "border")
@@ -87,10 +70,6 @@ def _one_of(*words: str) -> _Entry:
     return _Entry(f"one of {', '.join(words)}", words.__contains__, plain=True)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool | str) or _is_number(value)
 
@@ -124,13 +103,14 @@ _ENTRIES: Mapping[str, _Entry] = {
     "granularity": _Entry("two whole numbers from 1", _array_of(_is_count, 2)),
     "gflops": _Entry("a number from 0", _between(0)),
     "versions": _Entry(
-        "an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))
+        "an object of texts",
+        lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
     ),
     "return_flop": _Entry("true or false", lambda value: isinstance(value, bool), optional=True),
     "name": _Entry(
         "a line of text", lambda value: bool(value.strip()) and value.isprintable(), plain=True, optional=True
     ),
-    "classes": _Entry("an array of texts", _array_of(_is_text), optional=True),
+    "classes": _Entry("an array of texts", _array_of(lambda text: isinstance(text, str)), optional=True),
 }
 
 
@@ -191,30 +171,46 @@ class About(Header):
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], where: str = "") -> About:
-        """The inverse of `to_metadata`; `where` the entries come from starts the messages.
+    def from_metadata(cls, metadata: Mapping[str, str]) -> About:
+        """The inverse of `to_metadata`.
 
         Raises:
             SavedModelError: the entries are not ours or of a newer format, one is missing or holds what
                 it cannot, or two do not fit each other.
         """
         if metadata.get(FORMAT_FIELD) != FORMAT:
-            raise SavedModelError(_refusal(where, FORMAT_FIELD, metadata.get(FORMAT_FIELD), f"{FORMAT!r}"))
-        values = {name: _read(metadata, name, entry, where) for name, entry in _ENTRIES.items()}
-        _check_together(values, where)
+            raise _refusal(FORMAT_FIELD, metadata.get(FORMAT_FIELD), repr(FORMAT))
+        values = {name: _read(metadata.get(name), name, entry) for name, entry in _ENTRIES.items()}
+        _check_together(values)
         prune, merge, tokens = (values.pop(name) for name in (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD))
         schedule = Schedule(prune and tuple(prune), tuple(merge), tokens)
         try:
-            check_schedule(schedule, (tokens,) * len(merge), prune is not None, where)
+            check_schedule(schedule, (tokens,) * len(merge), prune is not None)
         except ScheduleError as error:
             raise SavedModelError(str(error)) from error
-        given = {name: value for name, value in values.items() if value is not None}
-        return cls(schedule=schedule, **arrays_as_tuples(given))
+        given = arrays_as_tuples({name: value for name, value in values.items() if value is not None})
+        return cls(schedule=schedule, **given)
 
 
 def arrays_as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` of JSON, with a tuple for each array among them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def fetch(reference: str) -> Path:
+    """The file of `hf-hub:USER/NAME[/FILE][@REVISION]` on this machine, downloaded on first use.
+
+    Raises:
+        SavedModelError: the reference is of another form, or the file cannot be had.
+    """
+    parts = REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
+    file = parts["file"] or "model.safetensors"
+    try:
+        return Path(hf_hub_download(parts["repository"], file, revision=parts["revision"]))
+    except Exception as error:  # no network, repository, file or permission: an error of its own each
+        raise SavedModelError(f"{reference}: cannot download {file} ({first_line(error)})") from error
 
 
 def about(path: str | Path) -> About:
@@ -231,7 +227,10 @@ def about(path: str | Path) -> About:
             metadata = file.metadata()
     except (OSError, SafetensorError) as error:
         raise SavedModelError(f"{path}: cannot be read ({first_line(error)}); {accepted}") from error
-    return About.from_metadata(metadata or {}, f"{path}: ")
+    try:
+        return About.from_metadata(metadata or {})
+    except SavedModelError as error:
+        raise SavedModelError(f"{path}: {error}") from error
 
 
 def is_saved_model(path: str | Path) -> bool:
@@ -243,9 +242,8 @@ def is_saved_model(path: str | Path) -> bool:
         return False
 
 
-def _read(metadata: Mapping[str, str], name: str, entry: _Entry, where: str) -> Any:
+def _read(text: str | None, name: str, entry: _Entry) -> Any:
     """The value of one entry, None where it may be missing and is."""
-    text = metadata.get(name)
     if text is None and entry.optional:
         return None
     try:
@@ -253,25 +251,104 @@ def _read(metadata: Mapping[str, str], name: str, entry: _Entry, where: str) -> 
     except (ValueError, RecursionError):  # not JSON, a number of too many digits, or nested too deeply
         value = None
     if not entry.fits(value):
-        raise SavedModelError(_refusal(where, name, text, entry.accepted))
+        raise _refusal(name, text, entry.accepted)
     return value
 
 
-def _check_together(values: Mapping[str, Any], where: str) -> None:
+def _check_together(values: Mapping[str, Any]) -> None:
     """Refuse arguments that timm is not to get, and entries that do not fit the numbers of channels and of outputs."""
     for name in sorted(values["arguments"].keys() - ARGUMENTS):
-        raise SavedModelError(f"{where}arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
+        raise SavedModelError(f"arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
     channels = values["input_size"][0]
     lengths = (3,) if channels == 3 else (channels, 3)  # timm keeps three for models of other channels
     for name in ("mean", "std"):
         if len(values[name]) not in lengths:
-            accepted = " or ".join(f"{length} numbers" for length in lengths)
-            raise SavedModelError(_refusal(where, name, json.dumps(values[name]), accepted))
+            raise _refusal(name, json.dumps(values[name]), " or ".join(f"{length} numbers" for length in lengths))
     classes, outputs = values["classes"], values["num_classes"]
     if classes is not None and len(classes) != outputs:
-        raise SavedModelError(f"{where}classes: found {len(classes)} names; accepted: {outputs}, one per output")
+        raise SavedModelError(f"classes: found {len(classes)} names; accepted: {outputs}, one per output")
 
 
-def _refusal(where: str, name: str, text: str | None, accepted: str) -> str:
+def _refusal(name: str, text: str | None, accepted: str) -> SavedModelError:
     found = "none" if text is None else repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
-    return f"{where}{name}: found {found}; accepted: {accepted}"
+    return SavedModelError(f"{name}: found {found}; accepted: {accepted}")
+
+
+PRECISIONS = ("float32", "bf16", "fp16")
+ONNX = ".onnx"
+LEAST_OPSET = 18  # the first that torch's exporter writes
+TRACES = (2, 8)  # the lowest torch that traces these models for any batch size
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported as it was asked for, or a file that is none of an export; one line."""
+
+
+class Target(NamedTuple):
+    """A kind of file: the runtime that runs it, the packages that write and run it, the precisions it takes."""
+
+    runtime: str
+    packages: tuple[str, ...]
+    precisions: tuple[str, ...]
+    torch: tuple[int, ...]  # the lowest version that writes it
+
+
+TARGETS: Mapping[str, Target] = {
+    # onnxruntime's CPU kernels know no bfloat16.
+    ONNX: Target("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("float32", "fp16"), (2, 9)),
+    ".pt2": Target("torch", (), PRECISIONS, TRACES),
+    ".xml": Target("openvino", ("openvino",), PRECISIONS, (2, 9)),
+}
+
+
+def target_of(path: Path) -> Target:
+    """The kind of file that a name's suffix asks for, with its packages at hand.
+
+    Raises:
+        ExportError: another suffix, or a package is missing.
+    """
+    target = TARGETS.get(path.suffix)
+    if target is None:
+        raise ExportError(f"{path}: found the suffix {path.suffix!r}; accepted: {', '.join(TARGETS)}")
+    missing = [name for name in target.packages if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{path}: needs {', '.join(missing)}; accepted: after pip install {' '.join(missing)}, or all of "
+            "requirements-export.txt"
+        )
+    return target
+
+
+def check_torch(what: str, least: tuple[int, ...]) -> None:
+    """Refuse `what` where torch is older than the version `least`.
+
+    Raises:
+        ExportError: it is.
+    """
+    if tuple(map(int, version("torch").split(".")[:2])) < least:
+        raise ExportError(f"{what}: needs torch {'.'.join(map(str, least))}; found {version('torch')}")
+
+
+def check_destination(path: Path, precision: str, opset: int | None = None) -> None:
+    """Refuse a file that cannot be written, or not in `precision`, or not by the operators of `opset`.
+
+    Raises:
+        ExportError: the suffix, a package or its version, the precision, the opset or the folder.
+    """
+    target = target_of(path)
+    if precision not in target.precisions:
+        raise ExportError(
+            f"{path}: found the precision {precision}; {target.runtime} accepts: {', '.join(target.precisions)}"
+        )
+    check_torch(str(path), target.torch)
+    if opset is not None:
+        if path.suffix != ONNX:
+            raise ExportError(f"{path}: found the opset {opset}; accepted: none, it goes with {ONNX}")
+        from onnx.defs import onnx_opset_version
+
+        if not LEAST_OPSET <= opset <= onnx_opset_version():
+            raise ExportError(f"{path}: found the opset {opset}; accepted: {LEAST_OPSET} to {onnx_opset_version()}")
+    if path.is_dir():
+        raise ExportError(f"{path}: found a folder; accepted: the name of a file")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: no folder {path.parent}")

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,22 +18,18 @@ from torch.export import ExportedProgram
 from diffrate.atomic import first_line
 from diffrate.device import errors_alone, no_warnings_of
 from diffrate.files.graph import translations
-from diffrate.files.header import FORMAT_FIELD, Header, arrays_as_tuples
-from diffrate.files.targets import LEAST_OPSET, ExportError, target_of
+from diffrate.files.header import FORMAT_FIELD, LEAST_OPSET, ExportError, Header, arrays_as_tuples, target_of
 from diffrate.schedule import Schedule
 
-INPUT, OUTPUT = "images", "logits"  # what the files call them
-
-
-class Runner(NamedTuple):
-    """What a file does, float32 images `[B, C, H, W]` on the CPU -> float32 logits `[B, K]`, and what it says of
-    itself."""
-
-    logits: Callable[[Tensor], Tensor]
-    entries: Mapping[str, str]
-
-
 FORMAT = "diffrate export 1"
+INPUT, OUTPUT = "images", "logits"  # what the files call them
+BATCH = "batch"  # what `.onnx` calls the number of images
+LARGEST = 2**31 - 2**24  # bytes of weights that go into `.onnx` itself: protobuf ends at 2 GiB
+DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it
+METADATA = "metadata.json"  # among the extra files of `.pt2`
+WEIGHTS = ".bin"  # in place of the suffix `.xml`
+SECTION = "diffrate"  # of the runtime information of `.xml`
+Logits = Callable[[Tensor], Tensor]  # of float32 images `[B, C, H, W]` on the CPU, float32 logits `[B, K]`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +68,15 @@ class Metadata(Header):
             raise ExportError(f"{where}: damaged metadata ({error}); accepted: a file of --export") from error
 
 
-LARGEST = 2**31 - 2**24  # bytes of weights that go into the file itself: protobuf ends at 2 GiB
-BATCH = "batch"  # what the file calls the number of images
-DATA = ".data"  # what the name of the file with the weights ends in, where they are beside it
-
-
 def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, opset: int = LEAST_OPSET) -> None:
     """Write `program` with `entries` as metadata, in the operators of `opset`, weights beside it in `path`.data where
     protobuf has no room."""
     import onnx
     from onnxscript import optimizer
 
-    with _quiet():
+    # What torch's exporter says of itself: its own deprecations, and of packages that it does not need.
+    modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
+    with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
         made: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -101,12 +93,12 @@ def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, op
         value.shape = type(value.shape)([BATCH, *value.shape[1:]])  # torch calls it by a number
     made.model.metadata_props.update(entries)
     made.model.producer_name, made.model.producer_version = "diffrate", None
-    made.save(path, external_data=_weights(program) > LARGEST)
+    made.save(path, external_data=sum(tensor.nbytes for tensor in program.state_dict.values()) > LARGEST)
     onnx.checker.check_model(path)
 
 
-def run_onnx(path: Path, threads: int | None = None) -> Runner:
-    """What runs the file."""
+def run_onnx(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+    """What runs the file, and what it says of itself."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -117,22 +109,7 @@ def run_onnx(path: Path, threads: int | None = None) -> Runner:
     def logits(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
-    return Runner(logits, dict(session.get_modelmeta().custom_metadata_map))
-
-
-def _weights(program: ExportedProgram) -> int:
-    return sum(tensor.nbytes for tensor in program.state_dict.values())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says of itself: its own deprecations, and of packages that it does not need."""
-    modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
-    with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
-        yield
-
-
-METADATA = "metadata.json"  # among the file's extra files
+    return logits, session.get_modelmeta().custom_metadata_map
 
 
 def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
@@ -140,8 +117,8 @@ def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> 
     torch.export.save(program, path, extra_files={METADATA: json.dumps(entries)})
 
 
-def run_pt2(path: Path, threads: int | None = None) -> Runner:
-    """What runs the file; torch has its number of threads for the whole process."""
+def run_pt2(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+    """As `run_onnx`; torch has its number of threads for the whole process."""
     extra = {METADATA: ""}
     with errors_alone("torch.export", "torch._export"):  # what is wrong with a file, the error says
         module = torch.export.load(path, extra_files=extra).module()
@@ -150,11 +127,7 @@ def run_pt2(path: Path, threads: int | None = None) -> Runner:
         with torch.inference_mode():
             return module(images)
 
-    return Runner(logits, json.loads(extra[METADATA] or "{}"))
-
-
-WEIGHTS = ".bin"  # in place of the suffix
-SECTION = "diffrate"  # of the file's runtime information
+    return logits, json.loads(extra[METADATA] or "{}")
 
 
 def write_openvino(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
@@ -172,8 +145,8 @@ def write_openvino(program: ExportedProgram, entries: dict[str, str], path: Path
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def run_openvino(path: Path, threads: int | None = None) -> Runner:
-    """What runs the file, for each single request in turn."""
+def run_openvino(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+    """As `run_onnx`, for each single request in turn."""
     import openvino
 
     core = openvino.Core()
@@ -187,29 +160,27 @@ def run_openvino(path: Path, threads: int | None = None) -> Runner:
         return torch.from_numpy(request.infer([images.numpy()])[0].copy())
 
     said: Any = model.get_rt_info(SECTION).value if model.has_rt_info(SECTION) else {}
-    return Runner(logits, {name: str(item) for name, item in said.items()})
+    return logits, {name: str(item) for name, item in said.items()}
 
 
 class Kind(NamedTuple):
     """A kind of file: `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`."""
 
     write: Callable[..., None]
-    run: Callable[[Path, int | None], Runner]
+    run: Callable[[Path, int | None], tuple[Logits, Mapping[str, str]]]
 
 
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        ".onnx": Kind(write_onnx, run_onnx),
-        ".pt2": Kind(write_pt2, run_pt2),
-        ".xml": Kind(write_openvino, run_openvino),
-    }
-)
+KINDS: Mapping[str, Kind] = {
+    ".onnx": Kind(write_onnx, run_onnx),
+    ".pt2": Kind(write_pt2, run_pt2),
+    ".xml": Kind(write_openvino, run_openvino),
+}
 
 
 class Loaded(NamedTuple):
-    """An exported file that is ready to run."""
+    """An exported file that is ready to run, and what it says of its model."""
 
-    runner: Runner
+    logits: Logits
     metadata: Metadata
 
 
@@ -225,10 +196,10 @@ def load_exported(path: Path, threads: int | None = None) -> Loaded:
             f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; accepted: an exported file"
         )
     try:
-        runner = KINDS[path.suffix].run(path, threads)
+        logits, entries = KINDS[path.suffix].run(path, threads)
     except Exception as error:  # each runtime has errors of its own
         raise ExportError(f"{path}: {target.runtime} cannot read it ({first_line(error)[:200]})") from error
-    return Loaded(runner, Metadata.of_entries(runner.entries, str(path)))
+    return Loaded(logits, Metadata.of_entries(entries, str(path)))
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -239,20 +210,18 @@ def parts_of(path: Path) -> list[Path]:
 
 @contextmanager
 def whole_files(path: Path) -> Iterator[Path]:
-    """A name in a scratch folder beside `path` for the block to write, alone or with others beside it. All of them
-    take their place beside `path` when the block ends well, `path` last; otherwise they are gone.
+    """A path in a scratch folder for the block to write, alone or with other files beside it. All of them move to the
+    folder of `path` when the block ends well, `path` last; otherwise they are gone.
 
     Raises:
         OSError: the folder cannot be written.
     """
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         yield Path(folder) / path.name
-        written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
-        for file in written:
+        outdated = set(parts_of(path)[1:])  # weights beside a file that was there before
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        outdated = set(parts_of(path)) - {path.with_name(file.name) for file in written}
-        for file in written:
-            file.replace(path.with_name(file.name))
-        for file in outdated:  # weights beside a file that was there before
+            outdated.discard(file.replace(path.with_name(file.name)))
+        for file in outdated:
             file.unlink()

@@ -1,9 +1,13 @@
-"""One safetensors file for a compressed model, and the model from the file alone."""
+"""One safetensors file for a compressed model, and the model from the file alone.
+
+A model is built again by the arguments of timm's constructor: those that `timm.create_model` was given, which timm
+keeps, and those that the parts of the model show otherwise, as after timm's `reset_classifier`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +16,46 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from timm.layers.drop import DropPath
+from timm.models import is_model_in_modules
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
 
 import diffrate
 from diffrate.atomic import first_line, whole_path
+from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.rates import RateError
+from diffrate.blocks.reduction import ReductionRule
 from diffrate.files import header as hub
-from diffrate.files.header import CROP_MODES, About, SavedModelError, about
-from diffrate.files.rebuild import architecture_of, check_alike, constructor_arguments, rebuild
+from diffrate.files.header import ARGUMENTS, CROP_MODES, About, SavedModelError, about, arrays_as_tuples, is_argument
 from diffrate.patch.base import CompressedModel
-from diffrate.patch.shapes import input_size
-from diffrate.schedule import Schedule, ScheduleError
+from diffrate.patch.shapes import channels_of, input_size
+from diffrate.patch.timm_families import families, vit
+from diffrate.schedule import ScheduleError
 
 COUNTS = "compression._extra_state"
+KEEPS_ARGUMENTS = "1.0.31"  # the first timm that keeps what `timm.create_model` was given
+# What may differ from what timm was given. An AttributeError means: a model of this kind does not show it.
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "num_classes": lambda model: model.num_classes,
+    "in_chans": channels_of,
+    "global_pool": lambda model: model.head.global_pool.pool_type if hasattr(model, "stages") else model.global_pool,
+    "img_size": lambda model: _sides(*model.patch_embed.img_size),
+    "patch_size": lambda model: _sides(*model.patch_embed.patch_size),
+    "depth": lambda model: len(model.blocks),
+    # With those above, all that small models differ in, where timm does not keep what it was given.
+    "embed_dim": lambda model: model.embed_dim,
+    "num_heads": lambda model: model.blocks[0].attn.num_heads,
+}
+CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+# What passes its input on in evaluation, whatever its rate.
+PASSING = (nn.Identity, nn.Dropout, DropPath)
+# Attributes that only training, first weights, or timm's own attention read; and one that is part of the state.
+UNREAD = {
+    *("training", "grad_checkpointing", "fused_attn", "drop_rate", "distilled_training", "schedule"),
+    *("weight_init_mode", "fix_init", "init_values", "head_init_scale"),
+}
+Plain = bool | int | float | str | ReductionRule
 
 
 def save(
@@ -35,6 +67,8 @@ def save(
     logits while none are set) and what it takes to build the model again. `name` is what the caller
     calls it, `classes` are words for its outputs, in order.
 
+    With timm before 1.0.31 the rates of dropout and stochastic depth are not saved: a loaded model has timm's defaults.
+
     Raises:
         SavedModelError: `model` is not patched, was not made by `timm.create_model`, or has parts that
             timm's arguments do not stand for; `classes` are not one per output; the file cannot be written.
@@ -43,10 +77,19 @@ def save(
     if path.is_dir():
         raise SavedModelError(f"{path}: found a folder; accepted: the name of a file")
     described = _describe(model, name, classes)
-    check_alike(model, rebuild(described))
+    _check_alike(model, _rebuilt(described))
+    state = dict(model.named_buffers()) | model.state_dict()
+    fixed = copy.copy(model.compression)  # the model itself may be in search: it stays without a schedule
+    fixed.schedule = described.schedule
+    state[COUNTS] = fixed.get_extra_state()
+    # Copies, since a file takes no two tensors in one storage.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
     try:
         with whole_path(path) as scratch:
-            save_file(_tensors(model, described.schedule), scratch, described.to_metadata())
+            save_file(tensors, scratch, described.to_metadata())
     except (OSError, SafetensorError) as error:
         raise SavedModelError(f"{path}: cannot be written ({first_line(error)})") from error
 
@@ -63,18 +106,24 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> CompressedM
             is installed does not build.
     """
     path = hub.fetch(str(path)) if str(path).startswith(hub.PREFIX) else Path(path)
-    where = f"{path}: "
     described = about(path)
-    tensors = _read_tensors(path)
-    _check_depth(described, len(tensors), where)
-    model = rebuild(described, where)
-    _check_header(model, described, where)
     try:
-        model.check(described.schedule, where)
-    except ScheduleError as error:
-        raise SavedModelError(str(error)) from error
-    model.compression.schedule = described.schedule
-    _check_tensors(model, tensors, where)
+        with safe_open(path, "pt") as file:  # tensors in the file's own pages
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise SavedModelError(f"{path}: cannot be read ({first_line(error)})") from error
+    try:
+        _check_depth(described, len(tensors))
+        model = _rebuilt(described)
+        for name, built in {"num_classes": model.num_classes, "input_size": input_size(model)}.items():
+            found = getattr(described, name)
+            if found != built:
+                raise SavedModelError(f"{name}: found {found}; accepted: {built}, as the arguments make it")
+        model.check(described.schedule)
+        model.compression.schedule = described.schedule
+        _check_tensors(model, tensors)
+    except (SavedModelError, ScheduleError) as error:
+        raise SavedModelError(f"{path}: {error}") from error
     _fill(model, tensors, device)
     return model.eval()
 
@@ -96,13 +145,18 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         raise SavedModelError(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")
     if isinstance(classes, str):
         raise SavedModelError(f"classes: found {classes!r}; accepted: a sequence of texts, one per output")
-    module: Any = model
-    architecture, config = architecture_of(model), module.pretrained_cfg
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        kind = next((kind for kind in type(model).__mro__ if kind in families()), type(model))  # before it was patched
+        raise SavedModelError(
+            f"found a {kind.__name__} without the name of its architecture; accepted: a model made by timm.create_model"
+        )
     described = About(
         **header_of(model),
         architecture=architecture,
-        arguments=constructor_arguments(model),
-        num_classes=module.num_classes,
+        arguments=_constructor_arguments(model, architecture),
+        num_classes=model.num_classes,
         **{name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
         crop_mode=config.get("crop_mode") or CROP_MODES[0],
         granularity=(model.compression.granularity["prune"], model.compression.granularity["merge"]),
@@ -113,59 +167,151 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
     return About.from_metadata(described.to_metadata())
 
 
-def _tensors(model: CompressedModel, schedule: Schedule) -> dict[str, Tensor]:
-    """All tensors of `model` on the CPU, by name: what its state dict has, and buffers that it leaves out."""
-    state = dict(model.named_buffers()) | model.state_dict()
-    fixed = copy.copy(model.compression)  # the model itself may be in search: it stays without a schedule
-    fixed.schedule = schedule
-    state[COUNTS] = fixed.get_extra_state()
-    # Copies, since a file takes no two tensors in one storage.
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
+def _constructor_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
+    """What `timm.create_model` needs beyond the architecture's name to build a model like `model`, as JSON values.
+
+    Whether they are all it takes is for a comparison of the two models to say: what no argument stands for, or one
+    that is no JSON value, is passed over here.
+
+    Raises:
+        SavedModelError: timm builds none like it.
+    """
+    # timm's own get_model_args adds what was not given, which not every architecture takes, and leaves rates out.
+    given: Mapping[str, Any] = getattr(model, "_model_args", {})
+    as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    arguments = {name: value for name, value in as_json.items() if name in ARGUMENTS and is_argument(value)}
+    if isinstance(model, NaFlexVit) and not is_model_in_modules(architecture, "naflexvit"):
+        arguments["use_naflex"] = True  # an environment variable of timm's may have said so instead
+    shown = _readings(model)
+    while True:
+        # Defaults depend on other arguments (heads on the width): look again at what they make.
+        made = _readings(_plain_model(architecture, arguments))
+        corrected = arguments | {name: value for name, value in shown.items() if made.get(name) != value}
+        if corrected == arguments:
+            return dict(sorted(arguments.items()))
+        arguments = corrected
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file, in the file's own pages."""
+def _readings(model: nn.Module) -> dict[str, Any]:
+    """Every argument that `model` shows, whatever it is by default."""
+    readings = {}
+    for name, read in _READERS.items():
+        with suppress(AttributeError, TypeError):  # no such part, or None: nothing is shown
+            readings[name] = read(model)
+    return readings
+
+
+def _sides(rows: int, columns: int) -> int | list[int]:
+    return rows if rows == columns else [rows, columns]
+
+
+def _plain_model(architecture: str, arguments: Mapping[str, Any]) -> Any:
+    """timm's model as structure alone, on the meta device: no weights, no draws from a generator.
+
+    `arguments` are JSON values; arrays reach timm as tuples, as its own defaults are.
+
+    Raises:
+        SavedModelError: this timm has no such architecture, or cannot build it with these arguments.
+    """
+    if not timm.is_model(architecture):
+        raise SavedModelError(f"architecture: found {architecture!r}; accepted: a model of timm {timm.__version__}")
+    given = arrays_as_tuples(arguments)
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise SavedModelError(f"{path}: cannot be read ({first_line(error)})") from error
+        with torch.device("meta"):
+            model: Any = timm.create_model(architecture, pretrained=False, **given)
+    except Exception as error:  # each constructor fails in its own way, and all mean: not with these
+        raise SavedModelError(
+            f"arguments: found {dict(arguments)}; accepted: what timm {timm.__version__} "
+            f"builds {architecture} with ({first_line(error)})"
+        ) from error
+    model._model_args = given  # for older timm, so that what was loaded can be saved
+    return model
 
 
-def _check_depth(described: About, tensors: int, where: str) -> None:
+def _rebuilt(about: About) -> Any:
+    """The compressed model on the meta device, without weights and schedule.
+
+    Raises:
+        SavedModelError: this timm, or this diffrate, cannot build it.
+    """
+    model = _plain_model(about.architecture, about.arguments)
+    # Not before it is built: timm would take the images' size for that of the table of positions.
+    config = {name: getattr(about, name) for name in CONFIG_FIELDS}
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config}
+    try:
+        with torch.device("meta"):
+            return vit(model, *about.granularity, about.input_size[1:], about.return_flop)
+    except (UnsupportedModelError, RateError) as error:
+        raise SavedModelError(str(error)) from error
+
+
+def _check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
+    """Refuse a model that computes otherwise than `rebuilt` would with its weights.
+
+    Compared are the kinds, settings and shapes of all parts, but for what changes nothing in evaluation.
+
+    Raises:
+        SavedModelError: names the first part that differs.
+    """
+    ours, theirs = _structure(model), _structure(rebuilt)
+    needed = "" if hasattr(model, "_model_args") else f"; create_model of timm {KEEPS_ARGUMENTS} keeps what it is given"
+    for part in ours | theirs:
+        found, built = ours.get(part, "nothing"), theirs.get(part, "nothing")
+        if found != built:
+            architecture = rebuilt.pretrained_cfg["architecture"]
+            raise SavedModelError(
+                f"{part}: found {found}; accepted: {built}, as timm {timm.__version__} builds {architecture}{needed}"
+            )
+
+
+def _structure(model: CompressedModel) -> dict[str, Any]:
+    """What makes the model compute as it does: the kind of each module, its settings, and the shapes of its tensors."""
+    structure: dict[str, Any] = {"rule": model.rule}
+    for name, module in model.named_modules():
+        if type(module) in PASSING:
+            structure[name] = "Identity()"
+            continue
+        structure[name] = f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})"
+        settings = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in UNREAD}
+        facts = {key: _as_list(value) for key, value in settings.items() if _is_plain(value)}
+        tensors = {**module._parameters, **module._buffers}
+        facts |= {key: None if tensor is None else list(tensor.shape) for key, tensor in tensors.items()}
+        # None is like nothing at all: where a part was taken away, timm leaves one or the other.
+        structure |= {f"{name}.{key}".strip("."): value for key, value in facts.items() if value is not None}
+    return structure
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, Plain)
+
+
+def _as_list(value: Any) -> Any:
+    return list(map(_as_list, value)) if isinstance(value, tuple | list) else value
+
+
+def _check_depth(described: About, tensors: int) -> None:
     """Refuse depths that there are not the tensors for: the blocks of some would take for ever to build."""
     for name in ("depth", "depths"):
         found = described.arguments.get(name, 1)
         depths = found if isinstance(found, list) else [found]
         if any(isinstance(depth, int) and not 1 <= depth <= tensors for depth in depths):
             raise SavedModelError(
-                f"{where}arguments: found {name} {found}; accepted: from 1 to the {tensors} tensors of the file"
+                f"arguments: found {name} {found}; accepted: from 1 to the {tensors} tensors of the file"
             )
 
 
-def _check_header(model: CompressedModel, described: About, where: str) -> None:
-    """Refuse a header that contradicts the model built from its other entries."""
-    module: Any = model
-    for name, built in {"num_classes": module.num_classes, "input_size": input_size(model)}.items():
-        found = getattr(described, name)
-        if found != built:
-            raise SavedModelError(f"{where}{name}: found {found}; accepted: {built}, as the arguments make it")
-
-
-def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor], where: str) -> None:
+def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor]) -> None:
     """Refuse tensors that are not those of `model`, or other counts than the header's."""
     expected = dict(model.named_buffers()) | model.state_dict()
     for name in expected | tensors:
-        found = _shown(tensors.get(name))
-        accepted = _shown(expected.get(name))
+        found, accepted = (_shown(state.get(name)) for state in (tensors, expected))
         if found != accepted:
-            raise SavedModelError(f"{where}{name}: found {found}; accepted: {accepted}")
+            raise SavedModelError(f"{name}: found {found}; accepted: {accepted}")
     found, accepted = tensors[COUNTS].tolist(), expected[COUNTS].tolist()
     if found != accepted:
-        raise SavedModelError(f"{where}{COUNTS}: found {found}; accepted: {accepted}, as in the header")
+        raise SavedModelError(f"{COUNTS}: found {found}; accepted: {accepted}, as in the header")
 
 
 def _shown(tensor: Tensor | None) -> str:
@@ -176,15 +322,14 @@ def _shown(tensor: Tensor | None) -> str:
 
 
 def _fill(model: CompressedModel, tensors: dict[str, Tensor], device: torch.device | str) -> None:
-    """Put copies of `tensors` on `device` in the place of those of `model`, with their types.
+    """Replace the tensors of `model` by copies of `tensors` on `device`, with their types.
 
     Copies, since a file may change while the model is in use, and aligns tensors to no more than 8 bytes,
     where kernels may round otherwise. The counts are Python's integers: they stay where they are.
     """
-    copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items() if name != COUNTS}
-    copies[COUNTS] = tensors[COUNTS]
+    copies = {name: tensor if name == COUNTS else tensor.to(device, copy=True) for name, tensor in tensors.items()}
     state = model.state_dict().keys()
     model.load_state_dict({name: copies[name] for name in state}, strict=True, assign=True)
     for name in tensors.keys() - state:  # buffers that the constructor computes
-        place, _, buffer = name.rpartition(".")
-        model.get_submodule(place).register_buffer(buffer, copies[name], persistent=False)
+        module, _, buffer = name.rpartition(".")
+        model.get_submodule(module).register_buffer(buffer, copies[name], persistent=False)

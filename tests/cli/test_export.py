@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import diffrate
-from diffrate.files import targets
+from diffrate.files import header
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 from tests.tiny_models import saved_file
@@ -48,7 +48,7 @@ def test_half_precision_that_the_runtime_has_not(cli: Cli, tmp_path: Path) -> No
 
 
 def test_a_missing_package_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "find_spec", lambda name: None if name == "openvino" else object())
+    monkeypatch.setattr(header, "find_spec", lambda name: None if name == "openvino" else object())
     words = ("--export", tmp_path / "a.xml")
     check(cli(*words), "needs openvino; accepted: after pip install openvino, or all of requirements-export.txt")
 

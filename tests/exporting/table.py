@@ -39,7 +39,7 @@ def differences(name: str, folder: Path) -> Iterator[tuple[str, float | str]]:
         path = folder / f"{name}{suffix}"
         try:
             kind.write(program, said.entries(), path)
-            run = load_exported(path).runner.logits
+            run = load_exported(path).logits
             found = 0.0
             for count in (1, 3, 8):
                 images = images_for(name, count).float()

@@ -16,8 +16,8 @@ import diffrate
 from diffrate.files import export as exporting
 from diffrate.files import runtimes as files
 from diffrate.files.export import Exported, compare
+from diffrate.files.header import TARGETS
 from diffrate.files.runtimes import load_exported
-from diffrate.files.targets import TARGETS
 from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain, schedule_for
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
@@ -67,7 +67,7 @@ def test_one_file_answers_as_the_model_at_every_batch_size(
     file = made[suffix] if family == "deit" else diffrate.export(live, tmp_path / f"model{suffix}")
     assert file.agreement.difference < 1e-4
     assert file.agreement.top1 == 1
-    run = load_exported(file.path).runner.logits
+    run = load_exported(file.path).logits
     for count in (1, 3, 8):
         images = images_for(family, count)
         torch.testing.assert_close(run(images), live(images, return_flop=False), **EXACT)
@@ -77,7 +77,7 @@ def test_one_file_answers_as_the_model_at_every_batch_size(
 def test_compression_is_in_the_file(suffix: str, made: Mapping[str, Exported]) -> None:
     """What the schedule takes away, no file computes: answers are those of no other schedule."""
     whole, images = dense(small("deit")), images_for("deit", 3)
-    found = load_exported(made[suffix].path).runner.logits(images)
+    found = load_exported(made[suffix].path).logits(images)
     assert (found - whole(images, return_flop=False)).abs().max() > 1e-3
 
 
@@ -163,7 +163,7 @@ def test_a_file_takes_pictures_and_says_what_it_is(
     made = diffrate.export(model, path, normalize=True, name="mine", classes=names, mean=mean, std=std)
     loaded, images = load_exported(path), images_for("deit", 3)
     normalized = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(loaded.runner.logits(images), model(normalized, return_flop=False), **EXACT)
+    torch.testing.assert_close(loaded.logits(images), model(normalized, return_flop=False), **EXACT)
     assert loaded.metadata == made.metadata
     said = loaded.metadata
     assert (said.model, said.classes, said.mean, said.std) == ("mine", tuple(names), mean, std)
@@ -192,11 +192,11 @@ def test_large_weights_lie_beside_the_file(
     model: diffrate.CompressedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.onnx"
-    monkeypatch.setattr(files.onnx, "LARGEST", 1000)
+    monkeypatch.setattr(files, "LARGEST", 1000)
     diffrate.export(model, path)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     images = images_for("deit", 3)
-    torch.testing.assert_close(load_exported(path).runner.logits(images), model(images, return_flop=False), **EXACT)
+    torch.testing.assert_close(load_exported(path).logits(images), model(images, return_flop=False), **EXACT)
 
 
 def test_weights_beside_an_earlier_file_go_with_it(tmp_path: Path) -> None:

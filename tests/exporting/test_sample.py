@@ -38,7 +38,7 @@ def test_as_many_digits_are_right(
     path = tmp_path / f"digits{suffix}"
     code, _, err = cli("--export", path, "--load_compression_rate", "--target_flops", gflops)
     assert (code, err) == (0, "")
-    logits = load_exported(path).runner.logits
+    logits = load_exported(path).logits
     images, labels = digits
     found = torch.cat([logits(batch) for batch in images.split(300)])  # the last is smaller
     assert int((found.argmax(1) == labels).sum()) == right
@@ -58,7 +58,7 @@ def test_onnxruntimes_quantizer_takes_the_file(
     quantize_dynamic(prepared, smaller)
     assert smaller.stat().st_size < path.stat().st_size / 2
     images, labels = digits
-    found = load_exported(smaller).runner.logits(images)
+    found = load_exported(smaller).logits(images)
     assert float((found.argmax(1) == labels).float().mean()) == pytest.approx(0.948, abs=0.01)
 
 
