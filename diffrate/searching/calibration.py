@@ -15,7 +15,6 @@ from diffrate.blocks.tokens import TokenState
 from diffrate.device import Place, autocast
 from diffrate.evaluation import images_of
 from diffrate.group import all_sum, rank, world
-from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Kept, Schedule, running_counts
 from diffrate.searching.gradient import StoppedError
 from diffrate.searching.teacher import Teacher, spread_of
@@ -146,9 +145,8 @@ class Calibration:
         clock: Clock | None = None,
         whole: bool = False,
     ) -> None:
-        self.clock = Clock(place.device) if clock is None else clock
-        self.model: CompressedModel = teacher.model
-        self.teacher, self.place, self.precision = teacher, place, precision
+        self.clock = clock or Clock(place.device)
+        self.teacher, self.model, self.place, self.precision = teacher, teacher.model, place, precision
         self.dense = self.model.flops_at(self.model.dense_schedule())
         self.work = 0.0
         parts: list[Tensor] = []
@@ -187,14 +185,13 @@ class Calibration:
         """What is lost at `schedule` on the images `index` `[n]`, each, `[n]` on the CPU."""
         return self.outputs(schedule, index, None)[0]
 
-    def mean(self, schedule: Schedule, index: Tensor | None = None) -> float:
-        """The mean over all images, or over `index`, of all processes."""
-        chosen = self.whole() if index is None else index
-        parts = [self.losses(schedule, part) for part in chosen.split(CHUNK)]
+    def mean(self, schedule: Schedule, index: Tensor) -> float:
+        """The mean over the images `index` of all processes."""
+        parts = [self.losses(schedule, part) for part in index.split(CHUNK)]
         return mean_of(torch.cat(parts), self.place.device)[0]
 
     def outputs(
-        self, schedule: Schedule, index: Tensor, known: tuple[int, TokenState | None] | None
+        self, schedule: Schedule, index: Tensor, known: tuple[int, TokenState] | None
     ) -> tuple[Tensor, list[TokenState]]:
         """Losses, and where blocks may be resumed the tokens after each; `known` is the block to go on at and what
         enters it.
@@ -206,9 +203,7 @@ class Calibration:
         with torch.inference_mode(), autocast(self.place.device, self.precision):
             if self.resumable:
                 entry = model.enter(images)
-                start, state = known or (0, None)
-                if state is None:
-                    state = model.prepared(entry.state, schedule)
+                start, state = known or (0, model.prepared(entry.state, schedule))
                 states = model.run_from(entry, schedule, start, state)
                 outputs = model.classify(states[-1])
             else:
@@ -295,5 +290,4 @@ def _first_of(state: TokenState, count: int) -> TokenState:
     def first(part: Tensor | None) -> Tensor | None:
         return part if part is None or len(part) != len(state.x) else part[:count]
 
-    rest = {name: first(part) for name, part in state._asdict().items() if name != "x"}
-    return TokenState(state.x[:count], **rest)
+    return TokenState(*map(first, state))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ import torch
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.rates import RateError
@@ -295,11 +296,7 @@ class Search:
             rates=[rate.detach().cpu() for rate in self.rates],
             best_scores=None if scores is None else asdict(scores),
             optimizer=self.optimizer.state_dict(),
-            scheduler={
-                "rate": settings.learning_rate,
-                "least_rate": settings.last_rate,
-                "steps": self.course.steps,
-            },
+            scheduler={"rate": settings.learning_rate, "least_rate": settings.last_rate, "steps": self.course.steps},
             scaler=self.scaler.state_dict(),
             epoch=self.epoch,
             step=self.step,
@@ -385,9 +382,9 @@ class Search:
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
 
     def _average_gradients(self) -> None:
-        """The mean of the rates' gradients over all processes: a few kilobytes, and nothing for weights."""
-        gradients = [rate.grad if rate.grad is not None else torch.zeros_like(rate) for rate in self.rates]
-        flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients])) / world()
+        """Replace the rates' gradients by their mean over all processes: a few kilobytes, and nothing for weights."""
+        gradients = [torch.zeros_like(rate) if rate.grad is None else rate.grad for rate in self.rates]
+        flat = all_sum(parameters_to_vector(gradients)) / world()
         for rate, part in zip(self.rates, flat.split([rate.numel() for rate in self.rates]), strict=True):
             rate.grad = part.view_as(rate)
 

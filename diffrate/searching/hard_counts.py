@@ -19,7 +19,6 @@ from diffrate.device import Place
 from diffrate.evaluation import modes_kept
 from diffrate.group import least, made_by_first, rank, world
 from diffrate.latency.confirm import Again
-from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of
 from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_record, plain_row, read_checkpoint
@@ -85,11 +84,11 @@ class CalibrationObserver:
 
 
 def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
-    """What trials at fixed counts come to, and how to search on for a corrected budget; None where the images come
+    """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
     only once.
 
     Raises:
-        SearchCheckpointError, SearchSettingError, StoppedError, ValueError: as `calibrate`.
+        SearchCheckpointError, SearchSettingError, StoppedError, ValueError: as `Calibrating`.
     """
     settings, budget, space = task.settings, task.budget, task.model.compression.space
     task.check_file()
@@ -97,19 +96,17 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     minutes, given = settings.minutes, {}
     if minutes is not None:
         usual = minutes * (1 - AGAIN if budget.timed else 1)  # the rest is for a corrected budget
-        left = partial(_minutes_left, task, minutes)
-        minutes = max(0.0, min(usual, made_by_first(left)))
+        minutes = max(0.0, min(usual, _minutes_left(task, minutes)))
     if budget.timed:  # a speed may be out of reach of every uniform schedule
         given["at once"] = budget.rounded([space.least] * len(space.choices), space)
     if settings.start is not None:
         given["start"] = settings.start
-    found = calibrate(task, budget.target, minutes, given)
-    once = isinstance(_source(task), Iterator)
-    return found, None if once else partial(_searched_on, task, minutes)
+    found = Calibrating(task, budget.target, minutes).run(given)
+    return found, None if isinstance(_source(task), Iterator) else partial(_searched_on, task, minutes)
 
 
 def _minutes_left(task: Task, minutes: float) -> float:
-    return minutes - (time.monotonic() - task.begun) / 60
+    return made_by_first(lambda: minutes - (time.monotonic() - task.begun) / 60)
 
 
 def _source(task: Task) -> Any:
@@ -119,106 +116,135 @@ def _source(task: Task) -> Any:
 def _searched_on(task: Task, minutes: float | None, budget: Budget, before: Schedule, rounded: Schedule) -> Schedule:
     """A schedule of a corrected budget, from the one before, where that costs no more, and the same rounded to it;
     that alone where the time is over. minutes: that the first search had."""
-    if minutes is not None:
-        assert task.settings.minutes is not None
-        left = partial(_minutes_left, task, task.settings.minutes)
-        minutes = min(AGAIN * minutes, made_by_first(left))
+    if minutes is not None and task.settings.minutes is not None:
+        minutes = min(AGAIN * minutes, _minutes_left(task, task.settings.minutes))
         if minutes <= 0:
             return rounded
     given = {"rounded": rounded} | ({"before": before} if budget.cost(before) <= budget.target else {})
-    return calibrate(task, budget.target, minutes, given, again=True).schedule
+    return Calibrating(task, budget.target, minutes, again=True).run(given).schedule
 
 
-def calibrate(
-    task: Task, target: float, minutes: float | None, given: Mapping[str, Schedule], again: bool = False
-) -> Calibrated:
-    """The schedule of cost `target` at which the model loses least against its dense self, within `minutes`.
+class Calibrating:
+    """A search for the schedule of cost `target` at which the model loses least against its dense self, within
+    `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
 
-    `given` are schedules of that cost from elsewhere, by name: the search starts from them, too, and the best of
-    all, the uniform ones included, is reported. The model's own schedule is neither read nor set. `again`: with a
-    share of the work, neither reported to the observer nor saved.
+    The model's own schedule is neither read nor set.
 
     Raises:
         SearchCheckpointError: the checkpoint to resume from is another search's.
-        SearchSettingError: as `CalibratedSearch.run`.
-        StoppedError: the observer asked to stop.
-        ValueError: fewer than two images, or no schedule to start from.
     """
-    model, place, settings = task.model, task.place, task.settings
-    observer: CalibrationObserver = settings.trials or CalibrationObserver()
-    told: list[TrialRecord] = []
-    before = {} if task.resume is None or again else _content(task.resume)
-    saved: Trials | None = before.get("trials")
-    clock = Clock(place.device, math.inf if minutes is None else 60 * minutes, observer.stop, saved is not None)
-    clock.begun -= 0.0 if saved is None else saved.seconds
-    begun = clock.now()
-    with modes_kept(model):
-        model.eval()
-        searched_on, chosen_on, setting = _images(task, target, before.get("setting"), clock)
-        if task.resume is not None and saved is not None:
-            check_record(task.resume, before["setting"], setting)
-            searched_on = searched_on[: len(saved.felt)]
-        ready = clock.now()
-        teacher = Teacher(model, setting["loss"], settings.multi_label)
-        calibration = Calibration(teacher, searched_on, place, task.precision, clock=clock, whole=saved is not None)
-        speed = calibration.work / max(1e-9, clock.now() - ready)
-        moves = Moves(model.compression.space, task.budget.cost, target, _is_last_idle(model))
-        starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given)
-        starts |= before.get("starts", {})
-        share = target / task.budget.cost(model.dense_schedule())
-        choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * share)
-        work = _work(task, minutes, again, len(calibration.images), choosing)
-        reserve = min(choosing / speed, CHOICE * clock.seconds)
-        search = CalibratedSearch(moves, calibration, work - choosing, settings.seed, saved, speed, reserve)
-        if not again:
-            observer.on_plan(len(calibration.images) + len(chosen_on), search.limit + choosing, speed)
 
-        def keep(trials: Trials, best: Schedule) -> None:
-            if task.file is not None and not again:
-                _save(task, trials, setting, best, starts)
-                clock.saved = True
+    def __init__(self, task: Task, target: float, minutes: float | None, again: bool = False) -> None:
+        self.task, self.target, self.minutes, self.again = task, target, minutes, again
+        self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
+        self.told: list[TrialRecord] = []
+        self.before = {} if task.resume is None or again else _content(task.resume)
+        self.saved: Trials | None = self.before.get("trials")
+        seconds = math.inf if minutes is None else 60 * minutes
+        self.clock = Clock(task.place.device, seconds, self.observer.stop, self.saved is not None)
+        self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
+        self.share = target / task.budget.cost(task.model.dense_schedule())
 
-        def after(record: TrialRecord, trials: Trials) -> None:
-            told.append(record)
-            if not again:
-                observer.on_trials(record)
-            keep(trials, record.schedule)
-            observer.after_trials()
+    def run(self, given: Mapping[str, Schedule]) -> Calibrated:
+        """Search from the uniform schedules and those that are `given` by name; the best of all is reported.
 
-        found = search.run(list(starts.values()), after)
-        searched, state = clock.now(), search.state()
-        passes = clock.left() * search.pace / world()
-        candidates = _candidates(found, starts, (passes / min(FIRST_PART, len(chosen_on)) - 1) / share)
-        losses, chosen_work = _losses(calibration, chosen_on, [schedule for _, schedule in candidates])
-    chosen, alike, noise = _chosen([name for name, _ in candidates], losses, place)
-    name, schedule = candidates[chosen]
-    keep(state, schedule)
-    stages = (
-        Stage("images", 0.0, ready - begun),
-        Stage("calibrated search", state.work, searched - ready),
-        Stage("choice", chosen_work, clock.now() - searched),
-    )
-    means = [(name, mean_of(row, place.device)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
-    return Calibrated(schedule, name, tuple(means), stages, tuple(told), alike, noise)
+        Raises:
+            SearchCheckpointError: the checkpoint to resume from is another search's.
+            SearchSettingError: as `CalibratedSearch.run`.
+            StoppedError: the observer asked to stop.
+            ValueError: fewer than two images, or no schedule to start from.
+        """
+        task, clock, device = self.task, self.clock, self.task.place.device
+        begun = clock.now()
+        with modes_kept(task.model):
+            task.model.eval()
+            searched_on, chosen_on = self._images()
+            ready = clock.now()
+            teacher = Teacher(task.model, self.setting["loss"], task.settings.multi_label)
+            whole = self.saved is not None
+            calibration = Calibration(teacher, searched_on, task.place, task.precision, clock=clock, whole=whole)
+            speed = calibration.work / max(1e-9, clock.now() - ready)
+            search = self._search(calibration, given, len(chosen_on), speed)
+            found = search.run(list(self.starts.values()), self._after)
+            searched, state = clock.now(), search.state()
+            passes = clock.left() * search.pace / world()
+            most = (passes / min(FIRST_PART, len(chosen_on)) - 1) / self.share
+            candidates = _candidates(found, self.starts, most)
+            losses, chosen_work = _losses(calibration, chosen_on, [schedule for _, schedule in candidates])
+        chosen, alike, noise = _chosen([name for name, _ in candidates], losses, task.place)
+        name, schedule = candidates[chosen]
+        self._save(state, schedule)
+        stages = (
+            Stage("images", 0.0, ready - begun),
+            Stage("calibrated search", state.work, searched - ready),
+            Stage("choice", chosen_work, clock.now() - searched),
+        )
+        means = [(name, mean_of(row, device)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
+        return Calibrated(schedule, name, tuple(means), stages, tuple(self.told), alike, noise)
 
+    def _images(self) -> tuple[Tensor, Tensor]:
+        """The images to search on, and those held back to choose on, as many in all processes.
 
-def _images(
-    task: Task, target: float, before: Mapping[str, Any] | None, clock: Clock
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The images to search on, those held back to choose on, as many in all processes, and what a checkpoint has to
-    say of the search. before: what the one to go on from says, whose images are read again however long it takes."""
-    settings = task.settings
-    timed = clock.limited if before is None else before["timed"]
-    count = before["images"] if before is not None and timed else settings.images
-    images = gather_images(_source(task), count, clock, math.inf if before else LOADED * clock.seconds)
-    images = images[: least(len(images), clock.device)]
-    if timed:  # the first of them may be all that there is time for
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))]
-    held = _held_back(len(images))
-    setting = {"seed": settings.seed, "images": len(images), "target": target, "work": settings.work}
-    loss = "tokens" if settings.loss == "tokens" else "distill"
-    setting |= {"loss": loss, "multi_label": settings.multi_label, "timed": timed}
-    return images[~held], images[held], setting
+        Those of a search that goes on are read again, however long it takes.
+        """
+        settings, before = self.task.settings, self.before.get("setting")
+        timed = self.clock.limited if before is None else before["timed"]
+        count = before["images"] if before is not None and timed else settings.images
+        until = LOADED * self.clock.seconds if before is None else math.inf
+        images = gather_images(_source(self.task), count, self.clock, until)
+        images = images[: least(len(images), self.clock.device)]
+        if timed:  # the first of them may be all that there is time for
+            images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))]
+        loss = "tokens" if settings.loss == "tokens" else "distill"
+        self.setting = {"seed": settings.seed, "images": len(images), "target": self.target, "work": settings.work}
+        self.setting |= {"loss": loss, "multi_label": settings.multi_label, "timed": timed}
+        held = _held_back(len(images))
+        if self.saved is None or self.task.resume is None:
+            return images[~held], images[held]
+        check_record(self.task.resume, self.before["setting"], self.setting)
+        return images[~held][: len(self.saved.felt)], images[held]
+
+    def _search(
+        self, calibration: Calibration, given: Mapping[str, Schedule], chosen_on: int, speed: float
+    ) -> CalibratedSearch:
+        """The search on the images of `calibration`, with work and time left to choose on so many others."""
+        model, budget, settings = self.task.model, self.task.budget, self.task.settings
+        # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
+        last = len(model.compressible_blocks()) - 1
+        idle = model.read is not None and model.compression.space.searchable[-1] == last
+        moves = Moves(model.compression.space, budget.cost, self.target, idle)
+        uniform = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()}
+        self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
+        choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
+        reserve = min(choosing / speed, CHOICE * self.clock.seconds)
+        work, images = settings.work, len(calibration.images)
+        if self.minutes is not None and work is None:
+            work = math.inf
+        else:
+            work = min(WORK, LOOKS_AN_IMAGE * images) if work is None else work
+            work *= AGAIN if self.again and self.minutes is None else 1.0
+            work = float(least(int(max(work, choosing + 2 * images)), self.clock.device))
+        search = CalibratedSearch(moves, calibration, work - choosing, settings.seed, self.saved, speed, reserve)
+        if not self.again:
+            self.observer.on_plan(images + chosen_on, search.limit + choosing, speed)
+        return search
+
+    def _after(self, record: TrialRecord, trials: Trials) -> None:
+        """A round of trials is done."""
+        self.told.append(record)
+        if not self.again:
+            self.observer.on_trials(record)
+        self._save(trials, record.schedule)
+        self.observer.after_trials()
+
+    def _save(self, trials: Trials, best: Schedule) -> None:
+        if self.task.file is None or self.again:
+            return
+        if rank() == 0:
+            rows = {name: plain_row(schedule) for name, schedule in self.starts.items()}
+            content = {"setting": self.setting, "starts": rows, "trials": vars(trials)}
+            self.task.save(best, best, epoch=0, step=trials.round, calibrated=content)
+        self.clock.saved = True
 
 
 def _candidates(found: list[Schedule], starts: Mapping[str, Schedule], most: float) -> list[tuple[str, Schedule]]:
@@ -271,31 +297,6 @@ def _held_back(images: int) -> Tensor:
     held = torch.zeros(images, dtype=torch.bool)
     held[torch.arange(1, count + 1) * images // count - 1] = True
     return held
-
-
-def _is_last_idle(model: CompressedModel) -> bool:
-    """Whether nothing is read of the patches that the last block leaves, and a search may drop them there."""
-    last = len(model.compressible_blocks()) - 1
-    return model.read is not None and model.compression.space.searchable[-1] == last
-
-
-def _work(task: Task, minutes: float | None, again: bool, images: int, choosing: float) -> float:
-    """How many forward passes there are to be, the choice included, as far as the clock does not say."""
-    work = task.settings.work
-    if minutes is not None and work is None:
-        return math.inf
-    usual = min(WORK, LOOKS_AN_IMAGE * images) if work is None else work
-    share = AGAIN if again and minutes is None else 1.0
-    return float(least(int(max(share * usual, choosing + 2 * images)), task.place.device))
-
-
-def _save(
-    task: Task, trials: Trials, setting: Mapping[str, Any], best: Schedule, starts: Mapping[str, Schedule]
-) -> None:
-    if rank() == 0:
-        rows = {name: plain_row(schedule) for name, schedule in starts.items()}
-        content = {"setting": dict(setting), "starts": rows, "trials": vars(trials)}
-        task.save(best, best, epoch=0, step=trials.round, calibrated=content)
 
 
 def _content(path: Path) -> dict[str, Any]:
