@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
@@ -26,7 +26,6 @@ from diffrate.device import autocast, seed_everything, step_seed, to_place
 from diffrate.evaluation import Scores, Tally, class_indices, modes_kept, multi_hot, split_batch
 from diffrate.group import all_sum, least, rank, world
 from diffrate.patch.base import CompressedModel
-from diffrate.patch.state import CompressionState
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.checkpoint import (
     EpochRecord,
@@ -173,7 +172,7 @@ def search_by_gradient(
     granularity = model.compression.granularity["merge"] if settings.granularity is None else settings.granularity
     course = Course(replace(settings, granularity=granularity), task.budget.target, steps)
     task.check_file()
-    with modes_kept(model), _gradients_kept(model), _compression_kept(model.compression):
+    with _restored(model):
         model.to(task.place.device)
         _reset_rates(model, settings)
         running = Search(replace(task, loader=loader), course, teacher, observer)
@@ -404,7 +403,8 @@ class Search:
             self.slopes = torch.autograd.grad(excess, self.rates, retain_graph=True, materialize_grads=True)
             loss = classification
         else:
-            loss = classification + self.course.weight(self.epoch) * cost
+            weight = 0.0 if settings.warmup and self.epoch == 0 else settings.flops_weight
+            loss = classification + weight * cost
         self.scaler.scale(loss / settings.accumulate).backward()
         return torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9])
 
@@ -470,7 +470,7 @@ def default_criterion(multi_label: bool = False) -> Callable[[Tensor, Tensor], T
 def _reset_rates(model: CompressedModel, settings: SearchSettings) -> None:
     """Set the rates to those that a search begins with."""
     compression, granularity, start = model.compression, settings.granularity, settings.start
-    if granularity is not None and compression.granularity != {"prune": granularity, "merge": granularity}:
+    if granularity is not None and set(compression.granularity.values()) != {granularity}:
         compression.set_granularity(granularity, granularity)
     if min(len(rate) for rate in model.arch_parameters()) < 2:
         limit = compression.patches(compression.space.searchable[0])
@@ -484,26 +484,21 @@ def _reset_rates(model: CompressedModel, settings: SearchSettings) -> None:
 
 
 @contextmanager
-def _compression_kept(compression: CompressionState) -> Iterator[None]:
-    """The schedule, the granularity and the rates as before, after a block that fails."""
+def _restored(model: CompressedModel) -> Iterator[None]:
+    """Restore `requires_grad`, gradients and modes after the block; where it fails, rates and schedule, too."""
+    compression = model.compression
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     schedule, granularity = compression.schedule, compression.granularity
     rates = {name: (rate, rate.detach().clone()) for name, rate in compression.named_parameters()}
     try:
-        yield
+        with modes_kept(model):
+            yield
     except BaseException:
         compression.schedule, compression.granularity = schedule, granularity
         for name, (rate, values) in rates.items():
             rate.data = values
             compression.register_parameter(name, rate)
         raise
-
-
-@contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """`requires_grad` and gradients of the parameters that are there now as before, after the block."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        yield
     finally:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
