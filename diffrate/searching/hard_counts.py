@@ -137,7 +137,7 @@ class Calibrating:
     def __init__(self, task: Task, target: float, minutes: float | None, again: bool = False) -> None:
         self.task, self.target, self.minutes, self.again = task, target, minutes, again
         self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
-        self.told: list[TrialRecord] = []
+        self.records: list[TrialRecord] = []
         self.before = {} if task.resume is None or again else _content(task.resume)
         self.saved: Trials | None = self.before.get("trials")
         seconds = math.inf if minutes is None else 60 * minutes
@@ -180,7 +180,7 @@ class Calibrating:
             Stage("choice", chosen_work, clock.now() - searched),
         )
         means = [(name, mean_of(row, device)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
-        return Calibrated(schedule, name, tuple(means), stages, tuple(self.told), alike, noise)
+        return Calibrated(schedule, name, tuple(means), stages, tuple(self.records), alike, noise)
 
     def _images(self) -> tuple[Tensor, Tensor]:
         """The images to search on, and those held back to choose on, as many in all processes.
@@ -231,7 +231,7 @@ class Calibrating:
 
     def _after(self, record: TrialRecord, trials: Trials) -> None:
         """A round of trials is done."""
-        self.told.append(record)
+        self.records.append(record)
         if not self.again:
             self.observer.on_trials(record)
         self._save(trials, record.schedule)
@@ -286,7 +286,7 @@ def _chosen(names: list[str], losses: list[Tensor], place: Place) -> tuple[int, 
         for index, ((mean, _), error) in enumerate(zip(apart, errors, strict=True))
         if mean <= error <= known or mean == error == 0
     ]
-    simple = {kind: rank for rank, kind in enumerate(SIMPLEST)} | {CALIBRATED: len(SIMPLEST) + 1}
+    simple = {kind: order for order, kind in enumerate(SIMPLEST)} | {CALIBRATED: len(SIMPLEST) + 1}
     chosen = min(alike, key=lambda index: (simple.get(names[index], len(SIMPLEST)), means[index]))
     return chosen, tuple(dict.fromkeys(names[index] for index in alike)), errors[chosen]
 

@@ -247,7 +247,7 @@ class CalibratedSearch:
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
                 mean, deviation = self.surrogate.predict(self._features(pool))
-                pool = [pool[place] for place in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
+                pool = [pool[index] for index in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
             # The same images have no more to tell of the same counts.
             unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
             chosen += islice(unseen, 1)
@@ -311,7 +311,7 @@ class CalibratedSearch:
         """The measured schedules that are surely good, with what the surrogate makes of them."""
         tried = list(dict.fromkeys(counts for counts, _, _ in self.trials.measured))
         mean, deviation = self.surrogate.predict(self._features(tried))
-        return [(tried[place], float(mean[place])) for place in np.argsort(mean + deviation, kind="stable")[:count]]
+        return [(tried[index], float(mean[index])) for index in np.argsort(mean + deviation, kind="stable")[:count]]
 
     def _over(self) -> bool:
         quiet = self.calibration.work - self.trials.improved
