@@ -29,15 +29,6 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def from_first(values: Tensor, device: torch.device) -> Tensor:
-    """The first process's `values`, of the same shape in all, which meet on `device`."""
-    if not _joined():
-        return values
-    shared = values.to(device)
-    dist.broadcast(shared, src=0)
-    return shared.cpu()
-
-
 def made_by_first(make: Callable[[], Made]) -> Made:
     """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
     if not _joined():

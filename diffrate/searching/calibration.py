@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from diffrate.blocks.tokens import TokenState
 from diffrate.device import Place, autocast
 from diffrate.evaluation import images_of
 from diffrate.group import all_sum, rank, world
-from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Kept, Schedule, running_counts
 from diffrate.searching.gradient import StoppedError
 from diffrate.searching.teacher import Teacher, spread_of
@@ -25,7 +23,7 @@ FIRST_PART = 8  # things that tell how long one takes
 
 
 class Clock:
-    """Runs from now on, for so many `seconds` where there is a limit.
+    """Runs from now on, for `seconds`.
 
     stop: whether this process was asked to; all stop where one was. saved: whether there is something to go on from.
     """
@@ -33,13 +31,12 @@ class Clock:
     def __init__(
         self,
         device: torch.device,
-        seconds: float | None = None,
+        seconds: float = math.inf,
         stop: Callable[[], bool] | None = None,
         saved: bool = False,
     ) -> None:
-        self.device, self.stop, self.saved = device, stop, saved
-        self.begun = time.monotonic()
-        self.limited, self.seconds = seconds is not None, math.inf if seconds is None else seconds
+        self.device, self.seconds, self.stop, self.saved = device, seconds, stop, saved
+        self.begun, self.limited = time.monotonic(), seconds < math.inf
 
     def now(self) -> float:
         """Seconds by the first process's clock. All processes ask together.
@@ -47,7 +44,7 @@ class Clock:
         Raises:
             StoppedError: one of them was asked to stop.
         """
-        passed, asked = time.monotonic() - self.begun, self.asked()
+        passed, asked = self.here(), self.asked()
         if world() > 1:
             own = torch.tensor([passed if rank() == 0 else 0.0, float(asked)], dtype=torch.float64, device=self.device)
             passed, asked = all_sum(own).tolist()
@@ -55,30 +52,27 @@ class Clock:
             raise StoppedError("stopped while schedules were tried", self.saved)
         return passed
 
-    def untimed(self) -> Clock:
-        """One without a limit that stops when this one does."""
-        return Clock(self.device, None, self.stop, self.saved)
-
     def left(self) -> float:
         """Seconds until the end, as `now`; infinite without a limit."""
         return self.seconds - self.now()
+
+    def here(self) -> float:
+        """Seconds by the clock of this process alone."""
+        return time.monotonic() - self.begun
 
     def asked(self) -> bool:
         """Whether this process alone was asked to stop."""
         return self.stop is not None and self.stop()
 
-    def late(self, share: float) -> bool:
-        """Whether more than a `share` of the time is over; to be asked in one process alone."""
-        return time.monotonic() - self.begun > share * self.seconds
-
     def parts(self, count: int, most: int, until: float) -> Iterator[slice]:
-        """Parts of `count` things, up to `most` at a time: all of them without a limit, else as many as are done
-        `until` then, by what those before took. There is one at least."""
-        begun, done, size = self.now(), 0, min(most, FIRST_PART) if self.limited else most
+        """Parts of `count` things, up to `most` at a time: all of them where `until` is infinite, else as many as are
+        done by then, judged by the time that those before took. There is one at least."""
+        limited = until < math.inf
+        begun, done, size = self.now(), 0, min(most, FIRST_PART) if limited else most
         while done < count and size > 0:
             yield slice(done, min(count, done + size))
             done, now = done + size, self.now()
-            if self.limited:
+            if limited:
                 size = min(most, int(done * (until - now) / max(1e-9, now - begun)))
 
 
@@ -94,8 +88,9 @@ def images_that_fit(numbers: int, count: int) -> int:
     return min(count, max(CHUNK, IMAGE_BYTES // max(1, numbers * torch.float32.itemsize)))
 
 
-def gather_images(loader: Iterable[Any], count: int, clock: Clock) -> Tensor:
-    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large or slow.
+def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float = math.inf) -> Tensor:
+    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large, or are not
+    read `until` then.
 
     Raises:
         ValueError: there are fewer than two.
@@ -107,7 +102,7 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock) -> Tensor:
         most = images_that_fit(images.shape[1:].numel(), count)
         found.append(images[: max(0, most - there)])
         there += len(found[-1])
-        if there >= most or clock.asked() or (there >= 2 and clock.late(LOADED)):
+        if there >= most or clock.asked() or (there >= 2 and clock.here() > until):
             break
     clock.now()
     if there < 2:
@@ -115,8 +110,16 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock) -> Tensor:
     return torch.cat(found)
 
 
-@dataclass
-class Draw:
+def mean_of(values: Tensor, device: torch.device) -> tuple[float, float]:
+    """The mean over the values of all processes, and the variance of that; 0 of a single one."""
+    values = values.double()
+    sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(values))])
+    total, squares, count = all_sum(sums.to(device)).tolist()
+    mean = total / count
+    return mean, max(squares / count - mean**2, 0.0) / max(1.0, count - 1)
+
+
+class Draw(NamedTuple):
     """Images in chunks: which they are, and what each counts, `[n]` both."""
 
     images: list[Tensor]
@@ -127,7 +130,8 @@ class Calibration:
     """`images` `[M, 3, H, W]`, as many as the dense model has time for by `clock`, and what it makes of them.
 
     spread: what squared errors of a head with one output are relative to, by default the variance of the dense
-    outputs over the images of all processes; 1 for all other heads.
+    outputs over the images of all processes; 1 for all other heads. whole: whether all images are looked at,
+    however long that takes.
     work: forward passes so far, in those of the dense model on one image, over all processes.
     """
 
@@ -139,14 +143,15 @@ class Calibration:
         precision: torch.dtype | None,
         spread: float | None = None,
         clock: Clock | None = None,
+        whole: bool = False,
     ) -> None:
-        self.clock = Clock(place.device) if clock is None else clock
-        self.model: CompressedModel = teacher.model
-        self.teacher, self.place, self.precision = teacher, place, precision
+        self.clock = clock or Clock(place.device)
+        self.teacher, self.model, self.place, self.precision = teacher, teacher.model, place, precision
         self.dense = self.model.flops_at(self.model.dense_schedule())
         self.work = 0.0
         parts: list[Tensor] = []
-        for part in self.clock.parts(len(images), CHUNK, TAUGHT * self.clock.seconds):
+        until = math.inf if whole else TAUGHT * self.clock.seconds
+        for part in self.clock.parts(len(images), CHUNK, until):
             with torch.inference_mode(), autocast(place.device, precision):
                 parts.append(teacher.taught(self._to(images[part])).cpu())
             self._worked(len(parts[-1]), 1.0)
@@ -180,19 +185,13 @@ class Calibration:
         """What is lost at `schedule` on the images `index` `[n]`, each, `[n]` on the CPU."""
         return self.outputs(schedule, index, None)[0]
 
-    def mean(self, schedule: Schedule, index: Tensor | None = None) -> float:
-        """The mean over all images, or over `index`, of all processes."""
-        chosen = self.whole() if index is None else index
-        parts = [self.losses(schedule, part) for part in chosen.split(CHUNK)]
-        total, count = self.shared(torch.stack([torch.cat(parts).double().sum(), torch.tensor(len(chosen)).double()]))
-        return total / count
-
-    def shared(self, values: Tensor) -> list[float]:
-        """Sums over all processes."""
-        return all_sum(values.double().to(self.place.device)).tolist()
+    def mean(self, schedule: Schedule, index: Tensor) -> float:
+        """The mean over the images `index` of all processes."""
+        parts = [self.losses(schedule, part) for part in index.split(CHUNK)]
+        return mean_of(torch.cat(parts), self.place.device)[0]
 
     def outputs(
-        self, schedule: Schedule, index: Tensor, known: tuple[int, TokenState | None] | None
+        self, schedule: Schedule, index: Tensor, known: tuple[int, TokenState] | None
     ) -> tuple[Tensor, list[TokenState]]:
         """Losses, and where blocks may be resumed the tokens after each; `known` is the block to go on at and what
         enters it.
@@ -204,9 +203,7 @@ class Calibration:
         with torch.inference_mode(), autocast(self.place.device, self.precision):
             if self.resumable:
                 entry = model.enter(images)
-                start, state = known or (0, None)
-                if state is None:
-                    state = model.prepared(entry.state, schedule)
+                start, state = known or (0, model.prepared(entry.state, schedule))
                 states = model.run_from(entry, schedule, start, state)
                 outputs = model.classify(states[-1])
             else:
@@ -266,17 +263,12 @@ class Reference:
         """
         count = max(1, round(part * len(self.draw.images[chunk])))
         ours, theirs = self.at(chunk)[:count], self._losses(schedule, chunk, count)
-        apart = (self.draw.weights[chunk][:count] * (theirs - ours)).double()
-        sums = torch.stack([apart.sum(), (apart**2).sum(), apart.new_tensor(len(apart))])
-        total, squares, count = self.calibration.shared(sums)
-        mean = total / count
-        return mean, max(squares / count - mean**2, 0.0) / max(1.0, count - 1)
+        return mean_of(self.draw.weights[chunk][:count] * (theirs - ours), self.calibration.place.device)
 
     def at(self, chunk: int) -> Tensor:
         """What the reference itself loses on a chunk, each image, `[n]`."""
         if chunk not in self.losses:
-            losses, states = self.calibration.outputs(self.schedule, self.draw.images[chunk], None)
-            self.losses[chunk] = losses
+            self.losses[chunk], states = self.calibration.outputs(self.schedule, self.draw.images[chunk], None)
             if self.keeps_states:
                 self.states[chunk] = states
         return self.losses[chunk]
@@ -288,15 +280,14 @@ class Reference:
             pairs = zip(self.kept, self.calibration.kept(schedule), strict=True)
             differing = (block for block, (ours, theirs) in enumerate(pairs) if ours != theirs)
             start = min(next(differing, 0), len(states) - 1)
-            known = (start, first_of(states[start - 1], count)) if start else None
+            known = (start, _first_of(states[start - 1], count)) if start else None
         return self.calibration.outputs(schedule, index, known)[0]
 
 
-def first_of(state: TokenState, count: int) -> TokenState:
+def _first_of(state: TokenState, count: int) -> TokenState:
     """The tokens of the first `count` images; what all images share stays."""
 
     def first(part: Tensor | None) -> Tensor | None:
         return part if part is None or len(part) != len(state.x) else part[:count]
 
-    rest = {name: first(part) for name, part in state._asdict().items() if name != "x"}
-    return TokenState(state.x[:count], **rest)
+    return TokenState(*map(first, state))  # type: ignore[arg-type]

@@ -1,23 +1,25 @@
-"""How a search went: a record per step and per epoch, and those of steps as one table for a file."""
+"""What a search works on, its records, and its checkpoints."""
 
 from __future__ import annotations
 
-from array import array
+import io
+import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from diffrate.atomic import UNREADABLE, first_line, whole_file
-from diffrate.evaluation import Scores
+from diffrate.budget import Budget
+from diffrate.device import Place, default_precision
+from diffrate.evaluation import Batches, Scores, evaluate
+from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, ScheduleError, make_schedule
-from diffrate.searching.settings import OPTIONS, Course
-from diffrate.searching.target import Multiplier
+from diffrate.searching.settings import SearchSettingError, SearchSettings
 
-FIXED = 6  # figures of a step, beside a count for each choice
+KIND = "search"
 
 
 @dataclass(frozen=True)
@@ -57,115 +59,62 @@ class EpochRecord:
     best: bool
 
 
-class History:
-    """The records of a search's steps, kept as rows of numbers: a checkpoint takes them as they lie."""
-
-    def __init__(self, choices: int) -> None:
-        self.columns = FIXED + choices
-        self.numbers = array("d")
-
-    def append(self, record: StepRecord) -> None:
-        """One more step."""
-        figures = record.loss, record.flops_loss, record.flops, record.learning_rate
-        self.numbers.extend((record.epoch, record.step, *figures, *record.counts))
-
-    def table(self) -> Tensor:
-        """A float64 tensor, `[steps, 6 + choices]`."""
-        if not self.numbers:
-            return torch.empty(0, self.columns, dtype=torch.float64)
-        return torch.frombuffer(bytearray(self.numbers), dtype=torch.float64).reshape(-1, self.columns)
-
-    def load(self, table: Tensor | None) -> None:
-        """Take over the rows of `table`; None, from files that have no history, leaves it empty.
-
-        Raises:
-            ValueError: the table is another search's.
-        """
-        self.numbers = array("d")
-        if table is None:
-            return
-        if table.ndim != 2 or table.shape[1] != self.columns:
-            raise ValueError(f"history: found {list(table.shape)}; accepted: {self.columns} columns")
-        self.numbers.extend(table.double().flatten().tolist())
-
-    def records(self) -> tuple[StepRecord, ...]:
-        """A record per step, in order."""
-        return tuple(
-            StepRecord(int(epoch), int(step), loss, flops_loss, flops, rate, tuple(counts))
-            for epoch, step, loss, flops_loss, flops, rate, *counts in self.table().tolist()
-        )
-
-
-KIND = "search"
-
-
 class SearchCheckpointError(ValueError):
     """A file that is no search's checkpoint, or that of another search."""
 
 
-@dataclass
-class SearchState:
-    """All that changes while a search runs, besides rates and optimizer.
+@dataclass(frozen=True)
+class Task:
+    """A search to do. file: its checkpoint. begun: the value of `time.monotonic` at its start."""
 
-    step: updates done in this epoch. sums: losses and GFLOPs of this epoch, added up.
-    best: schedule and scores of the best epoch, None for scores where none were taken.
-    multiplier: of the cost's excess, where the budget is held.
-    """
+    model: CompressedModel
+    loader: Any
+    settings: SearchSettings
+    budget: Budget
+    place: Place
+    val: Batches | None
+    file: Path | None
+    resume: Path | None
+    begun: float
 
-    epoch: int
-    step: int
-    sums: list[float]
-    best: tuple[Schedule, Scores | None] | None
-    history: History
-    multiplier: Multiplier = field(default_factory=Multiplier)
+    @property
+    def precision(self) -> torch.dtype | None:
+        """Of autocast."""
+        return self.settings.precision or default_precision(self.place.device)
 
-    @classmethod
-    def fresh(cls, choices: int) -> SearchState:
-        """At the start."""
-        return cls(0, 0, [0.0, 0.0, 0.0], None, History(choices))
+    def scores_at(self, schedule: Schedule, callback: Any = None) -> Scores | None:
+        """The scores of the model at `schedule`, which it is left at; None without images for it."""
+        if self.val is None:
+            return None
+        self.model.set_kept_num(schedule.prune, schedule.merge)
+        chosen = self.settings.multi_label, self.precision
+        return evaluate(self.model, self.val, multi_label=chosen[0], precision=chosen[1], callback=callback)
 
+    def check_file(self) -> None:
+        """Refuse, before the search, a checkpoint that cannot be written.
 
-@dataclass
-class Parts:
-    """The parts of a search that a checkpoint holds, or tells apart from another's."""
+        Raises:
+            SearchSettingError: there is no such folder, or the notes cannot be saved.
+        """
+        if self.file is None:
+            return
+        if self.file.is_dir() or not self.file.parent.is_dir():
+            raise SearchSettingError(f"checkpoint: found {self.file}; accepted: a file in a folder that is there")
+        trial = io.BytesIO()
+        try:
+            torch.save(dict(self.settings.notes or {}), trial)
+            trial.seek(0)
+            torch.load(trial, weights_only=True)
+        except (*UNREADABLE, pickle.PicklingError) as error:
+            raise SearchSettingError(f"notes: {first_line(error)}; accepted: plain values and tensors") from error
 
-    course: Course
-    rates: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    state: SearchState
-
-
-def write_checkpoint(search: Parts, schedule: Schedule, path: Path, notes: Mapping[str, Any]) -> None:
-    """All of a search in one file, with the `schedule` of its rates, and `notes` beside its own fields."""
-    state, course = search.state, search.course
-    best, scores = state.best or (None, None)
-    content = {
-        **notes,
-        "mode": KIND,
-        "settings": course.record(),
-        "rates": [rate.detach().cpu() for rate in search.rates],
-        "tokens": schedule.tokens,
-        "schedule": plain_row(schedule),
-        "best_schedule": None if best is None else plain_row(best),
-        "best_scores": None if scores is None else asdict(scores),
-        "optimizer": search.optimizer.state_dict(),
-        "scheduler": {
-            "rate": course.settings.learning_rate,
-            "least_rate": course.settings.last_rate,
-            "steps": course.steps,
-        },
-        "scaler": search.scaler.state_dict(),
-        "epoch": state.epoch,
-        "step": state.step,
-        "sums": state.sums,
-        # Every step draws from a seed made of this one and its position: no generator state is left over.
-        "random": {"seed": course.settings.seed},
-        "history": state.history.table(),
-        "multiplier": state.multiplier.plain() if course.settings.held else None,
-    }
-    with whole_file(path) as file:
-        torch.save(content, file)
+    def save(self, schedule: Schedule, best: Schedule | None, **content: Any) -> None:
+        """Write the checkpoint: the present schedule, the best one so far, and what the search goes on from."""
+        assert self.file is not None
+        notes = self.settings.notes or {}
+        schedules = {"schedule": plain_row(schedule), "best_schedule": None if best is None else plain_row(best)}
+        with whole_file(self.file) as file:
+            torch.save({**notes, "mode": KIND, "tokens": schedule.tokens, **schedules, **content}, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -186,39 +135,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore(search: Parts, path: Path) -> None:
-    """Put a search back where a checkpoint left it.
-
-    Raises:
-        SearchCheckpointError: as `read_checkpoint`, or it is another search's; names what differs.
-    """
-    content = read_checkpoint(path)
-    if content.get("calibrated") is not None:
-        raise SearchCheckpointError(
-            f"{path}: found a calibrated search's; accepted: the checkpoint of a gradient search"
-        )
-    saved = content.get("settings")
-    if saved is not None:  # older files have none of their own
-        check_record(path, saved, search.course.record())
-    try:
-        with torch.no_grad():
-            for rate, saved in zip(search.rates, content["rates"], strict=True):
-                rate.copy_(saved)
-        search.optimizer.load_state_dict(content["optimizer"])
-        search.scaler.load_state_dict(content["scaler"])
-        search.state = _state(content)
-    except UNREADABLE as error:
-        raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
-
-
 def check_record(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse what was `saved` of another search. Files from before there was an option were made with its default.
+    """Refuse what was `saved` of another search.
 
     Raises:
         SearchCheckpointError: names the first value that differs.
     """
     for name, value in expected.items():
-        found = saved.get(name, OPTIONS[name].default if name in OPTIONS else value)
+        found = saved.get(name)
         if found != value:
             raise SearchCheckpointError(f"{path}: was made with {name} {found}; accepted: {value}, as in this search")
 
@@ -235,20 +159,6 @@ def searched_schedule(path: Path) -> Schedule:
         return replace(found, tokens=content.get("tokens"))
     except (*UNREADABLE, ScheduleError) as error:
         raise SearchCheckpointError(f"{path}: no schedule in it ({error!r})") from error
-
-
-def _state(content: dict[str, Any]) -> SearchState:
-    best, scores = content["best_schedule"], content["best_scores"]
-    history = History(len(content["rates"]))
-    history.load(content.get("history"))
-    return SearchState(
-        epoch=content["epoch"],
-        step=content["step"],
-        sums=content["sums"],
-        best=None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores)),
-        history=history,
-        multiplier=Multiplier.from_plain(content.get("multiplier")),
-    )
 
 
 def plain_row(schedule: Schedule) -> tuple[list[int] | None, list[int]]:

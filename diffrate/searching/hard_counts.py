@@ -1,30 +1,33 @@
-"""From images to the schedule that a search at hard counts reports: calibrate on most of them, choose on the rest."""
+"""The search at hard counts as a whole: calibrate on most of the images, choose on the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from math import sqrt
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrate.atomic import UNREADABLE, first_line, whole_file
-from diffrate.budget import Cost
+from diffrate.atomic import UNREADABLE, first_line
+from diffrate.budget import Budget
 from diffrate.device import Place
 from diffrate.evaluation import modes_kept
-from diffrate.group import all_sum, least, rank, world
-from diffrate.patch.base import CompressedModel
+from diffrate.group import least, made_by_first, rank, world
+from diffrate.latency.confirm import Again
 from diffrate.schedule import Schedule, make_schedule
-from diffrate.searching.calibration import CHUNK, FIRST_PART, Calibration, Clock, gather_images
-from diffrate.searching.checkpoint import KIND, SearchCheckpointError, check_record, plain_row, read_checkpoint
+from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of
+from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_record, plain_row, read_checkpoint
 from diffrate.searching.moves import Moves
-from diffrate.searching.settings import CALIBRATED, SearchSettings
+from diffrate.searching.settings import CALIBRATED
 from diffrate.searching.teacher import Teacher
 from diffrate.searching.trials import FINALISTS, CalibratedSearch, TrialRecord, Trials
 
+AGAIN = 0.3  # of the trials, where what was found is measured to be too slow
 WORK = 22_000.0  # forward passes of the dense model on one image, all in all
 LOOKS_AN_IMAGE = 60.0  # at most: of few images there is no more to learn
 CHOSEN_ON = 4  # one in so many images is held back to choose on
@@ -63,20 +66,8 @@ class Calibrated:
     noise: float = 0.0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How far a calibration goes. work: None for the usual, or a `share` of it; minutes: to end within, loading
-    included, None for any."""
-
-    seed: int
-    images: int = SearchSettings.images
-    work: float | None = None
-    minutes: float | None = None
-    share: float = 1.0
-
-
 class CalibrationObserver:
-    """Told how a calibration goes; override what you want to know."""
+    """Called while a calibration runs; override the methods of interest."""
 
     def on_plan(self, images: int, work: float, speed: float) -> None:
         """It begins: with so many images and forward passes of the dense model, which makes `speed` a second."""
@@ -92,105 +83,168 @@ class CalibrationObserver:
         return False
 
 
-def calibrate(
-    model: CompressedModel,
-    loader: Iterable[Any],
-    cost: Cost,
-    target: float,
-    plan: Plan,
-    place: Place,
-    *,
-    loss: str = "distill",
-    multi_label: bool = False,
-    precision: torch.dtype | None = None,
-    given: Mapping[str, Schedule] | None = None,
-    observer: CalibrationObserver | None = None,
-    checkpoint: Path | None = None,
-    notes: Mapping[str, Any] | None = None,
-    resume: Path | None = None,
-) -> Calibrated:
-    """The schedule of `cost` `target` at which `model` loses least against its dense self.
-
-    `given` are schedules of that cost from elsewhere, by name: the search starts from them, too, and the best of
-    all, the uniform ones included, is reported. The model's own schedule is neither read nor set.
+def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
+    """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
+    only once.
 
     Raises:
-        SearchCheckpointError: `resume` is another search's.
-        SearchSettingError: as `CalibratedSearch.run`.
-        StoppedError: the observer asked to stop.
-        ValueError: fewer than two images, or no schedule to start from.
+        SearchCheckpointError, SearchSettingError, StoppedError, ValueError: as `Calibrating`.
     """
-    observer, told = observer or CalibrationObserver(), []
-    before = {} if resume is None else _content(resume)
-    clock = Clock(place.device, None if plan.minutes is None else 60 * plan.minutes, observer.stop)
-    clock.saved = bool(before)
-    clock.begun -= before.get("seconds", 0.0)
-    # What is gone on from had its images: they are the same again, however long that takes.
-    loading, begun = clock.untimed() if before else clock, clock.now()
-    with modes_kept(model):
-        model.eval()
-        timed = before["setting"].get("timed", False) if before else clock.limited
-        searched_on, chosen_on = _images(loader, plan, before, timed, loading)
-        setting = {"seed": plan.seed, "images": len(searched_on) + len(chosen_on), "target": target, "work": plan.work}
-        setting |= {"loss": loss, "multi_label": multi_label}
-        saved = None if resume is None else _trials(resume, before, setting)
-        setting |= {"timed": timed}
-        if saved is not None and saved.felt is not None:
-            searched_on = searched_on[: len(saved.felt)]
-        ready = clock.now()
-        calibration = Calibration(Teacher(model, loss, multi_label), searched_on, place, precision, clock=loading)
-        calibration.clock = clock
-        speed = calibration.work / max(1e-9, clock.now() - ready)
-        moves = Moves(model.compression.space, cost, target, _is_last_idle(model))
-        starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()} | dict(given or {})
-        starts |= {name: make_schedule(*row) for name, row in before.get("starts", {}).items()}
-        share = target / cost(model.dense_schedule())
-        choosing = len(chosen_on) * (1 + (len(starts) + FINALISTS) * share)
-        work = _work(plan, calibration, choosing, place)
-        reserve = min(choosing / speed, CHOICE * clock.seconds)
-        search = CalibratedSearch(moves, calibration, work - choosing, plan.seed, saved, speed, reserve)
-        observer.on_plan(len(calibration.images) + len(chosen_on), search.limit + choosing, speed)
-
-        def after(record: TrialRecord) -> None:
-            told.append(record)
-            observer.on_trials(record)
-
-        def keep(trials: Trials, best: Schedule) -> None:
-            if checkpoint is not None and rank() == 0:
-                _write(checkpoint, trials, setting, best, starts, notes or {})
-            clock.saved = clock.saved or checkpoint is not None
-
-        def save(trials: Trials) -> None:
-            keep(trials, told[-1].schedule)
-            observer.after_trials()
-
-        found = search.run(list(starts.values()), after, save)
-        searched, state = clock.now(), search.state()
-        passes = clock.left() * search.pace / world()
-        candidates = _candidates(found, starts, (passes / min(FIRST_PART, len(chosen_on)) - 1) / share)
-        losses, chosen_work = _losses(calibration, chosen_on, [schedule for _, schedule in candidates])
-    chosen, alike, noise = _chosen([name for name, _ in candidates], losses, place)
-    name, schedule = candidates[chosen]
-    keep(state, schedule)
-    stages = (
-        Stage("images", 0.0, ready - begun),
-        Stage("calibrated search", state.work, searched - ready),
-        Stage("choice", chosen_work, clock.now() - searched),
-    )
-    means = [(name, _mean(row, place)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
-    return Calibrated(schedule, name, tuple(means), stages, tuple(told), alike, noise)
+    settings, budget, space = task.settings, task.budget, task.model.compression.space
+    task.check_file()
+    task.model.to(task.place.device)
+    minutes, given = settings.minutes, {}
+    if minutes is not None:
+        usual = minutes * (1 - AGAIN if budget.timed else 1)  # the rest is for a corrected budget
+        minutes = max(0.0, min(usual, _minutes_left(task, minutes)))
+    if budget.timed:  # a speed may be out of reach of every uniform schedule
+        given["at once"] = budget.rounded([space.least] * len(space.choices), space)
+    if settings.start is not None:
+        given["start"] = settings.start
+    found = Calibrating(task, budget.target, minutes).run(given)
+    return found, None if isinstance(_source(task), Iterator) else partial(_searched_on, task, minutes)
 
 
-def _images(
-    loader: Iterable[Any], plan: Plan, before: Mapping[str, Any], timed: bool, clock: Clock
-) -> tuple[Tensor, Tensor]:
-    """Those to search on, and those held back to choose on, as many in all processes."""
-    images = gather_images(loader, before["setting"]["images"] if before and timed else plan.images, clock)
-    images = images[: least(len(images), clock.device)]
-    if timed:  # the first of them may be all that there is time for
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(plan.seed))]
-    held = _held_back(len(images))
-    return images[~held], images[held]
+def _minutes_left(task: Task, minutes: float) -> float:
+    return made_by_first(lambda: minutes - (time.monotonic() - task.begun) / 60)
+
+
+def _source(task: Task) -> Any:
+    return task.loader if task.settings.calibration is None else task.settings.calibration
+
+
+def _searched_on(task: Task, minutes: float | None, budget: Budget, before: Schedule, rounded: Schedule) -> Schedule:
+    """A schedule of a corrected budget, from the one before, where that costs no more, and the same rounded to it;
+    that alone where the time is over. minutes: that the first search had."""
+    if minutes is not None and task.settings.minutes is not None:
+        minutes = min(AGAIN * minutes, _minutes_left(task, task.settings.minutes))
+        if minutes <= 0:
+            return rounded
+    given = {"rounded": rounded} | ({"before": before} if budget.cost(before) <= budget.target else {})
+    return Calibrating(task, budget.target, minutes, again=True).run(given).schedule
+
+
+class Calibrating:
+    """A search for the schedule of cost `target` at which the model loses least against its dense self, within
+    `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
+
+    The model's own schedule is neither read nor set.
+
+    Raises:
+        SearchCheckpointError: the checkpoint to resume from is another search's.
+    """
+
+    def __init__(self, task: Task, target: float, minutes: float | None, again: bool = False) -> None:
+        self.task, self.target, self.minutes, self.again = task, target, minutes, again
+        self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
+        self.records: list[TrialRecord] = []
+        self.before = {} if task.resume is None or again else _content(task.resume)
+        self.saved: Trials | None = self.before.get("trials")
+        seconds = math.inf if minutes is None else 60 * minutes
+        self.clock = Clock(task.place.device, seconds, self.observer.stop, self.saved is not None)
+        self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
+        self.share = target / task.budget.cost(task.model.dense_schedule())
+
+    def run(self, given: Mapping[str, Schedule]) -> Calibrated:
+        """Search from the uniform schedules and those that are `given` by name; the best of all is reported.
+
+        Raises:
+            SearchCheckpointError: the checkpoint to resume from is another search's.
+            SearchSettingError: as `CalibratedSearch.run`.
+            StoppedError: the observer asked to stop.
+            ValueError: fewer than two images, or no schedule to start from.
+        """
+        task, clock, device = self.task, self.clock, self.task.place.device
+        begun = clock.now()
+        with modes_kept(task.model):
+            task.model.eval()
+            searched_on, chosen_on = self._images()
+            ready = clock.now()
+            teacher = Teacher(task.model, self.setting["loss"], task.settings.multi_label)
+            whole = self.saved is not None
+            calibration = Calibration(teacher, searched_on, task.place, task.precision, clock=clock, whole=whole)
+            speed = calibration.work / max(1e-9, clock.now() - ready)
+            search = self._search(calibration, given, len(chosen_on), speed)
+            found = search.run(list(self.starts.values()), self._after)
+            searched, state = clock.now(), search.state()
+            passes = clock.left() * search.pace / world()
+            most = (passes / min(FIRST_PART, len(chosen_on)) - 1) / self.share
+            candidates = _candidates(found, self.starts, most)
+            losses, chosen_work = _losses(calibration, chosen_on, [schedule for _, schedule in candidates])
+        chosen, alike, noise = _chosen([name for name, _ in candidates], losses, task.place)
+        name, schedule = candidates[chosen]
+        self._save(state, schedule)
+        stages = (
+            Stage("images", 0.0, ready - begun),
+            Stage("calibrated search", state.work, searched - ready),
+            Stage("choice", chosen_work, clock.now() - searched),
+        )
+        means = [(name, mean_of(row, device)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
+        return Calibrated(schedule, name, tuple(means), stages, tuple(self.records), alike, noise)
+
+    def _images(self) -> tuple[Tensor, Tensor]:
+        """The images to search on, and those held back to choose on, as many in all processes.
+
+        Those of a search that goes on are read again, however long it takes.
+        """
+        settings, before = self.task.settings, self.before.get("setting")
+        timed = self.clock.limited if before is None else before["timed"]
+        count = before["images"] if before is not None and timed else settings.images
+        until = LOADED * self.clock.seconds if before is None else math.inf
+        images = gather_images(_source(self.task), count, self.clock, until)
+        images = images[: least(len(images), self.clock.device)]
+        if timed:  # the first of them may be all that there is time for
+            images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))]
+        loss = "tokens" if settings.loss == "tokens" else "distill"
+        self.setting = {"seed": settings.seed, "images": len(images), "target": self.target, "work": settings.work}
+        self.setting |= {"loss": loss, "multi_label": settings.multi_label, "timed": timed}
+        held = _held_back(len(images))
+        if self.saved is None or self.task.resume is None:
+            return images[~held], images[held]
+        check_record(self.task.resume, self.before["setting"], self.setting)
+        return images[~held][: len(self.saved.felt)], images[held]
+
+    def _search(
+        self, calibration: Calibration, given: Mapping[str, Schedule], chosen_on: int, speed: float
+    ) -> CalibratedSearch:
+        """The search on the images of `calibration`, with work and time left to choose on so many others."""
+        model, budget, settings = self.task.model, self.task.budget, self.task.settings
+        # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
+        last = len(model.compressible_blocks()) - 1
+        idle = model.read is not None and model.compression.space.searchable[-1] == last
+        moves = Moves(model.compression.space, budget.cost, self.target, idle)
+        uniform = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()}
+        self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
+        choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
+        reserve = min(choosing / speed, CHOICE * self.clock.seconds)
+        work, images = settings.work, len(calibration.images)
+        if self.minutes is not None and work is None:
+            work = math.inf
+        else:
+            work = min(WORK, LOOKS_AN_IMAGE * images) if work is None else work
+            work *= AGAIN if self.again and self.minutes is None else 1.0
+            work = float(least(int(max(work, choosing + 2 * images)), self.clock.device))
+        search = CalibratedSearch(moves, calibration, work - choosing, settings.seed, self.saved, speed, reserve)
+        if not self.again:
+            self.observer.on_plan(images + chosen_on, search.limit + choosing, speed)
+        return search
+
+    def _after(self, record: TrialRecord, trials: Trials) -> None:
+        """A round of trials is done."""
+        self.records.append(record)
+        if not self.again:
+            self.observer.on_trials(record)
+        self._save(trials, record.schedule)
+        self.observer.after_trials()
+
+    def _save(self, trials: Trials, best: Schedule) -> None:
+        if self.task.file is None or self.again:
+            return
+        if rank() == 0:
+            rows = {name: plain_row(schedule) for name, schedule in self.starts.items()}
+            content = {"setting": self.setting, "starts": rows, "trials": vars(trials)}
+            self.task.save(best, best, epoch=0, step=trials.round, calibrated=content)
+        self.clock.saved = True
 
 
 def _candidates(found: list[Schedule], starts: Mapping[str, Schedule], most: float) -> list[tuple[str, Schedule]]:
@@ -207,10 +261,12 @@ def _losses(calibration: Calibration, images: Tensor, schedules: list[Schedule])
     work of that."""
     clock, work = calibration.clock, 0.0
     rows: list[list[Tensor]] = [[] for _ in schedules]
-    untimed = clock.untimed()
     for part in clock.parts(len(images), CHUNK, clock.seconds):
         held = Calibration(
-            calibration.teacher, images[part], calibration.place, calibration.precision, calibration.spread, untimed
+            *(calibration.teacher, images[part], calibration.place, calibration.precision),
+            spread=calibration.spread,
+            clock=clock,
+            whole=True,
         )
         for row, schedule in zip(rows, schedules, strict=True):
             row.append(held.losses(schedule, held.whole()))
@@ -221,27 +277,18 @@ def _losses(calibration: Calibration, images: Tensor, schedules: list[Schedule])
 def _chosen(names: list[str], losses: list[Tensor], place: Place) -> tuple[int, tuple[str, ...], float]:
     """Which candidate it is, the names of those that are as good by measurement, and the standard error of the
     difference between its loss and the least."""
-    means = [_mean(row, place)[0] for row in losses]
-    least_lost = losses[means.index(min(means))]
-    apart, known = [_mean(row.double() - least_lost.double(), place) for row in losses], KNOWN * max(0.0, min(means))
-    alike = [index for index, (mean, error) in enumerate(apart) if mean <= error <= known or mean == error == 0]
-    chosen = min(alike, key=lambda index: (_rank_of(names[index]), means[index]))
-    return chosen, tuple(dict.fromkeys(names[index] for index in alike)), apart[chosen][1]
-
-
-def _rank_of(name: str) -> int:
-    """The place of a candidate among the `SIMPLEST`."""
-    others = len(SIMPLEST) + (name == CALIBRATED)
-    return SIMPLEST.index(name) if name in SIMPLEST else others
-
-
-def _mean(values: Tensor, place: Place) -> tuple[float, float]:
-    """The mean over the values of all processes, and its standard error; 0 of a single one."""
-    values = values.double()
-    sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(values))])
-    total, squares, count = all_sum(sums.to(place.device)).tolist()
-    mean = total / count
-    return mean, sqrt(max(squares / count - mean**2, 0.0) / max(1.0, count - 1))
+    means = [mean_of(row, place.device)[0] for row in losses]
+    least_lost = losses[means.index(min(means))].double()
+    apart, known = [mean_of(row.double() - least_lost, place.device) for row in losses], KNOWN * max(0.0, min(means))
+    errors = [math.sqrt(variance) for _, variance in apart]
+    alike = [
+        index
+        for index, ((mean, _), error) in enumerate(zip(apart, errors, strict=True))
+        if mean <= error <= known or mean == error == 0
+    ]
+    simple = {kind: order for order, kind in enumerate(SIMPLEST)} | {CALIBRATED: len(SIMPLEST) + 1}
+    chosen = min(alike, key=lambda index: (simple.get(names[index], len(SIMPLEST)), means[index]))
+    return chosen, tuple(dict.fromkeys(names[index] for index in alike)), errors[chosen]
 
 
 def _held_back(images: int) -> Tensor:
@@ -252,57 +299,13 @@ def _held_back(images: int) -> Tensor:
     return held
 
 
-def _is_last_idle(model: CompressedModel) -> bool:
-    """Whether nothing is read of the patches that the last block leaves, and a search may drop them there."""
-    last = len(model.compressible_blocks()) - 1
-    return model.read is not None and model.compression.space.searchable[-1] == last
-
-
-def _work(plan: Plan, calibration: Calibration, choosing: float, place: Place) -> float:
-    """How many forward passes there are to be, the choice included, as far as the clock does not say."""
-    if plan.minutes is not None and plan.work is None:
-        return float("inf")
-    usual = min(WORK, LOOKS_AN_IMAGE * len(calibration.images)) if plan.work is None else plan.work
-    work = usual if plan.minutes is not None else plan.share * usual
-    return float(least(int(max(work, choosing + 2 * len(calibration.images))), place.device))
-
-
-def _write(
-    path: Path,
-    trials: Trials,
-    setting: Mapping[str, Any],
-    best: Schedule,
-    starts: Mapping[str, Schedule],
-    notes: Mapping[str, Any],
-) -> None:
-    state = {item.name: getattr(trials, item.name) for item in fields(trials)}
-    rows = {name: plain_row(schedule) for name, schedule in starts.items()}
-    content = {
-        **notes,
-        "mode": KIND,
-        "tokens": best.tokens,
-        "schedule": plain_row(best),
-        "best_schedule": plain_row(best),
-        "epoch": 0,
-        "step": trials.round,
-        "calibrated": {"setting": dict(setting), "starts": rows, **state},
-    }
-    with whole_file(path) as file:
-        torch.save(content, file)
-
-
 def _content(path: Path) -> dict[str, Any]:
-    """What a calibration saved."""
+    """What a calibration saved at `path`: its setting, its starts as schedules, and its `Trials`."""
     content = read_checkpoint(path).get("calibrated")
     if content is None:
         raise SearchCheckpointError(f"{path}: found a gradient search's; accepted: the checkpoint of a calibrated one")
-    return content
-
-
-def _trials(path: Path, content: Mapping[str, Any], setting: Mapping[str, Any]) -> Trials:
-    """The state that a calibration of this `setting` saved at `path`."""
-    check_record(path, content["setting"], setting)
     try:
-        return Trials(**{item.name: content[item.name] for item in fields(Trials)})
+        starts = {name: make_schedule(*row) for name, row in content["starts"].items()}
+        return {"setting": content["setting"], "starts": starts, "trials": Trials(**content["trials"])}
     except UNREADABLE as error:
         raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error

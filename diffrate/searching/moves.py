@@ -114,10 +114,10 @@ class Moves:
         return counts if found is None and meets_budget(self._cost(counts), self.target) else found
 
     def stepped(self, rng: Random) -> Counts | None:
-        """A schedule that removes tokens in one to three places, and keeps all that are left between them."""
+        """A schedule that removes tokens at one to three choices, and keeps all that are left between them."""
         ratios = np.zeros(self.choices)
-        for place in rng.sample(range(self.free), min(self.free, rng.choice((1, 2, 2, 3)))):
-            ratios[place] = 0.2 + rng.expovariate(1)
+        for choice in rng.sample(range(self.free), min(self.free, rng.choice((1, 2, 2, 3)))):
+            ratios[choice] = 0.2 + rng.expovariate(1)
         return self._at(ratios, rng)
 
     def changed(self, counts: Counts, rng: Random) -> Counts | None:
@@ -182,13 +182,13 @@ class Moves:
         return kept + [self.space.least] * (self.choices - self.free)
 
     def _filled(self, counts: list[int], most: float, rng: Random) -> list[int]:
-        """The same with single tokens added, in places drawn, while they fit."""
-        places = list(range(self.free))
-        rng.shuffle(places)
-        for place in places:
-            limit = self.space.tokens if place == 0 else counts[place - 1]
-            if counts[place] < limit:
-                more = [*counts[:place], counts[place] + 1, *counts[place + 1 :]]
+        """The same with single tokens added, at choices drawn, while they fit."""
+        choices = list(range(self.free))
+        rng.shuffle(choices)
+        for choice in choices:
+            limit = self.space.tokens if choice == 0 else counts[choice - 1]
+            if counts[choice] < limit:
+                more = [*counts[:choice], counts[choice] + 1, *counts[choice + 1 :]]
                 if self._cost(more) <= most:
                     counts = more
         return counts

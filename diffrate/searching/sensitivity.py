@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +47,8 @@ class Sensitivity:
 
     def record(self) -> dict[str, Any]:
         """The same for a JSON line."""
-        reduction = {name: getattr(self, name) for name in ("block", "kind", "kept", "tokens", "share")}
-        return {**reduction, "loss": self.loss, "agreement": self.agreement, "images": self.images}
+        names = ("block", "kind", "kept", "tokens", "share", "loss", "agreement", "images")
+        return {name: getattr(self, name) for name in names}
 
 
 class _Candidate(NamedTuple):
@@ -70,16 +71,16 @@ def sensitivity(
     precision: torch.dtype | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> tuple[Sensitivity, ...]:
-    """What the outputs of a patched `model` lose where one block alone prunes, or merges, down to each of `shares`.
+    """Measure what the outputs of a patched `model` lose where one block alone prunes, or merges, down to each of
+    `shares`.
 
-    Tokens are really dropped: all later blocks have as many as the block leaves. The dense blocks before it run
-    once a batch. The loss is Kullback and Leibler's divergence from the dense outputs; of one output, the squared
-    error relative to the variance of the dense one; and for models without a head one less the cosine of the
-    features that they pool. In the order of the blocks, falling shares in each.
+    Tokens are really dropped: all later blocks have as many as the block leaves. The loss is Kullback and Leibler's
+    divergence from the dense outputs; of one output, the squared error relative to the variance of the dense one;
+    without a head, one less the cosine of the pooled features. In the order of the blocks, falling shares in each.
 
     The model runs in evaluation mode, on `device` (by default where it is) and under autocast to `precision` (by
-    default in its weights' own); its training mode and its schedule are as before afterwards. Inside an
-    initialised process group the images of all processes count.
+    default in its weights' own); its training mode and its schedule are restored afterwards. Inside an initialised
+    process group the images of all processes count.
 
     Args:
         loader: batches of images `[B, 3, H, W]`, as `evaluate` takes them; labels are not looked at.
@@ -113,28 +114,26 @@ def sensitivity(
     if total == 0:
         raise ValueError("loader: found no batch; accepted: batches of images")
     spread = spread_of(moments)
-    means = (all_sum(sums) / total).tolist()
     classes = model.has_head() and not multi_label and not moments.any()  # those of one output
-    wrong = [loss / spread for loss, _ in means if not math.isfinite(loss / spread)]
-    if wrong:
-        raise NonFiniteLossError(
-            f"the loss is {wrong[0]} on the calibration images; accepted: weights, and a precision, that give numbers"
-        )
-    return tuple(
-        Sensitivity(*candidate[:4], loss / spread, agreement if classes else None, int(total))
-        for candidate, (loss, agreement) in zip(candidates, means, strict=True)
-    )
+    rows = []
+    for candidate, (loss, agreement) in zip(candidates, (all_sum(sums) / total).tolist(), strict=True):
+        if not math.isfinite(loss / spread):
+            raise NonFiniteLossError(
+                f"the loss is {loss / spread} on the calibration images; accepted: weights, and a precision, that give "
+                "numbers"
+            )
+        rows.append(Sensitivity(*candidate[:4], loss / spread, agreement if classes else None, int(total)))
+    return tuple(rows)
 
 
 def _candidates(space: SearchSpace, shares: Sequence[float]) -> list[_Candidate]:
-    """Every reduction there is to try, in the order of the blocks."""
+    """Every reduction to try, in the order of the blocks."""
     wrong = [share for share in shares if not 0 < share < 1]
     if wrong or not shares:
         raise SearchSettingError(f"shares: found {wrong[0] if wrong else 'none'}; accepted: above 0 and below 1")
     whole = [space.limits[block] for block, _ in space.choices]
     found = []
-    for index, (block, kind) in enumerate(space.choices):
-        tokens = whole[index]
+    for index, ((block, kind), tokens) in enumerate(zip(space.choices, whole, strict=True)):
         counts = {max(space.least, round(share * tokens)) for share in shares}
         for kept in sorted(counts - {tokens}, reverse=True):
             schedule = space.schedule([*whole[:index], kept, *whole[index + 1 :]])
@@ -156,12 +155,12 @@ def _batch_sums(
     entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
     taught = model.classify(entering[-1]).float()
     sums = []
-    for index, candidate in enumerate(candidates):
-        left = model.run_from(entry, candidate.schedule, candidate.block, entering[candidate.block])[-1]
-        outputs = model.classify(left).float()
-        agreeing = outputs.argmax(-1) == taught.argmax(-1)
-        sums.append(torch.stack([measure(outputs, taught).double().sum(), agreeing.double().sum()]))
-        last = index + 1 == len(candidates) or candidates[index + 1].block != candidate.block
-        if last and callback is not None:
-            callback(candidate.block)
+    for block, group in groupby(candidates, key=lambda candidate: candidate.block):
+        for candidate in group:
+            left = model.run_from(entry, candidate.schedule, block, entering[block])[-1]
+            outputs = model.classify(left).float()
+            agreeing = outputs.argmax(-1) == taught.argmax(-1)
+            sums.append(torch.stack([measure(outputs, taught).double().sum(), agreeing.double().sum()]))
+        if callback is not None:
+            callback(block)
     return torch.stack(sums), teacher.moments(taught)

@@ -273,10 +273,6 @@ class Course:
         first, last = chosen.learning_rate, chosen.last_rate
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
-    def weight(self, epoch: int) -> float:
-        """The cost's weight in the loss."""
-        return 0.0 if self.settings.warmup and epoch == 0 else self.settings.flops_weight
-
     def distance(self, flops: Any) -> Any:
         """How far a cost is from the target, squared (paper, equation 9)."""
         unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target

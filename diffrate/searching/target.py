@@ -54,15 +54,6 @@ class Multiplier:
         for gradient, slope in zip(_gradients(rates), slopes, strict=True):
             gradient.add_(slope, alpha=weight * scale)
 
-    def plain(self) -> list[float]:
-        """Both numbers for a checkpoint."""
-        return [self.value, self.unit]
-
-    @classmethod
-    def from_plain(cls, numbers: Sequence[float] | None) -> Multiplier:
-        """Back; None, from files of searches that had none, is a fresh one."""
-        return cls() if numbers is None else cls(*numbers)
-
 
 def _gradients(rates: Sequence[nn.Parameter]) -> list[Tensor]:
     return [rate.grad for rate in rates if rate.grad is not None]
@@ -116,14 +107,12 @@ REACH = 1.15  # a few seconds tell a ratio no better: what is further away than 
 REACH_SECONDS = 2.0
 
 
-def table_for(model: CompressedModel, target: Target, device: torch.device) -> LatencyTable | None:
-    """What schedules take, measured with the defaults of `measure_latency`; None for a target in FLOPs.
+def table_for(model: CompressedModel, target: Target, device: torch.device) -> LatencyTable:
+    """The seconds of schedules, measured with the defaults of `measure_latency`.
 
     Raises:
         BudgetError: the target is far out of reach.
     """
-    if not target.timed:
-        return None
     use = Use(BATCH_SIZE, torch.float32, False, device)
     check_reach(model, [target], use)
     return measure_latency(model, use.batch_size, use.dtype, device=device)

@@ -1,6 +1,6 @@
-"""The search at hard counts: schedules on the budget are tried on calibration images, tokens really dropped.
+"""The trials of the search at hard counts: schedules on the budget, on calibration images, tokens really dropped.
 
-A surrogate (`surrogate.py`) learns from all that was measured, and says which schedules near the best ones to
+A surrogate (`moves.Surrogate`) learns from all that was measured, and says which schedules near the best ones to
 try next, on a few images each. In phases the best one so far becomes the reference that others are held
 against, on images drawn afresh. No gradient is computed, and nothing is known of what is budgeted."""
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from diffrate.device import step_seed
-from diffrate.group import from_first, world
+from diffrate.group import made_by_first, world
 from diffrate.schedule import Schedule
 from diffrate.searching.calibration import Calibration, Draw, Reference
 from diffrate.searching.moves import Counts, Moves, Surrogate
@@ -55,15 +55,17 @@ class TrialRecord:
 class Trials:
     """All that changes while the search runs: plain values and tensors, from which it goes on.
 
-    measured: counts, how much worse than the first reference as a share of its loss, the variance of that. looks:
-    the chunks of this phase that each of the counts was measured on.
-    offset: the reference's own place on that scale. scale: the first reference's loss. improved: the work at the last
-    better schedule. exhausted: nothing is left to look at.
+    felt, seen: of the calibration. measured: counts, how much worse than the first reference as a share of its loss,
+    the variance of that. looks: the chunks of this phase that each of the counts was measured on.
+    offset: the reference's own place on that scale. scale: the first reference's loss. known: the chunks that the
+    reference was measured on. improved: the work at the last better schedule. exhausted: nothing is left to look at.
     """
 
+    work: float
+    felt: torch.Tensor
+    seen: torch.Tensor
     round: int = 0
     phase: int = 0
-    work: float = 0.0
     seconds: float = 0.0
     measured: list[tuple[Counts, float, float]] = field(default_factory=list)
     reference: Counts = ()
@@ -71,10 +73,8 @@ class Trials:
     scale: float = 0.0
     order: list[int] = field(default_factory=list)
     looks: dict[Counts, list[int]] = field(default_factory=dict)
-    draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ((), ())  # type: ignore[assignment]
-    known: dict[int, torch.Tensor] = field(default_factory=dict)
-    felt: torch.Tensor | None = None
-    seen: torch.Tensor | None = None
+    draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    known: list[int] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     best: float = 0.0
     improved: float = 0.0
@@ -95,26 +95,28 @@ class CalibratedSearch:
         work: float,
         seed: int,
         trials: Trials | None,
-        pace: float = 0.0,
-        reserve: float = 0.0,
+        pace: float,
+        reserve: float,
     ) -> None:
-        self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
+        self.moves, self.calibration, self.limit, self.seed, self.pace = moves, calibration, work, seed, pace
         self.clock, self.most, self.end = calibration.clock, work, calibration.clock.seconds - reserve
-        self.pace = pace
         self._fit_in()
-        self.trials = trials or Trials(work=calibration.work)
         self.surrogate = Surrogate(moves.groups())
+        self.trials = trials or Trials(calibration.work, calibration.felt, calibration.seen)
         self.begun = time.monotonic() - self.trials.seconds
         if trials is not None:
-            self._go_on(trials)
+            self.surrogate.scales = np.array(trials.scales)
+            self._refer(trials.reference)
+            for chunk in trials.known:  # the tokens between its blocks are not saved
+                self.reference.at(chunk)
+            calibration.work, calibration.felt, calibration.seen = trials.work, trials.felt, trials.seen
+            self._fit()
 
-    def run(
-        self, starts: list[Schedule], after: Callable[[TrialRecord], None], save: Callable[[Trials], None]
-    ) -> list[Schedule]:
+    def run(self, starts: list[Schedule], after: Callable[[TrialRecord, Trials], None]) -> list[Schedule]:
         """The best schedules that were found, the best first.
 
-        `after` is called with a record after each round, `save` with all that is needed to go on; either may raise
-        to end the search.
+        `after` is called after each round, with a record and all that is needed to go on; it may raise to end the
+        search.
 
         Raises:
             SearchSettingError: the first schedules all come to the same loss.
@@ -130,27 +132,18 @@ class CalibratedSearch:
             if self._over():
                 break
             self._round()
-            after(self._record())
-            save(self.state())
+            counts, value = self._best(1)[0]
+            loss, trials = max(0.0, self.trials.scale * (1 + value)), self.state()
+            schedule, measured = self.moves.schedule(counts), len(trials.measured)
+            after(TrialRecord(schedule, loss, trials.work, trials.seconds, measured), trials)
         return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
 
     def state(self) -> Trials:
         """What there is to go on from."""
         trials = self.trials
         trials.work, trials.seconds = self.calibration.work, time.monotonic() - self.begun
-        trials.felt, trials.seen = self.calibration.felt, self.calibration.seen
-        trials.known, trials.scales = self.reference.losses, self.surrogate.scales.tolist()
+        trials.known, trials.scales = list(self.reference.losses), self.surrogate.scales.tolist()
         return trials
-
-    def _go_on(self, trials: Trials) -> None:
-        assert trials.felt is not None
-        assert trials.seen is not None
-        self.surrogate.scales = np.array(trials.scales)
-        self._refer(trials.reference, Draw(*map(list, trials.draw)))
-        for chunk in trials.known:  # the tokens between its blocks are not saved
-            self.reference.at(chunk)
-        self.calibration.work, self.calibration.felt, self.calibration.seen = trials.work, trials.felt, trials.seen
-        self._fit()
 
     def _begin(self, starts: list[Schedule]) -> None:
         """The best start becomes the reference; schedules drawn around it are the first to be measured."""
@@ -203,18 +196,16 @@ class CalibratedSearch:
         trials.round += 1
         rng = self._rng()
         if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
-            self.surrogate.choose_scales(*self._arrays(), seed=step_seed(self.seed, trials.round))
-            self._fit()
+            self._fit(step_seed(self.seed, trials.round))
         hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
         trials.exhausted = not hoped and not self._spent()
         for counts in hoped:
             if not self._spent():
                 self._measure(counts, rng)
         self._fit()
-        if (
-            not self._spent()
-            and self.calibration.work - self._start_work() > (trials.phase + 1) / PHASES * self._span()
-        ):
+        looked_at = len(self.calibration.images)  # by the dense model
+        span = max(1.0, self.limit - looked_at)
+        if not self._spent() and self.calibration.work - looked_at > (trials.phase + 1) / PHASES * span:
             trials.phase += 1
             self._change(rng)
         leader = self._best(1)[0][1]
@@ -241,7 +232,7 @@ class CalibratedSearch:
         self._fit()
         leader, value = self._best(1)[0]
         self.trials.offset = value
-        self._refer(leader, Draw(*map(list, self.trials.draw)))
+        self._refer(leader)
 
     def _hoped(self, leaders: list[Counts], rng: Random) -> list[Counts]:
         """Schedules near the `leaders` that the surrogate expects to be good, or knows little of."""
@@ -256,11 +247,11 @@ class CalibratedSearch:
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
                 mean, deviation = self.surrogate.predict(self._features(pool))
-                pool = [pool[place] for place in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
+                pool = [pool[index] for index in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
             # The same images have no more to tell of the same counts.
             unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
             chosen += islice(unseen, 1)
-        return self._same_everywhere(chosen)
+        return made_by_first(lambda: chosen)  # others may round otherwise
 
     def _measure(self, counts: Counts, rng: Random, chunk: int | None = None, part: float = 1.0) -> None:
         """How much worse than the reference `counts` are, on `chunk`, or the next one that is left."""
@@ -291,17 +282,15 @@ class CalibratedSearch:
         draw = self.calibration.drawn(CHUNKS, rng)
         self.trials.draw, self.trials.order, self.trials.offset = (draw.images, draw.weights), [], offset
         self.trials.looks = {}
-        self._refer(counts, draw)
+        self._refer(counts)
 
-    def _refer(self, counts: Counts, draw: Draw) -> None:
+    def _refer(self, counts: Counts) -> None:
         self.trials.reference = counts
-        self.reference = Reference(self.calibration, self.moves.schedule(counts), draw)
+        self.reference = Reference(self.calibration, self.moves.schedule(counts), Draw(*self.trials.draw))
 
-    def _fit(self) -> None:
-        self.surrogate.fit(*self._arrays())
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features of each schedule that was measured, its mean over all looks, and the variance of that."""
+    def _fit(self, seed: int | None = None) -> None:
+        """Fit the surrogate to each schedule's mean over all looks and the variance of that; with a seed, its scales,
+        too."""
         measured = self.trials.measured
         # Few images are lost badly: a look that happens to miss them must not seem surer than the others.
         usual = float(np.median([variance for _, value, variance in measured if value < LINEAR]))
@@ -310,30 +299,19 @@ class CalibratedSearch:
             weight = 1 / max(variance, usual)
             sums[counts] = sums.get(counts, np.zeros(2)) + np.array([weight, weight * value])
         weights, weighed = np.array(list(sums.values())).T
-        return self._features(list(sums)), weighed / weights, 1 / weights
+        known = self._features(list(sums)), weighed / weights, 1 / weights
+        if seed is not None:
+            self.surrogate.choose_scales(*known, seed=seed)
+        self.surrogate.fit(*known)
 
-    def _features(self, counts: tuple[Counts, ...] | list[Counts]) -> np.ndarray:
+    def _features(self, counts: list[Counts]) -> np.ndarray:
         return np.stack([self.moves.features(one) for one in counts])
 
     def _best(self, count: int) -> list[tuple[Counts, float]]:
         """The measured schedules that are surely good, with what the surrogate makes of them."""
         tried = list(dict.fromkeys(counts for counts, _, _ in self.trials.measured))
         mean, deviation = self.surrogate.predict(self._features(tried))
-        return [(tried[place], float(mean[place])) for place in np.argsort(mean + deviation, kind="stable")[:count]]
-
-    def _same_everywhere(self, chosen: list[Counts]) -> list[Counts]:
-        """The first process's choice: others may round otherwise."""
-        nothing = (0,) * self.moves.choices
-        table = torch.tensor([*chosen, *[nothing] * (TOGETHER - len(chosen))])
-        rows = [tuple(row) for row in from_first(table, self.calibration.place.device).tolist()]
-        return [row for row in rows if row != nothing]
-
-    def _record(self) -> TrialRecord:
-        counts, value = self._best(1)[0]
-        trials = self.trials
-        loss = max(0.0, trials.scale * (1 + value))
-        seconds = time.monotonic() - self.begun
-        return TrialRecord(self.moves.schedule(counts), loss, self.calibration.work, seconds, len(trials.measured))
+        return [(tried[index], float(mean[index])) for index in np.argsort(mean + deviation, kind="stable")[:count]]
 
     def _over(self) -> bool:
         quiet = self.calibration.work - self.trials.improved
@@ -350,12 +328,6 @@ class CalibratedSearch:
         """Make the work what is left of the time suffices for."""
         if self.clock.limited:
             self.limit = min(self.most, self.calibration.work + self.pace * max(0.0, self.end - self.clock.now()))
-
-    def _start_work(self) -> float:
-        return float(len(self.calibration.images))
-
-    def _span(self) -> float:
-        return max(1.0, self.limit - self._start_work())
 
     def _rng(self) -> Random:
         """Of this round alone, so that a search goes on as if it had not stopped."""

@@ -200,19 +200,6 @@ def test_a_held_budget_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert diffrate.search(small(), batches(), resume=file, **more) == whole
 
 
-def test_checkpoints_from_before_there_was_a_choice(tmp_path: Path) -> None:
-    file = tmp_path / "search.pth"
-    expected = diffrate.search(small(), batches(), share=0.7, checkpoint=file)
-    content = torch.load(file, weights_only=True)
-    del content["multiplier"], content["settings"]["loss"], content["settings"]["budget"]
-    torch.save(content, file)
-    assert diffrate.search(small(), batches(), share=0.7, resume=file) == expected
-    with pytest.raises(diffrate.SearchCheckpointError, match="was made with loss labels; accepted: distill"):
-        diffrate.search(small(), batches(), share=0.7, resume=file, loss="distill")
-    with pytest.raises(diffrate.SearchCheckpointError, match="was made with budget penalty; accepted: held"):
-        diffrate.search(small(), batches(), share=0.7, resume=file, budget="held")
-
-
 def test_a_start_and_its_spread() -> None:
     start = diffrate.Schedule((17, 14, 11, 8), (17, 12, 9, 7))
     first = {}
@@ -344,6 +331,8 @@ def test_it_goes_on_bit_for_bit(make: Any, stop: int, tmp_path: Path) -> None:
         ({"granularity": 2}, "was made with granularity 1; accepted: 2"),
         ({"share": 0.6}, "was made with target "),
         ({"steps": 2}, "was made with steps 3; accepted: 2"),
+        ({"loss": "distill"}, "was made with loss labels; accepted: distill"),
+        ({"budget": "held"}, "was made with budget penalty; accepted: held"),
     ],
 )
 def test_another_search_is_refused_by_name(more: dict[str, Any], expected: str, tmp_path: Path) -> None:
