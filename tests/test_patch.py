@@ -235,7 +235,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
     for block in model.blocks:
         torch.nn.init.zeros_(block.ls1.gamma)
         torch.nn.init.zeros_(block.ls2.gamma)
-    compressed = dense(diffrate.patch.timm_families(model))
+    compressed = dense(diffrate.patch.deit(model))
     state = compressed.forward_tokens(images("deit"))
     torch.testing.assert_close(state.x, model._pos_embed(model.patch_embed(images("deit"))))
 
@@ -253,7 +253,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
 )
 def test_models_that_are_not_handled_are_refused_by_name(options: dict[str, object], expected: str) -> None:
     with pytest.raises(diffrate.UnsupportedModelError) as caught:
-        diffrate.patch.timm_families(plain("deit", **options))
+        diffrate.patch.deit(plain("deit", **options))
     assert expected in str(caught.value)
 
 
@@ -261,17 +261,17 @@ def test_unknown_parts_of_a_block_are_refused() -> None:
     model = plain("deit")
     model.blocks[2].attn.add_module("rotary", torch.nn.Identity())
     with pytest.raises(diffrate.UnsupportedModelError, match=r"blocks\.2\.attn: found rotary"):
-        diffrate.patch.timm_families(model)
+        diffrate.patch.deit(model)
 
 
 def test_patching_twice_is_refused() -> None:
     with pytest.raises(diffrate.UnsupportedModelError, match="not yet patched"):
-        diffrate.patch.timm_families(patched("deit"))
+        diffrate.patch.deit(patched("deit"))
 
 
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(diffrate.UnsupportedModelError, match="MetaFormer"):
-        diffrate.patch.timm_families(plain("caformer"))
+        diffrate.patch.deit(plain("caformer"))
     with pytest.raises(diffrate.UnsupportedModelError, match="VisionTransformer"):
         diffrate.patch.caformer(plain("deit"))
 
