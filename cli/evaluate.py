@@ -19,7 +19,6 @@ from cli.resume import use_searched
 from cli.runtime import Runtime
 from cli.schedules import budgets_of, kept_as
 from cli.settings import OFFICIAL, Settings
-from diffrate.blocks.reduction import RandomImportance
 from diffrate.budget import Budget, baseline_schedule
 from diffrate.device import generators_kept
 from diffrate.files.header import is_saved_model
@@ -63,7 +62,7 @@ def _score(settings: Settings, runtime: Runtime) -> None:
     model = patched(trained.model, settings.model).to(runtime.device)
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":
-        model.rule = replace(model.rule, importance=RandomImportance(model.rule.importance.queries))
+        model.rule = replace(model.rule, random=True)
     budgets, table = budgets_of(settings, model, runtime)
     for target, budget in budgets.items():
         again = partial(_again, settings, model)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import diffrate
 import models
 from diffrate.blocks.rates import expectation, flattest_logits
-from diffrate.blocks.reduction import RandomImportance
 from diffrate.budget import BASELINES, BaselineError, Budget, BudgetError, baseline_schedule, meets_budget
 from diffrate.schedule import Schedule, find_schedule, running_counts, save_schedule
 from tests.tiny_models import plain
@@ -93,7 +92,7 @@ def test_random_tokens_go_whatever_their_importance() -> None:
 
     model = diffrate.patch.deit(plain("deit").eval())
     model.set_kept_num([65, 20, 20, 20, 20, 20], [65] * 6)
-    model.rule = replace(model.rule, importance=RandomImportance(1))
+    model.rule = replace(model.rule, random=True)
     images = torch.randn(1, 3, 32, 32)
     kept = {tuple((model.forward_tokens(images).origin >= 0)[0].tolist()) for _ in range(4)}
     assert len(kept) == 4

@@ -17,7 +17,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from diffrate.atomic import first_line
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.rates import RateError
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.files.header import ARGUMENTS, About, SavedModelError, is_argument

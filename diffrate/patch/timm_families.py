@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.heads import NO_POSITIONS, PairBias, Positions, Rotary, with_prefix
 from diffrate.blocks.tokens import TokenState
 from diffrate.patch.base import CompressedModel
@@ -161,27 +161,12 @@ class CompressedNaFlex(RotaryVit, NaFlexVit):
 
     embeds: Any
 
-    def built_for(self) -> Size | None:
-        return None
-
-    def usual_size(self) -> Size:
-        return configured_size(self)
-
-    def grid_at(self, size: Size) -> Size:
-        rows, columns = self.embeds.dynamic_feat_size(size)
-        return rows, columns
-
-    def patch_sides(self) -> Size:
-        return as_size(self.embeds.patch_size, "patch_size")
-
-    def pads(self) -> bool:
-        return bool(self.embeds.dynamic_img_pad)
+    @property
+    def stem(self) -> Any:
+        return self.embeds
 
     def class_tokens(self) -> int:
         return int(self.embeds.cls_token is not None)
-
-    def embedding_flops(self, size: Size) -> int:
-        return self.tokens_at(size) * self.embeds.proj.weight.numel()
 
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         x, _ = self.embeds(images)

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.atomic import UNREADABLE, first_line
-from diffrate.blocks.forms import UnsupportedModelError
-from diffrate.blocks.rates import RateError
+from diffrate.blocks.block import UnsupportedModelError
+from diffrate.blocks.rates import CompressionState, RateError
 from diffrate.budget import Budget
 from diffrate.device import Place, default_precision, generators_kept, place_of
 from diffrate.evaluation import Batches, Scores, Tally, class_indices, evaluate, modes_kept, multi_hot
 from diffrate.group import made_by_first
 from diffrate.latency.confirm import Again, Confirmed
 from diffrate.patch.base import CompressedModel, require_patched
-from diffrate.patch.state import CompressionState
 from diffrate.schedule import Schedule
 from diffrate.searching.batches import updates_of, with_length
 from diffrate.searching.checkpoint import StepRecord, restore
@@ -343,7 +342,7 @@ def _fresh_rates(model: CompressedModel, settings: SearchSettings) -> None:
     if granularity is not None and compression.granularity != {"prune": granularity, "merge": granularity}:
         compression.set_granularity(granularity, granularity)
     if min(len(rate) for rate in model.arch_parameters()) < 2:
-        limit = compression.patches(compression.space.searchable[0])
+        limit = compression.patches
         found = max(compression.granularity.values())
         raise RateError(f"granularity: found {found}; accepted: from 1 to {limit - 1}")
     compression.schedule = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import autocast, place_of
 from diffrate.evaluation import images_of, modes_kept
 from diffrate.group import all_sum

@@ -25,7 +25,6 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import Tensor, nn
 
 import diffrate
-from diffrate.blocks.reduction import RandomImportance
 from diffrate.files import header as hub
 from diffrate.files import save as files
 from diffrate.files.header import About, SavedModelError, about
@@ -627,7 +626,7 @@ def one_part_more(model: Any) -> None:
 
 
 def random_tokens(model: Any) -> None:
-    model.rule = replace(model.rule, importance=RandomImportance(1))
+    model.rule = replace(model.rule, random=True)
 
 
 def fewer_blocks(model: Any) -> None:
