@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_patching_is_in_place_and_changes_no_dense_logits(family: str) -> None:
 def test_kept_num_is_as_set(family: str) -> None:
     model = patched(family)
     assert model.get_kept_num() == FALLING[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_schedule_is_fixed_by_setting_it(family: str) -> None:
+    model = patched(family)
+    assert model.schedule == diffrate.Schedule(*(counts and tuple(counts) for counts in FALLING[family]))
+    model.schedule = dense = model.dense_schedule()
+    assert model.schedule == dense
+    assert model.flops() == model.flops_at(dense)
+    for wrong in (FALLING[family], replace(dense, tokens=7), replace(dense, merge=dense.merge[1:])):
+        with pytest.raises(diffrate.ScheduleError, match="accepted: "):
+            model.schedule = wrong
+        assert model.schedule == dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
