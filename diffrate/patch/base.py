@@ -30,14 +30,6 @@ class Entry(NamedTuple):
     state: TokenState
     positions: Sequence[Positions]
 
-    def traced(self) -> Entry:
-        """The same, with tokens that are traced."""
-        return replaced(self, state=self.state.traced())
-
-    def remembered(self) -> Entry:
-        """The same, with tokens that are traced, and remembered where they are pruned."""
-        return replaced(self, state=self.state.remembered())
-
 
 class Step(NamedTuple):
     """A compressible block, what its attention knows of positions, what happens to the tokens in it, and how many
@@ -222,12 +214,12 @@ class CompressedModel(nn.Module):
         """
         entry = self.enter(images)
         state = self.prepared(entry.state.masked(), None)
-        state, spent = self._search(replaced(entry, state=state), self.read, cost)
+        state, spent = self._search(state, entry.positions, self.read, cost)
         return self.classify(state), spent
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
-        entry = self.enter(images).traced()
+        entry = self.enter(images, TokenState.traced)
         state = self.run(self.steps(entry, self.schedule, whole=True), entry.state)
         return replaced(state, size=state.sizes())
 
@@ -236,33 +228,35 @@ class CompressedModel(nn.Module):
 
         `classify` makes logits of the last.
         """
-        return self.run_blocks(self.enter(images).traced())
+        return self.run_blocks(self.enter(images, TokenState.traced))
 
-    def enter(self, images: Tensor) -> Entry:
-        """What enters the first compressible block, of images `[B, 3, H, W]`.
+    def enter(self, images: Tensor, follow: Callable[[TokenState], TokenState] | None = None) -> Entry:
+        """What enters the first compressible block, of images `[B, 3, H, W]`; `follow` is how tokens are traced.
 
         Raises:
             TypeError: the images are no tensor.
             ValueError: they have no four dimensions, or make another grid of tokens than the model was patched for.
             UnsupportedModelError: parts of the model were replaced since it was patched.
         """
-        if not in_graph():
-            self.check_parts()
+        self.check_parts()
         self.check_grid(images)
         x, positions = self.embed(images)
         tokens, expected = x.shape[1], self.compression.space.limits[0]
         if tokens != expected:  # of stems that round a size otherwise than they say
             raise ValueError(f"images of {list(images.shape[-2:])} make {tokens} tokens; accepted: {expected}")
+        state = TokenState(x) if follow is None else follow(TokenState(x))
         # Input positions are kept only where some attention looks something up by them.
         looked_up = any(table is not NO_POSITIONS for table in positions)
-        return Entry(TokenState(x).placed() if looked_up else TokenState(x), positions)
+        return Entry(state.placed() if looked_up else state, positions)
 
     def check_parts(self) -> None:
-        """Refuse what was changed since the model was patched, and would be passed over.
+        """Refuse what was changed since the model was patched, and would be passed over; a graph has no such check.
 
         Raises:
             UnsupportedModelError: names it.
         """
+        if in_graph():
+            return
         blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
         if len(blocks) != expected:
             raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {expected}, as when it was patched")
@@ -327,13 +321,15 @@ class CompressedModel(nn.Module):
             return checkpoint(step, *given, use_reentrant=False)
         return step(*given)
 
-    def _search(self, entry: Entry, read: int | None, cost: PlannedCost | None) -> tuple[TokenState, Tensor]:
+    def _search(
+        self, state: TokenState, positions: Sequence[Positions], read: int | None, cost: PlannedCost | None
+    ) -> tuple[TokenState, Tensor]:
         """The masked tokens after the last block, or the first `read` alone, and the expected cost with gradients."""
-        state, blocks = entry.state, self.compressible_blocks()
+        blocks = self.compressible_blocks()
         plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
-        for block, positions, plan in zip(blocks, entry.positions, plans, strict=True):
+        for block, known, plan in zip(blocks, positions, plans, strict=True):
             own = read if plan is plans[-1] else None
-            state = self._recomputed(search_block, block, positions, self.rule, state, plan, own)
+            state = self._recomputed(search_block, block, known, self.rule, state, plan, own)
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent

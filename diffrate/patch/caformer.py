@@ -83,7 +83,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
         Where a count of 1 has pruned, a position keeps what its token last was; logits have zeros there.
         """
-        return self._fourth_stage(self._third_map(self.run_blocks(self.enter(x).remembered())[-1]))
+        return self._maps(x)[-1]
 
     def forward_intermediates(
         self,
@@ -109,6 +109,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """What each stage leaves of images `[B, 3, H, W]`."""
+        self.check_parts()
         self.check_grid(x)
         maps = [self.stages[0](self.stem(x))]
         maps.append(self.stages[1](maps[0]))
@@ -166,7 +167,8 @@ def caformer(
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
     if isinstance(model.head.fc, MlpHead):
-        model.head.fc.norm.eps = ORIGINAL_HEAD_EPS
+        norm: Any = model.head.fc.norm
+        norm.eps = ORIGINAL_HEAD_EPS
     return model
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from timm.layers.patch_embed import PatchEmbed
+from timm.models._features import feature_take_indices
 from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from diffrate.blocks.rates import CompressionState
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.flops import Count, VitShape, vit_flops
-from diffrate.patch.base import CompressedModel, compress
-from diffrate.patch.features import POOLS, Features, pool_parts, pooled, restore
+from diffrate.patch.base import CompressedModel, PlannedCost, compress
+from diffrate.patch.features import POOLS, as_map, pool_parts, pooled, restore
 from diffrate.patch.shapes import (
     Size,
     as_size,
@@ -47,8 +48,12 @@ def _refusal(method: str) -> Any:
     return refuse
 
 
-class CompressedVit(Features, CompressedModel, _Vit):
-    """Mixed in before timm's class by the families. `shape` is what its cost depends on, but for the head."""
+class CompressedVit(CompressedModel, _Vit):
+    """Mixed in before timm's class by the families. `shape` is what its cost depends on, but for the head.
+
+    Its features are those of the present kept counts: every position has the features of the token that stands for
+    it; where it was pruned, what its token was when it went.
+    """
 
     blocks: Any  # typed by timm as plain modules
     shape: VitShape
@@ -122,6 +127,74 @@ class CompressedVit(Features, CompressedModel, _Vit):
     prune_intermediate_layers = _refusal("prune_intermediate_layers")
     set_input_size = _refusal("set_input_size")
 
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised features `[B, N0, C]` of images `x` `[B, 3, H, W]`, prefix tokens first.
+
+        Raises:
+            ValueError: a mask is asked for, or the images make another grid of tokens.
+        """
+        _refuse_masks(attn_mask, is_causal)
+        return self._features(x, self.schedule)
+
+    def features_at(self, images: Tensor, schedule: Schedule) -> Tensor:
+        """Normalised features `[B, N0, C]` of the patches alone at `schedule`, whatever the model is set to."""
+        return self._features(images, schedule)[:, self.num_prefix_tokens :]
+
+    def search_features(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
+        """The same in a step of the search, with the expected cost as in `search_step`; both carry gradients."""
+        entry = self.enter(images, TokenState.remembered)
+        state, spent = self._search(entry.state.masked(), entry.positions, None, cost)
+        return self.norm(restore(state))[:, self.num_prefix_tokens :], spent
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """What some blocks leave of images `x` `[B, 3, H, W]`, and normalised features of the last, as in timm.
+
+        `indices` are the blocks, or how many of the last; `norm` normalises; maps are `[B, C, rows, columns]`,
+        or tokens `[B, N, C]` for the format "NLC", paired with the prefix tokens on request where there are any.
+        Only the maps with `intermediates_only`; no block after the last that was asked for runs with
+        `stop_early`; under timm's names with `output_dict`.
+
+        Raises:
+            ValueError: another format, a mask, or images of another grid of tokens.
+        """
+        _refuse_masks(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW' or 'NLC'")
+        taken, highest = feature_take_indices(len(self.compressible_blocks()), indices)
+        states = self.run_blocks(self.enter(x, TokenState.remembered), highest + 1 if stop_early else None)
+        pairs = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
+        last = None if intermediates_only else self.norm(restore(states[-1]))
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        maps = [patches for patches, _ in pairs]
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            found |= {"image_intermediates_prefix": [prefix for _, prefix in pairs]} if with_prefix else {}
+            return found if last is None else found | {"image_features": last}
+        left = pairs if with_prefix else maps
+        return left if last is None else (last, left)
+
+    def _features(self, images: Tensor, schedule: Schedule) -> Tensor:
+        entry = self.enter(images, TokenState.remembered)
+        return self.norm(restore(self.run(self.steps(entry, schedule, whole=True), entry.state)))
+
+    def _intermediate(self, x: Tensor, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor]:
+        """Patch features in the format, and those of the prefix tokens, of tokens `[B, N0, C]`."""
+        x = self.norm(x) if norm else x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return (as_map(patches, self.token_grid).contiguous() if output_fmt == "NCHW" else patches), prefix
+
     def has_head(self) -> bool:
         return bool(self.global_pool) and super().has_head()
 
@@ -135,6 +208,11 @@ class CompressedVit(Features, CompressedModel, _Vit):
         else:
             features = self.norm(restore(state))
         return self.head(self.head_drop(self.fc_norm(features)))
+
+
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask, is_causal: found a mask; accepted: none, tokens are compressed for whole images")
 
 
 def patch_vit(

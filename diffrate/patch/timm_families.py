@@ -101,19 +101,10 @@ class CompressedBeit(CompressedVit, Beit):
 
 def _beit_positions(attention: Any, shared: Tensor | None) -> Positions:
     """The bias of one block: its own, the `shared` one `[H, N0, N0]`, both added up, or none."""
-    own = attention.relative_position_bias_table is not None
-    if not own and shared is None:
-        return NO_POSITIONS
-    return PairBias(partial(_beit_bias, attention if own else None, shared))
-
-
-def _beit_bias(attention: Any | None, shared: Tensor | None) -> Tensor:
-    """The bias of all pairs of positions, `[H, N0, N0]`."""
-    if attention is None:
-        assert shared is not None
-        return shared
-    own = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
-    return own if shared is None else own + shared
+    if attention.relative_position_bias_table is None:
+        return NO_POSITIONS if shared is None else PairBias(lambda: shared)
+    own = attention._get_rel_pos_bias
+    return PairBias(lambda: own()[0] if shared is None else own()[0] + shared)
 
 
 class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
