@@ -323,7 +323,7 @@ def check_choices(settings: ModelSettings, model: diffrate.CompressedModel) -> N
         UsageError: names the flag and what is accepted.
     """
     if min(len(rate) for rate in model.arch_parameters()) < 2:
-        limit = model.compression.patches(model.compression.space.searchable[0])
+        limit = model.compression.patches
         raise UsageError(f"--granularity {settings.granularity}: accepted: from 1 to {limit - 1}")
 
 

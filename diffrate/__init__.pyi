@@ -1,5 +1,5 @@
 from . import patch
-from .blocks.forms import UnsupportedModelError
+from .blocks.block import UnsupportedModelError
 from .blocks.rates import RateError
 from .blocks.tokens import TokenState
 from .budget import BudgetError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import Place, autocast, place_of
 from diffrate.group import all_parts, all_sum
 from diffrate.patch.base import CompressedModel, has_classifier

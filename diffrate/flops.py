@@ -84,7 +84,7 @@ def vit_flops(shape: VitShape, head: int, counts: Iterable[tuple[Count, Count]])
 
 
 def caformer_flops(
-    stages: tuple[StageShape, StageShape, StageShape, StageShape],
+    stages: tuple[StageShape, ...],
     classes: int,
     kernel: int,
     counts: Iterable[tuple[Count, Count]],

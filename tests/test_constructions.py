@@ -156,9 +156,9 @@ def test_search_agrees_with_dropping_tokens_for_real(name: str) -> None:
     model = patched(name)
     model.train_to_search()
     model.rule = replace(model.rule, mean=PlainMean(cosine_sizes=False))
-    patches, last = model.compression.patches(1), model.compression.space.searchable[-1]
+    patches, last = model.compression.patches, model.compression.space.searchable[-1]
     with torch.no_grad():
-        for (block, kind), rate in zip(model.compression.choices(), model.arch_parameters(), strict=True):
+        for (block, kind), rate in zip(model.compression.space.choices, model.arch_parameters(), strict=True):
             kept = {(1, "prune"): patches - 5, (last, "merge"): patches - 9}.get((block, kind), patches)
             rate.fill_(0)
             rate[patches - kept] = 60
@@ -300,7 +300,7 @@ def test_a_pruned_position_keeps_what_its_token_last_was(name: str) -> None:
 def test_a_size_is_weighed_by_every_pooling() -> None:
     """Two equal tokens, and one that counts for two, give the same."""
     from diffrate.blocks.tokens import TokenState
-    from diffrate.patch.pooling import pooled
+    from diffrate.patch.features import pooled
 
     for name in ("no_class_token", "avgmax", "max", "attention_pool"):
         model = build(name)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.blocks.masked_block import plan_search
+from diffrate.blocks.masked import plan_search
 from diffrate.budget import LATENCY, SPEEDUP, Budget, choices_of, meets_budget, without_waste
 from diffrate.latency.measure import knots, probing_schedules, random_schedule
 from diffrate.latency.setting import LatencyFileError, read_table, write_table

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrate.blocks import masked_attention as subject
+from diffrate.blocks import attention
 from diffrate.blocks.attention import Heads
-from diffrate.blocks.masked_attention import EPSILON, masked_attention
+from diffrate.blocks.masked import EPSILON, masked_attention
 
 
 def by_the_formula(
@@ -65,7 +65,7 @@ def test_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Image by image and all at once, with the queries of all tokens and of the first ones."""
-    monkeypatch.setattr(subject, "CACHED_ELEMENTS", cached)
+    monkeypatch.setattr(attention, "CACHED_ELEMENTS", cached)
     pairs = torch.randn(1, 2, rows, 9, dtype=torch.float64) if with_pairs else None
     results = []
     for attend in (masked_attention, by_the_formula):

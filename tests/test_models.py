@@ -210,7 +210,7 @@ def test_a_url_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_patched_models_load_too(tmp_path: Path) -> None:
     torch.save(official_state("mae", torch.float32), tmp_path / "mae.pth")
-    model = diffrate.patch.vit(plain("mae"))
+    model = diffrate.patch.mae(plain("mae"))
     models.load_weights(model, tmp_path / "mae.pth")
     expected = recipe_weights.tensor("fc_norm.weight", (48,)).float()
     torch.testing.assert_close(model.fc_norm.weight.detach(), expected)

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_patching_is_in_place_and_changes_no_dense_logits(family: str) -> None:
 def test_kept_num_is_as_set(family: str) -> None:
     model = patched(family)
     assert model.get_kept_num() == FALLING[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_schedule_is_fixed_by_setting_it(family: str) -> None:
+    model = patched(family)
+    assert model.schedule == diffrate.Schedule(*(counts and tuple(counts) for counts in FALLING[family]))
+    model.schedule = dense = model.dense_schedule()
+    assert model.schedule == dense
+    assert model.flops() == model.flops_at(dense)
+    for wrong in (FALLING[family], replace(dense, tokens=7), replace(dense, merge=dense.merge[1:])):
+        with pytest.raises(diffrate.ScheduleError, match="accepted: "):
+            model.schedule = wrong
+        assert model.schedule == dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,7 +249,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
     for block in model.blocks:
         torch.nn.init.zeros_(block.ls1.gamma)
         torch.nn.init.zeros_(block.ls2.gamma)
-    compressed = dense(diffrate.patch.timm_families(model))
+    compressed = dense(diffrate.patch.deit(model))
     state = compressed.forward_tokens(images("deit"))
     torch.testing.assert_close(state.x, model._pos_embed(model.patch_embed(images("deit"))))
 
@@ -253,7 +267,7 @@ def test_drop_path_and_layer_scale_are_applied() -> None:
 )
 def test_models_that_are_not_handled_are_refused_by_name(options: dict[str, object], expected: str) -> None:
     with pytest.raises(diffrate.UnsupportedModelError) as caught:
-        diffrate.patch.timm_families(plain("deit", **options))
+        diffrate.patch.deit(plain("deit", **options))
     assert expected in str(caught.value)
 
 
@@ -261,17 +275,17 @@ def test_unknown_parts_of_a_block_are_refused() -> None:
     model = plain("deit")
     model.blocks[2].attn.add_module("rotary", torch.nn.Identity())
     with pytest.raises(diffrate.UnsupportedModelError, match=r"blocks\.2\.attn: found rotary"):
-        diffrate.patch.timm_families(model)
+        diffrate.patch.deit(model)
 
 
 def test_patching_twice_is_refused() -> None:
     with pytest.raises(diffrate.UnsupportedModelError, match="not yet patched"):
-        diffrate.patch.timm_families(patched("deit"))
+        diffrate.patch.deit(patched("deit"))
 
 
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(diffrate.UnsupportedModelError, match="MetaFormer"):
-        diffrate.patch.timm_families(plain("caformer"))
+        diffrate.patch.deit(plain("caformer"))
     with pytest.raises(diffrate.UnsupportedModelError, match="VisionTransformer"):
         diffrate.patch.caformer(plain("deit"))
 

@@ -63,7 +63,7 @@ def test_golden_steps(family: str, granularity: int, tmp_path: Path) -> None:
 
 
 def test_choices_come_in_block_order_prune_before_merge() -> None:
-    model = diffrate.patch.timm_families(plain("mae"), prune_granularity=1, merge_granularity=4)
+    model = diffrate.patch.mae(plain("mae"), prune_granularity=1, merge_granularity=4)
     assert [len(rate) for rate in model.arch_parameters()] == [64, 16] * 4
     assert [len(rate) for rate in diffrate.patch.caformer(plain("caformer"), 1, 7).arch_parameters()] == [28] * 3
 
@@ -107,7 +107,7 @@ def test_straight_through_values_are_exact_and_gradients_pass() -> None:
 
 def test_an_impossible_granularity_is_refused() -> None:
     with pytest.raises(RateError, match="found 0; accepted: from 1 to 64"):
-        diffrate.patch.timm_families(plain("deit"), prune_granularity=0)
+        diffrate.patch.deit(plain("deit"), prune_granularity=0)
 
 
 def falling(family: str) -> diffrate.CompressedModel:
@@ -159,7 +159,7 @@ def test_search_agrees_with_dropping_tokens_for_real(family: str) -> None:
 
 
 def test_frozen_weights_get_no_gradient_and_early_blocks_no_graph() -> None:
-    model = diffrate.patch.timm_families(plain("deit"), 4, 4).train()
+    model = diffrate.patch.deit(plain("deit"), 4, 4).train()
     for weight in model.parameters():
         weight.requires_grad_(False)
     for rate in model.arch_parameters():

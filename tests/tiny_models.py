@@ -63,8 +63,7 @@ def golden_model(family: str, tmp_path: Path) -> diffrate.CompressedModel:
 
 def dense(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
     """`model`, told to keep every token."""
-    schedule = model.dense_schedule()
-    model.set_kept_num(schedule.prune, schedule.merge)
+    model.schedule = model.dense_schedule()
     return model
 
 

@@ -64,7 +64,7 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
     """
     if queries and not _maps_pay(heads):
         return attend(heads, bias, dropout), first_tokens_attention(heads, bias, queries)
-    parts = list(_parts(heads.key, _map_elements(heads)))
+    parts = list(parts_of(heads.key, _map_elements(heads)))
 
     def drop(weights: Tensor) -> Tensor:
         return F.dropout(weights, dropout) if dropout > 0 else weights
@@ -83,7 +83,10 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
 
 def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> Tensor:
     """The attention of the first `queries` tokens to all, the mean over them and over heads: `[B, N]`."""
-    rows = [row_importance(heads, heads.query[:, :, row : row + 1], _row(bias, row)) for row in range(queries)]
+    rows = []
+    for row in (slice(start, start + 1) for start in range(queries)):
+        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, row]
+        rows.append(row_importance(heads, heads.query[:, :, row], own))
     return rows[0] if queries == 1 else torch.stack(rows).mean(0)
 
 
@@ -94,7 +97,9 @@ def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
     # product first copies them, heads apart.
     key, query = heads.key, query * heads.scale
-    parts = [(key[part] * query[part]).sum(-1, dtype=size_dtype(query)) for part in _parts(key, key.shape[1:].numel())]
+    parts = [
+        (key[part] * query[part]).sum(-1, dtype=size_dtype(query)) for part in parts_of(key, key.shape[1:].numel())
+    ]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     return (scores if bias is None else scores + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
@@ -153,7 +158,7 @@ def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
 
 
-def _parts(key: Tensor, elements: int) -> Iterator[slice]:
+def parts_of(key: Tensor, elements: int) -> Iterator[slice]:
     """The images of `key` in parts whose maps or products, `elements` of each image, fit a CPU's cache, or a share of a
     GPU's memory; in one part for a graph that is compiled or exported, which is for batches of any size."""
     batch = key.shape[0]
@@ -162,8 +167,3 @@ def _parts(key: Tensor, elements: int) -> Iterator[slice]:
     held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
     size = max(1, held // elements)
     return (slice(start, start + size) for start in range(0, max(1, batch), size))
-
-
-def _row(bias: Tensor | None, row: int) -> Tensor | None:
-    """The bias of one query, `[B, H, 1, N]`, of a bias that is the same for all queries or not."""
-    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, row : row + 1]

@@ -7,17 +7,172 @@ their parts are attributes that only timm's classes, not `nn.Module`, declare.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.metaformer import MetaFormerBlock
+from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
+from torch import Tensor, nn
 
 from diffrate.blocks.attention import add_bias, attend, attend_and_rank, attend_with_map, size_bias
-from diffrate.blocks.forms import called, form_of, has_hooks, through
-from diffrate.blocks.heads import Positions, projection_of
+from diffrate.blocks.heads import PROJECTIONS, Positions, Projection, projection_of
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.schedule import Kept
+
+Path = tuple[str, ...]
+
+
+class UnsupportedModelError(TypeError):
+    """A model with parts that compression does not handle; the message names them."""
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """What timm calls the parts of one kind of block, and in which order they come.
+
+    A block computes `skip1(x) + after1(attention(before1(x)))`, then `skip2(x) + after2(mlp(before2(x)))`. Each path
+    is a chain of parts: a module is called, a parameter multiplies (layer scale), None is skipped.
+    """
+
+    attention: str = "attn"
+    before1: Path = ("norm1",)
+    after1: Path = ("ls1", "drop_path1")
+    before2: Path = ("norm2",)
+    after2: Path = ("ls2", "drop_path2")
+    skip1: Path = ()
+    skip2: Path = ()
+
+    def parts(self) -> set[str]:
+        """All names that the block's paths know."""
+        paths = (self.before1, self.after1, self.before2, self.after2, self.skip1, self.skip2)
+        return {"mlp", self.attention}.union(*paths)
+
+
+_PLAIN = BlockForm()
+_POST_NORM = BlockForm(before1=(), after1=("norm1", "drop_path1"), before2=(), after2=("norm2", "drop_path2"))
+_GAMMAS = BlockForm(after1=("gamma_1", "drop_path1"), after2=("gamma_2", "drop_path2"))
+_METAFORMER = BlockForm(
+    attention="token_mixer",
+    after1=("drop_path1", "layer_scale1"),
+    after2=("drop_path2", "layer_scale2"),
+    skip1=("res_scale1",),
+    skip2=("res_scale2",),
+)
+FORMS: Mapping[type[nn.Module], BlockForm] = {
+    Block: _PLAIN,
+    RelPosBlock: _PLAIN,
+    ResPostBlock: _POST_NORM,
+    ResPostRelPosBlock: _POST_NORM,
+    EvaBlockPostNorm: _POST_NORM,
+    EvaBlock: _GAMMAS,
+    BeitBlock: _GAMMAS,
+    MetaFormerBlock: _METAFORMER,
+}
+
+
+def form_of(block: nn.Module) -> BlockForm:
+    """The form of a block of a known type."""
+    return FORMS[type(block)]
+
+
+def through(block: Any, path: Iterable[str], x: Tensor) -> Tensor:
+    """`x` through a chain of the block's parts."""
+    for name in path:
+        part = getattr(block, name)
+        if isinstance(part, nn.Module):
+            x = part(x)
+        elif part is not None:
+            x = part * x
+    return x
+
+
+def run_inside(
+    module: Any, x: Tensor, *given: Any, run: Callable[[Tensor], Tensor] | None = None, **options: Any
+) -> Any:
+    """What stands for the `forward` of a module that a patched model reads by its parts.
+
+    With `run`, that, so that hooks of the module see what enters and what leaves; else the class's own.
+    """
+    return type(module).forward(module, x, *given, **options) if run is None else run(x)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def called(module: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run(x)` as what `module` makes of `x`, with its hooks around it, where it has any."""
+    if not has_hooks(module):
+        return run(x)
+    if not _runs_inside(module):
+        module.forward = partial(run_inside, module)
+    return module(x, run=run)
+
+
+def _runs_inside(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is run_inside
+
+
+def is_read(block: nn.Module) -> bool:
+    """Whether a block, and its attention, are of a known kind and run as their parts say: a quick look."""
+    form = FORMS.get(type(block))
+    if form is None:
+        return False
+    attention = getattr(block, form.attention)
+    own = ("forward" not in vars(module) or _runs_inside(module) for module in (block, attention))
+    return type(attention) in PROJECTIONS and all(own)
+
+
+def check_block(block: nn.Module, where: str) -> None:
+    """Refuse a block of an unknown kind, or with parts that would be passed over.
+
+    Raises:
+        UnsupportedModelError: names the kind or the parts.
+    """
+    form: BlockForm = _known(FORMS, block, where)
+    attention, name = getattr(block, form.attention), f"{where}.{form.attention}"
+    projection: Projection = _known(PROJECTIONS, attention, name)
+    for module, parts, place in ((block, form.parts(), where), (attention, projection.parts, name)):
+        own = (*module.named_children(), *module.named_parameters(recurse=False))
+        unknown = [part for part, _ in own if part not in parts]
+        if unknown:
+            raise UnsupportedModelError(f"{place}: found {', '.join(unknown)}; accepted: {', '.join(sorted(parts))}")
+    dropout = attention.attn_drop
+    if not isinstance(dropout, nn.Dropout | nn.Identity):  # it is read, unless it has hooks
+        raise UnsupportedModelError(f"{name}.attn_drop: found {type(dropout).__name__}; accepted: Dropout, Identity")
+    check_methods(block, where)
+    check_methods(attention, name)
+
+
+def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) -> Any:
+    """What `kinds` has for a module's type; refused where it has nothing."""
+    if type(module) not in kinds:
+        accepted = ", ".join(sorted({kind.__name__ for kind in kinds}))
+        raise UnsupportedModelError(f"{where}: found {type(module).__name__}; accepted: {accepted}")
+    return kinds[type(module)]
+
+
+def check_methods(module: nn.Module, where: str) -> None:
+    """Refuse a module whose methods were replaced: what is read by its parts never calls them.
+
+    Raises:
+        UnsupportedModelError: names them.
+    """
+    kind = type(module)
+    found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
+    # Changed in the class, for all modules:
+    if kind.__module__.startswith("timm.") and not kind.forward.__module__.startswith("timm."):
+        found.append("forward")
+    if found:
+        raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {kind.__name__}'s own")
 
 
 def fixed_block(
@@ -65,8 +220,30 @@ def attended(
 ) -> tuple[TokenState, Tensor | None]:
     """The first part of a block: the tokens after attention, the first `read` alone if that says so, and where some
     are to go the attention `[B, N - prefix]` that all but the prefix receive from the rule's queries."""
-    x, attention = _attention(block, positions, rule, state, removes(kept, read), read)
-    return (replaced(state, x=x) if read is None else TokenState(x)), attention
+    received: Tensor | None = None
+    removing = removes(kept, read)
+
+    def mix(attention: Any, entering: Tensor) -> Tensor:
+        nonlocal received
+        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
+        pairs = positions.pairs(state.place)
+        bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
+        drop = attention.attn_drop
+        dropout = getattr(drop, "p", 0.0) if attention.training else 0.0
+        if has_hooks(drop):  # which are there to see the maps, each head's
+            images = heads.query.shape[:2]
+            mixed, received = attend_with_map(
+                heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rule.importance.queries
+            )
+        elif removing:
+            mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
+        else:
+            mixed = attend(heads, bias, dropout)
+        return mixed
+
+    x = attention_branch(block, state.x, mix)
+    rest = received[:, rule.prefix :] if removing and received is not None else None
+    return (replaced(state, x=x) if read is None else TokenState(x)), rest
 
 
 def reduced(rule: ReductionRule, state: TokenState, attention: Tensor | None, kept: Kept) -> TokenState:
@@ -94,31 +271,3 @@ def attention_branch(block: Any, x: Tensor, mix: Callable[[Any, Tensor], Tensor]
 
     y = through(block, form.after1, called(attention, through(block, form.before1, x), run))
     return through(block, form.skip1, x[:, : y.shape[1]]) + y
-
-
-def _attention(
-    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, removes: bool, read: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """The residual stream after attention, and what tokens receive of it, as `attended`."""
-    received: Tensor | None = None
-
-    def mix(attention: Any, entering: Tensor) -> Tensor:
-        nonlocal received
-        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
-        pairs = positions.pairs(state.place)
-        bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
-        drop = attention.attn_drop
-        dropout = getattr(drop, "p", 0.0) if attention.training else 0.0
-        if has_hooks(drop):  # which are there to see the maps, each head's
-            images = heads.query.shape[:2]
-            mixed, received = attend_with_map(
-                heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rule.importance.queries
-            )
-        elif removes:
-            mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
-        else:
-            mixed = attend(heads, bias, dropout)
-        return mixed
-
-    x = attention_branch(block, state.x, mix)
-    return x, received[:, rule.prefix :] if removes and received is not None else None

@@ -1,11 +1,10 @@
-"""Into heads and out of them, and what attention knows of positions, for each of timm's attentions.
+"""Into heads and out of them, for each of timm's attentions, and what attention knows of positions.
 
-One small class per form; `projection_of` finds it by the type of the module. Submodules are read by
-name, a timm attention's `forward` is never called."""
+`projection_of` finds how by the type of the module. Submodules are read by name, a timm attention's `forward` is
+never called."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,28 @@ from diffrate.blocks.attention import Heads
 from diffrate.blocks.tokens import replaced
 
 
-class Projection(ABC):
-    """One form of attention. `parts` are the submodules and parameters that it reads."""
+class Projection:
+    """One linear layer for queries, keys and values; or three, of which those of keys and values may make fewer heads
+    than there are queries. `parts` are the submodules and parameters that it reads."""
 
-    parts: frozenset[str] = frozenset({"q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
+    parts: frozenset[str] = frozenset(
+        {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+        | {"q_bias", "v_bias", "rel_pos", "relative_position_bias_table"}  # relative biases are read as positions
+    )
 
-    @abstractmethod
     def split(self, attention: Any, x: Tensor) -> Heads:
         """Queries, keys and values of `x` `[B, N, C]`."""
+        if attention.qkv is not None:
+            heads = (_in_heads(item, attention.num_heads) for item in _fused(attention, x).chunk(3, dim=-1))
+            return _normalised(attention, *heads)
+        width = attention.q_proj.out_features // attention.num_heads
+        projected = (getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        heads = _normalised(attention, *(_in_heads(item, item.shape[-1] // width) for item in projected))
+        groups = attention.num_heads // heads.key.shape[1]
+        if groups == 1:
+            return heads
+        key, value = (item.repeat_interleave(groups, dim=1) for item in (heads.key, heads.value))
+        return replaced(heads, key=key, value=value)
 
     def mixing(self, attention: Any) -> int:
         """Width of queries and of values, all heads together: multiply-accumulates that a pair of tokens costs."""
@@ -45,97 +58,41 @@ class Projection(ABC):
         return attention.proj_drop(attention.proj(joined))
 
 
-class Fused(Projection):
-    """One linear layer makes queries, keys and values."""
-
-    parts = Projection.parts | {"qkv", "rel_pos"}  # relative biases are read as positions
-
-    def split(self, attention: Any, x: Tensor) -> Heads:
-        qkv = self.project(attention, x).chunk(3, dim=-1)
-        return _normalised(attention, *(item.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for item in qkv))
-
-    def project(self, attention: Any, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side, `[B, N, 3 H D]`."""
-        return attention.qkv(x)
-
-
-class FusedWithBiases(Fused):
-    """The same without a bias of its own: those of queries and values are parameters beside it, keys have none."""
-
-    parts = Fused.parts | {"q_bias", "v_bias", "relative_position_bias_table"}
-
-    def project(self, attention: Any, x: Tensor) -> Tensor:
-        if attention.q_bias is None:
-            return attention.qkv(x)
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        if type(attention.qkv) is not nn.Linear:  # such as an adapter, which its weight alone does not show
-            return attention.qkv(x) + bias
-        return F.linear(x, attention.qkv.weight, bias)
-
-
-class Either(Projection):
-    """Fused, or three linear layers, of which those of keys and values may make fewer heads than there are queries."""
-
-    parts = FusedWithBiases.parts | {"q_proj", "k_proj", "v_proj"}
-
-    def __init__(self, fused: Fused) -> None:
-        self.fused = fused
-
-    def split(self, attention: Any, x: Tensor) -> Heads:
-        if attention.qkv is not None:
-            return self.fused.split(attention, x)
-        projected = (getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
-        width = attention.q_proj.out_features // attention.num_heads
-        query, key, value = (item.unflatten(-1, (-1, width)).transpose(1, 2) for item in projected)
-        heads = _normalised(attention, query, key, value)
-        groups = attention.num_heads // key.shape[1]
-        if groups == 1:
-            return heads
-        key, value = (item.repeat_interleave(groups, dim=1) for item in (heads.key, heads.value))
-        return replaced(heads, key=key, value=value)
-
-
 class Differential(Projection):
     """Two maps for each head, the second taken off the first (arXiv 2410.05258).
 
     To the rest of the block they are twice as many heads; neighbours have the same values.
     """
 
-    parts = Fused.parts | {"sub_norm", "lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
+    parts = Projection.parts | {"sub_norm", "lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
 
     def split(self, attention: Any, x: Tensor) -> Heads:
         query, key, value = attention.qkv(x).chunk(3, dim=-1)
-        query, key = (item.unflatten(-1, (2 * attention.num_heads, -1)).transpose(1, 2) for item in (query, key))
-        value = value.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        return _normalised(attention, query, key, value.repeat_interleave(2, dim=1))
+        query, key = (_in_heads(item, 2 * attention.num_heads) for item in (query, key))
+        return _normalised(attention, query, key, _in_heads(value, attention.num_heads).repeat_interleave(2, dim=1))
 
     def mixing(self, attention: Any) -> int:
         return 3 * attention.proj.in_features
 
     def join(self, attention: Any, mixed: Tensor, x: Tensor) -> Tensor:
         first, second = mixed.unflatten(1, (-1, 2)).unbind(2)
-        difference = first - self.weight(attention).type_as(mixed) * second
+        difference = first - _share_taken(attention).type_as(mixed) * second
         return super().join(attention, attention.sub_norm(difference) * (1 - attention.lambda_init), x)
 
-    @staticmethod
-    def weight(attention: Any) -> Tensor:
-        """How much of the second map is taken off, lambda in the paper (its equation 2)."""
-        if attention.lambda_a is not None:
-            first, second = attention.lambda_a, attention.lambda_b
-        else:
-            first = (attention.lambda_q1 * attention.lambda_k1).sum(-1).float()
-            second = (attention.lambda_q2 * attention.lambda_k2).sum(-1).float()
-        return first.exp() - second.exp() + attention.lambda_init
+
+def _share_taken(attention: Any) -> Tensor:
+    """How much of the second map is taken off, lambda in the paper (its equation 2)."""
+    if attention.lambda_a is not None:
+        first, second = attention.lambda_a, attention.lambda_b
+    else:
+        first = (attention.lambda_q1 * attention.lambda_k1).sum(-1).float()
+        second = (attention.lambda_q2 * attention.lambda_k2).sum(-1).float()
+    return first.exp() - second.exp() + attention.lambda_init
 
 
-PROJECTIONS: dict[type[nn.Module], Projection] = {
-    Attention: Fused(),
-    MetaFormerAttention: Fused(),
-    RelPosAttention: Fused(),
-    BeitAttention: FusedWithBiases(),
-    EvaAttention: Either(FusedWithBiases()),
-    AttentionRope: Either(Fused()),
-}
+PROJECTIONS: dict[type[nn.Module], Projection] = dict.fromkeys(
+    (Attention, MetaFormerAttention, RelPosAttention, BeitAttention, EvaAttention, AttentionRope), Projection()
+)
 try:
     from timm.layers.diff_attention import DiffAttention
 except ImportError:  # before timm 1.0.24, which has no models with it either
@@ -147,6 +104,21 @@ else:
 def projection_of(attention: nn.Module) -> Projection:
     """How an attention of a known type projects."""
     return PROJECTIONS[type(attention)]
+
+
+def _fused(attention: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values side by side, `[B, N, 3 H D]`: biases of queries and values may be parameters beside."""
+    if getattr(attention, "q_bias", None) is None:
+        return attention.qkv(x)
+    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    if type(attention.qkv) is not nn.Linear:  # such as an adapter, which its weight alone does not show
+        return attention.qkv(x) + bias
+    return F.linear(x, attention.qkv.weight, bias)
+
+
+def _in_heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, N, H D]` as `[B, H, N, D]`."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _normalised(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Heads:

@@ -1,4 +1,4 @@
-"""The differentiable choice of a kept count (paper, section 3.3).
+"""The differentiable choice of a kept count (paper, section 3.3), and what it adds to a model's state.
 
 A choice has one logit per candidate. Its count is the expectation over the candidates, rounded up;
 its mask says which of the tokens, sorted by importance, survive. Both have exact values forward and
@@ -7,10 +7,13 @@ the gradient of the probabilities backward (straight-through)."""
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffrate.blocks.tokens import size_dtype
+from diffrate.schedule import Schedule, SearchSpace, fields_of, make_schedule
 
 
 def with_gradient_of(value: Tensor, *carriers: Tensor) -> Tensor:
@@ -71,16 +74,11 @@ def candidate_count(patches: int, granularity: int) -> int:
     return (patches + granularity - 1) // granularity
 
 
-def expected_counts(logits: Tensor, patches: int, granularity: int, prefix: int) -> Tensor:
-    """Kept tokens `[R]` of logits `[R, K]`, prefix tokens included, rounded up, with gradients.
+def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
+    """Expected kept patch counts `[...]` of logits `[..., K]`, not rounded.
 
     In float32 at least, outside autocast: half precision would round another way.
     """
-    return ste_ceil(expectation(logits, patches, granularity)) + prefix
-
-
-def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
-    """Expected kept patch counts `[...]` of logits `[..., K]`, not rounded."""
     with torch.autocast(logits.device.type, enabled=False):
         candidates = patches - granularity * torch.arange(logits.shape[-1], device=logits.device)
         return (_probabilities(logits) * candidates).sum(-1)
@@ -106,7 +104,7 @@ def draw(logits: Tensor, patches: int, granularity: int, prefix: int) -> list[Ch
     Raises:
         RateError: the logits are no numbers.
     """
-    expected = expected_counts(logits, patches, granularity, prefix)
+    expected = ste_ceil(expectation(logits, patches, granularity)) + prefix
     survival = survival_probabilities(logits, patches, granularity, prefix)
     counts = expected.tolist()
     if not all(map(math.isfinite, counts)):
@@ -140,4 +138,144 @@ def flattest_logits(mean: float, patches: int, granularity: int, spread: float |
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    return logits.to(size_dtype(logits)).softmax(-1)
+
+
+class CompressionState(nn.Module):
+    """The rate logits as parameters, and the fixed schedule once there is one.
+
+    The schedule is held as Python integers (static shapes, no device sync, constants to
+    `torch.export`) and travels in the state dict as a tensor. Official checkpoints know nothing of
+    either, and load strictly all the same.
+    """
+
+    def __init__(self, space: SearchSpace, prune_granularity: int, merge_granularity: int) -> None:
+        super().__init__()
+        self.space = space
+        self._schedule: Schedule | None = None
+        self.set_granularity(prune_granularity, merge_granularity)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The fixed kept counts; None while the rate logits say how many tokens are kept.
+
+        The logits take gradients only then: parameters that nothing reads would hold up `DistributedDataParallel`.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule | None) -> None:
+        self._schedule = schedule
+        for rate in self.parameters():
+            rate.requires_grad_(schedule is None)
+
+    def set_granularity(self, prune: int, merge: int) -> None:
+        """Choose among counts these steps apart: fresh rate logits, where the old ones were if there are any.
+
+        Raises:
+            RateError: a step below 1.
+        """
+        self.granularity = {"prune": prune, "merge": merge}
+        device = next((rate.device for rate in self.parameters()), None)
+        for block, kind in self.space.choices:
+            candidates = candidate_count(self.patches, self.granularity[kind])
+            self.register_parameter(f"{kind}{block}", nn.Parameter(torch.zeros(candidates, device=device)))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Rate logits of zero that learn, as a search starts: all candidates alike. In float32, which small updates
+        show in."""
+        for rate in self.logits():
+            rate.data = torch.zeros_like(rate, dtype=torch.float32)
+            rate.requires_grad_(True)
+
+    @property
+    def patches(self) -> int:
+        """Tokens of a searchable block that can go."""
+        return self.space.tokens - self.space.prefix
+
+    def logits(self) -> list[nn.Parameter]:
+        """The rate logits in the order of the space's choices."""
+        return [self.get_parameter(f"{kind}{block}") for block, kind in self.space.choices]
+
+    def _of_kind(self, kind: str) -> Tensor:
+        """The rate logits of one kind, `[blocks, K]`."""
+        return torch.stack([self.get_parameter(f"{kind}{block}") for block in self.space.searchable])
+
+    def draw(self) -> dict[int, dict[str, Choice]]:
+        """The choices of every searchable block at the present logits."""
+        drawn: dict[int, dict[str, Choice]] = {block: {} for block in self.space.searchable}
+        for kind in self.space.kinds:
+            choices = draw(self._of_kind(kind), self.patches, self.granularity[kind], self.space.prefix)
+            for block, choice in zip(self.space.searchable, choices, strict=True):
+                drawn[block][kind] = choice
+        return drawn
+
+    @torch.no_grad()
+    def expected_schedule(self) -> Schedule:
+        """The kept counts that the rate logits stand for; blocks without a choice keep all."""
+        drawn = self.draw()
+        return self.space.schedule([choice.count for block in drawn.values() for choice in block.values()])
+
+    @torch.no_grad()
+    def start_at(self, schedule: Schedule, spread: float | None = None) -> None:
+        """Set the logits so that the expected counts, rounded up, are those of `schedule`.
+
+        They are those of `flattest_logits`: the flattest distribution leaves the search the most freedom. Counts
+        beyond the candidates' range go to its ends.
+        """
+        rows = {"prune": schedule.prune, "merge": schedule.merge}
+        for (block, kind), rate in zip(self.space.choices, self.logits(), strict=True):
+            counts = rows[kind]
+            assert counts is not None, "a schedule that the model's check has passed"
+            mean = counts[block] - self.space.prefix - 0.5  # rounded up, this is the count
+            rate.copy_(flattest_logits(mean, self.patches, self.granularity[kind], spread))
+
+    @torch.no_grad()
+    def expected_counts(self) -> list[float]:
+        """The expected counts before rounding, one per choice in the order of `logits`."""
+        counts = (
+            float(expectation(rate, self.patches, self.granularity[kind]))
+            for (_, kind), rate in zip(self.space.choices, self.logits(), strict=True)
+        )
+        return [count + self.space.prefix for count in counts]
+
+    @torch.no_grad()
+    def expectations(self) -> list[float]:
+        """`expected_counts`, read from the device at once: for records, as the last bit may differ."""
+        rows = [expectation(self._of_kind(kind), self.patches, self.granularity[kind]) for kind in self.space.kinds]
+        return (torch.stack(rows, dim=1) + self.space.prefix).flatten().tolist()
+
+    @torch.no_grad()
+    def current(self) -> Schedule:
+        """The fixed schedule; before there is one, that of the rate logits, or dense while all of them are zero."""
+        if self.schedule is not None:
+            return self.schedule
+        return self.expected_schedule() if any(bool(rate.any()) for rate in self.logits()) else self.space.dense()
+
+    def get_extra_state(self) -> Tensor:
+        """The fixed counts `[2, blocks]`, prune and merge (`[1, blocks]` without prune); `[0]` for none."""
+        rows = () if self.schedule is None else fields_of(self.schedule).values()
+        return torch.tensor([row for row in rows if row is not None], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the counts of another model of the same shape.
+
+        Raises:
+            ValueError: another number of blocks, or counts of another kind of model.
+        """
+        if state.numel() == 0:
+            self.schedule = None
+            return
+        expected = [len(self.space.kinds), len(self.space.limits)]
+        if list(state.shape) != expected:
+            raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {expected}")
+        *prune, merge = state.tolist()
+        self.schedule = make_schedule(prune[0] if prune else None, merge)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *given: Any
+    ) -> None:
+        known = any(key.startswith(prefix) for key in state_dict)
+        missing = missing_keys if known else []  # an official file: its weights are all there is to load
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *given)

@@ -1,6 +1,8 @@
-"""How a block lets tokens go, as a value: which tokens matter, which merge into which, and how they are averaged.
+"""How a block lets tokens go, as a value: which tokens matter, which merge into which, and how they are averaged
+(paper, section 3.2).
 
-A new importance, pairing or mean is a class here, with the attributes of the others beside it (paper, section 3.2)."""
+A new importance, pairing or mean is a class here, with the attributes of the others beside it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
 
     `importance` `[B, N - prefix]` leaves the prefix out; the others come in falling order.
     """
-    others = importance.topk(kept - prefix, dim=1).indices
+    return after_prefix(importance.topk(kept - prefix, dim=1).indices, prefix)
+
+
+def after_prefix(others: Tensor, prefix: int) -> Tensor:
+    """The positions of the first `prefix` tokens, then `others` `[B, K]`, counted from behind the prefix."""
     if not prefix:
         return others
     if prefix == 1:

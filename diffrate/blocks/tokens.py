@@ -50,6 +50,10 @@ class TokenState(NamedTuple):
         batch, tokens, _ = self.x.shape
         return replaced(self, origin=torch.arange(tokens, device=self.x.device).expand(batch, tokens))
 
+    def masked(self) -> TokenState:
+        """The same tokens as they enter a search: with a mask that says that all of them are there."""
+        return replaced(self, mask=torch.ones(self.x.shape[:2], dtype=size_dtype(self.x), device=self.x.device))
+
     def placed(self) -> TokenState:
         """The same tokens, each at its own place: from here on places go with them."""
         return replaced(self, place=torch.arange(self.x.shape[1], device=self.x.device)[None])

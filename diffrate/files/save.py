@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import diffrate
 from diffrate.atomic import first_line, whole_path
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.rates import RateError
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.files import header as hub

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from diffrate.atomic import UNREADABLE, first_line, whole_file
-from diffrate.blocks.forms import form_of
+from diffrate.blocks.block import form_of
 from diffrate.blocks.heads import projection_of
 from diffrate.device import machine_name, place_of
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffrate.blocks.block import fixed_block
-from diffrate.blocks.forms import UnsupportedModelError, check_block, has_hooks, is_read
+from diffrate.blocks.block import UnsupportedModelError, check_block, fixed_block, has_hooks, is_read
 from diffrate.blocks.heads import NO_POSITIONS, Positions
-from diffrate.blocks.masked_block import BlockPlan, plan_search, search_block
+from diffrate.blocks.masked import BlockPlan, plan_search, search_block
+from diffrate.blocks.rates import CompressionState
 from diffrate.blocks.reduction import ReductionRule
-from diffrate.blocks.tokens import TokenState, in_graph, replaced, size_dtype
+from diffrate.blocks.tokens import TokenState, in_graph, replaced
 from diffrate.flops import Count
 from diffrate.patch.shapes import channels_of
-from diffrate.patch.state import CompressionState
-from diffrate.schedule import Kept, Schedule, check_schedule, make_schedule, running_counts
+from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
 
@@ -30,14 +29,6 @@ class Entry(NamedTuple):
 
     state: TokenState
     positions: Sequence[Positions]
-
-    def traced(self) -> Entry:
-        """The same, with tokens that are traced."""
-        return replaced(self, state=self.state.traced())
-
-    def remembered(self) -> Entry:
-        """The same, with tokens that are traced, and remembered where they are pruned."""
-        return replaced(self, state=self.state.remembered())
 
 
 class Step(NamedTuple):
@@ -135,29 +126,45 @@ class CompressedModel(nn.Module):
         """
         return state
 
-    def set_kept_num(self, prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex]) -> None:
-        """Fix the kept counts of every block, class and register tokens included; `prune` is None for CAFormer.
+    @property
+    def schedule(self) -> Schedule:
+        """The kept counts of every block in evaluation mode, class and register tokens included.
+
+        Set it to fix the counts.
 
         Raises:
-            ScheduleError: a count is no integer, below the fewest tokens that the model can keep or above
-                the block's tokens, or their number is not that of the blocks.
+            ScheduleError: on setting, it is no schedule, or a count is no integer, below the fewest tokens that the
+                model can keep or above the block's tokens, or their number is not that of the blocks.
         """
-        schedule = make_schedule(prune, merge)
+        return self.compression.current()
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
         self.check(schedule)
-        self.compression.schedule = schedule
+        self.compression.schedule = make_schedule(schedule.prune, schedule.merge)
+
+    def set_kept_num(self, prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex]) -> None:
+        """Set the `schedule` to these counts; `prune` is None for CAFormer.
+
+        Raises:
+            ScheduleError: as on setting `schedule`.
+        """
+        self.schedule = make_schedule(prune, merge)
 
     def check(self, schedule: Schedule, where: str = "") -> None:
         """Refuse a schedule that this model cannot run; `where` it comes from starts the message.
 
         Raises:
-            ScheduleError: as `set_kept_num`.
+            ScheduleError: as on setting `schedule`.
         """
         space = self.compression.space
         check_schedule(schedule, space.limits, space.prunes, where, space.least)
 
     def get_kept_num(self) -> tuple[list[int] | None, list[int]]:
-        """The kept counts of every block in evaluation mode, prune (None for CAFormer) and merge."""
-        schedule = self.compression.current()
+        """The counts of `schedule`, prune (None for CAFormer) and merge."""
+        schedule = self.schedule
         return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)
 
     def arch_parameters(self) -> list[nn.Parameter]:
@@ -170,18 +177,19 @@ class CompressedModel(nn.Module):
 
     def flops_at(self, schedule: Schedule) -> int:
         """Multiply-accumulates of one image at `schedule`, as the paper counts them."""
-        blocks = len(self.compressible_blocks())
-        counts = running_counts(schedule, self.compression.space.limits[0])[:blocks]
-        return self.cost((kept.entering, kept.merged) for kept in counts)
+        return self.cost((kept.entering, kept.merged) for kept in self.counts_at(schedule))
+
+    def counts_at(self, schedule: Schedule) -> list[Kept]:
+        """What happens to the tokens in each compressible block at `schedule`."""
+        # CAFormer's schedules go on with counts for the blocks after the compressible ones.
+        return running_counts(schedule, self.compression.space.limits[0])[: len(self.compressible_blocks())]
 
     def flops(self) -> int:
         """`flops_at` the present kept counts."""
-        return self.flops_at(self.compression.current())
+        return self.flops_at(self.schedule)
 
     def forward(self, images: Tensor, return_flop: bool | None = None) -> Any:
         """Logits of images `[B, 3, H, W]`, as `classify` gives them, and with `return_flop` the cost of one image.
-
-        By default as the model was patched.
 
         The cost is in multiply-accumulates: an integer at fixed counts, in search a scalar tensor
         that carries the gradient to the rates.
@@ -190,15 +198,14 @@ class CompressedModel(nn.Module):
         if self.training and self.compression.schedule is None:
             logits, flops = self.search_step(images)
             return (logits, flops) if return_flop else logits
-        schedule = self.compression.current()
+        schedule = self.schedule
         logits = self.outputs_at(images, schedule)
         return (logits, self.flops_at(schedule)) if return_flop else logits
 
     def outputs_at(self, images: Tensor, schedule: Schedule) -> Tensor:
         """What `classify` gives of images `[B, 3, H, W]` at `schedule`, whatever the model is set to."""
         entry = self.enter(images)
-        state = self.prepared(entry.state, schedule)
-        return self.classify(self._compress(replaced(entry, state=state), schedule, self.read))
+        return self.classify(self.run(self.steps(entry, schedule), self.prepared(entry.state, schedule)))
 
     def search_step(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
         """One step of the search: what `classify` gives, and the expected cost with gradients, in whatever mode.
@@ -206,12 +213,14 @@ class CompressedModel(nn.Module):
         The cost is in multiply-accumulates, or what `cost` makes of the plans of all blocks.
         """
         entry = self.enter(images)
-        state, spent = self._search(replaced(entry, state=self.prepared(masked(entry.state), None)), self.read, cost)
+        state = self.prepared(entry.state.masked(), None)
+        state, spent = self._search(state, entry.positions, self.read, cost)
         return self.classify(state), spent
 
     def forward_tokens(self, images: Tensor) -> TokenState:
         """The tokens left of images `[B, 3, H, W]`: features, sizes, and the origins they come from."""
-        state = self._compress(self.enter(images).traced(), self.compression.current(), None)
+        entry = self.enter(images, TokenState.traced)
+        state = self.run(self.steps(entry, self.schedule, whole=True), entry.state)
         return replaced(state, size=state.sizes())
 
     def forward_blocks(self, images: Tensor) -> list[TokenState]:
@@ -219,34 +228,35 @@ class CompressedModel(nn.Module):
 
         `classify` makes logits of the last.
         """
-        return self.run_blocks(self.enter(images).traced())
+        return self.run_blocks(self.enter(images, TokenState.traced))
 
-    def enter(self, images: Tensor) -> Entry:
-        """What enters the first compressible block, of images `[B, 3, H, W]`.
+    def enter(self, images: Tensor, follow: Callable[[TokenState], TokenState] | None = None) -> Entry:
+        """What enters the first compressible block, of images `[B, 3, H, W]`; `follow` is how tokens are traced.
 
         Raises:
             TypeError: the images are no tensor.
             ValueError: they have no four dimensions, or make another grid of tokens than the model was patched for.
             UnsupportedModelError: parts of the model were replaced since it was patched.
         """
-        if not in_graph():
-            self.check_parts()
+        self.check_parts()
         self.check_grid(images)
         x, positions = self.embed(images)
         tokens, expected = x.shape[1], self.compression.space.limits[0]
         if tokens != expected:  # of stems that round a size otherwise than they say
             raise ValueError(f"images of {list(images.shape[-2:])} make {tokens} tokens; accepted: {expected}")
-        state = TokenState(x)
-        # Places are kept only where some attention looks something up by them.
+        state = TokenState(x) if follow is None else follow(TokenState(x))
+        # Input positions are kept only where some attention looks something up by them.
         looked_up = any(table is not NO_POSITIONS for table in positions)
         return Entry(state.placed() if looked_up else state, positions)
 
     def check_parts(self) -> None:
-        """Refuse what was changed since the model was patched, and would be passed over.
+        """Refuse what was changed since the model was patched, and would be passed over; a graph has no such check.
 
         Raises:
             UnsupportedModelError: names it.
         """
+        if in_graph():
+            return
         blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
         if len(blocks) != expected:
             raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {expected}, as when it was patched")
@@ -268,17 +278,14 @@ class CompressedModel(nn.Module):
                 found = f"{images.shape[1]} channels of {str(images.dtype).removeprefix('torch.')}"
                 raise ValueError(f"images: found {found}; accepted: {channels} channels of floats")
         height, width = images.shape[-2:]
-        found = self.grid_at((height, width))
-        if found != self.token_grid:
-            grids = f"make {list(found)} tokens; accepted: {list(self.token_grid)}"
-            raise ValueError(f"images of {[height, width]} {grids}")
+        grid = self.grid_at((height, width))
+        if grid != self.token_grid:
+            sizes = f"{[height, width]} make {list(grid)} tokens"
+            raise ValueError(f"images of {sizes}; accepted: {list(self.token_grid)}")
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
-        """The tokens after each of the first `end` compressible blocks, or after all."""
-        states = [entry.state]
-        for block, positions, kept in self._blocks(entry, self.compression.current())[:end]:
-            states.append(self._run(block, positions, states[-1], kept))
-        return states[1:]
+        """All tokens after each of the first `end` compressible blocks, or after each."""
+        return self._run_each(self.steps(entry, self.schedule, whole=True)[:end], entry.state)
 
     def run_from(self, entry: Entry, schedule: Schedule, start: int, state: TokenState) -> list[TokenState]:
         """The tokens after each compressible block from number `start` on at `schedule`, where `state` enters that one.
@@ -286,29 +293,27 @@ class CompressedModel(nn.Module):
         `classify` makes logits of the last, of which only what it reads is left. The blocks before are to have left
         what `schedule` says, of `prepared` tokens.
         """
+        return self._run_each(self.steps(entry, schedule)[start:], state)
+
+    def steps(self, entry: Entry, schedule: Schedule, whole: bool = False) -> list[Step]:
+        """What the compressible blocks do at `schedule`, in order: on the way to `classify`, or leaving all tokens
+        with `whole`."""
+        blocks = self.compressible_blocks()
+        reads = [*[None] * (len(blocks) - 1), None if whole else self.read]
+        return list(map(Step, blocks, entry.positions, self.counts_at(schedule), reads))
+
+    def run(self, steps: Iterable[Step], state: TokenState) -> TokenState:
+        """The tokens after the last of the `steps`, where `state` enters the first."""
+        for block, positions, kept, read in steps:
+            state = self._recomputed(fixed_block, block, positions, self.rule, state, kept, read)
+        return state
+
+    def _run_each(self, steps: Iterable[Step], state: TokenState) -> list[TokenState]:
+        """The tokens after each of the `steps`."""
         states = [state]
-        for block, positions, kept, read in self.steps(entry, schedule)[start:]:
-            states.append(self._run(block, positions, states[-1], kept, read))
+        for step in steps:
+            states.append(self.run([step], states[-1]))
         return states[1:]
-
-    def steps(self, entry: Entry, schedule: Schedule) -> list[Step]:
-        """What the compressible blocks do at `schedule` on the way to `classify`, in order."""
-        blocks = self._blocks(entry, schedule)
-        return [Step(*block, self.read if index == len(blocks) - 1 else None) for index, block in enumerate(blocks)]
-
-    def _compress(self, entry: Entry, schedule: Schedule, read: int | None) -> TokenState:
-        """The tokens after the last compressible block at fixed counts, or the first `read` alone."""
-        state = entry.state
-        *blocks, (last, where, final) = self._blocks(entry, schedule)
-        for block, positions, kept in blocks:
-            state = self._run(block, positions, state, kept)
-        return self._run(last, where, state, final, read)
-
-    def _run(
-        self, block: nn.Module, positions: Positions, state: TokenState, kept: Kept, read: int | None = None
-    ) -> TokenState:
-        """`fixed_block` by the model's rule."""
-        return self._recomputed(fixed_block, block, positions, self.rule, state, kept, read)
 
     def _recomputed(self, step: Callable[..., TokenState], *given: Any) -> TokenState:
         """`step(*given)`, whose activations are not kept for the backward pass where the model recomputes them."""
@@ -316,23 +321,30 @@ class CompressedModel(nn.Module):
             return checkpoint(step, *given, use_reentrant=False)
         return step(*given)
 
-    def _blocks(self, entry: Entry, schedule: Schedule) -> list[tuple[nn.Module, Positions, Kept]]:
-        """The compressible blocks, what they know of positions, and what happens to the tokens in each."""
-        blocks = self.compressible_blocks()
-        # CAFormer's schedules go on with counts for the blocks after the compressible ones.
-        counts = running_counts(schedule, self.compression.space.limits[0])[: len(blocks)]
-        return list(zip(blocks, entry.positions, counts, strict=True))
-
-    def _search(self, entry: Entry, read: int | None, cost: PlannedCost | None) -> tuple[TokenState, Tensor]:
+    def _search(
+        self, state: TokenState, positions: Sequence[Positions], read: int | None, cost: PlannedCost | None
+    ) -> tuple[TokenState, Tensor]:
         """The masked tokens after the last block, or the first `read` alone, and the expected cost with gradients."""
-        state, blocks = entry.state, self.compressible_blocks()
+        blocks = self.compressible_blocks()
         plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
-        for index, (block, positions, plan) in enumerate(zip(blocks, entry.positions, plans, strict=True)):
-            last = index == len(blocks) - 1
-            state = self._recomputed(search_block, block, positions, self.rule, state, plan, read if last else None)
+        for block, known, plan in zip(blocks, positions, plans, strict=True):
+            own = read if plan is plans[-1] else None
+            state = self._recomputed(search_block, block, known, self.rule, state, plan, own)
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent
+
+
+def compress(model: Any, space: SearchSpace, granularity: tuple[int, int], **facts: Any) -> None:
+    """Give `model`, whose class is a compressed one already, what compression adds: its state, and `facts`.
+
+    Raises:
+        RateError: a granularity below 1.
+    """
+    state = CompressionState(space, *granularity).to(next(model.parameters()).device)
+    model.add_module("compression", state)
+    for name, value in facts.items():
+        setattr(model, name, value)
 
 
 def require_patched(model: object) -> None:
@@ -343,12 +355,6 @@ def require_patched(model: object) -> None:
     """
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
-
-
-def masked(state: TokenState) -> TokenState:
-    """The same tokens as they enter a search: with a mask that says that all of them are there."""
-    x = state.x
-    return replaced(state, mask=torch.ones(x.shape[:2], dtype=size_dtype(x), device=x.device))
 
 
 def has_classifier(model: nn.Module) -> bool:

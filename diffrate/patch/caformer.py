@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from timm.models._features import feature_take_indices
 from timm.models.metaformer import Attention, MetaFormer, MlpHead, SepConv
 from torch import Tensor, nn
 
-from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
+from diffrate.blocks.block import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, PlainMean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
 from diffrate.flops import Count, StageShape, caformer_flops
-from diffrate.patch.base import CompressedModel, Entry
-from diffrate.patch.features import as_map, restore, taken_of
-from diffrate.patch.shapes import as_size
-from diffrate.patch.state import CompressionState
+from diffrate.patch.base import CompressedModel, Entry, Step, compress
+from diffrate.patch.features import as_map, restore
+from diffrate.patch.shapes import Size, as_size
 from diffrate.schedule import GRANULARITY, MERGE_FIELD, Kept, Schedule, ScheduleError, SearchSpace
 
 MIXERS = (SepConv, SepConv, Attention, Attention)
 # timm's port of the head normalises with 1e-6, the original with 1e-5: logits differ by 1e-6.
 ORIGINAL_HEAD_EPS = 1e-5
-
-Grid = tuple[int, int]
-
-
 # As published, the most important token is no destination.
 RULE = ReductionRule(0, ReceivedAttention(masked_queries=True), IntoMostSimilarKept(1), PlainMean(cosine_sizes=False))
 
@@ -34,8 +30,8 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     """A CAFormer whose third stage merges tokens. `grids` are the rows and columns of each stage for
     images of `image_size`, height and width."""
 
-    image_size: Grid
-    grids: tuple[Grid, ...]
+    image_size: Size
+    grids: tuple[Size, ...]
     stages: Any  # typed by timm as plain modules
     head: Any
 
@@ -55,7 +51,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     def token_grid(self) -> tuple[int, int]:
         return self.grids[2]
 
-    def grid_at(self, size: Grid) -> Grid:
+    def grid_at(self, size: Size) -> Size:
         return _grids(self, size)[2]
 
     def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
@@ -87,12 +83,12 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
         Where a count of 1 has pruned, a position keeps what its token last was; logits have zeros there.
         """
-        return self._fourth_stage(self._third_map(self.run_blocks(self.enter(x).remembered())[-1]))
+        return self._maps(x)[-1]
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -106,13 +102,14 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW'")
-        taken, highest = taken_of(len(self.stages), indices)
+        taken, highest = feature_take_indices(len(self.stages), indices)
         maps = self._maps(x)[: highest + 1 if stop_early else None]
         found = [maps[index] for index in taken]
         return found if intermediates_only else (maps[-1], found)
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """What each stage leaves of images `[B, 3, H, W]`."""
+        self.check_parts()
         self.check_grid(x)
         maps = [self.stages[0](self.stem(x))]
         maps.append(self.stages[1](maps[0]))
@@ -131,10 +128,9 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     def _fourth_stage(self, x: Tensor) -> Tensor:
         """What stage 4 makes of what stage 3 left, `[B, C, rows, columns]`: it is never compressed."""
         fourth = self.stages[3]
-        state = TokenState(fourth.downsample(x).flatten(2).transpose(1, 2))
-        tokens = state.x.shape[1]
-        for block in fourth.blocks:
-            state = self._run(block, NO_POSITIONS, state, Kept(tokens, tokens, tokens))
+        x = fourth.downsample(x).flatten(2).transpose(1, 2)
+        whole = Kept(x.shape[1], x.shape[1], x.shape[1])
+        state = self.run((Step(block, NO_POSITIONS, whole, None) for block in fourth.blocks), TokenState(x))
         return as_map(state.x, self.grids[3])
 
 
@@ -142,7 +138,7 @@ def caformer(
     model: nn.Module,
     prune_granularity: int = GRANULARITY,
     merge_granularity: int = GRANULARITY,
-    input_size: int | Grid = 224,
+    input_size: int | Size = 224,
     return_flop: bool = True,
 ) -> CompressedCaformer:
     """Patch a timm CAFormer for images of `input_size`, a side or height and width, in place.
@@ -156,30 +152,23 @@ def caformer(
         RateError: a granularity below 1.
     """
     _check_caformer(model)
-    image_size = as_size(input_size)
-    grids = _grids(model, image_size)
+    size = as_size(input_size)
+    grids = _grids(model, size)
     stages: Any = model.stages
-    depths = [len(stage.blocks) for stage in stages]
-    space = SearchSpace(
-        limits=(_area(grids[2]),) * depths[2] + (_area(grids[3]),) * depths[3],
-        searchable=tuple(range(1, depths[2] - 1)),
-        prunes=False,
-        prefix=0,
-    )
-    if not space.searchable:
-        raise UnsupportedModelError(f"found {depths[2]} blocks in stage 3; accepted: three at least")
+    third, fourth = len(stages[2].blocks), len(stages[3].blocks)
+    if third < 3:
+        raise UnsupportedModelError(f"found {third} blocks in stage 3; accepted: three at least")
     if _area(grids[2]) < 2:
         raise UnsupportedModelError(f"input_size: found {input_size}; accepted: two tokens at least in stage 3")
-    compression = CompressionState(space, prune_granularity, merge_granularity).to(next(model.parameters()).device)
+    limits = (_area(grids[2]),) * third + (_area(grids[3]),) * fourth
+    space = SearchSpace(limits, searchable=tuple(range(1, third - 1)), prunes=False, prefix=0)
+    granularity = (prune_granularity, merge_granularity)
+    compress(model, space, granularity, rule=RULE, image_size=size, grids=grids, return_flop=return_flop)
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
-    classifier: Any = model.head.fc
-    if isinstance(classifier, MlpHead):
-        norm: Any = classifier.norm
+    if isinstance(model.head.fc, MlpHead):
+        norm: Any = model.head.fc.norm
         norm.eps = ORIGINAL_HEAD_EPS
-    model.rule = RULE
-    model.image_size, model.grids, model.return_flop = image_size, grids, return_flop
-    model.add_module("compression", compression)
     return model
 
 
@@ -201,18 +190,11 @@ def _check_caformer(model: nn.Module) -> None:
             check_block(block, f"stages.{index}.blocks.{position}")
 
 
-def _stage_shapes(model: CompressedCaformer) -> tuple[StageShape, StageShape, StageShape, StageShape]:
-    first, second, third, fourth = (
-        StageShape(
-            tokens=_area(grid),
-            width=convolution.out_channels,
-            inputs=convolution.in_channels,
-            kernel=convolution.kernel_size[0],
-            depth=len(stage.blocks),
-        )
-        for grid, convolution, stage in zip(model.grids, _convolutions(model), model.stages, strict=True)
+def _stage_shapes(model: CompressedCaformer) -> tuple[StageShape, ...]:
+    return tuple(
+        StageShape(_area(grid), into.out_channels, into.in_channels, into.kernel_size[0], len(stage.blocks))
+        for grid, into, stage in zip(model.grids, _convolutions(model), model.stages, strict=True)
     )
-    return first, second, third, fourth
 
 
 def _convolutions(model: Any) -> list[nn.Conv2d]:
@@ -220,7 +202,7 @@ def _convolutions(model: Any) -> list[nn.Conv2d]:
     return [model.stem.conv, *(stage.downsample.conv for stage in list(model.stages)[1:])]
 
 
-def _grids(model: nn.Module, size: Grid) -> tuple[Grid, ...]:
+def _grids(model: nn.Module, size: Size) -> tuple[Size, ...]:
     """Rows and columns of each stage for images of `size`."""
     grids = []
     for convolution in _convolutions(model):
@@ -233,5 +215,5 @@ def _grids(model: nn.Module, size: Grid) -> tuple[Grid, ...]:
     return tuple(grids)
 
 
-def _area(grid: Grid) -> int:
+def _area(grid: Size) -> int:
     return grid[0] * grid[1]

@@ -1,17 +1,95 @@
-"""A compressed ViT as a backbone: features at the full grid, as timm's own model returns them."""
+"""What is made of the tokens that are left: one vector an image by timm's poolings, each token weighed by its size, or
+features at the full grid, as timm's own model returns them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
-from torch import Tensor
+from timm.layers.attention_pool import AttentionPoolLatent
+from torch import Tensor, nn
 
-from diffrate.blocks.tokens import TokenState, replaced, standing
-from diffrate.patch.base import CompressedModel, PlannedCost, masked
-from diffrate.schedule import Schedule
+from diffrate.blocks.attention import Heads
+from diffrate.blocks.tokens import TokenState, size_dtype, standing
+
+POOLS = ("token", "avg", "avgmax", "max", "map")
+
+
+def pooled(model: Any, state: TokenState, left_out: int) -> Tensor:
+    """`[B, C]` of the normalised tokens in `state`, as `model.global_pool` says, the first `left_out` unseen."""
+    if model.global_pool == "token":
+        return state.x[:, 0]
+    if model.global_pool == "map":
+        return attention_pool(model.attn_pool, state, left_out)
+    if state.x.shape[1] == left_out:  # nothing else is left: the class token has seen the image
+        return state.x[:, 0]
+    if model.global_pool == "max":
+        return highest_of(state, left_out)
+    mean = weighted_mean(state, left_out)
+    return mean if model.global_pool == "avg" else 0.5 * (highest_of(state, left_out) + mean)
+
+
+def weighted_mean(state: TokenState, left_out: int) -> Tensor:
+    """The mean `[B, C]` of the tokens `[B, N, C]` but the first `left_out`, weighed by their sizes.
+
+    In search the mask weighs as well, and the sum of the weights takes no gradient, as in the published code.
+    """
+    x, size, mask = state.x, state.sizes(), state.mask
+    weight = (size if mask is None else size * mask)[:, left_out:, None]
+    total = weight.sum(1)
+    return ((x[:, left_out:] * weight).sum(1) / (total if mask is None else total.detach())).to(x.dtype)
+
+
+def highest_of(state: TokenState, left_out: int) -> Tensor:
+    """The highest value `[B, C]` of each channel among the tokens but the first `left_out` that are there."""
+    x = state.x
+    if state.mask is not None:
+        x = torch.where(state.mask[:, :, None] > 0, x, -torch.inf)
+    return x[:, left_out:].amax(1)
+
+
+def attention_pool(pool: AttentionPoolLatent, state: TokenState, left_out: int) -> Tensor:
+    """timm's attention pooling with latent queries, proportional: a token counts `size` times.
+
+    In search masked tokens count by their mask, which takes the gradient.
+    """
+    x = state.x[:, left_out:]
+    key, value = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    latent = pool.q(pool.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+    heads = Heads(pool.q_norm(latent), pool.k_norm(key), value, pool.scale)
+    mixed = pool.proj_drop(pool.proj(_weighed(heads, state, left_out).transpose(1, 2).flatten(2)))
+    if pool.mlp is not None:
+        mixed = mixed + pool.mlp(pool.norm(mixed))
+    return mixed[:, 0] if pool.pool == "token" else mixed.mean(1)
+
+
+def _weighed(heads: Heads, state: TokenState, left_out: int) -> Tensor:
+    """Attention `[B, H, L, D]` of a few queries to all tokens, each as often as its size and mask say."""
+    scores = (heads.query * heads.scale) @ heads.key.transpose(-2, -1)
+    shares = scores.to(size_dtype(scores)).softmax(-1)
+    weights = [weight[:, None, None, left_out:] for weight in (state.size, state.mask) if weight is not None]
+    if weights:
+        shares = shares * (weights[0] if len(weights) == 1 else weights[0] * weights[1])
+        shares = shares / shares.sum(-1, keepdim=True)
+    return shares.to(heads.value.dtype) @ heads.value
+
+
+def pool_parts(model: Any) -> list[str]:
+    """What `pooled` does not handle of the model's pooling, for a message; nothing where it handles all."""
+    found = []
+    pool: nn.Module | None = getattr(model, "attn_pool", None)
+    if model.global_pool and model.global_pool not in POOLS:
+        found.append(f"global_pool={model.global_pool!r}")
+    elif (model.global_pool == "map") != (pool is not None):
+        found.append("attn_pool")
+    elif isinstance(pool, AttentionPoolLatent):
+        if pool.pos_embed is not None:
+            found.append("attn_pool.pos_embed")
+        if pool.pool not in ("token", "avg"):
+            found.append(f"attn_pool.pool={pool.pool!r}")
+    elif pool is not None:
+        found.append(type(pool).__name__)
+    return found
 
 
 def restore(state: TokenState) -> Tensor:
@@ -34,103 +112,3 @@ def restore(state: TokenState) -> Tensor:
 def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """`[B, N, C]` as `[B, C, rows, columns]`."""
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
-
-
-_Model = CompressedModel if TYPE_CHECKING else object
-
-
-class Features(_Model):
-    """Mixed in by the families: what dense heads call, at the present kept counts.
-
-    Every position has the features of the token that stands for it; where it was pruned, what its token
-    was when it went.
-    """
-
-    norm: Any
-    num_prefix_tokens: int
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Normalised features `[B, N0, C]` of images `x` `[B, 3, H, W]`, prefix tokens first.
-
-        Raises:
-            ValueError: a mask is asked for, or the images make another grid of tokens.
-        """
-        _refuse_masks(attn_mask, is_causal)
-        return self.norm(restore(self._remembering(x)[-1]))
-
-    def features_at(self, images: Tensor, schedule: Schedule) -> Tensor:
-        """Normalised features `[B, N0, C]` of the patches alone at `schedule`, whatever the model is set to."""
-        return self._patches(self._compress(self.enter(images).remembered(), schedule, None))
-
-    def search_features(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
-        """The same in a step of the search, with the expected cost as in `search_step`; both carry gradients."""
-        entry = self.enter(images)
-        state, spent = self._search(replaced(entry, state=masked(entry.state).remembered()), None, cost)
-        return self._patches(state), spent
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """What some blocks leave of images `x` `[B, 3, H, W]`, and normalised features of the last, as in timm.
-
-        `indices` are the blocks, or how many of the last; `norm` normalises; maps are `[B, C, rows, columns]`,
-        or tokens `[B, N, C]` for the format "NLC", paired with the prefix tokens on request where there are any.
-        Only the maps with `intermediates_only`; no block after the last that was asked for runs with
-        `stop_early`; under timm's names with `output_dict`.
-
-        Raises:
-            ValueError: another format, a mask, or images of another grid of tokens.
-        """
-        _refuse_masks(attn_mask, is_causal)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW' or 'NLC'")
-        taken, highest = taken_of(len(self.compressible_blocks()), indices)
-        states = self._remembering(x, highest + 1 if stop_early else None)
-        pairs = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
-        last = None if intermediates_only else self.norm(restore(states[-1]))
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            return _as_dict(last, pairs, with_prefix)
-        maps = pairs if with_prefix else [features for features, _ in pairs]
-        return maps if last is None else (last, maps)
-
-    def _patches(self, state: TokenState) -> Tensor:
-        return self.norm(restore(state))[:, self.num_prefix_tokens :]
-
-    def _remembering(self, x: Tensor, end: int | None = None) -> list[TokenState]:
-        """The tokens of images after each of the first `end` blocks, and what pruned ones last were."""
-        return self.run_blocks(self.enter(x).remembered(), end)
-
-    def _intermediate(self, x: Tensor, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor]:
-        """Patch features in the format, and those of the prefix tokens, of tokens `[B, N0, C]`."""
-        x = self.norm(x) if norm else x
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        return (as_map(patches, self.token_grid).contiguous() if output_fmt == "NCHW" else patches), prefix
-
-
-def taken_of(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """Which of `count` parts `indices` mean, as timm reads them, and the highest of them."""
-    return feature_take_indices(count, list(indices) if isinstance(indices, Sequence) else indices)
-
-
-def _as_dict(last: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor]], with_prefix: bool) -> dict[str, Any]:
-    """Features under timm's names."""
-    found: dict[str, Any] = {"image_intermediates": [features for features, _ in pairs]}
-    if with_prefix:
-        found["image_intermediates_prefix"] = [prefix for _, prefix in pairs]
-    return found if last is None else found | {"image_features": last}
-
-
-def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise ValueError("attn_mask, is_causal: found a mask; accepted: none, tokens are compressed for whole images")

@@ -1,6 +1,6 @@
 """What all plain ViTs of timm share: a patch embedding, blocks that are alike, a pooling, a head.
 
-A family is a subclass beside timm's class that states its differences; see the short files beside.
+A family is a subclass beside timm's class that states its differences; see `timm_families.py`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,29 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from timm.layers.patch_embed import PatchEmbed
+from timm.models._features import feature_take_indices
+from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from diffrate.blocks.forms import UnsupportedModelError, check_block, check_methods
+from diffrate.blocks.block import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.heads import Positions
+from diffrate.blocks.rates import CompressionState
 from diffrate.blocks.reduction import published_rule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.flops import Count, VitShape, vit_flops
-from diffrate.patch.base import CompressedModel
-from diffrate.patch.features import Features, restore
-from diffrate.patch.pooling import POOLS, pool_parts, pooled
-from diffrate.patch.shapes import Size, as_size, block_shape, channels_of, pool_shape, stem_flops, weights
-from diffrate.patch.state import CompressionState
+from diffrate.patch.base import CompressedModel, PlannedCost, compress
+from diffrate.patch.features import POOLS, as_map, pool_parts, pooled, restore
+from diffrate.patch.shapes import (
+    Size,
+    as_size,
+    block_shape,
+    channels_of,
+    configured_size,
+    pool_shape,
+    stem_flops,
+    weights,
+)
 from diffrate.schedule import Schedule, SearchSpace
 
 LEAST_PATCHES = 2  # one is nothing to choose from
@@ -29,8 +39,21 @@ LEAST_PATCHES = 2  # one is nothing to choose from
 _Vit = VisionTransformer if TYPE_CHECKING else nn.Module
 
 
-class CompressedVit(Features, CompressedModel, _Vit):
-    """Mixed in before timm's class by the families. `shape` is what its cost depends on, but for the head."""
+def _refusal(method: str) -> Any:
+    """A method of timm's that changes what kept counts are for, refused."""
+
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise UnsupportedModelError(f"{method}: found a patched model; accepted: one not yet patched")
+
+    return refuse
+
+
+class CompressedVit(CompressedModel, _Vit):
+    """Mixed in before timm's class by the families. `shape` is what its cost depends on, but for the head.
+
+    Its features are those of the present kept counts: every position has the features of the token that stands for
+    it; where it was pruned, what its token was when it went.
+    """
 
     blocks: Any  # typed by timm as plain modules
     shape: VitShape
@@ -42,30 +65,17 @@ class CompressedVit(Features, CompressedModel, _Vit):
     def token_grid(self) -> Size:
         return self.grid_at(self.image_size)
 
+    @property
+    def stem(self) -> Any:
+        """The module that makes patches of images."""
+        return self.patch_embed
+
     def grid_at(self, size: Size) -> Size:
-        """Rows and columns of patches of images of `size`, height and width."""
-        rows, columns = self.patch_embed.dynamic_feat_size(size)
+        rows, columns = self.stem.dynamic_feat_size(size)
         return rows, columns
 
-    def patch_sides(self) -> Size:
-        """Height and width of a patch, or of what a convolutional stem before the patches leaves of one: 1."""
-        return as_size(self.patch_embed.patch_size, "patch_size")
-
-    def pads(self) -> bool:
-        """Whether images that patches do not tile are padded."""
-        return bool(self.patch_embed.dynamic_img_pad)
-
-    def built_for(self) -> Size | None:
-        """Height and width of the only images that the model takes; None where it takes any."""
-        return None if getattr(self, "dynamic_img_size", False) else self.usual_size()
-
-    def usual_size(self) -> Size:
-        """Height and width of the images that are meant when nobody says."""
-        height, width = self.patch_embed.img_size
-        return height, width
-
     def class_tokens(self) -> int:
-        """How many of the first tokens stand for the whole image: none where the model has no class token."""
+        """How many of the first tokens stand for the whole image."""
         return int(self.cls_token is not None)
 
     def left_out(self) -> int:
@@ -78,10 +88,9 @@ class CompressedVit(Features, CompressedModel, _Vit):
 
     def embedding_flops(self, size: Size) -> int:
         """Multiply-accumulates of making the tokens of an image of `size`, prefix counted too, as published."""
-        stem = self.patch_embed
-        if type(stem) is PatchEmbed:
-            return self.tokens_at(size) * stem.proj.weight.numel()
-        return stem_flops(stem, channels_of(self), size)
+        if type(self.stem) in (PatchEmbed, NaFlexEmbeds):
+            return self.tokens_at(size) * self.stem.proj.weight.numel()
+        return stem_flops(self.stem, channels_of(self), size)
 
     def tokens_at(self, size: Size) -> int:
         """Tokens of an image of `size`, prefix included."""
@@ -91,19 +100,6 @@ class CompressedVit(Features, CompressedModel, _Vit):
     def head_weights(self) -> int:
         """Weights of the classifier: each is used once an image, or once a position where there is no pooling."""
         return weights(self.head)
-
-    def fewest(self) -> int:
-        """The least that a block may keep: the prefix, and a patch where that says nothing of the image.
-
-        A class token does, unless attention pooling does not look at it.
-        """
-        unseen = self.global_pool == "map" and self.left_out() == self.num_prefix_tokens
-        return self.num_prefix_tokens + int(unseen or not self.class_tokens())
-
-    def refused(self) -> list[str]:
-        """What compression does not handle in this model, for a message."""
-        dropped = getattr(self, "patch_drop", None)
-        return pool_parts(self) + (["patch_drop"] if not isinstance(dropped, nn.Identity | None) else [])
 
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
         uses = 1 if self.global_pool else self.compression.space.limits[0]
@@ -120,30 +116,84 @@ class CompressedVit(Features, CompressedModel, _Vit):
             ScheduleError: the counts that are set leave too few tokens for the pooling.
         """
         super().reset_classifier(num_classes, *args, **options)
-        _check(self)
-        self.shape = _shape(self, self.image_size)
-        space, before = _space(self, self.image_size), self.compression
+        space, self.shape = _described(self, self.image_size)
+        before = self.compression
         if space != before.space:  # other blocks may be searched now
             granularity = (before.granularity["prune"], before.granularity["merge"])
             self.compression = CompressionState(space, *granularity).to(next(self.parameters()).device)
             if before.schedule is not None:
-                self.set_kept_num(before.schedule.prune, before.schedule.merge)
+                self.schedule = before.schedule
 
-    def prune_intermediate_layers(self, *_: Any, **__: Any) -> Any:
-        """timm's, which leaves out blocks that kept counts are for.
+    prune_intermediate_layers = _refusal("prune_intermediate_layers")
+    set_input_size = _refusal("set_input_size")
 
-        Raises:
-            UnsupportedModelError: always.
-        """
-        raise UnsupportedModelError("prune_intermediate_layers: found a patched model; accepted: one not yet patched")
-
-    def set_input_size(self, *_: Any, **__: Any) -> None:
-        """timm's, which changes the number of tokens that kept counts are for.
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised features `[B, N0, C]` of images `x` `[B, 3, H, W]`, prefix tokens first.
 
         Raises:
-            UnsupportedModelError: always.
+            ValueError: a mask is asked for, or the images make another grid of tokens.
         """
-        raise UnsupportedModelError("set_input_size: found a patched model; accepted: one not yet patched")
+        _refuse_masks(attn_mask, is_causal)
+        return self._features(x, self.schedule)
+
+    def features_at(self, images: Tensor, schedule: Schedule) -> Tensor:
+        """Normalised features `[B, N0, C]` of the patches alone at `schedule`, whatever the model is set to."""
+        return self._features(images, schedule)[:, self.num_prefix_tokens :]
+
+    def search_features(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
+        """The same in a step of the search, with the expected cost as in `search_step`; both carry gradients."""
+        entry = self.enter(images, TokenState.remembered)
+        state, spent = self._search(entry.state.masked(), entry.positions, None, cost)
+        return self.norm(restore(state))[:, self.num_prefix_tokens :], spent
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """What some blocks leave of images `x` `[B, 3, H, W]`, and normalised features of the last, as in timm.
+
+        `indices` are the blocks, or how many of the last; `norm` normalises; maps are `[B, C, rows, columns]`,
+        or tokens `[B, N, C]` for the format "NLC", paired with the prefix tokens on request where there are any.
+        Only the maps with `intermediates_only`; no block after the last that was asked for runs with
+        `stop_early`; under timm's names with `output_dict`.
+
+        Raises:
+            ValueError: another format, a mask, or images of another grid of tokens.
+        """
+        _refuse_masks(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW' or 'NLC'")
+        taken, highest = feature_take_indices(len(self.compressible_blocks()), indices)
+        states = self.run_blocks(self.enter(x, TokenState.remembered), highest + 1 if stop_early else None)
+        pairs = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
+        last = None if intermediates_only else self.norm(restore(states[-1]))
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        maps = [patches for patches, _ in pairs]
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            found |= {"image_intermediates_prefix": [prefix for _, prefix in pairs]} if with_prefix else {}
+            return found if last is None else found | {"image_features": last}
+        left = pairs if with_prefix else maps
+        return left if last is None else (last, left)
+
+    def _features(self, images: Tensor, schedule: Schedule) -> Tensor:
+        entry = self.enter(images, TokenState.remembered)
+        return self.norm(restore(self.run(self.steps(entry, schedule, whole=True), entry.state)))
+
+    def _intermediate(self, x: Tensor, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor]:
+        """Patch features in the format, and those of the prefix tokens, of tokens `[B, N0, C]`."""
+        x = self.norm(x) if norm else x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return (as_map(patches, self.token_grid).contiguous() if output_fmt == "NCHW" else patches), prefix
 
     def has_head(self) -> bool:
         return bool(self.global_pool) and super().has_head()
@@ -158,6 +208,11 @@ class CompressedVit(Features, CompressedModel, _Vit):
         else:
             features = self.norm(restore(state))
         return self.head(self.head_drop(self.fc_norm(features)))
+
+
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask, is_causal: found a mask; accepted: none, tokens are compressed for whole images")
 
 
 def patch_vit(
@@ -179,69 +234,64 @@ def patch_vit(
     original = type(model)
     model.__class__ = compressed  # the family's methods say what there is to know
     try:
-        _check(model)
-        size = _image_size(model, input_size)
-        space, shape = _space(model, size), _shape(model, size)
-        compression = CompressionState(space, *granularity).to(next(model.parameters()).device)
+        space, shape = _described(model, size := _image_size(model, input_size))
+        rule = published_rule(model.num_prefix_tokens, model.class_tokens())
+        compress(model, space, granularity, rule=rule, image_size=size, shape=shape, return_flop=return_flop)
     except Exception:
         model.__class__ = original  # nothing half-patched is left behind
         raise
-    model.rule = published_rule(model.num_prefix_tokens, model.class_tokens())
-    model.image_size, model.shape, model.return_flop = size, shape, return_flop
-    model.add_module("compression", compression)
-
-
-def _check(model: CompressedVit) -> None:
-    refused = model.refused()
-    if refused:
-        pools = ", ".join(map(repr, ("", *POOLS)))
-        raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: global_pool of {pools}, and no patch_drop")
-    check_methods(model, "model")
-    for index, block in enumerate(model.blocks):
-        check_block(block, f"blocks.{index}")
 
 
 def _image_size(model: CompressedVit, wanted: Size | None) -> Size:
-    built = model.built_for()
-    if wanted is None or wanted == built:  # also where patches do not tile it: timm drops what is left over
-        return built or model.usual_size()
-    if built is not None:
-        raise UnsupportedModelError(f"{_named(wanted)}; accepted: {_sides(built)}, which the model is built for")
-    if model.grid_at(wanted)[0] * model.grid_at(wanted)[1] < LEAST_PATCHES:
-        raise UnsupportedModelError(f"{_named(wanted)}; accepted: {LEAST_PATCHES} patches at least")
-    patch, pads = model.patch_sides(), model.pads()
-    if not pads and any(side % step for side, step in zip(wanted, patch, strict=True)):
-        raise UnsupportedModelError(f"{_named(wanted)}; accepted: multiples of {_sides(patch)}, a patch's sides")
+    """Height and width of the images that `model` is for; None are `wanted` where it may choose.
+
+    Raises:
+        UnsupportedModelError: it does not take the wanted ones.
+    """
+    own = getattr(model.stem, "img_size", None)
+    height, width = configured_size(model) if own is None else own
+    usual, any_size = (height, width), own is None or getattr(model, "dynamic_img_size", False)
+    if wanted is None or (wanted == usual and not any_size):  # also where patches do not tile it: timm drops the rest
+        return usual
+    found = f"input_size: found {_sides(wanted)}"
+    if not any_size:
+        raise UnsupportedModelError(f"{found}; accepted: {_sides(usual)}, which the model is built for")
+    rows, columns = model.grid_at(wanted)
+    if rows * columns < LEAST_PATCHES:
+        raise UnsupportedModelError(f"{found}; accepted: {LEAST_PATCHES} patches at least")
+    patch = as_size(model.stem.patch_size, "patch_size")  # 1 after a convolutional stem
+    if not model.stem.dynamic_img_pad and any(side % step for side, step in zip(wanted, patch, strict=True)):
+        raise UnsupportedModelError(f"{found}; accepted: multiples of {_sides(patch)}, a patch's sides")
     return wanted
-
-
-def _named(size: Size) -> str:
-    return f"input_size: found {_sides(size)}"
 
 
 def _sides(size: Size) -> str:
     return " x ".join(map(str, size))
 
 
-def _space(model: CompressedVit, size: Size) -> SearchSpace:
-    depth, prefix = len(model.blocks), model.num_prefix_tokens
+def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]:
+    """What there is to choose in a model, and what its cost depends on.
+
+    Raises:
+        UnsupportedModelError: a part of it is not handled.
+    """
+    refused = pool_parts(model)
+    if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
+        refused.append("patch_drop")
+    if refused:
+        pools = ", ".join(map(repr, ("", *POOLS)))
+        raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: global_pool of {pools}, and no patch_drop")
+    check_methods(model, "model")
+    for index, block in enumerate(model.blocks):
+        check_block(block, f"blocks.{index}")
+    depth, prefix, left_out = len(model.blocks), model.num_prefix_tokens, model.left_out()
     whole = {0} if model.read is not None else {0, depth - 1}
     searchable = tuple(block for block in range(depth) if block not in whole)
     if not searchable:
         raise UnsupportedModelError(f"blocks: found {depth}; accepted: from {len(whole) + 1}")
-    return SearchSpace(
-        limits=(model.tokens_at(size),) * depth,
-        searchable=searchable,
-        prunes=True,
-        prefix=prefix,
-        least=model.fewest(),
-    )
-
-
-def _shape(model: CompressedVit, size: Size) -> VitShape:
-    return VitShape(
-        embedding=model.embedding_flops(size),
-        blocks=tuple(block_shape(block) for block in model.blocks),
-        pool=pool_shape(model),
-        left_out=model.left_out(),
-    )
+    # A patch stays where the prefix says nothing of the image. A class token does, unless the pooling leaves it out.
+    unseen = model.global_pool == "map" and left_out == prefix
+    least = prefix + int(unseen or not model.class_tokens())
+    space = SearchSpace((model.tokens_at(size),) * depth, searchable, prunes=True, prefix=prefix, least=least)
+    blocks = tuple(block_shape(block) for block in model.blocks)
+    return space, VitShape(model.embedding_flops(size), blocks, pool_shape(model), left_out)

@@ -11,7 +11,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffrate.blocks.forms import UnsupportedModelError, form_of
+from diffrate.blocks.block import UnsupportedModelError, form_of
 from diffrate.blocks.heads import projection_of
 from diffrate.flops import BlockShape, PoolShape
 

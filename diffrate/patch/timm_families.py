@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.heads import NO_POSITIONS, PairBias, Positions, Rotary, with_prefix
 from diffrate.blocks.tokens import TokenState
 from diffrate.patch.base import CompressedModel
@@ -101,19 +101,10 @@ class CompressedBeit(CompressedVit, Beit):
 
 def _beit_positions(attention: Any, shared: Tensor | None) -> Positions:
     """The bias of one block: its own, the `shared` one `[H, N0, N0]`, both added up, or none."""
-    own = attention.relative_position_bias_table is not None
-    if not own and shared is None:
-        return NO_POSITIONS
-    return PairBias(partial(_beit_bias, attention if own else None, shared))
-
-
-def _beit_bias(attention: Any | None, shared: Tensor | None) -> Tensor:
-    """The bias of all pairs of positions, `[H, N0, N0]`."""
-    if attention is None:
-        assert shared is not None
-        return shared
-    own = attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
-    return own if shared is None else own + shared
+    if attention.relative_position_bias_table is None:
+        return NO_POSITIONS if shared is None else PairBias(lambda: shared)
+    own = attention._get_rel_pos_bias
+    return PairBias(lambda: own()[0] if shared is None else own()[0] + shared)
 
 
 class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
@@ -161,27 +152,12 @@ class CompressedNaFlex(RotaryVit, NaFlexVit):
 
     embeds: Any
 
-    def built_for(self) -> Size | None:
-        return None
-
-    def usual_size(self) -> Size:
-        return configured_size(self)
-
-    def grid_at(self, size: Size) -> Size:
-        rows, columns = self.embeds.dynamic_feat_size(size)
-        return rows, columns
-
-    def patch_sides(self) -> Size:
-        return as_size(self.embeds.patch_size, "patch_size")
-
-    def pads(self) -> bool:
-        return bool(self.embeds.dynamic_img_pad)
+    @property
+    def stem(self) -> Any:
+        return self.embeds
 
     def class_tokens(self) -> int:
         return int(self.embeds.cls_token is not None)
-
-    def embedding_flops(self, size: Size) -> int:
-        return self.tokens_at(size) * self.embeds.proj.weight.numel()
 
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         x, _ = self.embeds(images)

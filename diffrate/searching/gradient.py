@@ -473,7 +473,7 @@ def _reset_rates(model: CompressedModel, settings: SearchSettings) -> None:
     if granularity is not None and set(compression.granularity.values()) != {granularity}:
         compression.set_granularity(granularity, granularity)
     if min(len(rate) for rate in model.arch_parameters()) < 2:
-        limit = compression.patches(compression.space.searchable[0])
+        limit = compression.patches
         found = max(compression.granularity.values())
         raise RateError(f"granularity: found {found}; accepted: from 1 to {limit - 1}")
     compression.schedule = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import generators_kept, place_of
 from diffrate.evaluation import Batches, Scores, Tally
 from diffrate.latency.confirm import Confirmed

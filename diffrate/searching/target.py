@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from diffrate.blocks.masked_block import BlockPlan
+from diffrate.blocks.masked import BlockPlan
 from diffrate.blocks.rates import Choice, with_gradient_of
 from diffrate.budget import ADVICE, LATENCY, SHARE, SPEEDUP, Budget, BudgetError, Target
 from diffrate.group import made_by_first

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.forms import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import autocast, place_of
 from diffrate.evaluation import images_of, modes_kept
 from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier
-from diffrate.patch.features import Features
+from diffrate.patch.plain_vit import CompressedVit
 from diffrate.schedule import Schedule
 
 LEAST_SPREAD = 1e-9  # of outputs, as a share of their mean square: one image alone has none
@@ -83,7 +83,7 @@ class Teacher:
         self.model, self.multi_label, self.of_outputs = model, multi_label, loss != "tokens" and has_classifier(model)
         if loss != "tokens":
             self.at, self.step = model.outputs_at, model.search_step
-        elif isinstance(model, Features):
+        elif isinstance(model, CompressedVit):
             self.at, self.step = model.features_at, model.search_features
         else:
             raise UnsupportedModelError(

@@ -1,4 +1,8 @@
-"""Attention among tokens of which some are masked: the search's softmax (paper, section 3.3).
+"""One block in search: tokens stay in place, and a mask says which are still there (paper, section 3.3).
+
+Nothing is dropped or moved. Instead of sorting tokens, each keeps its place and has a rank by
+importance; the mask of a token is the survival of its rank. The gradient reaches the rates through
+the mask, in the attention of every later block, and through the expected counts, in the cost. The attention is
 
     E = exp(scores - max)                  A = E * visible
     weights = (A + eps / N) / (Z + eps)    Z = sum of A, visible_ij = mask_j, and 1 for i = j
@@ -17,18 +21,24 @@ A few images are treated at a time, so that on a CPU their maps stay in the cach
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from diffrate.blocks.attention import Heads
-from diffrate.blocks.tokens import size_dtype
+from diffrate.blocks.attention import Heads, parts_of, size_bias
+from diffrate.blocks.block import UnsupportedModelError, attention_branch, has_hooks, mlp_branch, with_hooks
+from diffrate.blocks.heads import Positions, projection_of
+from diffrate.blocks.rates import Choice, ste_leaving
+from diffrate.blocks.reduction import ReductionRule, after_prefix, length_of, most_similar
+from diffrate.blocks.tokens import TokenState, follow, followed, replaced, size_dtype, take
 
+SEARCH_SIZE_FLOOR = 1.0  # the published search clamps sizes here, which inference does not
 EPSILON = 1e-6
-CACHED_ELEMENTS = 2**18  # of one map: 1 MiB in float32
 
 
 def masked_attention(
@@ -76,7 +86,7 @@ class _MaskedAttention(torch.autograd.Function):
         scale: float,
         queries: int,
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, rows, _ = query.shape
+        heads, rows = query.shape[1:3]
         tokens = key.shape[2]
         seen = mask[:, None, :, None]  # [B, 1, N, 1]
         hides = 1 - seen[:, :, :rows]
@@ -84,7 +94,7 @@ class _MaskedAttention(torch.autograd.Function):
         mixed, importance = value.new_empty(*query.shape[:3], value.shape[3]), torch.empty_like(mask)
         totals, inverses = torch.empty_like(query[..., :1]), torch.empty_like(query[..., :1])
         positions, maps = torch.empty_like(totals, dtype=torch.int64), []
-        for part in _parts(batch, heads * rows * tokens, query.device):
+        for part in parts_of(key, heads * rows * tokens):
             softmax = _softmax(query[part], key[part], scale, bias if bias is None else bias[part], pairs)
             inverse, highest = softmax.max(-1, keepdim=True)  # 1 / S, and where E is 1
             hidden = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * hides[part]  # d (1 - m)
@@ -106,14 +116,14 @@ class _MaskedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_mixed: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, mask, mixed, totals, inverses, positions, *maps = ctx.saved_tensors
-        batch, heads, rows, _ = query.shape
+        heads, rows = query.shape[1:3]
         tokens = key.shape[2]
         seen = mask[:, None, :, None]
         masked_key, ones = key * seen, value.new_ones(1, 1, 1, 1)
         grads = [torch.empty_like(item) for item in (query, key, value)]
         columns, to_highest = torch.empty_like(mask), torch.empty_like(mask)
         diagonals = torch.zeros_like(mask)
-        parts = _parts(batch, heads * rows * tokens, query.device)
+        parts = parts_of(key, heads * rows * tokens)
         for part, softmax in zip(parts, maps, strict=True):
             k, v, hides = key[part], value[part], 1 - seen[part, :, :rows]
             itself = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
@@ -166,8 +176,149 @@ def _importance(
     return heard / asking.sum(-1, keepdim=True)
 
 
-def _parts(batch: int, elements: int, device: torch.device) -> Iterator[slice]:
-    """The batch in parts whose maps fit a CPU's cache; in one part on other devices."""
-    size = max(1, CACHED_ELEMENTS // elements) if device.type == "cpu" else batch
-    for start in range(0, batch, size):
-        yield slice(start, start + size)
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one block does in this step, known before any image is seen.
+
+    entering, pruned, merged: running counts as integers.
+    prune, merge: the choices, None where the block has none.
+    cost: tokens that enter and leave the block for the cost formula, carrying gradients.
+    """
+
+    entering: int
+    pruned: int
+    merged: int
+    prune: Choice | None
+    merge: Choice | None
+    cost: tuple[Tensor, Tensor]
+
+
+def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -> list[BlockPlan]:
+    """The plan of `blocks` blocks over `tokens` tokens for the choices that were drawn.
+
+    A reduction happens only where its count is below the running one.
+    """
+    plans = []
+    some = next(iter(drawn.values()))["merge"]
+    entering, entering_cost = tokens, some.expected.new_tensor(tokens)
+    for block in range(blocks):
+        choices = drawn.get(block, {})
+        prune, merge = choices.get("prune"), choices.get("merge")
+        pruned = entering if prune is None else min(entering, prune.count)
+        merged = pruned if merge is None else min(pruned, merge.count)
+        leaving_cost = entering_cost.detach()  # an uncompressed block passes the count on as a constant
+        if merge is not None:
+            pruning = entering_cost.detach() if prune is None else prune.expected
+            leaving_cost = ste_leaving(entering_cost, pruning, merge.expected)
+        plans.append(BlockPlan(entering, pruned, merged, prune, merge, (entering_cost, leaving_cost)))
+        entering, entering_cost = merged, leaving_cost
+    return plans
+
+
+def search_block(
+    block: Any, positions: Positions, rule: ReductionRule, state: TokenState, plan: BlockPlan, read: int | None
+) -> TokenState:
+    """Run one block of the search on `state`, whose mask is `[B, N]`.
+
+    With `read` nothing but that many first tokens is read of what it leaves: the others need no
+    reduction, which would come too late to be seen, and no MLP.
+    """
+    return with_hooks(block, state, read, partial(_search_step, block, positions, rule, plan))
+
+
+def _search_step(
+    block: Any, positions: Positions, rule: ReductionRule, plan: BlockPlan, state: TokenState, read: int | None
+) -> TokenState:
+    mask = state.mask
+    assert mask is not None
+    importance = mask
+
+    def mix(attention: Any, entering: Tensor) -> Tensor:
+        nonlocal importance
+        if has_hooks(attention.attn_drop):
+            raise UnsupportedModelError("attn_drop: found hooks; accepted: none in a search, whose map is another")
+        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
+        pairs = positions.pairs(state.place)
+        pairs = pairs if pairs is None else pairs[:, :, :read]
+        mixed, importance = masked_attention(
+            heads, size_bias(state.size), mask, rule.importance.queries, pairs, rule.importance.masked_queries
+        )
+        return mixed
+
+    x = attention_branch(block, state.x, mix)
+    if read is not None:
+        return TokenState(mlp_branch(block, x))
+    state = replaced(state, x=x)
+    if plan.merged < plan.entering:
+        state = _reduce(state, importance, rule, plan)
+    return replaced(state, x=mlp_branch(block, state.x))
+
+
+def _reduce(state: TokenState, importance: Tensor, rule: ReductionRule, plan: BlockPlan) -> TokenState:
+    assert state.mask is not None
+    order = _order(importance, state.mask, rule.prefix)
+    if plan.prune is not None and plan.pruned < plan.entering:
+        state = _prune(state, _remove(state.mask, order, plan.prune, plan.entering))
+    if plan.merge is not None and plan.merged < plan.pruned:
+        if plan.merged > rule.pairing.spared:
+            state = _merge(state, order, plan, rule)
+        elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
+            kept = order[:, : plan.merged]
+            stays = (state.origin[:, :, None] == kept[:, None]).any(-1)
+            state = replaced(state, origin=torch.where(stays, state.origin, -1))
+        assert state.mask is not None
+        state = replaced(state, mask=_remove(state.mask, order, plan.merge, plan.pruned))
+    return state
+
+
+def _order(importance: Tensor, mask: Tensor, prefix: int) -> Tensor:
+    """Tokens `[B, N]` by falling importance `[B, N]`: the prefix first and as it is, removed ones last."""
+    importance = importance.masked_fill(mask == 0, -1)[:, prefix:]
+    return after_prefix(importance.argsort(dim=1, descending=True), prefix)
+
+
+def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor:
+    """The mask `[B, N]` after a choice among the `current` tokens that are still there."""
+    surviving = choice.mask()[:current].to(mask.dtype).expand(len(mask), current)
+    places = order[:, :current]
+    return mask.scatter(1, places, mask.gather(1, places) * surviving)
+
+
+def _prune(state: TokenState, mask: Tensor) -> TokenState:
+    """`state` with a new mask; input tokens whose token is gone were pruned."""
+    assert state.mask is not None
+    masked = replaced(state, mask=mask)
+    if state.last is None:
+        return masked
+    stay = torch.arange(mask.shape[1], device=mask.device)
+    return followed(state, masked, torch.where((state.mask > 0) & (mask == 0), -1, stay))
+
+
+def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rule: ReductionRule) -> TokenState:
+    """Average sources into their destinations; the sources stay beside them, to be masked.
+
+    A source's weighted size is clamped before it is added, and is what the source keeps (quirks).
+    """
+    x, tokens = state.x, state.x.shape[1]
+    sources = order[:, plan.merged : plan.pruned]
+    kept = order[:, rule.pairing.spared : plan.merged]
+    moving, candidates = take(x, sources), take(x, kept)
+    precise = size_dtype(x)
+    nearest, along = most_similar(moving.to(precise), candidates.to(precise), length_of(candidates))
+    destination = kept.gather(1, nearest)
+    goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
+    features = goes_to.to(x.dtype)
+    merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
+
+    sizes = state.sizes()
+    source_size = take(sizes, sources)
+    if rule.mean.cosine_sizes:
+        similarity = along / length_of(moving)
+        source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
+    size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)
+    size = size.scatter(1, sources, source_size)
+    origin = state.origin
+    if origin is not None:
+        stay = torch.arange(tokens, device=x.device).expand(len(x), tokens)
+        origin = follow(origin, stay.scatter(1, sources, destination))
+    return replaced(state, x=merged.to(x.dtype), size=size, origin=origin)
