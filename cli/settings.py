@@ -1,46 +1,226 @@
-"""What the flags become: frozen settings, a class per concern. No torch here.
+"""Every flag, declared once as a field of the frozen settings that it becomes, a class per concern. No torch here.
 
-Nothing but this folder sees the parsed flags: `settings_from` is where they end.
+A field's `option` has all that there is to a flag: default, help, accepted values, spelling, and after them the words
+of argparse that the type does not say. `group` begins a group of the help. `saved=False` is for what may differ when a
+training goes on. A field without an `option` has the value of another class's flag, by the name of either.
 """
 
+# ruff: noqa: RUF009  (`option` gives a field)
 from __future__ import annotations
 
-from argparse import Namespace
-from dataclasses import dataclass, fields
+import argparse
+import math
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, get_type_hints
 
-from diffrate.budget import LATENCY, SPEEDUP, Target
-from diffrate.searching.settings import FLAGS, SearchSettings
+from diffrate import ROUNDS
+from diffrate.budget import BASELINES, FLOPS, LATENCY, SHARE, SPEEDUP, Target
+from diffrate.files.targets import PRECISIONS as EXPORTED_PRECISIONS
+from diffrate.files.targets import TARGETS
+from diffrate.searching.settings import FLAGS, OPTIONS, SMOOTHING, Range, SearchSettings, flag_of, option
 
-Taken = TypeVar("Taken")
 PROJECT = Path(__file__).resolve().parent.parent
 OFFICIAL = "official"
 FROM_SCRATCH = "scratch"
 SEARCH = "search"
 DEFAULT_BATCH = 64  # images
+LATENCY_BATCH = 8  # images
 # The modes that a flag asks for; without one, it is a search.
 MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "export", "plot", "list_models")
 BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
 FILES = "files"  # the benchmark of exported files
+PRECISIONS = ("off", "bf16", "fp16")
+DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
+SCHEDULES = ("cosine", "tanh", "step", "poly", "constant", "none")
+ALL_NAMES = "*"
+MOST = 2**31 - 1  # of what is counted
+LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
+LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
+CALIBRATION = 256  # images that --sensitivity measures on
+DISTILL = 0.9  # of the loss
+COUNT, WHOLE, SHARED, NOT_NEGATIVE = Range(1), Range(0), Range(0, 1), Range(0)
+DROPPED, CROPPED, POSITIVE = Range(0, 1, below=True), Range(0, 1, above=True), Range(0, above=True)
+free = partial(option, saved=False)
+
+
+def number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
+    """An argparse type: a number that is accepted; where it may be any, up to what computes."""
+    limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if value not in limits:
+            raise ArgumentTypeError(f"found {text}; accepted: {limits}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+def gflops(text: str) -> Target:
+    """An argparse type: GFLOPs, or with `%` a share of the dense model's."""
+    share = text.endswith("%")
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError as error:
+        raise ArgumentTypeError(f"found {text}; accepted: GFLOPs, or a share such as 50%") from error
+    if not (0 < value <= 100 if share else 0 < value < math.inf):
+        raise ArgumentTypeError(f"found {text}; accepted: above {'0% to 100%' if share else '0'}")
+    return Target(SHARE, value / 100) if share else Target(FLOPS, value * 1e9)
+
+
+def location(text: str) -> str:
+    """An argparse type: a path or URL, with `~` for a user's folder also where the shell leaves it, as after `=`."""
+    if not text:
+        raise ArgumentTypeError("found an empty name; accepted: a path")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        raise ArgumentTypeError(f"found {text}; accepted: the folder of a user that there is") from error
+
+
+class Benchmark(argparse.Action):
+    """One of `BENCHMARKS`, the first where nothing is said, or names of files."""
+
+    def __call__(self, parser: object, namespace: Namespace, values: Any, option: object = None) -> None:
+        words = list(values) or [BENCHMARKS[0]]
+        named = [word for word in words if word in BENCHMARKS or Path(word).suffix not in TARGETS]
+        if named and (len(words) > 1 or named[0] not in BENCHMARKS):
+            wrong = next((word for word in named if word not in BENCHMARKS), named[0])
+            kinds = f"{', '.join(BENCHMARKS)}, or files that end in {', '.join(TARGETS)}"
+            raise argparse.ArgumentError(self, f"found {wrong}; accepted: one of {kinds}")
+        namespace.benchmark = words
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run does, where and how it computes, and what it leaves.
+
+    flags: all of them as plain values, for checkpoints. words: the command line as it was typed.
+    """
+
+    mode: str
+    flags: MappingProxyType[str, Any]
+    words: tuple[str, ...]
+    eval: bool = option(
+        False, "evaluate the model, compressed or dense", group="what to do; without any of these, search"
+    )
+    finetune: str | bool | None = free(
+        None,
+        "train the weights at the given rates, from a checkpoint or from scratch",
+        location,
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+    )
+    timed: tuple[str, ...] = option(
+        (),
+        f"time dense against compressed ({BENCHMARKS[0]}, the default), or {BENCHMARKS[1]}: a search step; "
+        f"{BENCHMARKS[2]}: by the size of input and batch; {BENCHMARKS[3]}; {BENCHMARKS[4]}: of the parts of a block, "
+        "which --target_speedup goes by; or files of --export, beside their model",
+        location,
+        "--benchmark",
+        nargs="*",
+        action=Benchmark,
+        metavar="KIND|FILE",
+    )
+    baseline: str | None = option(None, "evaluate a uniform schedule that meets the target", BASELINES)
+    sensitivity: int | None = option(
+        None,
+        f"what each block can lose alone, on training images without their labels, default {CALIBRATION}",
+        COUNT,
+        nargs="?",
+        const=CALIBRATION,
+        metavar="IMAGES",
+    )
+    images: tuple[Path, ...] = option(
+        (), "draw which tokens merge and go, block by block", Path, "--visualize", nargs="+", metavar="IMAGE"
+    )
+    export: Path | None = free(
+        None,
+        "write the model for another runtime: .onnx (onnxruntime), .pt2 (torch alone) or .xml (OpenVINO)",
+        Path,
+        metavar="PATH",
+    )
+    folder: Path | None = option(
+        None, "draw the plots of an output folder again, from its logs", Path, "--plot", metavar="DIR"
+    )
+    pattern: str | None = option(
+        None,
+        "print the names that --model takes, all or those that match, such as 'vit_*dinov2*'",
+        lambda text: text or ALL_NAMES,
+        "--list-models",
+        nargs="?",
+        const=ALL_NAMES,
+        metavar="PATTERN",
+    )
+    output_dir: Path | None = free(
+        None, "where logs and checkpoints go", Path, "--output_dir", metavar="DIR", group="what it leaves"
+    )
+    save: Path | None = free(None, "leave the model, schedule included, in one file", Path, metavar="PATH")
+    save_rates: bool = option(False, "add the result to compression_rate.json", flag="--save_compression_rate")
+    export_dtype: str = free("float32", "precision of the weights in --export", EXPORTED_PRECISIONS)
+    export_normalize: bool = free(False, "let the file of --export take RGB in 0..1, and normalise it")
+    export_opset: int | None = free(None, "of an .onnx file, from 18, the default", COUNT, metavar="OPSET")
+    tensorboard: bool = free(False, "also log to TensorBoard in --output_dir")
+    print_freq: int = free(10, "steps between log lines", COUNT, metavar="STEPS")
+    quiet: bool = free(False, "no progress on the terminal: results and warnings alone")
+    device: str = free("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", group="run")
+    amp: str | None = option(None, "mixed precision; default fp16 on CUDA, off on CPU", PRECISIONS)
+    seed: int
+    resume: str | None = free(
+        None,
+        "go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
+        metavar="PATH|auto",
+    )
+    blocks: tuple[int, ...] | None = option(None, "blocks to draw with --visualize, counted from 0", WHOLE, nargs="+")
+    compile: bool = free(False, "run as one compiled graph; --benchmark times both")
+    rounds: int = option(ROUNDS, "timed pairs of --benchmark", COUNT)
+
+    @property
+    def benchmark(self) -> str | None:
+        """One of `BENCHMARKS`, or that of exported files."""
+        return benchmark_of(self.timed)
+
+    @property
+    def exported(self) -> tuple[Path, ...]:
+        """The files to time."""
+        return tuple(map(Path, self.timed)) if self.benchmark == FILES else ()
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images.
+    """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images."""
 
-    exif: turn images as it says. skip_unreadable: go on without files that cannot be read.
-    """
-
-    data_set: str
-    path: str | None
-    crop_pct: float | None
-    batch_sizes: tuple[int, ...]
-    workers: int | None
-    pin_memory: bool
-    exif: bool
-    skip_unreadable: bool
+    path: str | None = free(
+        None, "folder of the data set; none: the digits that ship", location, "--data-path", metavar="DIR", group="data"
+    )
+    data_set: str = option(None, "IMNET is any ImageFolder layout; CIFAR is CIFAR-100", DATA_SETS)
+    crop_pct: float | None = option(None, "part of the short side that is seen", CROPPED)
+    batch_sizes: tuple[int, ...] = free(
+        (),
+        f"images a step, on each process, default {DEFAULT_BATCH}, or fewer where training has fewer; "
+        "--benchmark takes several sizes in turn",
+        COUNT,
+        "--batch-size",
+        dest="batch_sizes",
+        nargs="+",
+        metavar="IMAGES",
+    )
+    workers: int | None = free(None, "loader processes of each process, default one per core", WHOLE, "--num_workers")
+    exif: bool = option(
+        False, "turn images upright as their EXIF says, which published accuracies do not; --visualize always does"
+    )
+    # What a training that met such a file goes on with.
+    skip_unreadable: bool = free(
+        False, "leave out files that cannot be read, and say which at the end; in training, the next image stands in"
+    )
+    pin_memory: bool = free(True, "pinned host memory on CUDA", flag="--pin-mem")
 
     @property
     def batch_size(self) -> int:
@@ -48,143 +228,203 @@ class DataSettings:
         return self.batch_sizes[0] if self.batch_sizes else DEFAULT_BATCH
 
 
-@dataclass(frozen=True)
+def rows_columns(sizes: list[int]) -> tuple[int, int]:
+    """The input's size of one number or two."""
+    return sizes[0], sizes[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which model, with which weights, at which kept counts.
 
     checkpoint: path, URL, or one of the words for the official weights and for none.
-    input_size: rows and columns in pixels, None for the model's own.
-    load: take a schedule from the file of schedules; scale: to this model's number of tokens.
-    dense: keep all tokens, whatever the checkpoint says. start: where a search begins.
-    multi_label: outputs stand for labels of their own.
     """
 
-    name: str | None
-    checkpoint: str
-    input_size: tuple[int, int] | None
-    drop_path: float
-    granularity: int
-    load: bool
-    targets: tuple[Target, ...]
-    rate_file: Path | None
-    scale: bool
-    dense: bool
-    start: Target | None
+    name: str | None = option(
+        None,
+        "a published model (README: Reproduce the paper) such as vit_deit_small_patch16_224, any other ViT of timm "
+        "with or without a pretrained tag, or hf-hub:USER/NAME; a file of --save as --checkpoint says it itself",
+        flag="--model",
+        metavar="NAME",
+        group="model and compression",
+    )
+    checkpoint: str = free(
+        None,
+        f"weights, or a file of --save; '{OFFICIAL}' are the published ones, which --eval takes on its own",
+        location,
+        metavar="PATH_OR_URL",
+    )
     multi_label: bool
+    dense: bool = free(False, "keep all tokens, whatever the checkpoint was trained at")
+    input_size: tuple[int, int] | None = option(
+        None,
+        "side of the input, or its rows and columns, default the model's own",
+        Range(1, LARGEST_INPUT),
+        nargs="+",
+        metavar="PIXELS",
+        becomes=rows_columns,
+    )
+    drop_path: float = option(0.1, "stochastic depth in training", DROPPED, metavar="RATE")
+    load: bool = free(False, "compress at a schedule of the compression rate file", flag="--load_compression_rate")
+    target_flops: tuple[Target, ...] = free(
+        (),
+        "schedule to load, or budgets to meet, as GFLOPs or as a share of the dense model's, such as 50%%",
+        gflops,
+        "--target_flops",
+        nargs="+",
+        metavar="GFLOPS",
+    )
+    target_speedup: tuple[float, ...] = free(
+        (),
+        "instead, how many times as fast as dense a search or a --baseline is to be, measured on this machine",
+        POSITIVE,
+        "--target_speedup",
+        nargs="+",
+        metavar="TIMES",
+    )
+    target_latency: tuple[float, ...] = free(
+        (), "or what an image is to take", POSITIVE, "--target_latency", nargs="+", metavar="SECONDS"
+    )
+    scale: bool = free(
+        False,
+        "scale a schedule that was made for another number of tokens, as with --input-size",
+        flag="--scale_compression_rate",
+    )
+    rate_file: Path | None = free(
+        None, "schedules to load from, default compression_rate.json", Path, "--compression_rate_file", metavar="PATH"
+    )
+    granularity: int
+    start: Target | None = option(
+        None, "start from this schedule of the rate file", gflops, "--init_compression_rate", metavar="GFLOPS"
+    )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The schedule to load, or what to meet."""
+        timed = ((SPEEDUP, self.target_speedup), (LATENCY, self.target_latency))
+        return self.target_flops or tuple(Target(kind, value) for kind, values in timed for value in values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencySettings:
+    """How a model is to be used where its seconds count."""
+
+    batch_size: int = free(
+        LATENCY_BATCH,
+        f"at a time, where speed counts, default {LATENCY_BATCH}",
+        COUNT,
+        "--latency_batch",
+        metavar="IMAGES",
+    )
+    asked: str | None = free(
+        None, "of weights there, default that of --amp, or float32; see --compile", PRECISIONS, "--latency_precision"
+    )
+    file: Path | None = free(
+        None, "that keeps what was measured, default one in the user's cache", Path, "--latency_file", metavar="FILE"
+    )
+    amp: str | None
+    compile: bool
+
+    @property
+    def precision(self) -> str:
+        """One of `PRECISIONS`."""
+        return self.asked or self.amp or "off"
 
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """How a search goes about it, None where the model decides: options of the search, and `transform` of the images,
-    `train` or `eval`."""
+    """How a search goes about it, None where the model decides."""
 
-    loss: str | None
-    transform: str | None
-    budget: str | None
-    method: str | None
-
-
-@dataclass(frozen=True)
-class LatencySettings:
-    """How a model is to be used where its seconds count: images at a time, precision, compiled or not. file: that
-    keeps what was measured, None for one of its own."""
-
-    batch_size: int
-    precision: str
-    compiled: bool
-    file: Path | None
+    transform: str | None = free(
+        None,
+        "images as in training (the paper, default of its models), or as in evaluation, mirrored by --hflip",
+        ("train", "eval"),
+        "--search_transform",
+        group="search",
+    )
+    loss: str | None = None
+    budget: str | None = None
+    method: str | None = None
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Where and how a run computes, and what it leaves.
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How weights are trained: optimizer, its learning rate's course, average of the weights."""
 
-    images, folder, baseline, benchmark, pattern: what the mode is about, and sensitivity: on how many images.
-    exported: files to time, of the benchmark that has them. export, export_dtype, export_normalize, export_opset: the
-    file to write, the precision of its weights, whether it takes images in [0, 1], and which operators it has.
-    resume: a path or `auto`.
-    flags: all of them as plain values, for checkpoints. words: the command line as it was typed.
-    """
-
-    mode: str
-    images: tuple[Path, ...]
-    folder: Path | None
-    baseline: str | None
-    benchmark: str | None
-    exported: tuple[Path, ...]
-    export: Path | None
-    export_dtype: str
-    export_normalize: bool
-    export_opset: int | None
-    sensitivity: int | None
-    pattern: str | None
-    output_dir: Path | None
-    save: Path | None
-    save_rates: bool
-    resume: str | None
-    device: str
-    amp: str | None
-    seed: int
-    print_freq: int
-    blocks: tuple[int, ...] | None
-    quiet: bool
-    compile: bool
-    rounds: int
-    tensorboard: bool
-    flags: MappingProxyType[str, Any]
-    words: tuple[str, ...]
+    epochs: int
+    optimizer: str = option(
+        "adamw", "any optimizer of timm", flag="--opt", metavar="NAME", group="training (--finetune)"
+    )
+    learning_rate: float = option(
+        1e-5, "learning rate for 512 images a step; the default goes by what is trained", POSITIVE, "--lr"
+    )
+    unscaled: bool = option(False, "take --lr as it is, whatever the batch size", flag="--unscale-lr")
+    least_learning_rate: float = option(
+        1e-6, "where the schedule ends, default 1e-6 or lower", NOT_NEGATIVE, "--min-lr"
+    )
+    warmup_learning_rate: float = option(1e-6, "where the warm-up starts", NOT_NEGATIVE, "--warmup-lr")
+    warmup_epochs: int | None = option(None, "default 5, or none in runs of up to 5 epochs", WHOLE)
+    schedule: str = option("cosine", "", SCHEDULES, "--sched")
+    weight_decay: float = option(0.05, "", NOT_NEGATIVE)
+    momentum: float = option(0.9, "for optimizers that have one", SHARED)
+    clip_grad: float | None = option(None, "clip the gradient's norm", POSITIVE, metavar="NORM")
+    average: bool = option(False, "average the weights over steps, and save the average", flag="--model-ema")
+    average_decay: float = option(0.99996, "", SHARED, "--model-ema-decay")
+    distill: float | None = option(
+        None,
+        "the dense model, with the weights to start from, as a teacher beside the labels: how much it counts, "
+        f"{DISTILL} where nothing is said; 0 for none",
+        SHARED,
+        nargs="?",
+        const=DISTILL,
+        metavar="WEIGHT",
+    )
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """DeiT's training augmentation; `affine` is (degrees, shift, rescale), the last two fractions."""
 
-    color_jitter: float
-    auto_augment: str | None
-    interpolation: str
-    erase_probability: float
-    erase_mode: str
-    erase_count: int
-    hflip: float
-    affine: tuple[float, float, float] | None
-    repeated: bool  # three views of an image follow each other
+    color_jitter: float = option(
+        0.3, "", NOT_NEGATIVE, group="augmentation (training; of few images, --finetune has the mildest by default)"
+    )
+    auto_augment: str | None = option(
+        "rand-m9-mstd0.5-inc1",
+        "timm's AutoAugment policy, or none",
+        flag="--aa",
+        metavar="POLICY",
+        becomes=lambda policy: None if policy in ("", "none") else policy,
+    )
+    interpolation: str = option("bicubic", "", ("random", "bilinear", "bicubic"), "--train-interpolation")
+    erase_probability: float = option(0.25, "probability of random erasing", SHARED, "--reprob")
+    erase_mode: str = option("pixel", "", ("const", "rand", "pixel"), "--remode")
+    erase_count: int = option(1, "erased areas", COUNT, "--recount")
+    hflip: float = option(0.5, "probability of a mirror image", SHARED)
+    affine: tuple[float, float, float] | None = option(
+        None,
+        "random rotations, shifts and rescalings up to these, the last two as fractions",
+        float,
+        nargs=3,
+        metavar=("DEGREES", "SHIFT", "RESCALE"),
+    )
+    repeated: bool = option(True, "three views an image", flag="--repeated-aug")
 
 
 @dataclass(frozen=True)
 class Mixing:
     """The labels' part of DeiT's recipe: smoothing, and images mixed by mixup and cutmix."""
 
-    smoothing: float
-    mixup: float
-    cutmix: float
-    probability: float
-    switch_probability: float
-    mode: str
+    smoothing: float = option(SMOOTHING, "label smoothing", SHARED)
+    mixup: float = option(0.8, "", NOT_NEGATIVE, metavar="ALPHA")
+    cutmix: float = option(1.0, "", NOT_NEGATIVE, metavar="ALPHA")
+    probability: float = option(1.0, "", SHARED, "--mixup-prob")
+    switch_probability: float = option(0.5, "probability of cutmix when both are on", SHARED, "--mixup-switch-prob")
+    mode: str = option("batch", "", ("batch", "pair", "elem"), "--mixup-mode")
 
     @property
     def mixes(self) -> bool:
         """Whether images are mixed at all."""
         return self.mixup > 0 or self.cutmix > 0
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How weights are trained: optimizer, its learning rate's course, average of the weights."""
-
-    epochs: int
-    optimizer: str
-    learning_rate: float
-    unscaled: bool  # the learning rate holds whatever the batch size
-    least_learning_rate: float
-    warmup_learning_rate: float
-    warmup_epochs: int | None
-    schedule: str
-    weight_decay: float
-    momentum: float
-    clip_grad: float | None
-    average: bool
-    average_decay: float
-    distill: float | None  # how much the dense outputs count beside the labels, None for labels alone
 
 
 @dataclass(frozen=True)
@@ -194,63 +434,26 @@ class Settings:
     run: RunSettings
     data: DataSettings
     model: ModelSettings
-    search: SearchSettings
-    recipe: RecipeSettings
     latency: LatencySettings
+    recipe: RecipeSettings
+    search: SearchSettings
     training: TrainingSettings
     augmentation: Augmentation
     mixing: Mixing
 
 
-def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
-    """The settings that parsed and checked flags stand for; `words` are what was parsed."""
-    return Settings(
-        run=_run(args, words),
-        data=_taken(
-            DataSettings,
-            args,
-            path=args.data_path,
-            batch_sizes=tuple(args.batch_sizes or ()),
-            workers=args.num_workers,
-            pin_memory=args.pin_mem,
-        ),
-        model=_taken(
-            ModelSettings,
-            args,
-            name=args.model,
-            input_size=_rows_columns(args.input_size),
-            load=args.load_compression_rate,
-            targets=tuple(args.target_flops or ()) or _timed_targets(args),
-            rate_file=args.compression_rate_file,
-            scale=args.scale_compression_rate,
-            start=args.init_compression_rate,
-        ),
-        search=_search(args),
-        recipe=RecipeSettings(args.search_loss, args.search_transform, args.budget, args.search),
-        latency=LatencySettings(
-            args.latency_batch, args.latency_precision or args.amp or "off", args.compile, args.latency_file
-        ),
-        training=_training(args),
-        augmentation=_augmentation(args),
-        mixing=_taken(
-            Mixing,
-            args,
-            probability=args.mixup_prob,
-            switch_probability=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-        ),
-    )
+PARTS: dict[str, type[Any]] = get_type_hints(Settings)
 
 
-def _taken(kind: type[Taken], args: Namespace, **own: Any) -> Taken:
-    """Settings of the flags that are called like their fields, and of what is their `own`."""
-    alike = {item.name for item in fields(kind) if item.init} - own.keys()  # type: ignore[arg-type]
-    return kind(**{name: getattr(args, name) for name in alike}, **own)
-
-
-def _timed_targets(args: Namespace) -> tuple[Target, ...]:
-    speedups = tuple(Target(SPEEDUP, value) for value in args.target_speedup or ())
-    return speedups or tuple(Target(LATENCY, value) for value in args.target_latency or ())
+def declared() -> Iterator[Field[Any]]:
+    """The fields that have a flag, in the order of the help; those of several classes in the first."""
+    seen = set()
+    for part in PARTS.values():
+        for item in fields(part):
+            item = item if item.metadata else OPTIONS.get(item.name, item)
+            if item.metadata and item.metadata["flag"] is not None and flag_of(item) not in seen:
+                seen.add(flag_of(item))
+                yield item
 
 
 def dest_of(flag: str) -> str:
@@ -258,10 +461,28 @@ def dest_of(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def _search(args: Namespace) -> SearchSettings:
-    """The options of the search that have flags; what is left open keeps its default."""
-    given = {name: getattr(args, dest_of(flag)) for name, flag in FLAGS.items()}
-    return SearchSettings(**{name: value for name, value in given.items() if value is not None})
+def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
+    """The settings that parsed and checked flags stand for; `words` are what was parsed."""
+    flags = {name: _plain(value) for name, value in vars(args).items()}
+    if args.input_size is not None and len(set(args.input_size)) == 1:
+        flags["input_size"] = args.input_size[0]  # as checkpoints have a square's
+    own = {"mode": mode_of(args), "flags": MappingProxyType(flags), "words": words}
+    return Settings(**{name: _part(kind, args, own) for name, kind in PARTS.items()})
+
+
+def _part(kind: type[Any], args: Namespace, own: dict[str, Any]) -> Any:
+    """The settings of a class; what no flag gives keeps its default."""
+    found = dict(own) if kind is RunSettings else {}
+    for item in fields(kind):
+        shown = item.metadata.get("shown", {})
+        if item.name in found or (item.metadata and item.metadata["flag"] is None):
+            continue
+        dest = shown.get("dest") or dest_of(flag_of(item) if item.metadata else FLAGS.get(item.name, item.name))
+        value = getattr(args, dest)
+        if value is not None or not item.metadata:
+            becomes = shown.get("becomes", tuple if isinstance(value, list) else None)
+            found[item.name] = becomes(value) if becomes else value
+    return kind(**found)
 
 
 def mode_of(args: Namespace) -> str:
@@ -269,73 +490,14 @@ def mode_of(args: Namespace) -> str:
     return next((mode for mode in MODES if getattr(args, mode)), SEARCH)
 
 
-def benchmark_of(args: Namespace) -> str | None:
-    """The benchmark that the flags ask for: one by its name, or that of exported files."""
-    if args.benchmark is None:
-        return None
-    return args.benchmark[0] if args.benchmark[0] in BENCHMARKS else FILES
+def benchmark_of(words: list[str] | tuple[str, ...] | None) -> str | None:
+    """What `--benchmark` asks for by its words: a benchmark by its name, or that of exported files."""
+    return None if not words else words[0] if words[0] in BENCHMARKS else FILES
 
 
 def size_words(size: tuple[int, int]) -> str:
     """What to write after `--input-size`."""
     return " ".join(map(str, dict.fromkeys(size)))
-
-
-def _rows_columns(sizes: list[int] | None) -> tuple[int, int] | None:
-    """Of one number or two."""
-    return None if sizes is None else (sizes[0], sizes[-1])
-
-
-def _run(args: Namespace, words: tuple[str, ...]) -> RunSettings:
-    return _taken(
-        RunSettings,
-        args,
-        mode=mode_of(args),
-        images=tuple(args.visualize or ()),
-        folder=args.plot,
-        benchmark=benchmark_of(args),
-        exported=tuple(map(Path, args.benchmark)) if benchmark_of(args) == FILES else (),
-        pattern=args.list_models,
-        save_rates=args.save_compression_rate,
-        blocks=None if args.blocks is None else tuple(args.blocks),
-        flags=MappingProxyType({name: _plain(value) for name, value in vars(args).items()} | _side(args.input_size)),
-        words=words,
-    )
-
-
-def _training(args: Namespace) -> TrainingSettings:
-    return _taken(
-        TrainingSettings,
-        args,
-        optimizer=args.opt,
-        learning_rate=args.lr,
-        unscaled=args.unscale_lr,
-        least_learning_rate=args.min_lr,
-        warmup_learning_rate=args.warmup_lr,
-        schedule=args.sched,
-        average=args.model_ema,
-        average_decay=args.model_ema_decay,
-        distill=args.distill or None,
-    )
-
-
-def _augmentation(args: Namespace) -> Augmentation:
-    return _taken(
-        Augmentation,
-        args,
-        auto_augment=None if args.aa in ("", "none") else args.aa,
-        interpolation=args.train_interpolation,
-        erase_probability=args.reprob,
-        erase_mode=args.remode,
-        erase_count=args.recount,
-        affine=None if args.affine is None else (args.affine[0], args.affine[1], args.affine[2]),
-        repeated=args.repeated_aug,
-    )
-
-
-def _side(sizes: list[int] | None) -> dict[str, Any]:
-    """A square input's size as one number, as checkpoints have it."""
-    return {"input_size": sizes[0]} if sizes is not None and len(set(sizes)) == 1 else {}
 
 
 def _plain(value: Any) -> Any:
