@@ -121,12 +121,17 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
     """What argparse is to know of a flag by the type, default and accepted values of its field."""
     accepted, default = item.metadata["accepted"], None if item.name in OPEN else item.default
     words: dict[str, Any] = {"help": help_of(item), "default": None if default == () else default}
-    if item.type == "bool":
+    kind = str(item.type)
+    if "const" in item.metadata["shown"]:
+        words["nargs"] = "?"
+    elif kind.startswith("tuple"):
+        words["nargs"] = kind.count(",") + 1 if accepted is float else "+"
+    if kind == "bool":
         words["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(accepted, tuple):
         words["choices"] = accepted
     elif isinstance(accepted, Range):
-        words["type"] = number(int if "int" in str(item.type) else float, accepted)
+        words["type"] = number(int if "int" in kind else float, accepted)
     elif accepted is not None:
         words["type"] = accepted
     return words

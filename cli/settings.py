@@ -114,9 +114,8 @@ class RunSettings:
         None,
         "train the weights at the given rates, from a checkpoint or from scratch",
         location,
-        nargs="?",
+        "--finetune CHECKPOINT",
         const=True,
-        metavar="CHECKPOINT",
     )
     timed: tuple[str, ...] = option(
         (),
@@ -124,51 +123,43 @@ class RunSettings:
         f"{BENCHMARKS[2]}: by the size of input and batch; {BENCHMARKS[3]}; {BENCHMARKS[4]}: of the parts of a block, "
         "which --target_speedup goes by; or files of --export, beside their model",
         location,
-        "--benchmark",
+        "--benchmark KIND|FILE",
         nargs="*",
         action=Benchmark,
-        metavar="KIND|FILE",
     )
     baseline: str | None = option(None, "evaluate a uniform schedule that meets the target", BASELINES)
     sensitivity: int | None = option(
         None,
         f"what each block can lose alone, on training images without their labels, default {CALIBRATION}",
         COUNT,
-        nargs="?",
+        "--sensitivity IMAGES",
         const=CALIBRATION,
-        metavar="IMAGES",
     )
-    images: tuple[Path, ...] = option(
-        (), "draw which tokens merge and go, block by block", Path, "--visualize", nargs="+", metavar="IMAGE"
-    )
+    images: tuple[Path, ...] = option((), "draw which tokens merge and go, block by block", Path, "--visualize IMAGE")
     export: Path | None = free(
         None,
         "write the model for another runtime: .onnx (onnxruntime), .pt2 (torch alone) or .xml (OpenVINO)",
         Path,
-        metavar="PATH",
+        "--export PATH",
     )
-    folder: Path | None = option(
-        None, "draw the plots of an output folder again, from its logs", Path, "--plot", metavar="DIR"
-    )
+    folder: Path | None = option(None, "draw the plots of an output folder again, from its logs", Path, "--plot DIR")
     pattern: str | None = option(
         None,
         "print the names that --model takes, all or those that match, such as 'vit_*dinov2*'",
         lambda text: text or ALL_NAMES,
-        "--list-models",
-        nargs="?",
+        "--list-models PATTERN",
         const=ALL_NAMES,
-        metavar="PATTERN",
     )
     output_dir: Path | None = free(
-        None, "where logs and checkpoints go", Path, "--output_dir", metavar="DIR", group="what it leaves"
+        None, "where logs and checkpoints go", Path, "--output_dir DIR", group="what it leaves"
     )
-    save: Path | None = free(None, "leave the model, schedule included, in one file", Path, metavar="PATH")
+    save: Path | None = free(None, "leave the model, schedule included, in one file", Path, "--save PATH")
     save_rates: bool = option(False, "add the result to compression_rate.json", flag="--save_compression_rate")
     export_dtype: str = free("float32", "precision of the weights in --export", EXPORTED_PRECISIONS)
     export_normalize: bool = free(False, "let the file of --export take RGB in 0..1, and normalise it")
-    export_opset: int | None = free(None, "of an .onnx file, from 18, the default", COUNT, metavar="OPSET")
+    export_opset: int | None = free(None, "of an .onnx file, from 18, the default", COUNT, "--export-opset OPSET")
     tensorboard: bool = free(False, "also log to TensorBoard in --output_dir")
-    print_freq: int = free(10, "steps between log lines", COUNT, metavar="STEPS")
+    print_freq: int = free(10, "steps between log lines", COUNT, "--print-freq STEPS")
     quiet: bool = free(False, "no progress on the terminal: results and warnings alone")
     device: str = free("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", group="run")
     amp: str | None = option(None, "mixed precision; default fp16 on CUDA, off on CPU", PRECISIONS)
@@ -176,9 +167,9 @@ class RunSettings:
     resume: str | None = free(
         None,
         "go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
-        metavar="PATH|auto",
+        flag="--resume PATH|auto",
     )
-    blocks: tuple[int, ...] | None = option(None, "blocks to draw with --visualize, counted from 0", WHOLE, nargs="+")
+    blocks: tuple[int, ...] | None = option(None, "blocks to draw with --visualize, counted from 0", WHOLE)
     compile: bool = free(False, "run as one compiled graph; --benchmark times both")
     rounds: int = option(ROUNDS, "timed pairs of --benchmark", COUNT)
 
@@ -198,7 +189,7 @@ class DataSettings:
     """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images."""
 
     path: str | None = free(
-        None, "folder of the data set; none: the digits that ship", location, "--data-path", metavar="DIR", group="data"
+        None, "folder of the data set; none: the digits that ship", location, "--data-path DIR", group="data"
     )
     data_set: str = option(None, "IMNET is any ImageFolder layout; CIFAR is CIFAR-100", DATA_SETS)
     crop_pct: float | None = option(None, "part of the short side that is seen", CROPPED)
@@ -207,10 +198,8 @@ class DataSettings:
         f"images a step, on each process, default {DEFAULT_BATCH}, or fewer where training has fewer; "
         "--benchmark takes several sizes in turn",
         COUNT,
-        "--batch-size",
+        "--batch-size IMAGES",
         dest="batch_sizes",
-        nargs="+",
-        metavar="IMAGES",
     )
     workers: int | None = free(None, "loader processes of each process, default one per core", WHOLE, "--num_workers")
     exif: bool = option(
@@ -244,15 +233,14 @@ class ModelSettings:
         None,
         "a published model (README: Reproduce the paper) such as vit_deit_small_patch16_224, any other ViT of timm "
         "with or without a pretrained tag, or hf-hub:USER/NAME; a file of --save as --checkpoint says it itself",
-        flag="--model",
-        metavar="NAME",
+        flag="--model NAME",
         group="model and compression",
     )
     checkpoint: str = free(
         None,
         f"weights, or a file of --save; '{OFFICIAL}' are the published ones, which --eval takes on its own",
         location,
-        metavar="PATH_OR_URL",
+        "--checkpoint PATH_OR_URL",
     )
     multi_label: bool
     dense: bool = free(False, "keep all tokens, whatever the checkpoint was trained at")
@@ -260,42 +248,35 @@ class ModelSettings:
         None,
         "side of the input, or its rows and columns, default the model's own",
         Range(1, LARGEST_INPUT),
-        nargs="+",
-        metavar="PIXELS",
+        "--input-size PIXELS",
         becomes=rows_columns,
     )
-    drop_path: float = option(0.1, "stochastic depth in training", DROPPED, metavar="RATE")
+    drop_path: float = option(0.1, "stochastic depth in training", DROPPED, "--drop-path RATE")
     load: bool = free(False, "compress at a schedule of the compression rate file", flag="--load_compression_rate")
     target_flops: tuple[Target, ...] = free(
         (),
         "schedule to load, or budgets to meet, as GFLOPs or as a share of the dense model's, such as 50%%",
         gflops,
-        "--target_flops",
-        nargs="+",
-        metavar="GFLOPS",
+        "--target_flops GFLOPS",
     )
     target_speedup: tuple[float, ...] = free(
         (),
         "instead, how many times as fast as dense a search or a --baseline is to be, measured on this machine",
         POSITIVE,
-        "--target_speedup",
-        nargs="+",
-        metavar="TIMES",
+        "--target_speedup TIMES",
     )
-    target_latency: tuple[float, ...] = free(
-        (), "or what an image is to take", POSITIVE, "--target_latency", nargs="+", metavar="SECONDS"
-    )
+    target_latency: tuple[float, ...] = free((), "or what an image is to take", POSITIVE, "--target_latency SECONDS")
     scale: bool = free(
         False,
         "scale a schedule that was made for another number of tokens, as with --input-size",
         flag="--scale_compression_rate",
     )
     rate_file: Path | None = free(
-        None, "schedules to load from, default compression_rate.json", Path, "--compression_rate_file", metavar="PATH"
+        None, "schedules to load from, default compression_rate.json", Path, "--compression_rate_file PATH"
     )
     granularity: int
     start: Target | None = option(
-        None, "start from this schedule of the rate file", gflops, "--init_compression_rate", metavar="GFLOPS"
+        None, "start from this schedule of the rate file", gflops, "--init_compression_rate GFLOPS"
     )
 
     @property
@@ -310,17 +291,13 @@ class LatencySettings:
     """How a model is to be used where its seconds count."""
 
     batch_size: int = free(
-        LATENCY_BATCH,
-        f"at a time, where speed counts, default {LATENCY_BATCH}",
-        COUNT,
-        "--latency_batch",
-        metavar="IMAGES",
+        LATENCY_BATCH, f"at a time, where speed counts, default {LATENCY_BATCH}", COUNT, "--latency_batch IMAGES"
     )
     asked: str | None = free(
         None, "of weights there, default that of --amp, or float32; see --compile", PRECISIONS, "--latency_precision"
     )
     file: Path | None = free(
-        None, "that keeps what was measured, default one in the user's cache", Path, "--latency_file", metavar="FILE"
+        None, "that keeps what was measured, default one in the user's cache", Path, "--latency_file FILE"
     )
     amp: str | None
     compile: bool
@@ -352,9 +329,7 @@ class TrainingSettings:
     """How weights are trained: optimizer, its learning rate's course, average of the weights."""
 
     epochs: int
-    optimizer: str = option(
-        "adamw", "any optimizer of timm", flag="--opt", metavar="NAME", group="training (--finetune)"
-    )
+    optimizer: str = option("adamw", "any optimizer of timm", flag="--opt NAME", group="training (--finetune)")
     learning_rate: float = option(
         1e-5, "learning rate for 512 images a step; the default goes by what is trained", POSITIVE, "--lr"
     )
@@ -367,7 +342,7 @@ class TrainingSettings:
     schedule: str = option("cosine", "", SCHEDULES, "--sched")
     weight_decay: float = option(0.05, "", NOT_NEGATIVE)
     momentum: float = option(0.9, "for optimizers that have one", SHARED)
-    clip_grad: float | None = option(None, "clip the gradient's norm", POSITIVE, metavar="NORM")
+    clip_grad: float | None = option(None, "clip the gradient's norm", POSITIVE, "--clip-grad NORM")
     average: bool = option(False, "average the weights over steps, and save the average", flag="--model-ema")
     average_decay: float = option(0.99996, "", SHARED, "--model-ema-decay")
     distill: float | None = option(
@@ -375,9 +350,8 @@ class TrainingSettings:
         "the dense model, with the weights to start from, as a teacher beside the labels: how much it counts, "
         f"{DISTILL} where nothing is said; 0 for none",
         SHARED,
-        nargs="?",
+        "--distill WEIGHT",
         const=DISTILL,
-        metavar="WEIGHT",
     )
 
 
@@ -391,8 +365,7 @@ class Augmentation:
     auto_augment: str | None = option(
         "rand-m9-mstd0.5-inc1",
         "timm's AutoAugment policy, or none",
-        flag="--aa",
-        metavar="POLICY",
+        flag="--aa POLICY",
         becomes=lambda policy: None if policy in ("", "none") else policy,
     )
     interpolation: str = option("bicubic", "", ("random", "bilinear", "bicubic"), "--train-interpolation")
@@ -404,8 +377,7 @@ class Augmentation:
         None,
         "random rotations, shifts and rescalings up to these, the last two as fractions",
         float,
-        nargs=3,
-        metavar=("DEGREES", "SHIFT", "RESCALE"),
+        "--affine DEGREES SHIFT RESCALE",
     )
     repeated: bool = option(True, "three views an image", flag="--repeated-aug")
 
@@ -415,8 +387,8 @@ class Mixing:
     """The labels' part of DeiT's recipe: smoothing, and images mixed by mixup and cutmix."""
 
     smoothing: float = option(SMOOTHING, "label smoothing", SHARED)
-    mixup: float = option(0.8, "", NOT_NEGATIVE, metavar="ALPHA")
-    cutmix: float = option(1.0, "", NOT_NEGATIVE, metavar="ALPHA")
+    mixup: float = option(0.8, "", NOT_NEGATIVE, "--mixup ALPHA")
+    cutmix: float = option(1.0, "", NOT_NEGATIVE, "--cutmix ALPHA")
     probability: float = option(1.0, "", SHARED, "--mixup-prob")
     switch_probability: float = option(0.5, "probability of cutmix when both are on", SHARED, "--mixup-switch-prob")
     mode: str = option("batch", "", ("batch", "pair", "elem"), "--mixup-mode")

@@ -56,10 +56,13 @@ def option(default: Any, help: str, accepted: Any = None, flag: str | None = "",
     """A field that is an option of a search.
 
     accepted: a `Range`, a tuple of words, or the name of a class; None for whatever its use accepts. flag: how the
-    command line spells it, by default like the field; None for no flag. shown: more for its help, such as `metavar`;
-    and `saved`: whether a run goes on with the same value alone, by default of those with a flag.
+    command line spells it, by default like the field, and what its help calls the value; None for no flag. shown: more
+    for argparse; and `saved`: whether a run goes on with the same value alone, by default of those with a flag.
     """
     saved = shown.pop("saved", flag is not None)
+    flag, *values = flag.split() if flag else [flag]
+    if values:
+        shown["metavar"] = values[0] if len(values) == 1 else tuple(values)
     known = {"help": help, "accepted": accepted, "flag": flag, "saved": saved, "shown": shown}
     return field(default=default, metadata=known)
 
@@ -98,7 +101,7 @@ class SearchSettings:
         saved=False,
     )
     minutes: float | None = option(
-        None, "end the search within this time, about", Range(0, above=True), metavar="M", saved=False
+        None, "end the search within this time, about", Range(0, above=True), "--minutes M", saved=False
     )
     loss: str = option(
         "labels",
