@@ -119,21 +119,23 @@ def get_args_parser() -> Parser:
 
 def _argument(item: Field[Any]) -> dict[str, Any]:
     """What argparse is to know of a flag by the type, default and accepted values of its field."""
-    accepted, default = item.metadata["accepted"], None if item.name in OPEN else item.default
-    words: dict[str, Any] = {"help": help_of(item), "default": None if default == () else default}
-    kind = str(item.type)
+    accepted, kind = item.metadata["accepted"], str(item.type)
+    words: dict[str, Any] = {"help": help_of(item), "default": None if item.name in OPEN else item.default}
     if "const" in item.metadata["shown"]:
         words["nargs"] = "?"
     elif kind.startswith("tuple"):
         words["nargs"] = kind.count(",") + 1 if accepted is float else "+"
     if kind == "bool":
-        words["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        words |= {
+            "action": argparse.BooleanOptionalAction if item.default else "store_true",
+            "default": bool(item.default),
+        }
     elif isinstance(accepted, tuple):
         words["choices"] = accepted
     elif isinstance(accepted, Range):
         words["type"] = number(int if "int" in kind else float, accepted)
-    elif accepted is not None:
-        words["type"] = accepted
+    elif accepted or "Path" in kind:
+        words["type"] = accepted or Path
     return words
 
 

@@ -45,7 +45,14 @@ CALIBRATION = 256  # images that --sensitivity measures on
 DISTILL = 0.9  # of the loss
 COUNT, WHOLE, SHARED, NOT_NEGATIVE = Range(1), Range(0), Range(0, 1), Range(0)
 DROPPED, CROPPED, POSITIVE = Range(0, 1, below=True), Range(0, 1, above=True), Range(0, above=True)
-free = partial(option, saved=False)
+
+
+def flag(help: str = "", accepted: Any = None, flag: str = "", default: Any = None, **shown: Any) -> Any:
+    """A field that has a flag, as an `option` of a search has. Without a default it is off, empty or None."""
+    return option(default, help, accepted, flag, **shown)
+
+
+free = partial(flag, saved=False)  # for what may differ when a training goes on
 
 
 def number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
@@ -107,18 +114,14 @@ class RunSettings:
     mode: str
     flags: MappingProxyType[str, Any]
     words: tuple[str, ...]
-    eval: bool = option(
-        False, "evaluate the model, compressed or dense", group="what to do; without any of these, search"
-    )
+    eval: bool = flag("evaluate the model, compressed or dense", group="what to do; without any of these, search")
     finetune: str | bool | None = free(
-        None,
         "train the weights at the given rates, from a checkpoint or from scratch",
         location,
         "--finetune CHECKPOINT",
         const=True,
     )
-    timed: tuple[str, ...] = option(
-        (),
+    timed: tuple[str, ...] = flag(
         f"time dense against compressed ({BENCHMARKS[0]}, the default), or {BENCHMARKS[1]}: a search step; "
         f"{BENCHMARKS[2]}: by the size of input and batch; {BENCHMARKS[3]}; {BENCHMARKS[4]}: of the parts of a block, "
         "which --target_speedup goes by; or files of --export, beside their model",
@@ -127,51 +130,44 @@ class RunSettings:
         nargs="*",
         action=Benchmark,
     )
-    baseline: str | None = option(None, "evaluate a uniform schedule that meets the target", BASELINES)
-    sensitivity: int | None = option(
-        None,
+    baseline: str | None = flag("evaluate a uniform schedule that meets the target", BASELINES)
+    sensitivity: int | None = flag(
         f"what each block can lose alone, on training images without their labels, default {CALIBRATION}",
         COUNT,
         "--sensitivity IMAGES",
         const=CALIBRATION,
     )
-    images: tuple[Path, ...] = option((), "draw which tokens merge and go, block by block", Path, "--visualize IMAGE")
+    images: tuple[Path, ...] = flag("draw which tokens merge and go, block by block", flag="--visualize IMAGE")
     export: Path | None = free(
-        None,
         "write the model for another runtime: .onnx (onnxruntime), .pt2 (torch alone) or .xml (OpenVINO)",
-        Path,
-        "--export PATH",
+        flag="--export PATH",
     )
-    folder: Path | None = option(None, "draw the plots of an output folder again, from its logs", Path, "--plot DIR")
-    pattern: str | None = option(
-        None,
+    folder: Path | None = flag("draw the plots of an output folder again, from its logs", flag="--plot DIR")
+    pattern: str | None = flag(
         "print the names that --model takes, all or those that match, such as 'vit_*dinov2*'",
         lambda text: text or ALL_NAMES,
         "--list-models PATTERN",
         const=ALL_NAMES,
     )
-    output_dir: Path | None = free(
-        None, "where logs and checkpoints go", Path, "--output_dir DIR", group="what it leaves"
-    )
-    save: Path | None = free(None, "leave the model, schedule included, in one file", Path, "--save PATH")
-    save_rates: bool = option(False, "add the result to compression_rate.json", flag="--save_compression_rate")
-    export_dtype: str = free("float32", "precision of the weights in --export", EXPORTED_PRECISIONS)
-    export_normalize: bool = free(False, "let the file of --export take RGB in 0..1, and normalise it")
-    export_opset: int | None = free(None, "of an .onnx file, from 18, the default", COUNT, "--export-opset OPSET")
-    tensorboard: bool = free(False, "also log to TensorBoard in --output_dir")
-    print_freq: int = free(10, "steps between log lines", COUNT, "--print-freq STEPS")
-    quiet: bool = free(False, "no progress on the terminal: results and warnings alone")
-    device: str = free("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", group="run")
-    amp: str | None = option(None, "mixed precision; default fp16 on CUDA, off on CPU", PRECISIONS)
+    output_dir: Path | None = free("where logs and checkpoints go", flag="--output_dir DIR", group="what it leaves")
+    save: Path | None = free("leave the model, schedule included, in one file", flag="--save PATH")
+    save_rates: bool = flag("add the result to compression_rate.json", flag="--save_compression_rate")
+    export_dtype: str = free("precision of the weights in --export", EXPORTED_PRECISIONS, default="float32")
+    export_normalize: bool = free("let the file of --export take RGB in 0..1, and normalise it")
+    export_opset: int | None = free("of an .onnx file, from 18, the default", COUNT, "--export-opset OPSET")
+    tensorboard: bool = free("also log to TensorBoard in --output_dir")
+    print_freq: int = free("steps between log lines", COUNT, "--print-freq STEPS", default=10)
+    quiet: bool = free("no progress on the terminal: results and warnings alone")
+    device: str = free("auto (CUDA where there is one), cpu, cuda or cuda:N", default="auto", group="run")
+    amp: str | None = flag("mixed precision; default fp16 on CUDA, off on CPU", PRECISIONS)
     seed: int
     resume: str | None = free(
-        None,
         "go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
         flag="--resume PATH|auto",
     )
-    blocks: tuple[int, ...] | None = option(None, "blocks to draw with --visualize, counted from 0", WHOLE)
-    compile: bool = free(False, "run as one compiled graph; --benchmark times both")
-    rounds: int = option(ROUNDS, "timed pairs of --benchmark", COUNT)
+    blocks: tuple[int, ...] | None = flag("blocks to draw with --visualize, counted from 0", WHOLE)
+    compile: bool = free("run as one compiled graph; --benchmark times both")
+    rounds: int = flag("timed pairs of --benchmark", COUNT, default=ROUNDS)
 
     @property
     def benchmark(self) -> str | None:
@@ -189,27 +185,26 @@ class DataSettings:
     """What is read, and how. Without batch sizes it is the usual one, or less where there are fewer images."""
 
     path: str | None = free(
-        None, "folder of the data set; none: the digits that ship", location, "--data-path DIR", group="data"
+        "folder of the data set; none: the digits that ship", location, "--data-path DIR", group="data"
     )
-    data_set: str = option(None, "IMNET is any ImageFolder layout; CIFAR is CIFAR-100", DATA_SETS)
-    crop_pct: float | None = option(None, "part of the short side that is seen", CROPPED)
+    data_set: str = flag("IMNET is any ImageFolder layout; CIFAR is CIFAR-100", DATA_SETS)
+    crop_pct: float | None = flag("part of the short side that is seen", CROPPED)
     batch_sizes: tuple[int, ...] = free(
-        (),
         f"images a step, on each process, default {DEFAULT_BATCH}, or fewer where training has fewer; "
         "--benchmark takes several sizes in turn",
         COUNT,
         "--batch-size IMAGES",
         dest="batch_sizes",
     )
-    workers: int | None = free(None, "loader processes of each process, default one per core", WHOLE, "--num_workers")
-    exif: bool = option(
-        False, "turn images upright as their EXIF says, which published accuracies do not; --visualize always does"
+    workers: int | None = free("loader processes of each process, default one per core", WHOLE, "--num_workers")
+    exif: bool = flag(
+        "turn images upright as their EXIF says, which published accuracies do not; --visualize always does"
     )
     # What a training that met such a file goes on with.
     skip_unreadable: bool = free(
-        False, "leave out files that cannot be read, and say which at the end; in training, the next image stands in"
+        "leave out files that cannot be read, and say which at the end; in training, the next image stands in"
     )
-    pin_memory: bool = free(True, "pinned host memory on CUDA", flag="--pin-mem")
+    pin_memory: bool = free("pinned host memory on CUDA", flag="--pin-mem", default=True)
 
     @property
     def batch_size(self) -> int:
@@ -217,7 +212,7 @@ class DataSettings:
         return self.batch_sizes[0] if self.batch_sizes else DEFAULT_BATCH
 
 
-def rows_columns(sizes: list[int]) -> tuple[int, int]:
+def rows_columns(sizes: tuple[int, ...]) -> tuple[int, int]:
     """The input's size of one number or two."""
     return sizes[0], sizes[-1]
 
@@ -229,55 +224,47 @@ class ModelSettings:
     checkpoint: path, URL, or one of the words for the official weights and for none.
     """
 
-    name: str | None = option(
-        None,
+    name: str | None = flag(
         "a published model (README: Reproduce the paper) such as vit_deit_small_patch16_224, any other ViT of timm "
         "with or without a pretrained tag, or hf-hub:USER/NAME; a file of --save as --checkpoint says it itself",
         flag="--model NAME",
         group="model and compression",
     )
     checkpoint: str = free(
-        None,
         f"weights, or a file of --save; '{OFFICIAL}' are the published ones, which --eval takes on its own",
         location,
         "--checkpoint PATH_OR_URL",
     )
     multi_label: bool
-    dense: bool = free(False, "keep all tokens, whatever the checkpoint was trained at")
-    input_size: tuple[int, int] | None = option(
-        None,
+    dense: bool = free("keep all tokens, whatever the checkpoint was trained at")
+    input_size: tuple[int, int] | None = flag(
         "side of the input, or its rows and columns, default the model's own",
         Range(1, LARGEST_INPUT),
         "--input-size PIXELS",
         becomes=rows_columns,
     )
-    drop_path: float = option(0.1, "stochastic depth in training", DROPPED, "--drop-path RATE")
-    load: bool = free(False, "compress at a schedule of the compression rate file", flag="--load_compression_rate")
+    drop_path: float = flag("stochastic depth in training", DROPPED, "--drop-path RATE", default=0.1)
+    load: bool = free("compress at a schedule of the compression rate file", flag="--load_compression_rate")
     target_flops: tuple[Target, ...] = free(
-        (),
         "schedule to load, or budgets to meet, as GFLOPs or as a share of the dense model's, such as 50%%",
         gflops,
         "--target_flops GFLOPS",
     )
     target_speedup: tuple[float, ...] = free(
-        (),
         "instead, how many times as fast as dense a search or a --baseline is to be, measured on this machine",
         POSITIVE,
         "--target_speedup TIMES",
     )
-    target_latency: tuple[float, ...] = free((), "or what an image is to take", POSITIVE, "--target_latency SECONDS")
+    target_latency: tuple[float, ...] = free("or what an image is to take", POSITIVE, "--target_latency SECONDS")
     scale: bool = free(
-        False,
         "scale a schedule that was made for another number of tokens, as with --input-size",
         flag="--scale_compression_rate",
     )
     rate_file: Path | None = free(
-        None, "schedules to load from, default compression_rate.json", Path, "--compression_rate_file PATH"
+        "schedules to load from, default compression_rate.json", flag="--compression_rate_file PATH"
     )
     granularity: int
-    start: Target | None = option(
-        None, "start from this schedule of the rate file", gflops, "--init_compression_rate GFLOPS"
-    )
+    start: Target | None = flag("start from this schedule of the rate file", gflops, "--init_compression_rate GFLOPS")
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -291,13 +278,16 @@ class LatencySettings:
     """How a model is to be used where its seconds count."""
 
     batch_size: int = free(
-        LATENCY_BATCH, f"at a time, where speed counts, default {LATENCY_BATCH}", COUNT, "--latency_batch IMAGES"
+        f"at a time, where speed counts, default {LATENCY_BATCH}",
+        COUNT,
+        "--latency_batch IMAGES",
+        default=LATENCY_BATCH,
     )
     asked: str | None = free(
-        None, "of weights there, default that of --amp, or float32; see --compile", PRECISIONS, "--latency_precision"
+        "of weights there, default that of --amp, or float32; see --compile", PRECISIONS, "--latency_precision"
     )
     file: Path | None = free(
-        None, "that keeps what was measured, default one in the user's cache", Path, "--latency_file FILE"
+        "that keeps what was measured, default one in the user's cache", flag="--latency_file FILE"
     )
     amp: str | None
     compile: bool
@@ -313,7 +303,6 @@ class RecipeSettings:
     """How a search goes about it, None where the model decides."""
 
     transform: str | None = free(
-        None,
         "images as in training (the paper, default of its models), or as in evaluation, mirrored by --hflip",
         ("train", "eval"),
         "--search_transform",
@@ -329,24 +318,23 @@ class TrainingSettings:
     """How weights are trained: optimizer, its learning rate's course, average of the weights."""
 
     epochs: int
-    optimizer: str = option("adamw", "any optimizer of timm", flag="--opt NAME", group="training (--finetune)")
-    learning_rate: float = option(
-        1e-5, "learning rate for 512 images a step; the default goes by what is trained", POSITIVE, "--lr"
+    optimizer: str = flag("any optimizer of timm", flag="--opt NAME", default="adamw", group="training (--finetune)")
+    learning_rate: float = flag(
+        "learning rate for 512 images a step; the default goes by what is trained", POSITIVE, "--lr", default=1e-5
     )
-    unscaled: bool = option(False, "take --lr as it is, whatever the batch size", flag="--unscale-lr")
-    least_learning_rate: float = option(
-        1e-6, "where the schedule ends, default 1e-6 or lower", NOT_NEGATIVE, "--min-lr"
+    unscaled: bool = flag("take --lr as it is, whatever the batch size", flag="--unscale-lr")
+    least_learning_rate: float = flag(
+        "where the schedule ends, default 1e-6 or lower", NOT_NEGATIVE, "--min-lr", default=1e-6
     )
-    warmup_learning_rate: float = option(1e-6, "where the warm-up starts", NOT_NEGATIVE, "--warmup-lr")
-    warmup_epochs: int | None = option(None, "default 5, or none in runs of up to 5 epochs", WHOLE)
-    schedule: str = option("cosine", "", SCHEDULES, "--sched")
-    weight_decay: float = option(0.05, "", NOT_NEGATIVE)
-    momentum: float = option(0.9, "for optimizers that have one", SHARED)
-    clip_grad: float | None = option(None, "clip the gradient's norm", POSITIVE, "--clip-grad NORM")
-    average: bool = option(False, "average the weights over steps, and save the average", flag="--model-ema")
-    average_decay: float = option(0.99996, "", SHARED, "--model-ema-decay")
-    distill: float | None = option(
-        None,
+    warmup_learning_rate: float = flag("where the warm-up starts", NOT_NEGATIVE, "--warmup-lr", default=1e-6)
+    warmup_epochs: int | None = flag("default 5, or none in runs of up to 5 epochs", WHOLE)
+    schedule: str = flag("", SCHEDULES, "--sched", default="cosine")
+    weight_decay: float = flag("", NOT_NEGATIVE, default=0.05)
+    momentum: float = flag("for optimizers that have one", SHARED, default=0.9)
+    clip_grad: float | None = flag("clip the gradient's norm", POSITIVE, "--clip-grad NORM")
+    average: bool = flag("average the weights over steps, and save the average", flag="--model-ema")
+    average_decay: float = flag("", SHARED, "--model-ema-decay", default=0.99996)
+    distill: float | None = flag(
         "the dense model, with the weights to start from, as a teacher beside the labels: how much it counts, "
         f"{DISTILL} where nothing is said; 0 for none",
         SHARED,
@@ -359,39 +347,43 @@ class TrainingSettings:
 class Augmentation:
     """DeiT's training augmentation; `affine` is (degrees, shift, rescale), the last two fractions."""
 
-    color_jitter: float = option(
-        0.3, "", NOT_NEGATIVE, group="augmentation (training; of few images, --finetune has the mildest by default)"
+    color_jitter: float = flag(
+        "",
+        NOT_NEGATIVE,
+        default=0.3,
+        group="augmentation (training; of few images, --finetune has the mildest by default)",
     )
-    auto_augment: str | None = option(
-        "rand-m9-mstd0.5-inc1",
+    auto_augment: str | None = flag(
         "timm's AutoAugment policy, or none",
         flag="--aa POLICY",
+        default="rand-m9-mstd0.5-inc1",
         becomes=lambda policy: None if policy in ("", "none") else policy,
     )
-    interpolation: str = option("bicubic", "", ("random", "bilinear", "bicubic"), "--train-interpolation")
-    erase_probability: float = option(0.25, "probability of random erasing", SHARED, "--reprob")
-    erase_mode: str = option("pixel", "", ("const", "rand", "pixel"), "--remode")
-    erase_count: int = option(1, "erased areas", COUNT, "--recount")
-    hflip: float = option(0.5, "probability of a mirror image", SHARED)
-    affine: tuple[float, float, float] | None = option(
-        None,
+    interpolation: str = flag("", ("random", "bilinear", "bicubic"), "--train-interpolation", default="bicubic")
+    erase_probability: float = flag("probability of random erasing", SHARED, "--reprob", default=0.25)
+    erase_mode: str = flag("", ("const", "rand", "pixel"), "--remode", default="pixel")
+    erase_count: int = flag("erased areas", COUNT, "--recount", default=1)
+    hflip: float = flag("probability of a mirror image", SHARED, default=0.5)
+    affine: tuple[float, float, float] | None = flag(
         "random rotations, shifts and rescalings up to these, the last two as fractions",
         float,
         "--affine DEGREES SHIFT RESCALE",
     )
-    repeated: bool = option(True, "three views an image", flag="--repeated-aug")
+    repeated: bool = flag("three views an image", flag="--repeated-aug", default=True)
 
 
 @dataclass(frozen=True)
 class Mixing:
     """The labels' part of DeiT's recipe: smoothing, and images mixed by mixup and cutmix."""
 
-    smoothing: float = option(SMOOTHING, "label smoothing", SHARED)
-    mixup: float = option(0.8, "", NOT_NEGATIVE, "--mixup ALPHA")
-    cutmix: float = option(1.0, "", NOT_NEGATIVE, "--cutmix ALPHA")
-    probability: float = option(1.0, "", SHARED, "--mixup-prob")
-    switch_probability: float = option(0.5, "probability of cutmix when both are on", SHARED, "--mixup-switch-prob")
-    mode: str = option("batch", "", ("batch", "pair", "elem"), "--mixup-mode")
+    smoothing: float = flag("label smoothing", SHARED, default=SMOOTHING)
+    mixup: float = flag("", NOT_NEGATIVE, "--mixup ALPHA", default=0.8)
+    cutmix: float = flag("", NOT_NEGATIVE, "--cutmix ALPHA", default=1.0)
+    probability: float = flag("", SHARED, "--mixup-prob", default=1.0)
+    switch_probability: float = flag(
+        "probability of cutmix when both are on", SHARED, "--mixup-switch-prob", default=0.5
+    )
+    mode: str = flag("", ("batch", "pair", "elem"), "--mixup-mode", default="batch")
 
     @property
     def mixes(self) -> bool:
@@ -438,23 +430,23 @@ def settings_from(args: Namespace, words: tuple[str, ...]) -> Settings:
     flags = {name: _plain(value) for name, value in vars(args).items()}
     if args.input_size is not None and len(set(args.input_size)) == 1:
         flags["input_size"] = args.input_size[0]  # as checkpoints have a square's
-    own = {"mode": mode_of(args), "flags": MappingProxyType(flags), "words": words}
-    return Settings(**{name: _part(kind, args, own) for name, kind in PARTS.items()})
+    args.mode, args.flags, args.words = mode_of(args), MappingProxyType(flags), words
+    options = {name: getattr(args, dest_of(flag)) for name, flag in FLAGS.items()}
+    search = SearchSettings(**{name: value for name, value in options.items() if value is not None})
+    others = {name: kind for name, kind in PARTS.items() if kind is not SearchSettings}
+    parts = {name: kind(**{item.name: _value(item, args) for item in fields(kind)}) for name, kind in others.items()}
+    return Settings(search=search, **parts)
 
 
-def _part(kind: type[Any], args: Namespace, own: dict[str, Any]) -> Any:
-    """The settings of a class; what no flag gives keeps its default."""
-    found = dict(own) if kind is RunSettings else {}
-    for item in fields(kind):
-        shown = item.metadata.get("shown", {})
-        if item.name in found or (item.metadata and item.metadata["flag"] is None):
-            continue
-        dest = shown.get("dest") or dest_of(flag_of(item) if item.metadata else FLAGS.get(item.name, item.name))
-        value = getattr(args, dest)
-        if value is not None or not item.metadata:
-            becomes = shown.get("becomes", tuple if isinstance(value, list) else None)
-            found[item.name] = becomes(value) if becomes else value
-    return kind(**found)
+def _value(item: Field[Any], args: Namespace) -> Any:
+    """The value of a field."""
+    shown = item.metadata.get("shown", {})
+    spelled = flag_of(item) if item.metadata else FLAGS.get(item.name, item.name)
+    value = getattr(args, shown.get("dest") or dest_of(spelled))
+    if value is None:
+        return () if str(item.type).startswith("tuple") and "None" not in str(item.type) else None
+    value = tuple(value) if isinstance(value, list) else value
+    return shown["becomes"](value) if "becomes" in shown else value
 
 
 def mode_of(args: Namespace) -> str:
