@@ -281,10 +281,12 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
     latency = benchmark_of(args.benchmark) == "latency"
     if idle and not latency and not targets.keys() - {"target_flops"}:
         raise UsageError(f"--{idle[0]} goes with --target_speedup, --target_latency and --benchmark latency")
-    if latency:  # where both flags of a pair say what to measure
-        batch = args.latency_batch if args.latency_batch != LATENCY_BATCH else None
-        _check_same("amp", args.amp, "latency_precision", args.latency_precision)
-        _check_same("batch-size", (args.batch_sizes or [None])[0], "latency_batch", batch)
+    both = [("amp", args.amp, "latency_precision", args.latency_precision)]
+    if args.batch_sizes and args.latency_batch != LATENCY_BATCH:
+        both.append(("batch-size", args.batch_sizes[0], "latency_batch", args.latency_batch))
+    for first, one, second, other in both if latency else ():  # where both say what to measure
+        if None not in (one, other) and one != other:
+            raise UsageError(f"--{first} {one} --{second} {other}: found two values; accepted: one of the flags")
     if args.target_flops is not None and mode not in MEETING:
         if not args.load_compression_rate:
             raise UsageError("--target_flops needs --load_compression_rate, a search or a --baseline")
@@ -299,12 +301,6 @@ def _check_targets(args: argparse.Namespace, mode: str) -> None:
             "--target_flops is needed: the GFLOPs that the schedule is to meet, or a share such as 50%; or "
             "--target_speedup or --target_latency"
         )
-
-
-def _check_same(first: str, one: Any, second: str, other: Any) -> None:
-    """Refuse two flags that say the same thing differently."""
-    if None not in (one, other) and one != other:
-        raise UsageError(f"--{first} {one} --{second} {other}: found two values; accepted: one of the flags")
 
 
 def _check_combinations(args: argparse.Namespace, mode: str) -> None:
