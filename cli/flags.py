@@ -226,7 +226,8 @@ def _fill(args: argparse.Namespace, parser: Parser) -> None:
     changed = any(getattr(args, name) != parser.get_default(name) for name in OF_GRADIENT)
     if args.search is None and (changed or args.search_loss == SearchSettings.loss):
         args.search = GRADIENT
-    given = [name for name in (*PENALTY, "warmup_compression_rate") if getattr(args, name) not in (None, False)]
+    given = [name for name in PENALTY if getattr(args, name) is not None]
+    given += ["warmup_compression_rate"] if args.warmup_compression_rate else []
     if given and args.budget == "held":
         raise UsageError(f"--{given[0]} goes with a penalty; accepted: --budget penalty, or none of both")
     args.budget = "penalty" if given else args.budget
