@@ -61,19 +61,14 @@ CHANGED: dict[str, dict[str, Any]] = {
     "granularity": {"type": number(int, Range(1)), "default": GRANULARITY},
 }
 MEETING = (SEARCH, "baseline")  # the modes that meet a target
-# Flags of some modes alone: of which, and those in words.
-GOES_WITH = {
-    **dict.fromkeys(("target_speedup", "target_latency"), (MEETING, "a search or a --baseline")),
-    "load_compression_rate": (
-        tuple(mode for mode in MODES if mode not in (*MEETING, "sensitivity")),
-        "--eval, --finetune, --visualize, --export and --benchmark",
-    ),
-    "resume": ((SEARCH, "eval", "visualize", "finetune"), "a search, --finetune, --eval or --visualize"),
-    "multi_label": ((*MEETING, "eval", "sensitivity"), "a search, --eval, --baseline and --sensitivity"),
-    "distill": (("finetune",), "--finetune"),
-    "blocks": (("visualize",), "--visualize"),
-    **dict.fromkeys(("export_normalize", "export_dtype", "export_opset"), (("export",), "--export")),
-    "save": ((SEARCH, "eval", "finetune"), "a search, --eval and --finetune"),
+GOES_WITH = {  # flags of some modes alone, and which
+    **dict.fromkeys(("target_speedup", "target_latency"), "a search or a --baseline"),
+    "resume": "a search, --finetune, --eval or --visualize",
+    "multi_label": "a search, --eval, --baseline and --sensitivity",
+    "distill": "--finetune",
+    "blocks": "--visualize",
+    **dict.fromkeys(("export_normalize", "export_dtype", "export_opset"), "--export"),
+    "save": "a search, --eval and --finetune",
 }
 
 
@@ -244,10 +239,12 @@ def _fill(args: argparse.Namespace, parser: Parser) -> None:
 def _check_modes(args: argparse.Namespace, mode: str, parser: Parser) -> None:
     """The flags that go with some modes alone."""
     spelled = {dest_of(flag): flag for flag in map(flag_of, declared())}
-    for name, (modes, words) in GOES_WITH.items():
+    for name, modes in GOES_WITH.items():
         value = getattr(args, name)
         if value and value != parser.get_default(name) and mode not in modes:
-            raise UsageError(f"{spelled[name]} goes with {words}")
+            raise UsageError(f"{spelled[name]} goes with {modes}")
+    if args.load_compression_rate and mode in (*MEETING, "sensitivity"):
+        raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize, --export and --benchmark")
 
 
 def _check_numbers(args: argparse.Namespace, mode: str) -> None:
