@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import Field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from cli.settings import (
+    COUNT,
     DEFAULT_BATCH,
     FILES,
     FROM_SCRATCH,
@@ -23,7 +25,6 @@ from cli.settings import (
     declared,
     dest_of,
     mode_of,
-    number,
     settings_from,
 )
 from diffrate.files.header import SavedModelError, about, is_saved_model
@@ -41,6 +42,8 @@ PENALTY = ("flops_loss", "flops_weight")
 OF_GRADIENT = ("epochs", "arch_lr", "accum_steps", "budget", *PENALTY, "warmup_compression_rate")
 OF_GRADIENT += ("init_compression_rate", "search_transform")
 SAVED = ".safetensors"
+MOST = 2**31 - 1  # of what is counted
+LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
 # What suits small digits, where DeiT's recipe is made for photographs.
 SAMPLE_RECIPE = {
@@ -52,14 +55,6 @@ SAMPLE_RECIPE = {
 SAMPLE_COST = {"flops_loss": "relative", "flops_weight": 1.0}  # where its budget is no more than a penalty
 # What gives its compressed model most back within minutes, where weights are there to start from.
 SAMPLE_TUNING = {"epochs": 25, "lr": 8e-3, "warmup_epochs": 0}
-# What the library leaves to the command line.
-CHANGED: dict[str, dict[str, Any]] = {
-    "epochs": {
-        "help": f"default {SEARCH_EPOCHS} for a search, {TRAINING_EPOCHS} for --finetune and more from scratch, "
-        f"{SAMPLE_TUNING['epochs']} where it tunes the sample"
-    },
-    "granularity": {"type": number(int, Range(1)), "default": GRANULARITY},
-}
 MEETING = (SEARCH, "baseline")  # the modes that meet a target
 GOES_WITH = {  # flags of some modes alone, and which
     **dict.fromkeys(("target_speedup", "target_latency"), "a search or a --baseline"),
@@ -95,6 +90,30 @@ class Parser(argparse.ArgumentParser):
         return longer[0] + equals + value if len(longer) == 1 else word
 
 
+def _number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
+    """An argparse type: a number that is accepted; where it may be any, up to what computes."""
+    limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if value not in limits:
+            raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+# What the library leaves to the command line.
+CHANGED: dict[str, dict[str, Any]] = {
+    "epochs": {
+        "help": f"default {SEARCH_EPOCHS} for a search, {TRAINING_EPOCHS} for --finetune and more from scratch, "
+        f"{SAMPLE_TUNING['epochs']} where it tunes the sample"
+    },
+    "granularity": {"type": _number(int, COUNT), "default": GRANULARITY},
+}
+
+
 def get_args_parser() -> Parser:
     """The parser of `main.py`."""
     parser = Parser(
@@ -128,7 +147,7 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
     elif isinstance(accepted, tuple):
         words["choices"] = accepted
     elif isinstance(accepted, Range):
-        words["type"] = number(int if "int" in kind else float, accepted)
+        words["type"] = _number(int if "int" in kind else float, accepted)
     elif accepted or "Path" in kind:
         words["type"] = accepted or Path
     return words

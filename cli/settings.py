@@ -1,18 +1,19 @@
 """Every flag, declared once as a field of the frozen settings that it becomes, a class per concern. No torch here.
 
-A field's `option` has all that there is to a flag: default, help, accepted values, spelling, and after them the words
-of argparse that the type does not say. `group` begins a group of the help. `saved=False` is for what may differ when a
-training goes on. A field without an `option` has the value of another class's flag, by the name of either.
+A field's `flag` has all that there is to it: help, accepted values, spelling with what the help calls the value,
+default, and the words of argparse that the field's type does not say. `group` begins a group of the help; `free` is for
+what may differ when a training goes on; `becomes` makes the setting of the parsed value. A field with no `flag` has the
+value of a flag of another class, by the name of either.
 """
 
-# ruff: noqa: RUF009  (`option` gives a field)
+# ruff: noqa: RUF009  (`flag` gives a field)
 from __future__ import annotations
 
 import argparse
 import math
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -38,12 +39,10 @@ PRECISIONS = ("off", "bf16", "fp16")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 SCHEDULES = ("cosine", "tanh", "step", "poly", "constant", "none")
 ALL_NAMES = "*"
-MOST = 2**31 - 1  # of what is counted
-LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 LARGEST_INPUT = 8192  # pixels: beyond, the position embedding alone takes gigabytes
 CALIBRATION = 256  # images that --sensitivity measures on
 DISTILL = 0.9  # of the loss
-COUNT, WHOLE, SHARED, NOT_NEGATIVE = Range(1), Range(0), Range(0, 1), Range(0)
+COUNT, NOT_NEGATIVE, FRACTION = Range(1), Range(0), Range(0, 1)
 DROPPED, CROPPED, POSITIVE = Range(0, 1, below=True), Range(0, 1, above=True), Range(0, above=True)
 
 
@@ -53,20 +52,6 @@ def flag(help: str = "", accepted: Any = None, flag: str = "", default: Any = No
 
 
 free = partial(flag, saved=False)  # for what may differ when a training goes on
-
-
-def number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
-    """An argparse type: a number that is accepted; where it may be any, up to what computes."""
-    limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
-
-    def convert(text: str) -> int | float:
-        value = kind(text)
-        if value not in limits:
-            raise ArgumentTypeError(f"found {text}; accepted: {limits}")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
 
 
 def gflops(text: str) -> Target:
@@ -165,7 +150,7 @@ class RunSettings:
         "go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
         flag="--resume PATH|auto",
     )
-    blocks: tuple[int, ...] | None = flag("blocks to draw with --visualize, counted from 0", WHOLE)
+    blocks: tuple[int, ...] | None = flag("blocks to draw with --visualize, counted from 0", NOT_NEGATIVE)
     compile: bool = free("run as one compiled graph; --benchmark times both")
     rounds: int = flag("timed pairs of --benchmark", COUNT, default=ROUNDS)
 
@@ -196,7 +181,7 @@ class DataSettings:
         "--batch-size IMAGES",
         dest="batch_sizes",
     )
-    workers: int | None = free("loader processes of each process, default one per core", WHOLE, "--num_workers")
+    workers: int | None = free("loader processes of each process, default one per core", NOT_NEGATIVE, "--num_workers")
     exif: bool = flag(
         "turn images upright as their EXIF says, which published accuracies do not; --visualize always does"
     )
@@ -210,11 +195,6 @@ class DataSettings:
     def batch_size(self) -> int:
         """Images a step, on each process; the first where a benchmark takes several."""
         return self.batch_sizes[0] if self.batch_sizes else DEFAULT_BATCH
-
-
-def rows_columns(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """The input's size of one number or two."""
-    return sizes[0], sizes[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +221,7 @@ class ModelSettings:
         "side of the input, or its rows and columns, default the model's own",
         Range(1, LARGEST_INPUT),
         "--input-size PIXELS",
-        becomes=rows_columns,
+        becomes=lambda sizes: (sizes[0], sizes[-1]),
     )
     drop_path: float = flag("stochastic depth in training", DROPPED, "--drop-path RATE", default=0.1)
     load: bool = free("compress at a schedule of the compression rate file", flag="--load_compression_rate")
@@ -327,17 +307,17 @@ class TrainingSettings:
         "where the schedule ends, default 1e-6 or lower", NOT_NEGATIVE, "--min-lr", default=1e-6
     )
     warmup_learning_rate: float = flag("where the warm-up starts", NOT_NEGATIVE, "--warmup-lr", default=1e-6)
-    warmup_epochs: int | None = flag("default 5, or none in runs of up to 5 epochs", WHOLE)
+    warmup_epochs: int | None = flag("default 5, or none in runs of up to 5 epochs", NOT_NEGATIVE)
     schedule: str = flag("", SCHEDULES, "--sched", default="cosine")
     weight_decay: float = flag("", NOT_NEGATIVE, default=0.05)
-    momentum: float = flag("for optimizers that have one", SHARED, default=0.9)
+    momentum: float = flag("for optimizers that have one", FRACTION, default=0.9)
     clip_grad: float | None = flag("clip the gradient's norm", POSITIVE, "--clip-grad NORM")
     average: bool = flag("average the weights over steps, and save the average", flag="--model-ema")
-    average_decay: float = flag("", SHARED, "--model-ema-decay", default=0.99996)
+    average_decay: float = flag("", FRACTION, "--model-ema-decay", default=0.99996)
     distill: float | None = flag(
         "the dense model, with the weights to start from, as a teacher beside the labels: how much it counts, "
         f"{DISTILL} where nothing is said; 0 for none",
-        SHARED,
+        FRACTION,
         "--distill WEIGHT",
         const=DISTILL,
     )
@@ -360,10 +340,10 @@ class Augmentation:
         becomes=lambda policy: None if policy in ("", "none") else policy,
     )
     interpolation: str = flag("", ("random", "bilinear", "bicubic"), "--train-interpolation", default="bicubic")
-    erase_probability: float = flag("probability of random erasing", SHARED, "--reprob", default=0.25)
+    erase_probability: float = flag("probability of random erasing", FRACTION, "--reprob", default=0.25)
     erase_mode: str = flag("", ("const", "rand", "pixel"), "--remode", default="pixel")
     erase_count: int = flag("erased areas", COUNT, "--recount", default=1)
-    hflip: float = flag("probability of a mirror image", SHARED, default=0.5)
+    hflip: float = flag("probability of a mirror image", FRACTION, default=0.5)
     affine: tuple[float, float, float] | None = flag(
         "random rotations, shifts and rescalings up to these, the last two as fractions",
         float,
@@ -376,12 +356,12 @@ class Augmentation:
 class Mixing:
     """The labels' part of DeiT's recipe: smoothing, and images mixed by mixup and cutmix."""
 
-    smoothing: float = flag("label smoothing", SHARED, default=SMOOTHING)
+    smoothing: float = flag("label smoothing", FRACTION, default=SMOOTHING)
     mixup: float = flag("", NOT_NEGATIVE, "--mixup ALPHA", default=0.8)
     cutmix: float = flag("", NOT_NEGATIVE, "--cutmix ALPHA", default=1.0)
-    probability: float = flag("", SHARED, "--mixup-prob", default=1.0)
+    probability: float = flag("", FRACTION, "--mixup-prob", default=1.0)
     switch_probability: float = flag(
-        "probability of cutmix when both are on", SHARED, "--mixup-switch-prob", default=0.5
+        "probability of cutmix when both are on", FRACTION, "--mixup-switch-prob", default=0.5
     )
     mode: str = flag("", ("batch", "pair", "elem"), "--mixup-mode", default="batch")
 
