@@ -140,10 +140,8 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
     elif kind.startswith("tuple"):
         words["nargs"] = kind.count(",") + 1 if accepted is float else "+"
     if kind == "bool":
-        words |= {
-            "action": argparse.BooleanOptionalAction if item.default else "store_true",
-            "default": bool(item.default),
-        }
+        words["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        words["default"] = bool(item.default)
     elif isinstance(accepted, tuple):
         words["choices"] = accepted
     elif isinstance(accepted, Range):
