@@ -11,7 +11,7 @@ from cli.flags import parse_flags
 from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
 from cli.training import SCALED_BATCH, step_rate
-from diffrate.searching.settings import CALIBRATED, OPTIONS, SearchSettings
+from diffrate.searching.settings import CALIBRATED, SearchSettings
 from models.zoo import ModelEntry
 from utils import UsageError
 
@@ -49,15 +49,13 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
         augmentation, mixing = replace(augmentation, repeated=False), replace(mixing, mixup=0.0, cutmix=0.0)
     if mixing.mixes and settings.data.batch_size % 2:
         raise UsageError(f"--batch-size {settings.data.batch_size}: accepted: an even number with --mixup or --cutmix")
-    own = {name: value for name, value in vars(recipe).items() if name in OPTIONS}
-    search = replace(settings.search, **own)
+    search = replace(settings.search, loss=recipe.loss, budget=recipe.budget, method=recipe.method)
     return replace(settings, recipe=recipe, search=search, augmentation=augmentation, mixing=mixing)
 
 
 def with_augmentation(settings: Settings, images: int) -> Settings:
     """`settings` with what the flags leave open of a training on so many images, but for its learning rate."""
-    usual = _usual(settings, images)
-    del usual["lr"]  # goes by the batches
+    usual = {name: value for name, value in _usual(settings, images).items() if name != "lr"}  # goes by the batches
     return parse_flags(settings.run.words, usual)
 
 
@@ -98,10 +96,6 @@ def _usual(settings: Settings, images: int) -> dict[str, Any]:
 def _flag(name: str, value: Any) -> str:
     """A flag with its value, as it would be typed."""
     dashed = name.replace("_", "-")
-    return (
-        f"--no-{dashed}"
-        if value is False
-        else f"--{dashed} {value:.3g}"
-        if isinstance(value, float)
-        else f"--{dashed} {value}"
-    )
+    if value is False:
+        return f"--no-{dashed}"
+    return f"--{dashed} {value:.3g}" if isinstance(value, float) else f"--{dashed} {value}"

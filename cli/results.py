@@ -96,8 +96,11 @@ def log_found(
     if scores is not None:
         reached, dense = scores
         runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
-        uniform = {"target_gflops": target, "uniform": _uniform(compressed, budget)}
-        runtime.append(_record("found", entry, compressed, schedule, reached) | uniform, FOUND)
+        # To draw beside it: the uniform schedules of the same budget that the model can run.
+        beside = uniform_schedules(compressed.compression.space, budget)
+        uniform = {kind: dict(fields_of(beside[kind])) for kind in ("prune", "merge", "both") if kind in beside}
+        more = {"target_gflops": target, "uniform": uniform}
+        runtime.append(_record("found", entry, compressed, schedule, reached) | more, FOUND)
         (name, now), (_, before) = reached.ranked, dense.ranked
         log.info("dense: %s", dense.line(whole))
         log.info("found: %s (%.0f %% of dense, %s %+.3f)", reached.line(flops), 100 * flops / whole, name, now - before)
@@ -116,12 +119,6 @@ def _record(
     shape = {"tokens": compressed.compression.space.limits[0], "blocks": len(compressed.compressible_blocks())}
     named = {"mode": mode, "model": entry.name, "dense_gflops": dense / 1e9, **shape}
     return named | scores.record(compressed.flops_at(schedule)) | fields_of(schedule)
-
-
-def _uniform(compressed: diffrate.CompressedModel, budget: Budget) -> dict[str, dict[str, Sequence[int] | None]]:
-    """The uniform schedules of the same budget that the model can run, to draw beside the one found."""
-    found = uniform_schedules(compressed.compression.space, budget)
-    return {kind: dict(fields_of(found[kind])) for kind in ("prune", "merge", "both") if kind in found}
 
 
 def next_command(settings: Settings, entry: ModelEntry, target: float, file: Path) -> str:

@@ -12,11 +12,11 @@ import models
 from cli.recipe import PAPER
 from cli.runtime import Runtime
 from cli.schedules import fit_tokens
-from cli.settings import Settings, dest_of
+from cli.settings import Settings, declared, dest_of
 from cli.training import LAST, digest, read_training
 from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
-from diffrate.searching.settings import FLAGS, OPTIONS
+from diffrate.searching.settings import FLAGS, OPTIONS, flag_of
 from models.zoo import ModelEntry
 from utils import UsageError
 
@@ -24,22 +24,16 @@ AUTO = "auto"
 # No flags, but what several come to.
 KEPT, STEPS, STARTED = "kept counts", "updates an epoch", "starting weights"
 OF_A_TRAINING = ("epochs", "granularity", "seed")  # too, of the options of a search
-OF_SEARCHES = [dest_of(flag) for name, flag in FLAGS.items() if name not in OF_A_TRAINING]
-# The flags from before there was a choice.
-EARLIER = {
-    **{dest_of(flag): OPTIONS[name].default for name, flag in FLAGS.items()},
-    **{"search_transform": PAPER.transform, "exif": False},
+# The flags that a training goes on with, of those that are not told by what they come to.
+HELD = {
+    dest_of(flag_of(item))
+    for item in declared()
+    if item.metadata["saved"] and (item.name in OF_A_TRAINING or OPTIONS.get(item.name) is not item)
 }
+# The flags from before there was a choice.
+EARLIER = {dest_of(flag): OPTIONS[name].default for name, flag in FLAGS.items()}
+EARLIER |= {"search_transform": PAPER.transform, "exif": False}
 log = logging.getLogger(__name__)
-# What may differ when a training goes on: where things lie, and how they are told.
-FREE = (
-    *("output_dir", "resume", "save", "print_freq", "quiet", "num_workers", "pin_mem", "device", "tensorboard"),
-    "skip_unreadable",  # what a training that met such a file goes on with
-    *("data_path", "checkpoint", "finetune", "dense", "compile", "compression_rate_file"),
-    *("load_compression_rate", "target_flops", "scale_compression_rate"),  # the kept counts themselves are held
-    *("target_speedup", "target_latency", "latency_batch", "latency_precision", "latency_file"),
-    *("export", "export_dtype", "export_normalize", "export_opset"),
-)
 
 
 def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
@@ -57,12 +51,8 @@ def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
 
 def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch_size: int) -> dict[str, Any]:
     """The flags that decide how a search goes on: with other values, it is another search."""
-    search, timed = settings.search, settings.latency
-    speed = {
-        "latency_batch": timed.batch_size,
-        "latency_precision": timed.precision,
-        "compile": timed.compiled,
-    }
+    search, use = settings.search, settings.latency
+    speed = {"latency_batch": use.batch_size, "latency_precision": use.precision, "compile": use.compile}
     saved = {FLAGS[name].removeprefix("--"): value for name, value in search.record().items() if name in FLAGS}
     return {
         "model": entry.name,
@@ -99,14 +89,11 @@ def training_flags(
 
     With a teacher, the weights that it started from, too: it is made of them again.
     """
-    flags = {name: value for name, value in settings.run.flags.items() if name not in FREE}
-    del flags["batch_sizes"]  # a list only for benchmarks
-    for name in (*OF_SEARCHES, "search_transform"):
-        flags.pop(name)
+    flags = {name: value for name, value in settings.run.flags.items() if name in HELD}
     kept = [list(counts or ()) for counts in model.get_kept_num()]
     started = {} if teacher is None else {STARTED: digest(teacher)}
     identity = {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
-    return flags | {"distill": settings.training.distill} | identity | started
+    return flags | identity | started
 
 
 def check_training(path: Path, flags: Mapping[str, Any]) -> None:

@@ -167,7 +167,7 @@ def latency_table(
         LatencyFileError: the file that keeps it cannot be read or written.
     """
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
-    use = Use(settings.batch_size, dtype, settings.compiled, runtime.device)
+    use = Use(settings.batch_size, dtype, settings.compile, runtime.device)
     setting = setting_of(model, use)
     file = settings.file or _kept_in(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")

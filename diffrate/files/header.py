@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 from diffrate.atomic import first_line
@@ -208,7 +208,7 @@ def fetch(reference: str) -> Path:
         raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
     file = parts["file"] or "model.safetensors"
     try:
-        return Path(hf_hub_download(parts["repository"], file, revision=parts["revision"]))
+        return Path(huggingface_hub.hf_hub_download(parts["repository"], file, revision=parts["revision"]))
     except Exception as error:  # no network, repository, file or permission: an error of its own each
         raise SavedModelError(f"{reference}: cannot download {file} ({first_line(error)})") from error
 

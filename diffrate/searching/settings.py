@@ -1,7 +1,7 @@
 """The options of a search, each declared once: name, type, default, accepted values, help. No torch here.
 
 The command line's flags, the keywords of `diffrate.search`, their check, the record in checkpoints and the comparison
-with it all follow from the fields of `SearchSettings`.
+with it all follow from the fields of `SearchSettings`. The command line declares its other flags by `option`, too.
 """
 
 # ruff: noqa: RUF009  (`option` gives a field)
@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
-from diffrate.latency.table import LatencyTable
-from diffrate.schedule import Schedule
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what takes its time to import
     import torch
+
+    from diffrate.latency.table import LatencyTable
+    from diffrate.schedule import Schedule
 
 TARGETS = (FLOPS, SHARE, SPEEDUP, LATENCY)
 GRADIENT, CALIBRATED = METHODS = ("gradient", "calibrated")
@@ -54,11 +55,14 @@ class Range:
 def option(default: Any, help: str, accepted: Any = None, flag: str | None = "", **shown: Any) -> Any:
     """A field that is an option of a search.
 
-    accepted: a `Range`, a tuple of words, or a class; None for whatever its use accepts. flag: how the command line
-    spells it, by default like the field; None for no flag. shown: more for its help, such as `metavar`; and `saved`:
-    whether a search goes on with the same value alone, by default of those with a flag.
+    accepted: a `Range`, a tuple of words, or the name of a class; None for whatever its use accepts. flag: how the
+    command line spells it, by default like the field, and what its help calls the value; None for no flag. shown: more
+    for argparse; and `saved`: whether a run goes on with the same value alone, by default of those with a flag.
     """
     saved = shown.pop("saved", flag is not None)
+    flag, *values = flag.split() if flag else [flag]
+    if values:
+        shown["metavar"] = values[0] if len(values) == 1 else tuple(values)
     known = {"help": help, "accepted": accepted, "flag": flag, "saved": saved, "shown": shown}
     return field(default=default, metadata=known)
 
@@ -78,7 +82,7 @@ class SearchSettings:
         None,
         "what schedules take, of `measure_latency`, for the batch size, precision and mode that a speed is asked for; "
         "by default measured with its defaults",
-        LatencyTable,
+        "LatencyTable",
     )
     epochs: int = option(1, "times that the images are gone through", Range(1))
     learning_rate: float = option(
@@ -97,7 +101,7 @@ class SearchSettings:
         saved=False,
     )
     minutes: float | None = option(
-        None, "end the search within this time, about", Range(0, above=True), metavar="M", saved=False
+        None, "end the search within this time, about", Range(0, above=True), "--minutes M", saved=False
     )
     loss: str = option(
         "labels",
@@ -147,7 +151,7 @@ class SearchSettings:
     mixup: Callable[[Any, Any], tuple[Any, Any]] | None = keyword(
         None, "mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does"
     )
-    start: Schedule | None = keyword(None, "schedule to begin at; by default all candidates alike", Schedule)
+    start: Schedule | None = keyword(None, "schedule to begin at; by default all candidates alike", "Schedule")
     start_spread: float | None = keyword(
         None,
         "how wide the candidates around `start` are in play, a deviation as a share of the patches; by default as wide "
@@ -213,11 +217,15 @@ class SearchSettings:
 
 
 OPTIONS: Mapping[str, Field[Any]] = {item.name: item for item in fields(SearchSettings)}
-FLAGS = {  # how the command line spells those that it has
-    name: item.metadata["flag"] or f"--{name.replace('_', '-')}"
-    for name, item in OPTIONS.items()
-    if item.metadata["flag"] is not None
-}
+
+
+def flag_of(item: Field[Any]) -> str:
+    """How the command line spells an option."""
+    return item.metadata["flag"] or f"--{item.name.replace('_', '-')}"
+
+
+# Of the options that the command line has.
+FLAGS = {name: flag_of(item) for name, item in OPTIONS.items() if item.metadata["flag"] is not None}
 
 
 def help_of(item: Field[Any]) -> str:
@@ -242,8 +250,9 @@ def _check(item: Field[Any], value: Any) -> None:
     accepted, found = item.metadata["accepted"], repr(value)
     if accepted is None or (value is None and item.default is None):
         return
-    if isinstance(accepted, type):
-        fine, found, words = isinstance(value, accepted), type(value).__name__, f"a {accepted.__name__}"
+    if isinstance(accepted, str):
+        fine, found = accepted in {kind.__name__ for kind in type(value).__mro__}, type(value).__name__
+        words = f"a {accepted}"
     elif isinstance(accepted, tuple):
         fine, words = value in accepted, (" or " if len(accepted) == 2 else ", ").join(accepted)
     else:

@@ -8,51 +8,36 @@ from pathlib import Path
 
 import pytest
 
-from cli.flags import SAMPLE_TUNING, get_args_parser, parse_flags
-from cli.settings import (
-    MODES,
-    Augmentation,
-    DataSettings,
-    Mixing,
-    ModelSettings,
-    RunSettings,
-    Settings,
-    TrainingSettings,
-    dest_of,
-)
-from diffrate.searching.settings import FLAGS as OPTIONS
-from diffrate.searching.settings import TARGETS, SearchSettings
+from cli.flags import GOES_WITH, SAMPLE_TUNING, get_args_parser, parse_flags
+from cli.settings import MODES, PARTS, Settings
+from diffrate.searching.settings import TARGETS
 from sample import MODEL as SAMPLE
 
 PROJECT = Path(__file__).parent.parent.parent
 FLAGS, SETTINGS = PROJECT / "cli" / "flags.py", PROJECT / "cli" / "settings.py"
 SOURCES = [path for path in PROJECT.glob("**/*.py") if "tests" not in path.parts and ".venv" not in path.parts]
-CLASSES = (DataSettings, ModelSettings, RunSettings, Settings, SearchSettings, TrainingSettings, Augmentation, Mixing)
+CLASSES = (Settings, *PARTS.values())
 
 
-def attributes_read(path: Path) -> set[str]:
-    """Names that the code in `path` reads from `args`."""
+def attributes_read(path: Path, owner: str) -> set[str]:
+    """Names that the code in `path` reads from the variable `owner`."""
     return {
         node.attr
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner
     }
 
 
-def test_every_flag_becomes_a_setting_and_every_setting_is_of_a_flag() -> None:
-    """Which mode it is, `mode_of` finds from the names of `MODES`. Flags of fields' names are taken as they are."""
-    declared = {action.dest for action in get_args_parser()._actions} - {"help"}
-    read = attributes_read(SETTINGS) | {dest_of(flag) for flag in OPTIONS.values()}
-    read |= declared & {field.name for kind in CLASSES for field in dataclasses.fields(kind)}
-    assert declared - read == {"eval", "finetune"}
-    assert {"eval", "finetune"} <= set(MODES)
-    assert read - declared == set()
-    assert attributes_read(FLAGS) - declared == set()
+def test_checks_read_flags_that_there_are() -> None:
+    parsed = {action.dest for action in get_args_parser()._actions}
+    assert attributes_read(FLAGS, "args") - parsed == set()
+    assert set(MODES) <= parsed
+    assert GOES_WITH.keys() <= parsed
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_setting_is_used(kind: type) -> None:
-    """Read as an attribute somewhere else than where the settings are made."""
+    """Read as an attribute somewhere else than where the settings are made, but for those that make the mode."""
     read = {
         node.attr
         for path in SOURCES
@@ -60,7 +45,8 @@ def test_every_setting_is_used(kind: type) -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }
-    assert {field.name for field in dataclasses.fields(kind)} - read - set(TARGETS) == set()
+    read |= {*attributes_read(SETTINGS, "self"), *TARGETS, "eval", "finetune"}
+    assert {field.name for field in dataclasses.fields(kind)} - read == set()
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

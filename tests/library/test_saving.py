@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import diffrate
 from diffrate.blocks.reduction import RandomImportance
-from diffrate.files import header as hub
 from diffrate.files import save as files
 from diffrate.files.header import About, SavedModelError, about
 from diffrate.files.save import load, save
@@ -724,7 +723,7 @@ def test_models_come_from_the_hub(
         assert (repository, file, revision) == asked
         return str(saved)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert_same(load(reference), load(saved))
 
 
@@ -732,7 +731,7 @@ def test_what_the_hub_cannot_give_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     def download(*_: object, **__: object) -> str:
         raise ConnectionError("no route\nto the host\n\nat all")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     message = refusal(lambda: load("hf-hub:user/name"))
     assert message == "hf-hub:user/name: cannot download model.safetensors (no route)"
 
