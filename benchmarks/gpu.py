@@ -114,7 +114,7 @@ def speeds(setting: Setting, lock: str, mode: str, graph: Sequence[str]) -> Iter
             fcntl.flock(file, fcntl.LOCK_SH)
             signal.alarm(COMPILING)  # one that hangs would hold up the others
             subject, compiled = subject_of(name, setting.models[name]), mode == "compiled"
-            sides = [build_side(side, subject, batch, dtype, compiled, str(setting.device)) for side in SIDES]
+            sides = [build_side(side, subject, batch, dtype, compiled, setting.device) for side in SIDES]
             for run in sides:
                 run()
             signal.alarm(0)
@@ -135,17 +135,12 @@ def reduction_rows(setting: Setting) -> Iterator[Row]:
         for kind, (pruned, merged) in REDUCTIONS.items():
             left = [tokens - (pruned + merged) * block for block in range(blocks + 1)]
             schedule = make_schedule([count - pruned for count in left[:-1]], left[1:])
-            cut, reduced = (partial(run, model, images, schedule) for run in (sliced_pass, outputs_at))
+            cut = partial(sliced_pass, model, images, schedule)
+            reduced = partial(torch.inference_mode()(model.outputs_at), images, schedule)
             times = time_within(cut, reduced, setting.seconds, setting.device)
             added = [1000 * (b - a) / reducing for a, b in zip(times.baseline, times.rival, strict=True)]
             row = {"model": subject.entry.name, "precision": precision_name(dtype), "batch_size": batch}
             yield row | {"reduction": kind, "ms": median(added), "ms_low": min(added), "ms_high": max(added)}
-
-
-@torch.inference_mode()
-def outputs_at(model: diffrate.CompressedModel, images: Tensor, schedule: Schedule) -> Tensor:
-    """Logits of images `[B, 3, H, W]` at `schedule`."""
-    return model.outputs_at(images, schedule)
 
 
 @torch.inference_mode()

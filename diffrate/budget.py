@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from diffrate.schedule import Schedule, SearchSpace, running_counts
@@ -103,10 +103,6 @@ class Budget:
         if not least <= self.target <= most:
             low, high = sorted((self.of(least), self.of(most)))
             raise BudgetError(f"{self}: accepted: {low:.4g} to {high:.4g}{ADVICE[self.kind]}")
-
-    def times(self, by: float) -> Budget:
-        """The same with another target."""
-        return replace(self, target=self.target * by)
 
     def fitted(self, counts_at: Callable[[float], list[float]], end: float, assemble: Assemble, least: int) -> Schedule:
         """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets the target, none below

@@ -91,7 +91,7 @@ def test_caformer_has_the_merging_baseline_alone() -> None:
 def test_random_tokens_go_whatever_their_importance() -> None:
     from dataclasses import replace
 
-    model = diffrate.patch.timm_families(plain("deit").eval())
+    model = diffrate.patch.vit(plain("deit").eval())
     model.set_kept_num([65, 20, 20, 20, 20, 20], [65] * 6)
     model.rule = replace(model.rule, importance=RandomImportance(1))
     images = torch.randn(1, 3, 32, 32)
@@ -110,7 +110,7 @@ def test_flattest_logits_have_the_mean_asked_for(patches: int, granularity: int,
 
 
 def test_rates_start_at_a_schedule() -> None:
-    model = diffrate.patch.timm_families(plain("deit"), 1, 1)
+    model = diffrate.patch.vit(plain("deit"), 1, 1)
     schedule = Schedule((65, 60, 50, 41, 30, 3), (65, 55, 45, 33, 20, 3))
     model.compression.start_at(schedule)
     assert model.get_kept_num() == (list(schedule.prune or ()), list(schedule.merge))
