@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu`: what can only be known on a GPU, in eight minutes, in one JSON file.
+"""`python -m benchmarks.gpu`: what can only be measured on a GPU, in eight minutes, as one JSON file.
 
-Every part is processes of its own: an error on the GPU, or one that hangs, ends that part alone.
+Every part runs in processes of its own: an error on the GPU, or a process that hangs, ends that part alone.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ DTYPES = {"eager": (torch.float32, torch.bfloat16), "compiled": (torch.bfloat16,
 
 
 class Setting(NamedTuple):
-    """What is measured where: models at GFLOPs, at batch sizes, pairs for so many seconds; images at a time where a
-    search asks for a speed; batch sizes of single reductions."""
+    """What is measured: models at GFLOPs, at batch sizes, in pairs for so many seconds; the batch size of a search for
+    a speed, and those of single reductions."""
 
     device: torch.device
     models: dict[str, float]
@@ -78,7 +78,7 @@ class Part(NamedTuple):
 
 
 def parts(setting: Setting, scratch: Path) -> list[Part]:
-    """All parts, the most important ones first; `scratch` is theirs to write to."""
+    """All parts, the most important ones first; they write to the folder `scratch`."""
     device = setting.device.type
     rows = (sys.executable, "-m", "benchmarks.gpu", "--device", device, "--rows", scratch / "lock")
     # Without the project's settings: plugins may not be installed, and warnings of another torch are no failures.
@@ -125,13 +125,13 @@ def speeds(setting: Setting, lock: str, mode: str, graph: Sequence[str]) -> Iter
 
 
 def reduction_rows(setting: Setting) -> Iterator[Row]:
-    """Milliseconds that letting tokens go adds to a block, against tokens that are cut off for nothing."""
+    """Milliseconds that a reduction adds to a block, against keeping the first tokens of each image."""
     subject = subject_of(*next(iter(setting.models.items())))
     for dtype, batch in product(DTYPES["eager"], setting.reduced):
         model = subject.compressed().to(setting.device, dtype)
         images = torch.randn(batch, 3, *model.image_size, device=setting.device, dtype=dtype)
         tokens, blocks = model.compression.space.limits[0], len(model.compressible_blocks())
-        reducing = blocks - (model.read is not None)  # the last block lets none go that nothing reads
+        reducing = blocks - (model.read is not None)  # the last block removes no tokens that are not used
         for kind, (pruned, merged) in REDUCTIONS.items():
             left = [tokens - (pruned + merged) * block for block in range(blocks + 1)]
             schedule = make_schedule([count - pruned for count in left[:-1]], left[1:])
@@ -197,7 +197,7 @@ def subject_of(name: str, gflops: float) -> Subject:
 
 
 def run_part(part: Part, seconds: float, scratch: Path) -> Row:
-    """What a part comes to within `seconds`, with a line for each of its commands that failed."""
+    """The results of a part within `seconds`, with a line for each of its commands that failed."""
     more = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", "XDG_CACHE_HOME": str(scratch)}
     options: dict[str, Any] = {"cwd": PROJECT, "env": {**os.environ, **more}, "start_new_session": True}
     begun, running, codes = time.monotonic(), [], []
@@ -222,7 +222,7 @@ def run_part(part: Part, seconds: float, scratch: Path) -> Row:
 
 
 def _failure(code: int | None, text: str, taken: float) -> str:
-    """In a line how a command failed: its last line, where it ended by itself."""
+    """How a command failed, in a line: its last line of output, where it ended by itself."""
     if code is None:
         return f"cut off after {taken:.0f} s"
     if code < 0:
@@ -231,8 +231,8 @@ def _failure(code: int | None, text: str, taken: float) -> str:
 
 
 def read(text: str) -> Row:
-    """What the output of a part holds: rows of figures; top-1 of a search's dense and found model, and its speed; how
-    many tests passed, failed and were left out, and a line for each that failed."""
+    """The results in the output of a part: rows of figures; top-1 of a search's dense and found model, and its speed;
+    the numbers of tests that passed, failed and were skipped, and a line for each that failed."""
     found: Row = {"rows": [json.loads(line) for line in re.findall(r"^\{.*\}$", text, re.MULTILINE)]}
     found |= {f"{name} top-1": float(top1) for name, top1 in re.findall(r"(dense|found): \* Acc@1 ([\d.]+)", text)}
     found |= re.findall("(speed)-up: (.*)", text)
@@ -266,7 +266,7 @@ def about(device: torch.device) -> Row:
 
 
 def measure(setting: Setting, out: Path) -> None:
-    """Run all parts for which there is time, and write what there is after each."""
+    """Run all parts for which there is time, and write the results after each."""
     deadline = time.monotonic() + WHOLE
     record: Row = {"about": about(setting.device), "parts": {}}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -30,10 +30,7 @@ def step_seed(*numbers: int) -> int:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Draw and seed freely inside the block; after it every generator goes on as before it.
-
-    Those of Python, NumPy, and torch, on the CPU and on every GPU in use.
-    """
+    """Restore the generators of Python, NumPy and torch, on the CPU and on every GPU in use, after the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
@@ -48,7 +45,7 @@ _CPUS = Path("/proc/cpuinfo")
 
 
 def machine_name(device: torch.device) -> str:
-    """The GPU, or the CPU and which of its instructions torch uses."""
+    """The name of the GPU, or of the CPU with the instruction set that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -79,33 +76,32 @@ def to_place(images: Tensor, labels: Tensor, place: Place) -> tuple[Tensor, Tens
 
 
 def default_precision(device: torch.device) -> torch.dtype | None:
-    """What to autocast to where nobody says: float16 on a GPU, as published, and nothing elsewhere."""
+    """The default of autocast: float16 on a GPU, as published, and none elsewhere."""
     return torch.float16 if device.type == "cuda" else None
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in `precision`; None and float32 are none."""
+    """Mixed precision in `precision`; disabled for None and float32."""
     enabled = precision is not None and precision != torch.float32
     return torch.autocast(device.type, dtype=precision if enabled else None, enabled=enabled)
 
 
 @contextmanager
 def errors_alone(*names: str) -> Iterator[None]:
-    """Let the loggers of these names say errors alone, inside the block."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+    """Let the loggers of these names log errors alone, inside the block."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
 @contextmanager
 def no_warnings_of(modules: str) -> Iterator[None]:
-    """Without warnings at code of the modules that this pattern names, inside the block."""
+    """Ignore warnings from modules whose names match this pattern, inside the block."""
     with warnings.catch_warnings():
         for category in (UserWarning, DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=modules)
@@ -113,7 +109,7 @@ def no_warnings_of(modules: str) -> Iterator[None]:
 
 
 def compile_model(model: nn.Module) -> Any:
-    """`model` compiled as a whole for the shapes it is called with: no graph break goes unnoticed."""
+    """Compile `model` as one graph for the shapes it is called with; a graph break is an error."""
     return torch.compile(model, fullgraph=True, dynamic=False)
 
 
@@ -129,10 +125,10 @@ class FixedBatch(nn.Module):
         self.model, self.batch_size = model, batch_size
 
     def forward(self, images: Tensor, return_flop: bool = False) -> Tensor:
-        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size; the cost is not to be had.
+        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size.
 
         Raises:
-            ValueError: the cost is asked for.
+            ValueError: `return_flop` is set, which a filled-up batch has no cost for.
         """
         if return_flop:
             raise ValueError("return_flop=True: accepted: False, the cost of a filled-up batch means nothing")
