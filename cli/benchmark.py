@@ -103,20 +103,17 @@ def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
 
 
 def _exported(settings: Settings, runtime: Runtime) -> None:
-    """Rows of the files that `--benchmark` names, beside those of the model that they are of."""
+    """Time the files that `--benchmark` names beside the model that they were exported from."""
     loaded = [speed.open_file(path) for path in settings.run.exported]
     first = loaded[0].loaded.metadata
-    chosen = replace(settings.model, name=settings.model.name or first.model)
-    entry = chosen_entry(chosen)
-    if chosen.input_size is None and input_size_of(chosen, entry) != first.input_size[1:]:
-        chosen = replace(chosen, input_size=first.input_size[1:])
-    size = input_size_of(chosen, entry)
+    size = settings.model.input_size or first.input_size[1:]
+    chosen = replace(settings.model, name=settings.model.name or first.model, input_size=size)
     _check_alike(loaded, (first.input_size[0], *size))
     if chosen.load:
         schedule = _subject(replace(settings, model=chosen)).schedule
     else:
         schedule = min((file.loaded.metadata for file in loaded), key=lambda said: said.gflops).schedule
-    subject = Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
+    subject = Subject(chosen_entry(chosen), size, schedule, chosen.granularity, settings.run.seed)
     _report("benchmark files", speed.file_rows(subject, loaded, _setting(settings, runtime)), runtime)
 
 
@@ -143,12 +140,10 @@ def _subject(settings: Settings) -> Subject:
     chosen = settings.model
     saved = is_saved_model(chosen.checkpoint)
     entry = chosen_entry(chosen if saved else replace(chosen, checkpoint=FROM_SCRATCH))
-    size = input_size_of(chosen, entry)
-    schedule = about(chosen.checkpoint).schedule if saved else None
-    plan = planned(chosen, entry)
-    at_schedule(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, schedule))
-    schedule = plan.shapes.compression.current()
-    return Subject(entry, size, schedule, chosen.granularity, settings.run.seed)
+    plan, held = planned(chosen, entry), about(chosen.checkpoint).schedule if saved else None
+    model = at_schedule(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, held))
+    schedule = model.compression.current()
+    return Subject(entry, input_size_of(chosen, entry), schedule, chosen.granularity, settings.run.seed)
 
 
 def _setting(settings: Settings, runtime: Runtime) -> Setting:
