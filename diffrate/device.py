@@ -1,4 +1,4 @@
-"""Where and how a model computes: the machine's name, precision, seeds, compiled graphs, fewer messages of torch's."""
+"""How a model computes: devices, precision, seeds, compiled graphs, fewer messages of torch; and the process group."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import logging
 import platform
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+Made = TypeVar("Made")
 
 
 def seed_everything(seed: int) -> None:
@@ -136,3 +139,71 @@ class FixedBatch(nn.Module):
         if count < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - count, -1, -1, -1)])
         return self.model(images, return_flop=False)[:count]
+
+
+# The processes that work together, if there are several: torch's initialised process group.
+
+
+def rank() -> int:
+    """This process's number, 0 for a single one."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """`values` summed over all processes, in place; unchanged for a single one."""
+    if _joined():
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(values: Tensor, device: torch.device) -> Tensor:
+    """The first process's `values`, of the same shape in all, which meet on `device`."""
+    if not _joined():
+        return values
+    shared = values.to(device)
+    dist.broadcast(shared, src=0)
+    return shared.cpu()
+
+
+def made_by_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
+    if not _joined():
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [make(), None]
+        except Exception as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    made, error = outcome
+    if error is not None:
+        raise error
+    return made
+
+
+def all_parts(part: Any) -> list[Any]:
+    """The `part` of every process, in their order; for a single one its own alone."""
+    if not _joined():
+        return [part]
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def least(value: int, device: torch.device) -> int:
+    """The smallest `value` of all processes, which meet on `device`."""
+    if not _joined():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return int(shared)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()

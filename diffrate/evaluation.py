@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.forms import UnsupportedModelError
-from diffrate.device import Place, autocast, place_of
-from diffrate.group import all_parts, all_sum
+from diffrate.device import Place, all_parts, all_sum, autocast, place_of
 from diffrate.patch.base import CompressedModel, has_classifier
 
 IMAGES = ("pixel_values", "image", "images", "img", "input")

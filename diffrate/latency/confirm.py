@@ -10,8 +10,7 @@ from statistics import median
 import torch
 
 from diffrate.budget import SPEEDUP, Budget, BudgetError, choices_of
-from diffrate.device import place_of
-from diffrate.group import made_by_first
+from diffrate.device import made_by_first, place_of
 from diffrate.latency.setting import Use, check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel

@@ -20,8 +20,7 @@ from torch import Tensor
 from diffrate.blocks.block import attended, mlp_branch, reduced, removes
 from diffrate.blocks.tokens import replaced
 from diffrate.budget import Budget, BudgetError, baseline_schedule
-from diffrate.device import generators_kept, place_of
-from diffrate.group import made_by_first
+from diffrate.device import generators_kept, made_by_first, place_of
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.setting import Use, check_folder, kinds_of, read_table, setting_of, write_table
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms

@@ -9,8 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from diffrate.device import seed_everything, step_seed
-from diffrate.group import least, rank
+from diffrate.device import least, rank, seed_everything, step_seed
 from diffrate.searching.settings import SearchSettingError
 
 Batch = tuple[Tensor, Tensor]

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diffrate.budget import Budget
-from diffrate.device import Place, autocast, seed_everything, step_seed, to_place
+from diffrate.device import Place, all_sum, autocast, least, rank, seed_everything, step_seed, to_place, world
 from diffrate.evaluation import Batches, Scores, Tally, evaluate, split_batch
-from diffrate.group import all_sum, least, rank, world
 from diffrate.patch.base import CompressedModel, PlannedCost
 from diffrate.schedule import Schedule
 from diffrate.searching.batches import Batch, batches_from

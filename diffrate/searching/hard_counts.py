@@ -13,9 +13,8 @@ from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budget import Cost
-from diffrate.device import Place
+from diffrate.device import Place, all_sum, least, rank, world
 from diffrate.evaluation import modes_kept
-from diffrate.group import all_sum, least, rank, world
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, FIRST_PART, Calibration, Clock, gather_images

@@ -22,9 +22,8 @@ from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.forms import UnsupportedModelError
 from diffrate.blocks.rates import RateError
 from diffrate.budget import Budget
-from diffrate.device import Place, default_precision, generators_kept, place_of
+from diffrate.device import Place, default_precision, generators_kept, made_by_first, place_of
 from diffrate.evaluation import Batches, Scores, Tally, class_indices, evaluate, modes_kept, multi_hot
-from diffrate.group import made_by_first
 from diffrate.latency.confirm import Again, Confirmed
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.state import CompressionState
