@@ -36,7 +36,7 @@ from diffrate.blocks.block import attended, mlp_branch
 from diffrate.device import machine_name
 from diffrate.files.runtimes import INPUT, OUTPUT
 from diffrate.schedule import GRANULARITY, Kept, Schedule, find_schedule, make_schedule
-from diffrate.timing import Run, precision_name, time_within
+from diffrate.timing import Run, Use, precision_name, time_within
 from sample import MODEL as SAMPLE
 from utils import UsageError
 
@@ -113,14 +113,14 @@ def speeds(setting: Setting, lock: str, mode: str, graph: Sequence[str]) -> Iter
         with Path(lock).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             signal.alarm(COMPILING)  # one that hangs would hold up the others
-            subject, compiled = subject_of(name, setting.models[name]), mode == "compiled"
-            sides = [build_side(side, subject, batch, dtype, compiled, setting.device) for side in SIDES]
+            subject, use = subject_of(name, setting.models[name]), Use(batch, dtype, mode == "compiled", setting.device)
+            sides = [build_side(side, subject, use) for side in SIDES]
             for run in sides:
                 run()
             signal.alarm(0)
             fcntl.flock(file, fcntl.LOCK_EX)
             times = time_within(sides[0], sides[1], setting.seconds, setting.device)
-            yield speed_row(subject, times, batch, dtype, compiled)
+            yield speed_row(subject, times, use)
             fcntl.flock(file, fcntl.LOCK_UN)  # forked compilers may live on with it
 
 
@@ -177,7 +177,8 @@ def onnx_rows(setting: Setting) -> Iterator[Row]:
         images = torch.randn(batch, 3, *subject.input_size).numpy()
         runs = [_bound(session, images, setting.device.type) for session in sessions]
         times = time_within(runs[0], runs[1], setting.seconds, torch.device("cpu"))  # sessions wait for the GPU
-        yield speed_row(subject, times, batch, torch.float32, False) | {"mode": f"onnxruntime, {provider}"}
+        use = Use(batch, torch.float32, False, setting.device)
+        yield speed_row(subject, times, use) | {"mode": f"onnxruntime, {provider}"}
 
 
 def _bound(session: Any, images: Any, device: str) -> Run:

@@ -31,15 +31,7 @@ from diffrate.atomic import whole_file
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
 from diffrate.files.targets import target_of
 from diffrate.schedule import Schedule, SearchSpace
-from diffrate.timing import (
-    PairedTimes,
-    Run,
-    forward_pass,
-    mode_name,
-    precision_name,
-    speed_of,
-    time_in_turn,
-)
+from diffrate.timing import PairedTimes, Run, Use, forward_pass, mode_name, precision_name, speed_of, time_in_turn
 from models.zoo import ModelEntry
 
 Row = dict[str, Any]
@@ -178,12 +170,9 @@ class Side(NamedTuple):
     run: Run
 
 
-def build_side(
-    side: str, subject: Subject, batch_size: int, dtype: torch.dtype, compiled: bool, device: torch.device
-) -> Callable[[], Tensor]:
+def build_side(side: str, subject: Subject, use: Use) -> Callable[[], Tensor]:
     """A forward pass of the dense or the compressed model on random images."""
-    model = subject.dense() if side == "dense" else subject.compressed()
-    return forward_pass(model, batch_size, subject.input_size, device, dtype, compiled)
+    return forward_pass(subject.dense() if side == "dense" else subject.compressed(), subject.input_size, use)
 
 
 # Linux reports the memory of each process here; elsewhere memory is measured on GPUs alone.
@@ -240,19 +229,19 @@ def rows_in_turn(sides: Sequence[Side], batch_size: int, setting: Setting) -> It
         yield side.about | alone
 
 
-def speed_row(subject: Subject, times: PairedTimes, batch_size: int, dtype: torch.dtype, compiled: bool) -> Row:
+def speed_row(subject: Subject, times: PairedTimes, use: Use) -> Row:
     """The figures of both sides, dense and compressed."""
-    speed = speed_of(times, batch_size, precision_name(dtype), subject.costs())
-    return {"model": subject.entry.name, "mode": mode_name(compiled), **asdict(speed)}
+    speed = speed_of(times, use.batch_size, precision_name(use.dtype), subject.costs())
+    return {"model": subject.entry.name, "mode": mode_name(use.compiled), **asdict(speed)}
 
 
 def speed_rows(subject: Subject, setting: Setting) -> Iterator[Row]:
     """A row for each precision, mode and batch size; memory is what a batch adds at its peak."""
     for dtype, compiled, batch_size in product(setting.dtypes, setting.modes, setting.batch_sizes):
-        use = (subject, batch_size, dtype, compiled, setting.device)
-        memory = {f"{side}_memory_mib": memory_mib(build_side, side, *use, device=setting.device) for side in SIDES}
-        times = time_in_turn([build_side(side, *use) for side in SIDES], setting.rounds, setting.device)
-        yield speed_row(subject, PairedTimes(*times), batch_size, dtype, compiled) | memory
+        use = Use(batch_size, dtype, compiled, setting.device)
+        memory = {f"{side}_memory_mib": memory_mib(build_side, side, subject, use, device=use.device) for side in SIDES}
+        times = time_in_turn([build_side(side, subject, use) for side in SIDES], setting.rounds, use.device)
+        yield speed_row(subject, PairedTimes(*times), use) | memory
 
 
 def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Setting) -> Iterator[Row]:
@@ -276,16 +265,15 @@ def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Settin
 
 def _shares(subject: Subject, batch_size: int, setting: Setting) -> list[Side]:
     """All tokens, in the plain model, and each share of them."""
-    dtype = setting.dtypes[0]
-    use, sides = (batch_size, subject.input_size, setting.device, dtype), []
+    use, sides = Use(batch_size, setting.dtypes[0], False, setting.device), []
     for share in (1.0, *SHARES):
         model = subject.compressed()
         space = model.compression.space
         schedule = share_schedule(space, share)
         model.set_kept_num(schedule.prune, schedule.merge)
         about = {"tokens": space.tokens, "tokens_kept": schedule.merge[space.searchable[0]], "kept_share": share}
-        run = forward_pass(subject.dense() if share == 1 else model, *use)
-        sides.append(Side(about, precision_name(dtype), model.flops(), run))
+        run = forward_pass(subject.dense() if share == 1 else model, subject.input_size, use)
+        sides.append(Side(about, precision_name(use.dtype), model.flops(), run))
     return sides
 
 
@@ -341,17 +329,17 @@ def file_rows(subject: Subject, files: Sequence[File], setting: Setting) -> Iter
     for batch_size in setting.batch_sizes:
         sides = []
         for compiled, (side, flops) in product(setting.modes, zip(SIDES, subject.costs(), strict=True)):
-            use = (side, subject, batch_size, torch.float32, compiled, setting.device)
-            about = {"subject": f"{side} model", "runtime": mode_name(compiled)}
-            about |= {"file_mib": None, "load_seconds": None}
-            about |= {"memory_mib": memory_mib(build_side, *use, device=setting.device)}
-            sides.append(Side(about, "float32", flops, build_side(*use)))
+            of = (side, subject, Use(batch_size, torch.float32, compiled, setting.device))
+            memory = memory_mib(build_side, *of, device=setting.device)
+            about = {"subject": f"{side} model", "runtime": mode_name(compiled), "file_mib": None, "load_seconds": None}
+            sides.append(Side(about | {"memory_mib": memory}, "float32", flops, build_side(*of)))
         for file in files:
-            said, use = file.loaded.metadata, (file.path, batch_size, torch.get_num_threads())
-            about = {"subject": file.path.name, "runtime": target_of(file.path).runtime}
-            about |= {"file_mib": file.mib, "load_seconds": file.seconds}
-            about |= {"memory_mib": memory_mib(build_file, *use, device=torch.device("cpu"))}
-            sides.append(Side(about, said.precision, 1e9 * said.gflops, _runner(file.loaded, batch_size)))
+            said, name, runtime = file.loaded.metadata, file.path.name, target_of(file.path).runtime
+            of = (file.path, batch_size, torch.get_num_threads())
+            memory = memory_mib(build_file, *of, device=torch.device("cpu"))
+            about = {"subject": name, "runtime": runtime, "file_mib": file.mib, "load_seconds": file.seconds}
+            run = _runner(file.loaded, batch_size)
+            sides.append(Side(about | {"memory_mib": memory}, said.precision, 1e9 * said.gflops, run))
         yield from rows_in_turn(sides, batch_size, setting)
 
 

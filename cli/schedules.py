@@ -19,9 +19,10 @@ from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import PROJECT, LatencySettings, ModelSettings, Settings
 from diffrate.budget import FLOPS, Budget, Target
 from diffrate.latency.measure import SECONDS
-from diffrate.latency.setting import Use, setting_of
+from diffrate.latency.setting import setting_of
 from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
 from diffrate.searching.target import budget_of, check_reach
+from diffrate.timing import Use
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,37 @@ from diffrate.schedule import Schedule
 Run = Callable[[], Any]
 SHORTEST = 0.3  # seconds of a measurement at least
 SHORT, FEWEST = 0.08, 7  # seconds of one, and rounds, where as many as possible are to fit into a given time
+
+
+SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """What tables call a precision."""
+    return SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def precision_named(name: str) -> torch.dtype:
+    """The precision that tables call so."""
+    return {short: dtype for dtype, short in SHORT_NAMES.items()}.get(name) or getattr(torch, name)
+
+
+def mode_name(compiled: bool) -> str:
+    """What tables call a way to run: as one compiled graph, or eager."""
+    return "compiled" if compiled else "eager"
+
+
+class Use(NamedTuple):
+    """How a model is used: images at a time, the type of its weights, as one compiled graph or not, and its device."""
+
+    batch_size: int
+    dtype: torch.dtype
+    compiled: bool
+    device: torch.device
+
+    def words(self) -> str:
+        """As text for messages."""
+        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {mode_name(self.compiled)}"
 
 
 @dataclass(frozen=True)
@@ -111,9 +142,6 @@ def _seconds(run: Run, repeats: int, device: torch.device) -> float:
     return watch.seconds()[0] / repeats
 
 
-SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 @dataclass(frozen=True)
 class Speed:
     """Both sides at one batch size and precision, timed in turn.
@@ -168,44 +196,29 @@ def benchmark(
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: found {value}; accepted: from 1")
-    target = place_of(model, device).device
+    use = Use(batch_size, dtype, compile, place_of(model, device).device)
     current, whole = model.compression.current(), model.dense_schedule()
-    sides = at_schedules(model, (whole, current), batch_size, target, dtype, compile)
-    times = PairedTimes(*time_in_turn(sides, rounds, target))
+    times = PairedTimes(*time_in_turn(at_schedules(model, (whole, current), use), rounds, use.device))
     return speed_of(times, batch_size, precision_name(dtype), (model.flops_at(whole), model.flops_at(current)))
 
 
-def at_schedules(
-    model: CompressedModel,
-    schedules: Sequence[Schedule],
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    compiled: bool = False,
-) -> list[Callable[[], Tensor]]:
-    """What runs a copy of `model` at each of the `schedules`, on random images."""
+def at_schedules(model: CompressedModel, schedules: Sequence[Schedule], use: Use) -> list[Callable[[], Tensor]]:
+    """Functions that run a copy of `model` at each of the `schedules`, on random images."""
     sides = []
     with generators_kept():
         for schedule in schedules:
             side = copy.deepcopy(model)
             side.set_kept_num(schedule.prune, schedule.merge)
-            sides.append(forward_pass(side, batch_size, model.image_size, device, dtype, compiled))
+            sides.append(forward_pass(side, model.image_size, use))
     return sides
 
 
-def forward_pass(
-    model: nn.Module,
-    batch_size: int,
-    size: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    compiled: bool = False,
-) -> Callable[[], Tensor]:
-    """What runs `model`, plain or compressed, on random images of `size`, rows and columns; it is changed in place."""
-    model = model.eval().requires_grad_(False).to(device, dtype)
-    channels = channels_of(model)
-    images = torch.randn(batch_size, channels, *size, device=device, dtype=dtype)
-    forward = compile_model(model) if compiled else model
+def forward_pass(model: nn.Module, size: tuple[int, int], use: Use) -> Callable[[], Tensor]:
+    """A function that runs `model`, plain or compressed, on random images of `size`, rows and columns. The model is
+    changed in place."""
+    model = model.eval().requires_grad_(False).to(use.device, use.dtype)
+    images = torch.randn(use.batch_size, channels_of(model), *size, device=use.device, dtype=use.dtype)
+    forward = compile_model(model) if use.compiled else model
     options: dict[str, Any] = {"return_flop": False} if isinstance(model, CompressedModel) else {}
 
     def run() -> Tensor:
@@ -234,18 +247,3 @@ def speed_of(times: PairedTimes, batch_size: int, precision: str, costs: tuple[i
         ideal_speedup=dense / compressed,
         share_of_ideal=times.ratio * compressed / dense,
     )
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """What tables call a precision."""
-    return SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def precision_named(name: str) -> torch.dtype:
-    """The precision that tables call so."""
-    return {short: dtype for dtype, short in SHORT_NAMES.items()}.get(name) or getattr(torch, name)
-
-
-def mode_name(compiled: bool) -> str:
-    """What tables call a way to run: as one compiled graph, or eager."""
-    return "compiled" if compiled else "eager"

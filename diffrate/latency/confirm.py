@@ -11,11 +11,11 @@ import torch
 
 from diffrate.budget import SPEEDUP, Budget, BudgetError, choices_of
 from diffrate.device import made_by_first, place_of
-from diffrate.latency.setting import Use, check_table, use_of
+from diffrate.latency.setting import check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule
-from diffrate.timing import PairedTimes, at_schedules, time_within
+from diffrate.timing import PairedTimes, Use, at_schedules, time_within
 
 SECONDS = 8.0  # of timed pairs
 CHECK_SECONDS = 5.0  # the same, of `check_predictions` for a schedule
@@ -52,8 +52,8 @@ class Confirmed:
 
 def measured_times(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> PairedTimes:
     """Time copies of `model`, dense and at `schedule`, in pairs for so many `seconds`."""
-    sides = at_schedules(model, (model.dense_schedule(), schedule), use.batch_size, use.device, use.dtype, use.compiled)
-    return time_within(sides[0], sides[1], seconds, use.device)
+    dense, reduced = at_schedules(model, (model.dense_schedule(), schedule), use)
+    return time_within(dense, reduced, seconds, use.device)
 
 
 def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> float:

@@ -22,12 +22,12 @@ from diffrate.blocks.tokens import replaced
 from diffrate.budget import Budget, BudgetError, baseline_schedule
 from diffrate.device import generators_kept, made_by_first, place_of
 from diffrate.latency.confirm import measured_speedup
-from diffrate.latency.setting import Use, check_folder, kinds_of, read_table, setting_of, write_table
+from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import input_size
 from diffrate.schedule import Kept, Schedule, SearchSpace
-from diffrate.timing import Stopwatch
+from diffrate.timing import Stopwatch, Use
 
 KNOTS = 56  # token counts to look at, at most: kernels move in steps of 16 or 32 rows
 

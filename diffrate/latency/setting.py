@@ -6,7 +6,7 @@ import json
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from diffrate.device import machine_name, place_of
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
-from diffrate.timing import mode_name, precision_name, precision_named
+from diffrate.timing import Use, mode_name, precision_name, precision_named
 
 WHAT = "measured seconds of the parts of a model's blocks, for a batch"
 
@@ -86,19 +86,6 @@ def _made(kind: type[Any], content: dict[str, Any]) -> Any:
 
 FORMAT = 2  # of the file, and of what is measured
 OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rule", "mode")
-
-
-class Use(NamedTuple):
-    """How a model is used: images at a time, the type of its weights, as one compiled graph or not, and where."""
-
-    batch_size: int
-    dtype: torch.dtype
-    compiled: bool
-    device: torch.device
-
-    def words(self) -> str:
-        """As text for messages."""
-        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {mode_name(self.compiled)}"
 
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
