@@ -24,9 +24,8 @@ from cli.training import BEST, LAST, Recipe, Teacher, TrainingCheckpoint, Traini
 from datasets import ImageLoader
 from diffrate.atomic import whole_file
 from diffrate.budget import Budget
-from diffrate.device import FixedBatch, compile_model, seed_everything, step_seed, to_place
+from diffrate.device import FixedBatch, all_sum, compile_model, seed_everything, step_seed, to_place
 from diffrate.evaluation import Tally
-from diffrate.group import all_sum
 from diffrate.schedule import fields_of
 from diffrate.searching.hard_counts import UNIFORM, Calibrated, CalibrationObserver
 from diffrate.searching.settings import CALIBRATED, GRADIENT, SearchSettings

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu`: what can only be known on a GPU, in eight minutes, in one JSON file.
+"""`python -m benchmarks.gpu`: what can only be measured on a GPU, in eight minutes, as one JSON file.
 
-Every part is processes of its own: an error on the GPU, or one that hangs, ends that part alone.
+Every part runs in processes of its own: an error on the GPU, or a process that hangs, ends that part alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from diffrate.blocks.block import attended, mlp_branch
 from diffrate.device import machine_name
 from diffrate.files.runtimes import INPUT, OUTPUT
 from diffrate.schedule import GRANULARITY, Kept, Schedule, find_schedule, make_schedule
-from diffrate.timing import Run, precision_name, time_within
+from diffrate.timing import Run, Use, precision_name, time_within
 from sample import MODEL as SAMPLE
 from utils import UsageError
 
@@ -51,8 +51,8 @@ DTYPES = {"eager": (torch.float32, torch.bfloat16), "compiled": (torch.bfloat16,
 
 
 class Setting(NamedTuple):
-    """What is measured where: models at GFLOPs, at batch sizes, pairs for so many seconds; images at a time where a
-    search asks for a speed; batch sizes of single reductions."""
+    """What is measured: models at GFLOPs, at batch sizes, in pairs for so many seconds; the batch size of a search for
+    a speed, and those of single reductions."""
 
     device: torch.device
     models: dict[str, float]
@@ -78,7 +78,7 @@ class Part(NamedTuple):
 
 
 def parts(setting: Setting, scratch: Path) -> list[Part]:
-    """All parts, the most important ones first; `scratch` is theirs to write to."""
+    """All parts, the most important ones first; they write to the folder `scratch`."""
     device = setting.device.type
     rows = (sys.executable, "-m", "benchmarks.gpu", "--device", device, "--rows", scratch / "lock")
     # Without the project's settings: plugins may not be installed, and warnings of another torch are no failures.
@@ -113,39 +113,34 @@ def speeds(setting: Setting, lock: str, mode: str, graph: Sequence[str]) -> Iter
         with Path(lock).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             signal.alarm(COMPILING)  # one that hangs would hold up the others
-            subject, compiled = subject_of(name, setting.models[name]), mode == "compiled"
-            sides = [build_side(side, subject, batch, dtype, compiled, str(setting.device)) for side in SIDES]
+            subject, use = subject_of(name, setting.models[name]), Use(batch, dtype, mode == "compiled", setting.device)
+            sides = [build_side(side, subject, use) for side in SIDES]
             for run in sides:
                 run()
             signal.alarm(0)
             fcntl.flock(file, fcntl.LOCK_EX)
             times = time_within(sides[0], sides[1], setting.seconds, setting.device)
-            yield speed_row(subject, times, batch, dtype, compiled)
+            yield speed_row(subject, times, use)
             fcntl.flock(file, fcntl.LOCK_UN)  # forked compilers may live on with it
 
 
 def reduction_rows(setting: Setting) -> Iterator[Row]:
-    """Milliseconds that letting tokens go adds to a block, against tokens that are cut off for nothing."""
+    """Milliseconds that a reduction adds to a block, against keeping the first tokens of each image."""
     subject = subject_of(*next(iter(setting.models.items())))
     for dtype, batch in product(DTYPES["eager"], setting.reduced):
         model = subject.compressed().to(setting.device, dtype)
         images = torch.randn(batch, 3, *model.image_size, device=setting.device, dtype=dtype)
         tokens, blocks = model.compression.space.limits[0], len(model.compressible_blocks())
-        reducing = blocks - (model.read is not None)  # the last block lets none go that nothing reads
+        reducing = blocks - (model.read is not None)  # the last block removes no tokens that are not used
         for kind, (pruned, merged) in REDUCTIONS.items():
             left = [tokens - (pruned + merged) * block for block in range(blocks + 1)]
             schedule = make_schedule([count - pruned for count in left[:-1]], left[1:])
-            cut, reduced = (partial(run, model, images, schedule) for run in (sliced_pass, outputs_at))
+            cut = partial(sliced_pass, model, images, schedule)
+            reduced = partial(torch.inference_mode()(model.outputs_at), images, schedule)
             times = time_within(cut, reduced, setting.seconds, setting.device)
             added = [1000 * (b - a) / reducing for a, b in zip(times.baseline, times.rival, strict=True)]
             row = {"model": subject.entry.name, "precision": precision_name(dtype), "batch_size": batch}
             yield row | {"reduction": kind, "ms": median(added), "ms_low": min(added), "ms_high": max(added)}
-
-
-@torch.inference_mode()
-def outputs_at(model: diffrate.CompressedModel, images: Tensor, schedule: Schedule) -> Tensor:
-    """Logits of images `[B, 3, H, W]` at `schedule`."""
-    return model.outputs_at(images, schedule)
 
 
 @torch.inference_mode()
@@ -182,7 +177,8 @@ def onnx_rows(setting: Setting) -> Iterator[Row]:
         images = torch.randn(batch, 3, *subject.input_size).numpy()
         runs = [_bound(session, images, setting.device.type) for session in sessions]
         times = time_within(runs[0], runs[1], setting.seconds, torch.device("cpu"))  # sessions wait for the GPU
-        yield speed_row(subject, times, batch, torch.float32, False) | {"mode": f"onnxruntime, {provider}"}
+        use = Use(batch, torch.float32, False, setting.device)
+        yield speed_row(subject, times, use) | {"mode": f"onnxruntime, {provider}"}
 
 
 def _bound(session: Any, images: Any, device: str) -> Run:
@@ -202,7 +198,7 @@ def subject_of(name: str, gflops: float) -> Subject:
 
 
 def run_part(part: Part, seconds: float, scratch: Path) -> Row:
-    """What a part comes to within `seconds`, with a line for each of its commands that failed."""
+    """The results of a part within `seconds`, with a line for each of its commands that failed."""
     more = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", "XDG_CACHE_HOME": str(scratch)}
     options: dict[str, Any] = {"cwd": PROJECT, "env": {**os.environ, **more}, "start_new_session": True}
     begun, running, codes = time.monotonic(), [], []
@@ -227,7 +223,7 @@ def run_part(part: Part, seconds: float, scratch: Path) -> Row:
 
 
 def _failure(code: int | None, text: str, taken: float) -> str:
-    """In a line how a command failed: its last line, where it ended by itself."""
+    """How a command failed, in a line: its last line of output, where it ended by itself."""
     if code is None:
         return f"cut off after {taken:.0f} s"
     if code < 0:
@@ -236,8 +232,8 @@ def _failure(code: int | None, text: str, taken: float) -> str:
 
 
 def read(text: str) -> Row:
-    """What the output of a part holds: rows of figures; top-1 of a search's dense and found model, and its speed; how
-    many tests passed, failed and were left out, and a line for each that failed."""
+    """The results in the output of a part: rows of figures; top-1 of a search's dense and found model, and its speed;
+    the numbers of tests that passed, failed and were skipped, and a line for each that failed."""
     found: Row = {"rows": [json.loads(line) for line in re.findall(r"^\{.*\}$", text, re.MULTILINE)]}
     found |= {f"{name} top-1": float(top1) for name, top1 in re.findall(r"(dense|found): \* Acc@1 ([\d.]+)", text)}
     found |= re.findall("(speed)-up: (.*)", text)
@@ -271,7 +267,7 @@ def about(device: torch.device) -> Row:
 
 
 def measure(setting: Setting, out: Path) -> None:
-    """Run all parts for which there is time, and write what there is after each."""
+    """Run all parts for which there is time, and write the results after each."""
     deadline = time.monotonic() + WHOLE
     record: Row = {"about": about(setting.device), "parts": {}}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -1,4 +1,6 @@
-"""Rows of figures, dictionaries by the names of columns: as tables for readers, as JSON and CSV for programs."""
+"""What `--benchmark` measures of whole passes, as rows: dictionaries by the names of columns.
+
+Rows are written as tables for readers, and as JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -7,10 +9,13 @@ import io
 import json
 import logging
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import reduce
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -26,17 +31,7 @@ from diffrate.atomic import whole_file
 from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
 from diffrate.schedule import Schedule, SearchSpace
-from diffrate.timing import (
-    PairedTimes,
-    Run,
-    forward_pass,
-    mode_name,
-    peak_memory,
-    precision_name,
-    speed_of,
-    time_all_in_turn,
-    time_in_turn,
-)
+from diffrate.timing import PairedTimes, Run, Use, forward_pass, mode_name, precision_name, speed_of, time_in_turn
 from models.zoo import ModelEntry
 
 Row = dict[str, Any]
@@ -89,14 +84,10 @@ def write_rows(rows: Sequence[Row], folder: Path, name: str) -> None:
 
 
 def _cells(rows: Sequence[Row], hidden: Collection[str]) -> list[list[str]]:
-    headings = {name: _heading(name) for name in rows[0] if name not in hidden}
-    return [list(headings.values()), *([_cell(row[name], headings[name]) for name in headings] for row in rows)]
-
-
-def _heading(name: str) -> str:
-    for part, short in SHORT.items():
-        name = name.replace(part, short)
-    return name
+    """The headings, and below them the rows, as texts."""
+    names = [name for name in rows[0] if name not in hidden]
+    headings = {name: reduce(lambda text, part: text.replace(*part), SHORT.items(), name) for name in names}
+    return [list(headings.values()), *([_cell(row[name], headings[name]) for name in names] for row in rows)]
 
 
 def _cell(value: Any, heading: str) -> str:
@@ -179,23 +170,56 @@ class Side(NamedTuple):
     run: Run
 
 
-def build_side(
-    side: str, subject: Subject, batch_size: int, dtype: torch.dtype, compiled: bool, device: str
-) -> Callable[[], Tensor]:
+def build_side(side: str, subject: Subject, use: Use) -> Callable[[], Tensor]:
     """A forward pass of the dense or the compressed model on random images."""
-    model = subject.dense() if side == "dense" else subject.compressed()
-    return forward_pass(model, batch_size, subject.input_size, torch.device(device), dtype, compiled)
+    return forward_pass(subject.dense() if side == "dense" else subject.compressed(), subject.input_size, use)
+
+
+# Linux reports the memory of each process here; elsewhere memory is measured on GPUs alone.
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def memory_mib(build: Callable[..., Run], *arguments: Any, device: torch.device) -> float | None:
-    """What a run adds at its peak, in a process of its own; None where the system does not tell."""
-    size = peak_memory(build, *arguments, device=device)
-    return None if size is None else size / 2**20
+    """MiB that `build(*arguments)()` adds at its peak to what is there after `build`.
+
+    In a fresh process, which `build` and its arguments reach by pickle: what an earlier run left to the allocator
+    would hide the peak. None where the system does not report it.
+    """
+    if device.type != "cuda" and not os.access(RESET, os.W_OK):
+        return None
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([build.__module__])  # imports take seconds: once for all processes
+    with context.Pool(1) as pool:
+        return pool.apply(_measure, (build, arguments, device)) / 2**20
+
+
+def _measure(build: Callable[..., Run], arguments: tuple[Any, ...], device: torch.device) -> int:
+    run = build(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _resident("VmRSS")
+    RESET.write_text("5")  # the peak of resident memory starts over
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    """Resident memory of this process in bytes, now (`VmRSS`) or at its peak (`VmHWM`), without that of files: code
+    that is read for the first time is not counted."""
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    own, files = (int(fields[field].split()[0]) for field in (name, "RssFile"))
+    return 1024 * (own - files)
 
 
 def rows_in_turn(sides: Sequence[Side], batch_size: int, setting: Setting) -> Iterator[Row]:
     """A row for each of the `sides`, all timed in turn; its speed-up is over the first of the same runtime."""
-    times = time_all_in_turn([side.run for side in sides], setting.rounds, setting.device)
+    times = time_in_turn([side.run for side in sides], setting.rounds, setting.device)
     runtimes = [side.about.get("runtime") for side in sides]
     for side, seconds, runtime in zip(sides, times, runtimes, strict=True):
         base = runtimes.index(runtime)
@@ -205,20 +229,19 @@ def rows_in_turn(sides: Sequence[Side], batch_size: int, setting: Setting) -> It
         yield side.about | alone
 
 
-def speed_row(subject: Subject, times: PairedTimes, batch_size: int, dtype: torch.dtype, compiled: bool) -> Row:
+def speed_row(subject: Subject, times: PairedTimes, use: Use) -> Row:
     """The figures of both sides, dense and compressed."""
-    speed = speed_of(times, batch_size, precision_name(dtype), subject.costs())
-    return {"model": subject.entry.name, "mode": mode_name(compiled), **asdict(speed)}
+    speed = speed_of(times, use.batch_size, precision_name(use.dtype), subject.costs())
+    return {"model": subject.entry.name, "mode": mode_name(use.compiled), **asdict(speed)}
 
 
 def speed_rows(subject: Subject, setting: Setting) -> Iterator[Row]:
     """A row for each precision, mode and batch size; memory is what a batch adds at its peak."""
     for dtype, compiled, batch_size in product(setting.dtypes, setting.modes, setting.batch_sizes):
-        use = (subject, batch_size, dtype, compiled, str(setting.device))
-        memory = {f"{side}_memory_mib": memory_mib(build_side, side, *use, device=setting.device) for side in SIDES}
-        dense, compressed = (build_side(side, *use) for side in SIDES)
-        times = time_in_turn(dense, compressed, setting.rounds, setting.device)
-        yield speed_row(subject, times, batch_size, dtype, compiled) | memory
+        use = Use(batch_size, dtype, compiled, setting.device)
+        memory = {f"{side}_memory_mib": memory_mib(build_side, side, subject, use, device=use.device) for side in SIDES}
+        times = time_in_turn([build_side(side, subject, use) for side in SIDES], setting.rounds, use.device)
+        yield speed_row(subject, PairedTimes(*times), use) | memory
 
 
 def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Setting) -> Iterator[Row]:
@@ -242,19 +265,15 @@ def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Settin
 
 def _shares(subject: Subject, batch_size: int, setting: Setting) -> list[Side]:
     """All tokens, in the plain model, and each share of them."""
-    dtype = setting.dtypes[0]
-    use, precision = (batch_size, subject.input_size, setting.device, dtype), precision_name(dtype)
-    sides = []
-    for share in SHARES:
+    use, sides = Use(batch_size, setting.dtypes[0], False, setting.device), []
+    for share in (1.0, *SHARES):
         model = subject.compressed()
-        space, whole = model.compression.space, model.flops_at(model.dense_schedule())
-        if not sides:
-            about = {"tokens": space.tokens, "tokens_kept": space.tokens, "kept_share": 1.0}
-            sides.append(Side(about, precision, whole, forward_pass(subject.dense(), *use)))
+        space = model.compression.space
         schedule = share_schedule(space, share)
         model.set_kept_num(schedule.prune, schedule.merge)
         about = {"tokens": space.tokens, "tokens_kept": schedule.merge[space.searchable[0]], "kept_share": share}
-        sides.append(Side(about, precision, model.flops(), forward_pass(model, *use)))
+        run = forward_pass(subject.dense() if share == 1 else model, subject.input_size, use)
+        sides.append(Side(about, precision_name(use.dtype), model.flops(), run))
     return sides
 
 
@@ -273,12 +292,12 @@ def exponents(rows: Sequence[Row]) -> Iterator[Row]:
         for row in rows:
             held = ", ".join(text.format_map(row) for name, text in AXES.items() if name != axis)
             groups.setdefault(held, []).append(row)
-        # Along the tokens kept, the speed-ups do without what the machine does between the rows.
+        # The speed-ups along the tokens kept do not depend on how the machine's pace changes between rows.
         paced = "speedup" if axis == "tokens_kept" else "images_per_second"
         for held, group in groups.items():
             if len({row[axis] for row in group}) > 1:
-                places, speeds, costs = ([math.log(row[name]) for row in group] for name in (axis, paced, "gflops"))
-                measured, ideal = linear_regression(places, speeds).slope, -linear_regression(places, costs).slope
+                along, speeds, costs = ([math.log(row[name]) for row in group] for name in (axis, paced, "gflops"))
+                measured, ideal = linear_regression(along, speeds).slope, -linear_regression(along, costs).slope
                 yield {"axis": axis.replace("_", " "), "measured": measured, "ideal": ideal, "held": held}
 
 
@@ -305,10 +324,22 @@ def open_file(path: Path) -> File:
 
 
 def file_rows(subject: Subject, files: Sequence[File], setting: Setting) -> Iterator[Row]:
-    """For each batch size a row for the dense model, the one at the schedule, and each file; memory is what a batch
-    adds at its peak."""
+    """For each batch size a row for the dense model and the one at the schedule, in each mode, and for each file;
+    memory is what a batch adds at its peak."""
     for batch_size in setting.batch_sizes:
-        sides = [*_live(subject, batch_size, setting), *(_of_file(file, batch_size) for file in files)]
+        sides = []
+        for compiled, (side, flops) in product(setting.modes, zip(SIDES, subject.costs(), strict=True)):
+            of = (side, subject, Use(batch_size, torch.float32, compiled, setting.device))
+            memory = memory_mib(build_side, *of, device=setting.device)
+            about = {"subject": f"{side} model", "runtime": mode_name(compiled), "file_mib": None, "load_seconds": None}
+            sides.append(Side(about | {"memory_mib": memory}, "float32", flops, build_side(*of)))
+        for file in files:
+            said, name, runtime = file.loaded.metadata, file.path.name, target_of(file.path).runtime
+            of = (file.path, batch_size, torch.get_num_threads())
+            memory = memory_mib(build_file, *of, device=torch.device("cpu"))
+            about = {"subject": name, "runtime": runtime, "file_mib": file.mib, "load_seconds": file.seconds}
+            run = _runner(file.loaded, batch_size)
+            sides.append(Side(about | {"memory_mib": memory}, said.precision, 1e9 * said.gflops, run))
         yield from rows_in_turn(sides, batch_size, setting)
 
 
@@ -320,22 +351,3 @@ def build_file(path: Path, batch_size: int, threads: int) -> Callable[[], Tensor
 def _runner(loaded: Loaded, batch_size: int) -> Callable[[], Tensor]:
     images = torch.rand(batch_size, *loaded.metadata.input_size)
     return lambda: loaded.logits(images)
-
-
-def _live(subject: Subject, batch_size: int, setting: Setting) -> Iterator[Side]:
-    """The model itself, dense and at the schedule, in each mode."""
-    for compiled in setting.modes:
-        for side, flops in zip(SIDES, subject.costs(), strict=True):
-            use = (side, subject, batch_size, torch.float32, compiled, str(setting.device))
-            about = {"subject": f"{side} model", "runtime": mode_name(compiled)}
-            about |= {"file_mib": None, "load_seconds": None}
-            about |= {"memory_mib": memory_mib(build_side, *use, device=setting.device)}
-            yield Side(about, "float32", flops, build_side(*use))
-
-
-def _of_file(file: File, batch_size: int) -> Side:
-    said, use = file.loaded.metadata, (file.path, batch_size, torch.get_num_threads())
-    about = {"subject": file.path.name, "runtime": target_of(file.path).runtime}
-    about |= {"file_mib": file.mib, "load_seconds": file.seconds}
-    about |= {"memory_mib": memory_mib(build_file, *use, device=torch.device("cpu"))}
-    return Side(about, said.precision, 1e9 * said.gflops, _runner(file.loaded, batch_size))

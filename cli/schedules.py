@@ -1,4 +1,4 @@
-"""What the flags ask of schedules: those of a file, targets, and the seconds that targets go by."""
+"""From flags to schedules of a file, to targets, and to the latency table that targets in seconds need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,12 +17,12 @@ import models
 from cli.log import share
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.settings import PROJECT, LatencySettings, ModelSettings, Settings
-from diffrate.atomic import cache_folder
 from diffrate.budget import FLOPS, Budget, Target
 from diffrate.latency.measure import SECONDS
-from diffrate.latency.setting import Use, setting_of
+from diffrate.latency.setting import setting_of
 from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
 from diffrate.searching.target import budget_of, check_reach
+from diffrate.timing import Use
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
@@ -33,7 +34,7 @@ DIGITS = 4  # of a share's GFLOPs, the name of its schedule
 
 @dataclass(frozen=True)
 class NamedSchedule:
-    """A schedule, and where it comes from for the start of messages."""
+    """A schedule, and its source as the start of messages."""
 
     schedule: Schedule
     where: str
@@ -72,7 +73,7 @@ def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffra
     Raises:
         ScheduleError: the file is malformed.
     """
-    file, found = rate_file(settings), []
+    file, found = settings.rate_file or PROJECT_RATES, []
     for target in read_schedules(file).get(entry.schedule_key, {}):
         with suppress(diffrate.ScheduleError, ValueError):  # made for another input, or under a name of its own
             schedule = find_schedule(file, entry.schedule_key, float(target))
@@ -82,13 +83,8 @@ def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffra
     return found
 
 
-def rate_file(settings: ModelSettings) -> Path:
-    """Where schedules are read from."""
-    return settings.rate_file or PROJECT_RATES
-
-
 def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list[Target]:
-    """The budgets to meet, in GFLOPs where they are of FLOPs; the sample has one of its own.
+    """The targets, shares as GFLOPs; the default is the sample model's.
 
     Raises:
         UsageError: two of them are the same.
@@ -103,7 +99,7 @@ def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list
 
 
 def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
-    """A budget in GFLOPs; a share's with as many digits as name its schedule in files."""
+    """A target in GFLOPs; a share is rounded to the digits that name its schedule in files."""
     if target.gflops is not None:
         return target.gflops
     dense = model.flops_at(model.dense_schedule()) / 1e9
@@ -122,12 +118,13 @@ def _find(
     model: diffrate.CompressedModel,
     flag: str = "--target_flops",
 ) -> NamedSchedule:
-    """The entry of the file for `target`, which `flag` asked for, checked, or scaled, to the tokens of `model`."""
-    file = rate_file(settings)
+    """The entry of the file for `target`, the value of `flag`, checked against `model`, and scaled to its tokens if
+    asked for."""
+    file = settings.rate_file or PROJECT_RATES
     schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model), flag)
     space = model.compression.space
     if schedule.tokens is None and max((*schedule.merge, *(schedule.prune or ())), default=0) != space.limits[0]:
-        # Files that do not say it: the published one, and those of earlier searches.
+        # Files without it: the published one, and those of earlier searches.
         schedule = replace(schedule, tokens=_own_tokens(entry))
     if settings.scale:
         schedule = fit_tokens(schedule, model)
@@ -137,7 +134,7 @@ def _find(
 
 
 def _own_tokens(entry: ModelEntry) -> int:
-    """Tokens of the model at the input that it was published for, or made for where it was not."""
+    """Tokens of the model at its own input size."""
     with models.shapes_alone():
         return diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry))).compression.space.limits[0]
 
@@ -148,7 +145,7 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
     counts = (schedule.merge, schedule.prune or schedule.merge)
     if schedule.tokens in (None, space.limits[0]) or any(len(row) != len(space.limits) for row in counts):
         return schedule
-    # All of them enter each block at most, but for the blocks that are never compressed: they keep all.
+    # The blocks that are never compressed keep all of their tokens.
     limits = (schedule.tokens,) * blocks + schedule.merge[blocks:]
     return scale_schedule(schedule, limits, space.limits, space.prefix, space.least)
 
@@ -159,11 +156,11 @@ log = logging.getLogger(__name__)
 def latency_table(
     settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
 ) -> diffrate.LatencyTable:
-    """What `model` takes at any schedule, used as the flags say. Where it has to be measured, the `targets` are
-    tried first.
+    """The seconds of `model` at any schedule, used as the flags say. Before they are measured, the `targets` are
+    checked.
 
     Raises:
-        BudgetError: it is far out of reach.
+        BudgetError: a target is far out of reach.
         LatencyFileError: the file that keeps it cannot be read or written.
     """
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
@@ -185,29 +182,31 @@ def latency_table(
 
 
 def _kept_in(setting: dict[str, object]) -> Path | None:
-    """The file of a table in the user's cache; None where there is none."""
-    folder = cache_folder("latency")
+    """The file of a table in the user's cache; None where nothing can be written there."""
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
-    return None if folder is None else folder / f"{name}.json"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffrate" / "latency"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):  # the user has no home, or may not write there
+        return None
+    return folder / f"{name}.json" if os.access(folder, os.W_OK) else None
 
 
 def budgets_of(
     settings: Settings, model: diffrate.CompressedModel, runtime: Runtime
 ) -> tuple[dict[Target, Budget], diffrate.LatencyTable | None]:
-    """What each target is for `model`, all of them in reach; and the table that those in seconds go by.
+    """The budget of each target for `model`, and the latency table where a target is in seconds.
 
     Raises:
-        BudgetError: one is not; gives the range that is.
+        BudgetError: a target is out of reach; gives the range that is in reach.
         LatencyFileError, UsageError: as `latency_table` and `targets_of`.
     """
-    targets = targets_of(settings.model, model)
-    timed = any(target.timed for target in targets)
-    table = latency_table(settings.latency, model, runtime, targets) if timed else None
+    targets, table = targets_of(settings.model, model), None
+    if any(target.timed for target in targets):
+        table = latency_table(settings.latency, model, runtime, targets)
     return {target: budget_of(model, target, table) for target in targets}, table
 
 
 def kept_as(target: Target, model: diffrate.CompressedModel, schedule: diffrate.Schedule) -> float:
-    """The GFLOPs under which files keep the schedule that meets a target: the target's, or of seconds its own."""
-    if target.gflops is not None:
-        return target.gflops
-    return float(f"{model.flops_at(schedule) / 1e9:.{DIGITS}g}")
+    """The GFLOPs by which files name the schedule of a target: the target's, or for seconds those of the schedule."""
+    return target.gflops or float(f"{model.flops_at(schedule) / 1e9:.{DIGITS}g}")

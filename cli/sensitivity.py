@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import diffrate
 from benchmarks.speed import table
@@ -24,8 +23,8 @@ def run(settings: Settings, runtime: Runtime) -> None:
     """Measure, and leave a table in the log and a record of each reduction in the output folder.
 
     Raises:
-        CheckpointError, DataError, UsageError: the model, its weights or the images are not there or do not fit.
-        NonFiniteLossError: a loss is no number.
+        CheckpointError, DataError, UsageError: the model, its weights or the images are missing or do not fit.
+        NonFiniteLossError: a loss is not finite.
     """
     images = settings.run.sensitivity
     assert images is not None, "the mode that is asked for"
@@ -53,7 +52,11 @@ def run(settings: Settings, runtime: Runtime) -> None:
     )
     for one in found:
         runtime.append({"model": entry.name, **one.record()}, SENSITIVITY)
-    for line in _lines(found):
+    rows = []
+    for one in found:
+        row = {"block": one.block, "kind": one.kind, "tokens": one.kept, "kept %": one.share, "loss": f"{one.loss:.2e}"}
+        rows.append(row if one.agreement is None else row | {"top-1 as dense, %": one.agreement})
+    for line in table(rows):
         log.info(line)
 
 
@@ -67,12 +70,3 @@ def _check_digits(settings: Settings, entry: ModelEntry, head: int | None) -> No
         raise UsageError(
             f"--data-path is needed: the digits that ship do not fit {entry.name}; accepted: a folder of images"
         )
-
-
-def _lines(found: Sequence[diffrate.Sensitivity]) -> list[str]:
-    """The table, headings first."""
-    rows = []
-    for one in found:
-        row = {"block": one.block, "kind": one.kind, "tokens": one.kept, "kept %": one.share, "loss": f"{one.loss:.2e}"}
-        rows.append(row if one.agreement is None else row | {"top-1 as dense, %": one.agreement})
-    return table(rows)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-# What `torch.load` raises on files that are missing, cut short, damaged or something else, and what reading
-# fields that are not there raises.
+# The errors of `torch.load` on files that are missing, cut short, damaged or of another kind, and of fields that are
+# missing.
 UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
     pickle.UnpicklingError,
@@ -19,27 +19,16 @@ UNREADABLE = (
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error in one line, without the file that the caller names, or what kind it is."""
+    """The first line of an error's message without the file's name, or the error's type where it has none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def cache_folder(name: str) -> Path | None:
-    """The folder `name` where users' programs keep what can be made again, with the folders above it; None where there
-    is no such place."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffrate" / name
-        folder.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, OSError):  # nobody's home, or nothing may be written there
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """An empty scratch file for the block to write by its name, which becomes `path` when the block ends
-    well and is gone otherwise.
+    """An empty scratch file for the block to write by its name. It becomes `path` when the block ends without an
+    error, and is removed otherwise.
 
     Raises:
         OSError: the folder cannot be written.
@@ -60,7 +49,7 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` whole when the block ends well, and not at all otherwise.
+    """A file that becomes `path` when the block ends without an error, and is removed otherwise.
 
     Raises:
         OSError: the folder cannot be written.

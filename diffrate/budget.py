@@ -1,11 +1,11 @@
-"""Targets and budgets: what users ask a schedule to meet, and what that is for one model. FLOPs and seconds alike."""
+"""Targets that users set for a schedule, and what they mean for one model; of FLOPs and of seconds alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from diffrate.schedule import Schedule, SearchSpace, running_counts
@@ -29,12 +29,12 @@ class BudgetError(ValueError):
 
 
 class TargetError(ValueError):
-    """A target that makes no sense."""
+    """A target that is out of the accepted range."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a user asks for: a number of one kind.
+    """A number that a user sets, and its kind.
 
     kind: `target_flops`, multiply-accumulates of an image; `share`, of those of the dense model; `target_speedup`, how
     many times as fast as that; or `target_latency`, seconds of an image.
@@ -56,12 +56,12 @@ class Target:
 
     @property
     def timed(self) -> bool:
-        """Whether it is a matter of seconds."""
+        """Whether the target is one of seconds."""
         return self.kind in (SPEEDUP, LATENCY)
 
     @property
     def gflops(self) -> float | None:
-        """Of a target in FLOPs, as many GFLOPs as were written."""
+        """A target in FLOPs as the user wrote it in GFLOPs; None of other kinds."""
         return float(f"{self.value / 1e9:.15g}") if self.kind == FLOPS else None
 
     def __str__(self) -> str:
@@ -72,9 +72,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a target is for one model: a schedule may cost `target` of `cost`, multiply-accumulates or seconds.
+    """A target for one model: a schedule may have a `cost` of `target`, in multiply-accumulates or seconds.
 
-    kind: how users speak of it. whole: what the dense model costs, of a speed-up.
+    kind: that of the user's target. whole: the cost of the dense model, which a speed-up needs.
     """
 
     cost: Cost
@@ -84,7 +84,7 @@ class Budget:
 
     @property
     def timed(self) -> bool:
-        """Whether it is a matter of seconds."""
+        """Whether costs are seconds."""
         return self.kind != FLOPS
 
     def of(self, cost: float) -> float:
@@ -97,16 +97,12 @@ class Budget:
         """Refuse a target out of reach.
 
         Raises:
-            BudgetError: gives the reachable range.
+            BudgetError: gives the range that is in reach.
         """
         least, most = self.cost(space.fewest()), self.cost(space.dense())
         if not least <= self.target <= most:
             low, high = sorted((self.of(least), self.of(most)))
             raise BudgetError(f"{self}: accepted: {low:.4g} to {high:.4g}{ADVICE[self.kind]}")
-
-    def times(self, by: float) -> Budget:
-        """The same with another target."""
-        return replace(self, target=self.target * by)
 
     def fitted(self, counts_at: Callable[[float], list[float]], end: float, assemble: Assemble, least: int) -> Schedule:
         """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets the target, none below
@@ -115,17 +111,14 @@ class Budget:
         Raises:
             BudgetError: no whole counts meet it.
         """
-        best = nearest_counts(counts_at, end, lambda counts: self.cost(assemble(counts)), self.target, least)
-        found = self.cost(assemble(best))
-        if not meets_budget(found, self.target):
-            raise BudgetError(f"{self}: the nearest schedule has {self.of(found):.4g}")
-        return assemble(best)
+        best = assemble(_nearest_counts(counts_at, end, lambda counts: self.cost(assemble(counts)), self.target, least))
+        if not meets_budget(self.cost(best), self.target):
+            raise BudgetError(f"{self}: the nearest schedule has {self.of(self.cost(best)):.4g}")
+        return best
 
     def rounded(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
         """The schedule nearest to `expected` counts, one per choice, that meets the target, without reductions that
-        cost more than they save: what they took is spent elsewhere.
-
-        Multiply-accumulates know no such reductions.
+        cost more than they save. In multiply-accumulates there are no such reductions.
 
         Raises:
             BudgetError: no whole counts meet it.
@@ -138,15 +131,15 @@ class Budget:
                 break
             try:
                 schedule = self._nearest(thrifty, space)
-            except BudgetError:  # reductions that are left cannot spend it: the last one that could is good
+            except BudgetError:  # the reductions that are left do not meet the target: take the schedule before
                 break
         return schedule
 
     def _nearest(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
         """The schedule nearest to `expected` counts that meets the target.
 
-        They are scaled towards keeping all tokens or towards keeping the fewest, every block by the same share of its
-        way: this keeps what a search found about the blocks relative to each other, and reaches every budget.
+        The counts are scaled towards all tokens or towards the fewest, every one by the same share of its way: so the
+        blocks keep their order relative to each other, and every budget is reached.
         """
 
         def scaled(share: float) -> list[float]:
@@ -162,14 +155,14 @@ class Budget:
 
 
 def choices_of(schedule: Schedule, space: SearchSpace) -> list[int]:
-    """What really happens at a schedule: one count per choice, never rising."""
+    """The tokens that are left after each choice of a schedule, never rising."""
     kept = running_counts(schedule, space.limits[0])
     return [kept[block].pruned if kind == "prune" else kept[block].merged for block, kind in space.choices]
 
 
 def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list[int]:
     """The counts with every reduction switched off that costs more than it saves, the worst first: a choice alone, or
-    all of a block, where one without the other would cost as much."""
+    both of a block, where one without the other would cost as much."""
     best = list(accumulate(counts, min))
     least = cost(space.schedule(best))
     while True:
@@ -198,18 +191,17 @@ def meets_budget(found: float, target: float) -> bool:
     return target * (1 - BELOW) <= found <= target * (1 + ABOVE)
 
 
-def nearest_counts(
+def _nearest_counts(
     counts_at: Callable[[float], list[float]],
     end: float,
     cost: Callable[[Sequence[int]], float],
     target: float,
     least: int,
 ) -> list[int]:
-    """The whole counts of a falling family, `counts_at` 0 to `end`, whose cost is nearest to `target`, none below
-    `least`.
+    """The whole counts of `Budget.fitted` whose cost is nearest to `target`.
 
-    Bisection finds the two neighbours around the target; where one step of the family changes
-    several counts at once, they change one after the other.
+    Bisection finds the two neighbours around the target; where one step of the family changes several counts at once,
+    they change one after the other.
     """
 
     def whole(share: float) -> list[int]:
@@ -222,7 +214,7 @@ def nearest_counts(
     above, below = whole(low), whole(high)
     steps = [above[:position] + below[position:] for position in range(len(above) + 1)]
     best = min(steps, key=lambda counts: abs(cost(counts) - target))
-    best = list(accumulate(best, min))  # what really happens, so that every single change has an effect
+    best = list(accumulate(best, min))  # the running minimum, so that every single change has an effect
     return _polish(best, (least, max(whole(0))), cost, target)
 
 

@@ -1,4 +1,4 @@
-"""Where and how a model computes: the machine's name, precision, seeds, compiled graphs, fewer messages of torch's."""
+"""How a model computes: devices, precision, seeds, compiled graphs, fewer messages of torch; and the process group."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import logging
 import platform
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+Made = TypeVar("Made")
 
 
 def seed_everything(seed: int) -> None:
@@ -30,10 +33,7 @@ def step_seed(*numbers: int) -> int:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Draw and seed freely inside the block; after it every generator goes on as before it.
-
-    Those of Python, NumPy, and torch, on the CPU and on every GPU in use.
-    """
+    """Restore the generators of Python, NumPy and torch, on the CPU and on every GPU in use, after the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
@@ -48,7 +48,7 @@ _CPUS = Path("/proc/cpuinfo")
 
 
 def machine_name(device: torch.device) -> str:
-    """The GPU, or the CPU and which of its instructions torch uses."""
+    """The name of the GPU, or of the CPU with the instruction set that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -79,33 +79,32 @@ def to_place(images: Tensor, labels: Tensor, place: Place) -> tuple[Tensor, Tens
 
 
 def default_precision(device: torch.device) -> torch.dtype | None:
-    """What to autocast to where nobody says: float16 on a GPU, as published, and nothing elsewhere."""
+    """The default of autocast: float16 on a GPU, as published, and none elsewhere."""
     return torch.float16 if device.type == "cuda" else None
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in `precision`; None and float32 are none."""
+    """Mixed precision in `precision`; disabled for None and float32."""
     enabled = precision is not None and precision != torch.float32
     return torch.autocast(device.type, dtype=precision if enabled else None, enabled=enabled)
 
 
 @contextmanager
 def errors_alone(*names: str) -> Iterator[None]:
-    """Let the loggers of these names say errors alone, inside the block."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+    """Let the loggers of these names log errors alone, inside the block."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
 @contextmanager
 def no_warnings_of(modules: str) -> Iterator[None]:
-    """Without warnings at code of the modules that this pattern names, inside the block."""
+    """Ignore warnings from modules whose names match this pattern, inside the block."""
     with warnings.catch_warnings():
         for category in (UserWarning, DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=modules)
@@ -113,7 +112,7 @@ def no_warnings_of(modules: str) -> Iterator[None]:
 
 
 def compile_model(model: nn.Module) -> Any:
-    """`model` compiled as a whole for the shapes it is called with: no graph break goes unnoticed."""
+    """Compile `model` as one graph for the shapes it is called with; a graph break is an error."""
     return torch.compile(model, fullgraph=True, dynamic=False)
 
 
@@ -129,10 +128,10 @@ class FixedBatch(nn.Module):
         self.model, self.batch_size = model, batch_size
 
     def forward(self, images: Tensor, return_flop: bool = False) -> Tensor:
-        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size; the cost is not to be had.
+        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size.
 
         Raises:
-            ValueError: the cost is asked for.
+            ValueError: `return_flop` is set, which a filled-up batch has no cost for.
         """
         if return_flop:
             raise ValueError("return_flop=True: accepted: False, the cost of a filled-up batch means nothing")
@@ -140,3 +139,62 @@ class FixedBatch(nn.Module):
         if count < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - count, -1, -1, -1)])
         return self.model(images, return_flop=False)[:count]
+
+
+# The processes that work together, if there are several: torch's initialised process group.
+
+
+def rank() -> int:
+    """This process's number, 0 for a single one."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """`values` summed over all processes, in place; unchanged for a single one."""
+    if _joined():
+        dist.all_reduce(values)
+    return values
+
+
+def made_by_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
+    if not _joined():
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [make(), None]
+        except Exception as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    made, error = outcome
+    if error is not None:
+        raise error
+    return made
+
+
+def all_parts(part: Any) -> list[Any]:
+    """The `part` of every process, in their order; for a single one its own alone."""
+    if not _joined():
+        return [part]
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def least(value: int, device: torch.device) -> int:
+    """The smallest `value` of all processes, which meet on `device`."""
+    if not _joined():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return int(shared)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()

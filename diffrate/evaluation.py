@@ -1,4 +1,4 @@
-"""`diffrate.evaluate`: loss and accuracy over batches, and what a batch may look like."""
+"""`diffrate.evaluate`: loss and accuracy over batches, and the accepted forms of batches and labels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import Place, autocast, place_of
-from diffrate.group import all_parts, all_sum
+from diffrate.device import Place, all_parts, all_sum, autocast, place_of
 from diffrate.patch.base import CompressedModel, has_classifier
 
 IMAGES = ("pixel_values", "image", "images", "img", "input")
@@ -52,11 +51,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
 
 
 def images_of(batch: Any, place: Place) -> Tensor:
-    """The images of a batch where they are computed.
-
-    Raises:
-        ValueError: as `split_batch`.
-    """
+    """The images of a batch, on the device and in the precision of the model; raises as `split_batch`."""
     return split_batch(batch)[0].to(place.device, place.dtype, non_blocking=True)
 
 
@@ -64,18 +59,18 @@ Batches = Iterable[Any]  # as `split_batch` takes them, with labels
 
 
 class ScoresError(ValueError):
-    """Labels or outputs that no scores come of, or a package that they need and that is not there."""
+    """Labels or outputs that cannot be scored, or a package that is missing for it."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean loss over `images` images, each counted once, and what a head is scored by.
+    """Mean loss over `images` images, each counted once, and the figures of the head.
 
-    acc1, acc5: accuracies in percent, of a softmax (the loss is cross-entropy); NaN of other heads.
-    mae, r2: mean absolute error, and coefficient of determination, of a head with one output (the loss is the mean
-        squared error); None of other heads. r2 is NaN where all labels are the same.
-    mean_average_precision: of 0 to 1, over the classes that occur, of labels that each stand for themselves (the loss
-        is binary cross-entropy); None of other heads.
+    acc1, acc5: accuracies in percent, of a softmax (the loss is cross-entropy); NaN for other heads.
+    mae, r2: mean absolute error and coefficient of determination, of a head with one output (the loss is the mean
+        squared error); None for other heads. r2 is NaN where all labels are the same.
+    mean_average_precision: from 0 to 1, over the classes that occur, of several labels an image (the loss is binary
+        cross-entropy); None for other heads.
     """
 
     acc1: float
@@ -88,7 +83,7 @@ class Scores:
 
     @property
     def ranked(self) -> tuple[str, float]:
-        """The figure that models are ranked by, and what it is called: the larger, the better."""
+        """The name and the value of the figure that models are ranked by: the larger, the better."""
         if self.mean_average_precision is not None:
             return "mAP", self.mean_average_precision
         return ("top-1", self.acc1) if self.r2 is None else ("R2", self.r2)
@@ -104,7 +99,6 @@ class Scores:
         return self._figures() | {"loss": self.loss, "images": self.images, "gflops": flops / 1e9}
 
     def _figures(self) -> dict[str, float]:
-        """Those of this head."""
         if self.mean_average_precision is not None:
             return {"mean_average_precision": self.mean_average_precision}
         if self.mae is not None and self.r2 is not None:
@@ -113,12 +107,12 @@ class Scores:
 
 
 class Tally:
-    """The scores of the batches so far. Sums stay on the device: no sync until somebody asks.
+    """The scores of the batches so far. Sums stay on the device, which is not synchronised until they are read.
 
-    kept: outputs and labels `[B, 2, K]` of each batch, of heads whose figures are no sums.
+    kept: outputs and labels `[B, 2, K]` of each batch, for heads whose figures are no sums.
 
     Raises:
-        ScoresError: `multi_label` is asked for, and scikit-learn is not there.
+        ScoresError: `multi_label` is set, and scikit-learn is missing.
     """
 
     def __init__(self, device: torch.device, multi_label: bool = False) -> None:
@@ -143,9 +137,9 @@ class Tally:
         multi_label = self.average_precision is not None
         if multi_label or logits.shape[1] == 1:
             targets = multi_hot(labels, logits) if multi_label else _numbers(labels, logits)
-            if multi_label and ((targets != 0) & (targets != 1)).any():
-                wrong = targets[(targets != 0) & (targets != 1)][0]
-                raise ScoresError(f"labels: found {wrong:g} with multi_label; accepted: 0 and 1")
+            wrong = targets[(targets != 0) & (targets != 1)] if multi_label else targets[:0]
+            if wrong.numel():
+                raise ScoresError(f"labels: found {wrong[0]:g} with multi_label; accepted: 0 and 1")
             measure = F.binary_cross_entropy_with_logits if multi_label else F.mse_loss
             loss = measure(logits.double(), targets, reduction="none").mean(1).sum()
             self.kept.append(torch.stack([logits.double(), targets], dim=1))
@@ -154,9 +148,7 @@ class Tally:
             classes = class_indices(labels, logits)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]  # of fewer classes: all
             loss = F.cross_entropy(logits, classes, reduction="sum")
-            counts = torch.stack(
-                [loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(classes)), loss.new_zeros(())]
-            )
+            counts = torch.stack([loss, hits[:, 0].sum(), hits.sum(), *loss.new_tensor([len(classes), 0])])
         self.sums += counts.double()
 
     def scores(self) -> Scores:
@@ -188,7 +180,7 @@ class Tally:
             around = (targets - targets.mean()).square().sum()
             r2 = float(1 - error / around) if around > 0 else math.nan
             return Scores(math.nan, math.nan, loss, count, mae=float((targets - outputs).abs().mean()), r2=r2)
-        occurring = [place for place in range(targets.shape[1]) if targets[:, place].any()]
+        occurring = targets.any(0).nonzero().flatten().tolist()
         if not occurring:
             raise ScoresError("labels: found no 1 with multi_label; accepted: from one, for a mean average precision")
         mean = math.nan
@@ -199,10 +191,10 @@ class Tally:
 
 
 def class_indices(labels: Any, logits: Tensor) -> Tensor:
-    """Labels `[B]` that are outputs of a softmax of logits `[B, K]`, where those are.
+    """Labels `[B]`, class indices for logits `[B, K]`, on the device of the logits.
 
     Raises:
-        ScoresError: they are no such integers.
+        ScoresError: they are other values, or of another shape.
     """
     accepted = f"class indices [{len(logits)}], integers from 0 to {logits.shape[-1] - 1}"
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
@@ -216,11 +208,11 @@ def class_indices(labels: Any, logits: Tensor) -> Tensor:
 
 
 def multi_hot(labels: Any, logits: Tensor) -> Tensor:
-    """Labels `[B, K]`, or the class indices `[B]` that they are the one-hot form of, as float64 where the logits
-    `[B, K]` are; of one output, `[B]` are its labels.
+    """Labels `[B, K]`, or class indices `[B]` as one-hot, in float64 on the device of the logits `[B, K]`; for one
+    output, `[B]` are its labels.
 
     Raises:
-        ScoresError: they have another shape, or are no such indices.
+        ScoresError: they have another shape, or are other indices.
     """
     if isinstance(labels, Tensor) and labels.ndim == 1:
         if logits.shape[1] == 1:
@@ -248,10 +240,10 @@ def _described(labels: Any) -> str:
 
 
 def _average_precision() -> Any:
-    """scikit-learn's, which nothing else needs.
+    """The function of scikit-learn, which nothing else needs.
 
     Raises:
-        ScoresError: it is not there.
+        ScoresError: scikit-learn is missing.
     """
     try:
         return import_module("sklearn.metrics").average_precision_score
@@ -270,28 +262,30 @@ def evaluate(
     precision: torch.dtype | None = None,
     callback: Callable[[Tally], None] | None = None,
 ) -> Scores:
-    """Score `model` on batches of images `[B, 3, H, W]` and labels; patched or plain.
+    """Score `model`, patched or plain, on batches of images `[B, 3, H, W]` and labels.
 
-    The model runs in evaluation mode, on `device` (by default where it is) and under autocast to
-    `precision` (by default in its weights' own), and has its training mode back afterwards. Inside an
-    initialised process group the images of all processes count. `callback` is told after each batch.
+    The model runs in evaluation mode, on `device` (default: its own) and under autocast to `precision` (default:
+    that of its weights); its training mode is restored afterwards. Inside an initialised process group the images of
+    all processes count. `callback` is called with the scores so far after each batch.
 
     Args:
         loader: batches that are tuples or lists, images first and labels second, or mappings with `pixel_values`,
             `image`, `images`, `img` or `input`, and `labels`, `label`, `target` or `targets`. Labels are class
             indices `[B]`; of a head with one output numbers, `[B]` or `[B, 1]`.
-        multi_label: outputs stand for labels of their own, by a sigmoid each: labels are 0 and 1, `[B, K]`, or
-            class indices `[B]`. Needs scikit-learn.
+        multi_label: each output is a label of its own, by a sigmoid: labels are 0 and 1, `[B, K]`, or class indices
+            `[B]`. Needs scikit-learn.
 
     Raises:
         UnsupportedModelError: the model has no head.
-        ScoresError: labels do not fit the head, or scikit-learn is not there.
+        ScoresError: labels do not fit the head, or scikit-learn is missing.
         ValueError: there is no batch, or one of another form.
     """
     if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
     place = place_of(model, device)
-    options: dict[str, Any] = {"return_flop": False} if _is_compressed(model) else {}
+    # A compressed model may be inside a compiled, a distributed or a filled-up one.
+    compressed = any(isinstance(module, CompressedModel) for module in model.modules())
+    options: dict[str, Any] = {"return_flop": False} if compressed else {}
     tally = Tally(place.device, multi_label)
     model.to(place.device)  # outside inference mode: the weights stay fit for training
     with torch.inference_mode(), modes_kept(model):
@@ -308,15 +302,10 @@ def evaluate(
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module of `model` in training or evaluation mode as before, after the block."""
+    """Restore the training or evaluation mode of every module of `model` after the block."""
     before = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
         for module, training in before:
             module.training = training
-
-
-def _is_compressed(model: nn.Module) -> bool:
-    """Also compiled, distributed or filled up: then it is a module inside."""
-    return any(isinstance(module, CompressedModel) for module in model.modules())

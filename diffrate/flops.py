@@ -31,7 +31,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class PoolShape:
-    """What pooling costs: `token` for each patch token that is left, and `fixed`. Means cost nothing."""
+    """What pooling costs: `token` for each patch token that is left, and `fixed`. Means are not counted."""
 
     token: int = 0
     fixed: int = 0

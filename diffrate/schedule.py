@@ -1,14 +1,14 @@
-"""Kept counts as plain integers: check them, read them, find them. No torch here.
+"""Schedules: kept counts as plain integers, their checks and their files. Nothing here needs torch.
 
-A schedule says for each block how many tokens are kept after pruning and after merging, class and
-register tokens included. Counts need not fall from block to block: the running minimum is the meaning."""
+A schedule holds for each block how many tokens are kept after pruning and after merging, class and register
+tokens included. Counts may rise from block to block: what is kept is the running minimum."""
 
 from __future__ import annotations
 
 import json
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -38,7 +38,7 @@ class Kept:
 class Schedule:
     """Kept counts per block as given; `prune` is None for models that only merge (CAFormer).
 
-    `tokens` enter the first block of the model that they were made for, where that is known.
+    tokens: how many enter the first block of the model that the schedule was made for; None where that is unknown.
     """
 
     prune: tuple[int, ...] | None
@@ -59,7 +59,7 @@ def make_schedule(prune: Sequence[SupportsIndex] | None, merge: Sequence[Support
 
 
 def fields_of(schedule: Schedule) -> dict[str, tuple[int, ...] | None]:
-    """The counts under the names that files give them."""
+    """The counts by their names in files."""
     return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
 
 
@@ -91,10 +91,10 @@ def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, wher
 def scale_schedule(
     schedule: Schedule, old_limits: Sequence[int], new_limits: Sequence[int], class_token: int, least: int = 1
 ) -> Schedule:
-    """`schedule` of a model with `old_limits[i]` tokens at most in block i for one with `new_limits[i]`.
+    """Scale `schedule` from a model with at most `old_limits[i]` tokens in block i to one with `new_limits[i]`.
 
-    The same share of the patches is kept, rounded, but `least` tokens at all; class and register tokens, of
-    which there are `class_token` (True is one), stay as many.
+    The same share of the patches is kept, rounded, and `least` tokens at least; the `class_token` class and register
+    tokens (True is one) all stay.
     """
 
     def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ def scale_schedule(
 
 
 def running_counts(schedule: Schedule, tokens: int) -> list[Kept]:
-    """What really happens in each block when `tokens` enter the first: the running minimum."""
+    """The tokens of each block when `tokens` enter the first: the running minimum."""
     counts = []
     prune = schedule.prune if schedule.prune is not None else (tokens,) * len(schedule.merge)
     for prune_kept, merge_kept in zip(prune, schedule.merge, strict=True):
@@ -147,13 +147,18 @@ def read_schedules(path: Path) -> dict[str, Any]:
 def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = "--target_flops") -> Schedule:
     """The schedule of model `key` for a target in GFLOPs; `11.50` finds `11.5`.
 
-    Without a target the model's only entry is taken. Counts may be JSON arrays or, as in the
-    published file, arrays inside strings.
+    Without a target the model's only entry is taken. Counts may be JSON arrays or, as in files of the original
+    DiffRate, arrays inside strings.
 
     Raises:
-        ScheduleError: no such entry (the message lists what there is), or a malformed one.
+        ScheduleError: no such entry (the message lists those that exist), or a malformed one.
     """
-    targets: Mapping[str, Any] = _entry(path, read_schedules(path), key)
+    table = read_schedules(path)
+    if key not in table:
+        raise ScheduleError(f"{path}: no schedules for {key}; accepted: {', '.join(table) or 'nothing, it is empty'}")
+    targets: dict[str, Any] = table[key]
+    if not targets:
+        raise ScheduleError(f"{path}: {key} is empty")
     if target_flops is None and len(targets) != 1:
         raise ScheduleError(f"{path}: {key} needs {flag}; accepted: {', '.join(targets)}")
     found = [name for name in targets if target_flops is None or _number(name) == target_flops]
@@ -187,25 +192,13 @@ def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule)
     if schedule.tokens is not None:
         targets[name][TOKENS_FIELD] = schedule.tokens
     table[key] = dict(sorted(targets.items(), key=lambda item: _number(item[0]) or 0))
+    # One line for each array of counts.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda array: json.dumps(json.loads(array[0])), json.dumps(table, indent=2))
     try:
         with whole_file(path) as file:
-            file.write(_pretty(table).encode())
+            file.write(f"{text}\n".encode())
     except OSError as error:
         raise ScheduleError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _pretty(table: Mapping[str, Any]) -> str:
-    """JSON with one line per array of counts."""
-    text = json.dumps(table, indent=2)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda array: json.dumps(json.loads(array[0])), text) + "\n"
-
-
-def _entry(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    if key not in table:
-        raise ScheduleError(f"{path}: no schedules for {key}; accepted: {', '.join(table) or 'nothing, it is empty'}")
-    if not table[key]:
-        raise ScheduleError(f"{path}: {key} is empty")
-    return table[key]
 
 
 def _number(text: str) -> float | None:

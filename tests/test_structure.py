@@ -20,7 +20,7 @@ FLOORS = (
 # The same inside the library.
 LIBRARY = (
     *("files", "searching", "latency", "timing", "evaluation", "patch", "blocks", "pictures", "device"),
-    *("group", "budget", "flops", "schedule", "atomic"),
+    *("budget", "flops", "schedule", "atomic"),
 )
 BESIDE = {"models": {"diffrate"}}  # neither needs the other
 ASKED_FOR = {"main", "engine", "datasets", "samplers", "utils"}

@@ -1,4 +1,4 @@
-"""The measured speed of schedules beside the predicted one, and what to do where one is too slow."""
+"""The measured speed of schedules beside the predicted one, and the correction of schedules that miss a target."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from statistics import median
 import torch
 
 from diffrate.budget import SPEEDUP, Budget, BudgetError, choices_of
-from diffrate.device import place_of
-from diffrate.group import made_by_first
-from diffrate.latency.setting import Use, check_table, use_of
+from diffrate.device import made_by_first, place_of
+from diffrate.latency.setting import check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule
-from diffrate.timing import PairedTimes, at_schedules, time_within
+from diffrate.timing import PairedTimes, Use, at_schedules, time_within
 
 SECONDS = 8.0  # of timed pairs
+CHECK_SECONDS = 5.0  # the same, of `check_predictions` for a schedule
 TOO_SLOW = 0.03  # of what was asked: from here on a schedule is rounded again
 TOO_FAST = 0.03  # of what was asked: from here on what is left over is spent, once
 CORRECTIONS = 3
 
-# A better schedule of a corrected budget: of what was found before, and of that rounded to it.
+# From a corrected budget, the schedule found before, and that schedule rounded to it, to a better schedule.
 Again = Callable[[Budget, Schedule, Schedule], Schedule]
 
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A schedule's speed: as asked for, as predicted by the table, as measured against dense in turn.
+    """A schedule's speed: as asked for, as predicted by the table, and as measured in turn with the dense model.
 
-    In the unit of the budget: how many times as fast as dense, or seconds of an image. words: how it is used.
+    In the unit of the target: how many times as fast as dense, or seconds of an image. words: how the model is used.
     """
 
     asked: float
@@ -41,7 +41,7 @@ class Confirmed:
     words: str
 
     def line(self) -> str:
-        """As a sentence."""
+        """As text."""
         if self.option == SPEEDUP:
             figures = f"speed-up: asked {self.asked:.2f}, predicted {self.predicted:.2f}, measured {self.measured:.2f}"
         else:
@@ -51,12 +51,9 @@ class Confirmed:
 
 
 def measured_times(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> PairedTimes:
-    """`model` dense and at `schedule`, timed in pairs for so many `seconds`.
-
-    Copies are timed: the model itself is not touched.
-    """
-    sides = at_schedules(model, (model.dense_schedule(), schedule), use.batch_size, use.device, use.dtype, use.compiled)
-    return time_within(sides[0], sides[1], seconds, use.device)
+    """Time copies of `model`, dense and at `schedule`, in pairs for so many `seconds`."""
+    dense, reduced = at_schedules(model, (model.dense_schedule(), schedule), use)
+    return time_within(dense, reduced, seconds, use.device)
 
 
 def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> float:
@@ -72,37 +69,35 @@ def confirmed(
     use: Use,
     again: Again | None = None,
 ) -> tuple[Schedule, Confirmed]:
-    """`schedule`, or where it is measured to be too slow or faster than asked, one of a budget corrected by the ratio
-    of measured and predicted, and its speeds. The first process measures, and all go by that.
+    """`schedule` and its speeds, or those of another: where it is measured to be slower or faster than asked, the
+    budget is corrected by the ratio of measured and predicted. The first process measures for all.
 
-    `again` finds a better schedule of the corrected budget than by rounding; without it nothing is spent of what is
-    left over.
+    `again` finds a better schedule of the corrected budget than rounding does. Without it, a schedule that is faster
+    than asked stays.
     """
-    measured = partial(_measured, model, budget=budget, table=table, use=use)
-    found = [(made_by_first(partial(measured, schedule)), schedule)]
+    space, found = model.compression.space, []
     corrected, slowest, spent = budget, budget.target / (1 - TOO_SLOW), again is None
-    for _ in range(CORRECTIONS):
-        cost, schedule = found[-1]
+    while True:
+        cost = made_by_first(partial(_measured, model, schedule, budget, table, use))
+        found.append((cost, schedule))
         fast = cost < budget.target / (1 + TOO_FAST)
-        if cost <= slowest and (spent or not fast):
+        if len(found) > CORRECTIONS or (cost <= slowest and (spent or not fast)):
             break
         spent = spent or fast
         corrected = replace(corrected, target=corrected.target * (budget.target / cost))
         try:
-            space = model.compression.space
             other = corrected.rounded(choices_of(schedule, space), space)
             other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
             break
         if other == schedule:
             break
-        found.append((made_by_first(partial(measured, other)), other))
+        schedule = other
     enough = [one for one in found if one[0] <= slowest]
-    # What takes longer within the budget removes less.
+    # Of those that are fast enough, the slowest removes least.
     cost, schedule = max(enough, key=lambda one: one[0]) if enough else min(found, key=lambda one: one[0])
-    of = budget.of
-    speeds = of(budget.target), of(table.seconds(schedule)), of(cost)
-    return schedule, Confirmed(*speeds, budget.kind, use.words())
+    asked, predicted, measured = map(budget.of, (budget.target, table.seconds(schedule), cost))
+    return schedule, Confirmed(asked, predicted, measured, budget.kind, use.words())
 
 
 def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use) -> float:
@@ -110,9 +105,6 @@ def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table:
     if budget.kind == SPEEDUP:
         return table.seconds(model.dense_schedule()) / measured_speedup(model, schedule, use, SECONDS)
     return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size
-
-
-CHECK_SECONDS = 5.0  # of timed pairs, for a schedule
 
 
 @dataclass(frozen=True)
@@ -125,12 +117,12 @@ class PredictionCheck:
 
     @property
     def errors(self) -> tuple[float, ...]:
-        """By how much each predicted time is off, as a share of the measured one."""
+        """The error of each predicted time, as a share of the measured one."""
         pairs = zip(self.predicted, self.measured, strict=True)
         return tuple(abs(measured / predicted - 1) for predicted, measured in pairs)
 
     def line(self) -> str:
-        """As a sentence."""
+        """As text."""
         middle, worst = 100 * median(self.errors), 100 * max(self.errors)
         return f"prediction: median error {middle:.1f} %, worst {worst:.1f} % over {len(self.errors)} schedules"
 
@@ -144,10 +136,10 @@ def check_predictions(
     device: torch.device | str | None = None,
     callback: Callable[[Schedule, float, float], None] | None = None,
 ) -> PredictionCheck:
-    """Hold the speed-ups that `table` predicts of `model` at `schedules` against measured ones, in pairs for so many
+    """Compare the speed-ups that `table` predicts of `model` at `schedules` with measured ones, in pairs for so many
     `seconds` each.
 
-    `callback` is told each schedule, its predicted and its measured speed-up.
+    `callback` gets each schedule, its predicted and its measured speed-up.
 
     Raises:
         ScheduleError: a schedule does not fit the model.

@@ -1,4 +1,4 @@
-"""Which schedules to time so that every part of a block is seen at every number of tokens. No torch here."""
+"""`diffrate.measure_latency`: time the parts of blocks at schedules that show each at many numbers of tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from torch import Tensor
 from diffrate.blocks.block import attended, mlp_branch, reduced, removes
 from diffrate.blocks.tokens import replaced
 from diffrate.budget import Budget, BudgetError, baseline_schedule
-from diffrate.device import generators_kept, place_of
-from diffrate.group import made_by_first
+from diffrate.device import generators_kept, made_by_first, place_of
 from diffrate.latency.confirm import measured_speedup
-from diffrate.latency.setting import Use, check_folder, kinds_of, read_table, setting_of, write_table
+from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import input_size
 from diffrate.schedule import Kept, Schedule, SearchSpace
-from diffrate.timing import Stopwatch
+from diffrate.timing import Stopwatch, Use
 
 KNOTS = 56  # token counts to look at, at most: kernels move in steps of 16 or 32 rows
 
@@ -40,10 +39,10 @@ def knots(least: int, tokens: int) -> list[int]:
 
 
 def probing_schedules(space: SearchSpace, rng: Random) -> Iterator[Schedule]:
-    """Schedules without end. Each takes some of the knots in falling order, and blocks that leave their tokens whole
-    between them; when all knots were taken it starts over, with others side by side.
+    """Yield schedules without end. Each takes some of the knots in falling order, with blocks that keep all tokens
+    between them; when all knots were taken, they are shuffled and taken again.
 
-    Up to a block drawn each time tokens are only pruned, so that there are whole sizes at few tokens, too.
+    Up to a block drawn each time tokens are only pruned, so that sizes of 1 occur at few tokens, too.
     """
     blocks = len(space.searchable)
     levels: list[int] = []
@@ -68,8 +67,8 @@ def random_schedule(space: SearchSpace, rng: Random) -> Schedule:
 
 
 def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: Random) -> Schedule:
-    """The schedule that leaves so many tokens in some of the searchable blocks: by pruning alone before block number
-    `merging`, by merging from there on, with some pruning before it in every other block."""
+    """The schedule that leaves the given numbers of tokens in some of the searchable blocks: by pruning alone before
+    block `merging`, by merging from there on, with pruning before it in about every other block."""
     counts, before = [], space.tokens
     for block in range(len(space.searchable)):
         after = min(before, leaving.get(block, before))
@@ -79,9 +78,6 @@ def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: R
         counts.append(after)
         before = after
     return space.schedule(counts)
-
-
-Parts = tuple[Callable[..., Any], ...]  # `attended`, `reduced` and `mlp_branch` of a block
 
 
 class TimedRun(NamedTuple):
@@ -98,15 +94,11 @@ class TimedRun(NamedTuple):
         return ((*block, *seconds) for *block, seconds in zip(self.kept, self.sized, times, strict=True))
 
 
-def parts_of(compiled: bool) -> Parts:
-    """The parts of a block; compiled for any number of tokens, since one for each would take minutes."""
-    parts = attended, reduced, mlp_branch
-    return tuple(torch.compile(part, dynamic=True) for part in parts) if compiled else parts
-
-
 @torch.inference_mode()
-def timed_run(model: CompressedModel, parts: Parts, images: Tensor, schedule: Schedule) -> TimedRun:
-    """Run `model` on `images` at `schedule`, each part of each block timed."""
+def timed_run(
+    model: CompressedModel, parts: Sequence[Callable[..., Any]], images: Tensor, schedule: Schedule
+) -> TimedRun:
+    """Run `model` on `images` at `schedule`, each part of each block timed: attention, reduction and MLP."""
     attention, reduction, mlp = parts
     watch = Stopwatch(images.device)
     watch.mark()
@@ -154,18 +146,17 @@ def measure_latency(
     file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """What `model` costs at any schedule, in seconds: from forward passes on random images in which each part of
-    each block is timed, at schedules that show it at many numbers of tokens.
+    """Measure what `model` costs at any schedule, in seconds: from forward passes on random images in which each part
+    of each block is timed, at schedules that show it at many numbers of tokens.
 
-    Inside an initialised process group the first process measures, and all get its table. With weights in `dtype`
-    on `device` (by default where the model is), compiled with `compile`. A copy is timed: the model itself is not
-    touched.
+    A copy of the model is timed, with weights in `dtype` on `device` (by default the model's), compiled with
+    `compile`. Inside an initialised process group the first process measures for all.
 
     Args:
-        seconds: of timed runs; some whole runs come on top, and more of the others where few fit.
-        file: where the table is kept; one that is there is taken if it is of the same model, machine, versions and
-            use, and replaced otherwise.
-        progress: told the runs that are done, and the share of the time that is over.
+        seconds: of timed runs; some runs of the whole model come on top, and a least number of runs is always made.
+        file: where the table is kept. A table that is there is used if model, machine, versions and use are the same,
+            and replaced otherwise.
+        progress: gets the number of runs that are done, and the share of the time that is over.
 
     Raises:
         UnsupportedModelError: the model is not patched.
@@ -211,7 +202,9 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     """Timed runs, in rounds that begin with a run without reductions."""
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
     images = torch.randn(use.batch_size, *input_size(side)).to(use.device, use.dtype)
-    parts, rng = parts_of(use.compiled), Random(0)
+    parts, rng = (attended, reduced, mlp_branch), Random(0)
+    if use.compiled:  # for any number of tokens: a graph for each would take minutes
+        parts = tuple(torch.compile(part, dynamic=True) for part in parts)
     schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
     for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
         timed_run(side, parts, images, schedule)
@@ -228,14 +221,14 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
 
 
 def _noise(rounds: Sequence[Sequence[TimedRun]]) -> float:
-    """By how much a run without reductions usually differs from the next, as a share."""
+    """The median difference between a run without reductions and the next one, as a share."""
     paces = [samples[0].seconds.sum() for samples in rounds]
     return median(2 * abs(one - other) / (one + other) for one, other in pairwise(paces))
 
 
 def _steadied(rounds: Sequence[Sequence[TimedRun]]) -> list[TimedRun]:
-    """All samples as if the machine had always been as fast as it usually was: each round begins with a run without
-    reductions, and what lies between two of those goes by their mean."""
+    """All samples, scaled to the median pace of the machine: each round begins with a run without reductions, and the
+    pace between two of those is their mean."""
     paces = [samples[0].seconds.sum() for samples in rounds]
     usual = median(paces)
     between = [(one + other) / 2 for one, other in zip(paces, [*paces[1:], paces[-1]], strict=True)]
@@ -247,9 +240,9 @@ def _steadied(rounds: Sequence[Sequence[TimedRun]]) -> list[TimedRun]:
 
 
 def _repriced(model: CompressedModel, use: Use, table: LatencyTable, schedules: Sequence[Schedule]) -> LatencyTable:
-    """The table with the prices of reductions by which it agrees with whole runs, measured against dense in turn.
+    """The table with the prices of reductions with which it agrees with runs of the whole model, in turn with dense.
 
-    Reductions are many short operations, which take a little longer in a model that runs undisturbed by timing.
+    Reductions are many short operations, which take a little longer in a model whose parts are not timed.
     """
     whole, seen = table.seconds(model.dense_schedule()), []
     begun = time.monotonic()
@@ -263,7 +256,7 @@ def _repriced(model: CompressedModel, use: Use, table: LatencyTable, schedules: 
 
 
 def _whole_schedules(model: CompressedModel) -> list[Schedule]:
-    """Some to look at as a whole, with a reduction in every block: pruned, merged, and both."""
+    """Some with a reduction in every block: pruned, merged, and both."""
     space, found = model.compression.space, []
     dense = model.flops_at(space.dense())
     for kind, share in WHOLE:
@@ -294,7 +287,7 @@ def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[Ti
 
 
 def _kind(rows: Sequence[Any], read: int | None, levels: Sequence[int]) -> BlockTimes:
-    """The times of one kind of block, of rows as `TimedRun.blocks` gives them."""
+    """The times of one kind of block, from rows of `TimedRun.blocks`."""
     kept, sized, attention, _, mlp = zip(*rows, strict=True)
     asked = [removes(one, read) for one in kept]
     plain, (more_asked, more_sized) = fit_curve([one.entering for one in kept], attention, levels, asked, sized)

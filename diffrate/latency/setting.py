@@ -1,12 +1,12 @@
-"""What a table of times holds for: the model, the machine, and how it is used; and the file that keeps it."""
+"""What a table of times is valid for (the model, the machine, and how it is used), and its file."""
 
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from diffrate.device import machine_name, place_of
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
-from diffrate.timing import mode_name, precision_name, precision_named
+from diffrate.timing import Use, mode_name, precision_name, precision_named
 
 WHAT = "measured seconds of the parts of a model's blocks, for a batch"
 
@@ -28,10 +28,10 @@ class LatencyFileError(ValueError):
 
 
 def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
-    """The table at `path` if it was made for `setting`; None where there is none, or another's.
+    """The table at `path` if it was made for `setting`; None where there is no file, or one of another setting.
 
     Raises:
-        LatencyFileError: it is none.
+        LatencyFileError: the file holds no table.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -51,21 +51,21 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure of a `folder` to write into, which is made where there is none.
+    """Make `folder` where there is none.
 
     Raises:
-        LatencyFileError: there can be none.
+        LatencyFileError: it cannot be made, or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise LatencyFileError(f"{folder}: cannot be written to ({first_line(error)}); accepted: a folder") from error
-    if not os.access(folder, os.W_OK):
-        raise LatencyFileError(f"{folder}: cannot be written to; accepted: a folder of yours")
 
 
 def write_table(path: Path, table: LatencyTable) -> None:
-    """Leave the table at `path`, in a folder that is made where there is none.
+    """Write the table to `path`, in a folder that is made where there is none.
 
     Raises:
         LatencyFileError: it cannot be written.
@@ -79,7 +79,7 @@ def write_table(path: Path, table: LatencyTable) -> None:
 
 
 def _made(kind: type[Any], content: dict[str, Any]) -> Any:
-    """A `kind` of dataclass of its fields in a file, where tuples are lists."""
+    """A dataclass `kind` from its fields in a file, where tuples are lists."""
     values = {item.name: content[item.name] for item in fields(kind)}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -88,32 +88,18 @@ FORMAT = 2  # of the file, and of what is measured
 OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rule", "mode")
 
 
-class Use(NamedTuple):
-    """How a model is used: images at a time, the type of its weights, as one compiled graph or not, and where."""
-
-    batch_size: int
-    dtype: torch.dtype
-    compiled: bool
-    device: torch.device
-
-    def words(self) -> str:
-        """For a sentence."""
-        return f"batch {self.batch_size}, {precision_name(self.dtype)}, {mode_name(self.compiled)}"
-
-
 def use_of(table: LatencyTable, device: torch.device) -> Use:
     """How the model was used when `table` was made, on `device`."""
-    dtype = precision_named(table.setting["precision"])
-    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
+    precision, mode = table.setting["precision"], table.setting["mode"]
+    return Use(table.batch_size, precision_named(precision), mode == mode_name(True), device)
 
 
 def kinds_of(model: CompressedModel) -> list[tuple[str, int | None]]:
-    """The kind of each compressible block: its description, and how many first tokens are read of it, None for all.
+    """The kind of each compressible block: its description, and how many of its first tokens are used, None for all.
 
-    Blocks of one kind have parts of the same types and shapes; the last one differs where little of it is read.
+    Blocks of one kind have parts of the same types and shapes; the last one differs where few of its tokens are used.
     """
-    kinds = []
-    blocks = model.compressible_blocks()
+    kinds, blocks = [], model.compressible_blocks()
     for block in blocks:
         shape, heads = block_shape(block), projection_of(getattr(block, form_of(block).attention))
         shown = {"projections": shape.projections, "mixing": shape.mixing, "mlp": shape.mlp}
@@ -149,7 +135,7 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
 
 
 def check_table(table: LatencyTable, model: CompressedModel) -> None:
-    """Refuse a table that says itself that it is of another model.
+    """Refuse a table of another model, as far as the table shows it.
 
     Raises:
         ValueError: names what differs.

@@ -1,4 +1,4 @@
-"""From timed runs to what each part of a block costs at any number of tokens. No torch here.
+"""From timed runs to what each part of a block costs at any number of tokens. Nothing here needs torch.
 
 All parts are fitted at once to all samples of a kind of block, by least squares of relative errors in which
 outliers count less. Times over tokens are piecewise linear and never fall; what a reduction adds is linear in
@@ -64,8 +64,8 @@ MERGING_TERMS = range(3, 6)  # of those of a reduction's price
 
 
 def reduction_terms(kept: Kept, sized: bool) -> list[float]:
-    """What a block's reduction depends on: that it is there at all, the rows that come and that stay after pruning;
-    where it merges, that it does, the tokens before, and the pairs of sources and destinations; and sizes."""
+    """What the time of a block's reduction depends on: a constant, the tokens that enter, those left after pruning;
+    where it merges a constant, the tokens before merging, the pairs of sources and destinations; and sizes."""
     pairs = (kept.pruned - kept.merged) * kept.merged
     merging = [1.0, float(kept.pruned), float(pairs)] if kept.merged < kept.pruned else [0.0] * len(MERGING_TERMS)
     return [1.0, float(kept.entering), float(kept.pruned), *merging, float(sized)]
@@ -74,18 +74,13 @@ def reduction_terms(kept: Kept, sized: bool) -> list[float]:
 def fit_prices(
     rest: Sequence[float], going: Sequence[float], merging: Sequence[float], taken: Sequence[float]
 ) -> tuple[float, float]:
-    """By how much the price of letting tokens go, and what merging adds to it, are to be multiplied so that with the
-    `rest` they come to the seconds `taken` by whole runs: two factors, 1 as far as the runs do not say otherwise."""
+    """Two factors, for the price of removing tokens and for what merging adds to it, with which these and the `rest`
+    sum up to the seconds `taken` by whole runs; 1 as far as the runs do not show otherwise."""
     whole = np.asarray(taken, dtype=np.float64)
-    columns = np.stack([going, merging], axis=1) / whole[:, None]
-    doubt = DOUBT * np.eye(2)
-    found = lsq_linear(
-        np.concatenate([columns, doubt]),
-        np.concatenate([1 - np.asarray(rest) / whole, doubt.sum(axis=0)]),
-        bounds=BELIEVED,
-        method="bvls",
-    )
-    return float(found.x[0]), float(found.x[1])
+    columns = np.concatenate([np.stack([going, merging], axis=1) / whole[:, None], DOUBT * np.eye(2)])
+    wanted = np.concatenate([1 - np.asarray(rest) / whole, [DOUBT, DOUBT]])
+    first, second = lsq_linear(columns, wanted, bounds=BELIEVED, method="bvls").x.tolist()
+    return first, second
 
 
 def _rising(tokens: np.ndarray, knots: Sequence[int]) -> np.ndarray:
@@ -135,26 +130,28 @@ class BlockTimes:
     reduction: tuple[float, ...]
     read: int | None
 
+    # The times at every number of tokens, as lists by that number:
+
     @cached_property
     def plain(self) -> list[float]:
-        """Attention at every number of tokens, without a reduction and with sizes of 1."""
+        """Attention without a reduction and with sizes of 1."""
         return self.attention.at(self._counts).tolist()
 
     @cached_property
     def asked(self) -> list[float]:
-        """What attention takes more where importance is asked for, at every number of tokens; less than nothing where
-        it is another attention then, and a faster one."""
+        """What attention takes more where importance is asked for; negative where another, faster attention is used
+        then."""
         more = powers(self._counts) @ np.asarray(self.attention_asked)
         return np.maximum(-LEAST * np.asarray(self.plain), more).tolist()
 
     @cached_property
     def sized(self) -> list[float]:
-        """What attention takes more where tokens stand for several, at every number of tokens."""
+        """What attention takes more where tokens stand for several."""
         return np.maximum(0.0, powers(self._counts) @ np.asarray(self.attention_sized)).tolist()
 
     @cached_property
     def after(self) -> list[float]:
-        """The MLP at every number of tokens, as many as attention's."""
+        """The MLP."""
         return self.mlp.at(self._counts).tolist()
 
     @property
@@ -169,13 +166,13 @@ class BlockTimes:
         return seconds + self.price(kept, sized) + self.after[kept.merged]
 
     def price(self, kept: Kept, sized: bool) -> float:
-        """What it takes that tokens go: to ask for their importance, and to let them go; 0 where none do."""
+        """What removing tokens takes, their importance included; 0 where none are removed."""
         if kept.merged == kept.entering or not self.reduction:
             return 0.0
         return self.asked[kept.entering] + sum(self.prices(kept, sized))
 
     def prices(self, kept: Kept, sized: bool) -> tuple[float, float]:
-        """What it takes to let them go, in two parts: at all, and what merging adds to it."""
+        """What removing tokens takes without their importance, in two parts: at all, and what merging adds to it."""
         if kept.merged == kept.entering or not self.reduction:
             return 0.0, 0.0
         parts = [weight * term for weight, term in zip(self.reduction, reduction_terms(kept, sized), strict=True)]
@@ -200,16 +197,11 @@ class LatencyTable:
     tokens: int
     batch_size: int
 
-    @cached_property
-    def blocks(self) -> tuple[BlockTimes, ...]:
-        """The times of each block."""
-        return tuple(self.kinds[kind] for kind in self.order)
-
     def steps(self, schedule: Schedule) -> Iterator[tuple[BlockTimes, Kept, bool]]:
         """The times of each block, its tokens, and whether those that enter stand for several."""
         sized = False
-        for kept, times in zip(running_counts(schedule, self.tokens), self.blocks, strict=False):
-            yield times, kept, sized
+        for kept, kind in zip(running_counts(schedule, self.tokens), self.order, strict=False):
+            yield self.kinds[kind], kept, sized
             sized = sized or kept.merged < kept.pruned
 
     def seconds(self, schedule: Schedule) -> float:
@@ -221,19 +213,15 @@ class LatencyTable:
         return (total + self.head[0] + self.head[1] * leaving) / self.batch_size
 
     def prices(self, schedule: Schedule) -> tuple[float, float]:
-        """What the reductions of `schedule` take of its `seconds`: to let tokens go, and what merging adds to it."""
+        """What the reductions of `schedule` take of its `seconds`: at all, and what merging adds to it."""
         prices = [times.prices(kept, sized) for times, kept, sized in self.steps(schedule)]
         return sum(going for going, _ in prices) / self.batch_size, sum(more for _, more in prices) / self.batch_size
 
     def repriced(self, going: float, merging: float) -> LatencyTable:
-        """The same where letting tokens go costs `going` times as much, and what merging adds to it `merging` times."""
-
-        def reduction(kind: BlockTimes) -> tuple[float, ...]:
-            terms = enumerate(kind.reduction)
-            return tuple((merging if term in MERGING_TERMS else going) * weight for term, weight in terms)
-
-        return replace(self, kinds=tuple(replace(kind, reduction=reduction(kind)) for kind in self.kinds))
-
-    def rest(self) -> float:
-        """Seconds of a batch outside the blocks, at all tokens."""
-        return self.embedding + self.head[0] + self.head[1] * self.tokens
+        """The same with the prices of reductions times `going`, and what merging adds to them times `merging`."""
+        kinds = []
+        for kind in self.kinds:
+            weights = enumerate(kind.reduction)
+            reduction = tuple((merging if term in MERGING_TERMS else going) * weight for term, weight in weights)
+            kinds.append(replace(kind, reduction=reduction))
+        return replace(self, kinds=tuple(kinds))

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.device import Place, autocast
+from diffrate.device import Place, all_sum, autocast, rank, world
 from diffrate.evaluation import images_of
-from diffrate.group import all_sum, rank, world
 from diffrate.schedule import Kept, Schedule, running_counts
 from diffrate.searching.gradient import StoppedError
 from diffrate.searching.teacher import Teacher, spread_of

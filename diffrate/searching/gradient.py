@@ -22,9 +22,8 @@ from torch.nn.utils import parameters_to_vector
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.rates import RateError
-from diffrate.device import autocast, seed_everything, step_seed, to_place
+from diffrate.device import all_sum, autocast, least, rank, seed_everything, step_seed, to_place, world
 from diffrate.evaluation import Scores, Tally, class_indices, modes_kept, multi_hot, split_batch
-from diffrate.group import all_sum, least, rank, world
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.checkpoint import (

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.budget import Budget
-from diffrate.device import Place
+from diffrate.device import Place, least, made_by_first, rank, world
 from diffrate.evaluation import modes_kept
-from diffrate.group import least, made_by_first, rank, world
 from diffrate.latency.confirm import Again
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffrate.device import autocast, place_of
+from diffrate.device import all_sum, autocast, place_of
 from diffrate.evaluation import images_of, modes_kept
-from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule, SearchSpace
 from diffrate.searching.gradient import NonFiniteLossError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffrate.blocks.masked import BlockPlan
 from diffrate.blocks.rates import Choice, with_gradient_of
 from diffrate.budget import ADVICE, LATENCY, SHARE, SPEEDUP, Budget, BudgetError, Target
-from diffrate.group import made_by_first
+from diffrate.device import made_by_first
 from diffrate.latency.confirm import Again, Confirmed, confirmed, measured_times
 from diffrate.latency.measure import BATCH_SIZE, measure_latency
 from diffrate.latency.setting import Use, check_table, read_table, setting_of, use_of

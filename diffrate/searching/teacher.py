@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import autocast, place_of
+from diffrate.device import all_sum, autocast, place_of
 from diffrate.evaluation import images_of, modes_kept
-from diffrate.group import all_sum
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier
 from diffrate.patch.plain_vit import CompressedVit
 from diffrate.schedule import Schedule

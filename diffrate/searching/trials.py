@@ -15,8 +15,7 @@ from random import Random
 import numpy as np
 import torch
 
-from diffrate.device import step_seed
-from diffrate.group import made_by_first, world
+from diffrate.device import made_by_first, step_seed, world
 from diffrate.schedule import Schedule
 from diffrate.searching.calibration import Calibration, Draw, Reference
 from diffrate.searching.moves import Counts, Moves, Surrogate

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks import gpu
 from diffrate import timing
-from diffrate import timing as speed
 from tests.gpu import test_cuda
 
 TINY = gpu.SETTINGS["cpu"]
@@ -116,7 +115,8 @@ def test_bad_input_is_one_line(
 
 def test_every_part_has_its_commands(tmp_path: Path) -> None:
     found = {part.name: part for part in gpu.parts(gpu.SETTINGS["cuda"], tmp_path)}
-    assert list(found) == ["numerics", "eager", "compiled", "target_speedup", "gradient", "calibrated"]
+    searches = ["target_speedup", "gradient", "calibrated"]
+    assert list(found) == ["numerics", "eager", "compiled", "reductions", *searches, "onnx"]
     assert len(found["compiled"].commands) == 6
     for part in found.values():
         for words in part.commands:
@@ -136,8 +136,8 @@ def test_speeds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 def test_speeds_of_compiled_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled = []
-    monkeypatch.setattr(speed, "compile_model", lambda model: compiled.append(model) or model)
-    (row,) = gpu.speeds(TINY, str(tmp_path / "lock"), "compiled", "vit_sample_patch4_28", "1")
+    monkeypatch.setattr(timing, "compile_model", lambda model: compiled.append(model) or model)
+    (row,) = gpu.speeds(TINY, str(tmp_path / "lock"), "compiled", ["vit_sample_patch4_28", "1"])
     check_speed(row, "bf16", "compiled")
     assert len(compiled) == 2
 

@@ -16,13 +16,14 @@ from torchvision import transforms
 import diffrate
 import models
 from benchmarks import speed
-from benchmarks.parts import build_step
 from benchmarks.speed import Setting, Subject, build_side, scaling_rows
+from cli.benchmark import build_step
 from cli.flags import parse_flags
 from cli.settings import Augmentation
 from cli.transforms import View, crop_view, eval_transform, train_transform
 from cli.visualize import page, see
 from diffrate.files.header import about
+from diffrate.timing import Use
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image
@@ -167,7 +168,7 @@ def test_pictures_of_oblong_inputs(saved: Path, cli: Cli, tmp_path: Path) -> Non
 def test_benchmarks_of_oblong_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, cpu = Subject(models.entry_of("test_vit"), (48, 96), None, 1, 0), torch.device("cpu")
     build_step("search", subject, 2, cpu)()
-    assert build_side("compressed", subject, 2, torch.float32, False, "cpu")().shape == (2, 1000)
+    assert build_side("compressed", subject, Use(2, torch.float32, False, cpu))().shape == (2, 1000)
     monkeypatch.setattr(speed, "SHARES", (0.5,))
     setting = Setting((2,), (torch.float32,), (False,), 1, cpu)
     whole, half = scaling_rows(subject, [(48, 96), (48, 100)], setting)  # the second is left out

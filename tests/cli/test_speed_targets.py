@@ -11,7 +11,6 @@ import pytest
 
 import cli.benchmark
 import cli.schedules
-import diffrate.latency.confirm as check_module
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 import diffrate.searching.target as target
@@ -34,7 +33,7 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
     monkeypatch.setattr(cli.benchmark, "RANDOM", 2)
     measured = confirm.measured_speedup
-    monkeypatch.setattr(check_module, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
+    monkeypatch.setattr(confirm, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
     assert cli.schedules.SECONDS > 0
 
 
