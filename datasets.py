@@ -23,8 +23,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from diffrate.device import generators_kept, seed_everything
-from sample.archive import ARCHIVE as SAMPLE_ARCHIVE
-from sample.archive import unpack_sample
+from sample import ARCHIVE as SAMPLE_ARCHIVE
+from sample import unpack_sample
 from samplers import SeededOrder
 
 IMAGENET_CLASSES = 1000

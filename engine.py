@@ -32,7 +32,7 @@ from cli.settings import Mixing, Settings, TrainingSettings
 from datasets import ImageLoader
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budget import Budget
-from diffrate.device import FixedBatch, compile_model, seed_everything, step_seed, to_place
+from diffrate.device import FixedBatch, compile_model, seed_everything, step_seed
 from diffrate.evaluation import Tally
 from diffrate.group import all_sum
 from diffrate.schedule import fields_of
@@ -211,7 +211,7 @@ class Training:
             seed_everything(step_seed(self.seed, epoch, processes.rank, step))
             if self.scheduler is not None:
                 self.scheduler.step_update(epoch * steps + step)
-            loss = _train_step(self.trained, self, *to_place(*next(batches), self.runtime.place))
+            loss = _train_step(self.trained, self, *next(batches))
             totals = torch.stack([loss, loss.new_tensor(float(signals.requested))])
             mean, stop = (all_sum(totals) / processes.world).tolist()
             if not math.isfinite(mean):
@@ -248,6 +248,8 @@ class Training:
 
 def _train_step(model: nn.Module, training: Training, images: Tensor, labels: Tensor) -> Tensor:
     """One update of the weights of `model`; the loss before it, detached."""
+    device = training.runtime.device
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     if training.mixup is not None:
         images, labels = training.mixup(images, labels)
     taught = None
@@ -487,11 +489,11 @@ class Reporter(diffrate.Observer, CalibrationObserver):
         return {f"{before}{name}": spent / per, f"target_{name}": self.budget.target / per}
 
 
-def log_counts(counts: Mapping[str, Any], before: str = "") -> None:
+def log_counts(counts: Mapping[str, Any]) -> None:
     """A line for the kept counts of pruning and of merging, where a schedule has them."""
     for name, values in counts.items():
         if values is not None:
-            log.info("%s%s %s", before, name, list(values))
+            log.info("%s %s", name, list(values))
 
 
 def log_calibrated(found: Calibrated, runtime: Runtime) -> float:

@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10
 from cli.settings import Augmentation
 from cli.transforms import View, _operations, eval_transform, train_transform
 from datasets import DataError, build_dataset, build_images, label_outputs, load_image
-from sample.archive import ARCHIVE, unpack_sample
+from sample import ARCHIVE, unpack_sample
 from samplers import SeededOrder
 from tests.conftest import write_image
 
