@@ -23,11 +23,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from diffrate.device import generators_kept, seed_everything
-from sample.archive import ARCHIVE as SAMPLE_ARCHIVE
-from sample.archive import unpack_sample
+from sample import ARCHIVE as SAMPLE_ARCHIVE
+from sample import unpack_sample
 from samplers import SeededOrder
 
 IMAGENET_CLASSES = 1000
+IN_FOLDERS = ("IMNET", "SAMPLE")  # the data sets that lie in folders of images
 SHOWN_NAMES = 10
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 LOOKED_AT = 100  # images of a data set, for what cameras say of their orientation
@@ -60,24 +61,28 @@ def build_dataset(
     head: int | None = None,
     names: Sequence[str] | None = None,
     sample: Path = SAMPLE_ARCHIVE,
-    bar: bool = False,
     upright: bool = False,
 ) -> LabelledDataset:
     """The `train` or `val` split of the data set `name`; only that split is opened.
 
     `head` is the number of classes of a model that was trained before, and `names` are its outputs'
     where they are known; labels are then its outputs. Without it the data decide how many there are.
-    SAMPLE without a `root` is the archive `sample`, unpacked on first use, with a progress `bar` if wanted.
-    `upright` turns pictures as EXIF says, which published accuracies do not.
+    SAMPLE without a `root` is the archive `sample`, unpacked on first use. `upright` turns pictures as EXIF says,
+    which published accuracies do not.
 
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
     """
-    folder = _folder(name, root, sample, bar)
-    if in_folders(name):
+    folder = _folder(name, root, sample)
+    if name in IN_FOLDERS:
         return ImageFiles(*_class_folders(folder / split, head, names), transform, upright)
+    dataset: LabelledDataset
     if name.startswith("CIFAR"):
-        dataset: LabelledDataset = _cifar(CIFAR10 if name == "CIFAR10" else CIFAR100, folder, split, transform)
+        kind = CIFAR10 if name == "CIFAR10" else CIFAR100
+        try:
+            dataset = kind(folder, train=split == "train", transform=transform)
+        except RuntimeError as error:
+            raise DataError(f"--data-path {folder}: no folder {kind.base_folder}/, or damaged") from error
     else:
         dataset = ImageFiles(*_inaturalist(folder, split, 2018 if name == "INAT" else 2019), transform, upright)
     if head is not None and head != len(dataset.classes):
@@ -85,9 +90,7 @@ def build_dataset(
     return dataset
 
 
-def build_images(
-    name: str, root: str | Path | None, transform: Transform, bar: bool = False, upright: bool = False
-) -> LabelledDataset:
+def build_images(name: str, root: str | Path | None, transform: Transform, upright: bool = False) -> LabelledDataset:
     """The images of the data set `name` to search on, whatever their labels.
 
     Of a folder, every image file below its `train/`, or below itself where it has no splits.
@@ -95,9 +98,9 @@ def build_images(
     Raises:
         DataError: as `build_dataset`, or there is no image.
     """
-    if not in_folders(name):
+    if name not in IN_FOLDERS:
         return build_dataset(name, root, "train", transform, upright=upright)
-    folder = _folder(name, root, SAMPLE_ARCHIVE, bar)
+    folder = _folder(name, root, SAMPLE_ARCHIVE)
     train = folder / "train"
     if not train.is_dir() and (folder / "val").is_dir():
         raise DataError(f"--data-path {folder}: val/ and no folder train/; accepted: both, or images without splits")
@@ -112,12 +115,7 @@ def build_images(
 def has_validation(name: str, root: str | Path | None) -> bool:
     """Whether the data set `name` has a validation split where it lies."""
     given = data_root(name, root)
-    return not in_folders(name) or given is None or (given / "val").is_dir()
-
-
-def in_folders(name: str) -> bool:
-    """Whether the data set `name` lies in folders of images."""
-    return name in ("IMNET", "SAMPLE")
+    return name not in IN_FOLDERS or given is None or (given / "val").is_dir()
 
 
 def data_root(name: str, root: str | Path | None) -> Path | None:
@@ -279,13 +277,6 @@ def label_outputs(classes: Sequence[str], head: int, folder: str, names: Sequenc
     raise DataError(f"--data-path {folder} has {len(classes)} classes, the checkpoint's head {head}")
 
 
-def _cifar(kind: type[CIFAR10], root: Path, split: str, transform: Transform) -> CIFAR10:
-    try:
-        return kind(root, train=split == "train", transform=transform)
-    except RuntimeError as error:
-        raise DataError(f"--data-path {root}: no folder {kind.base_folder}/, or damaged") from error
-
-
 def _inaturalist(root: Path, split: str, year: int) -> tuple[list[tuple[str, int]], list[str]]:
     """Samples and classes of iNaturalist as the competition ships it: `val2018.json` beside its images.
 
@@ -401,11 +392,11 @@ def _readable(samples: Sequence[tuple[Any, list[str]]]) -> tuple[Any, list[str]]
     return default_collate(there) if there else None, [file for _, files in samples for file in files]
 
 
-def _folder(name: str, root: str | Path | None, archive: Path, bar: bool) -> Path:
+def _folder(name: str, root: str | Path | None, archive: Path) -> Path:
     """`data_root`, or what `archive` unpacks to."""
     folder = data_root(name, root)
     try:
-        return unpack_sample(archive, bar) if folder is None else folder
+        return unpack_sample(archive) if folder is None else folder
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
 

@@ -1,40 +1,52 @@
-"""The loops that the command line drives: evaluation, the epochs of training, and the search."""
+"""The loops that the command line drives: evaluation, training, and what is reported of a search."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils.clip_grad import dispatch_clip_grad
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import diffrate
 from cli.log import Progress
 from cli.runtime import STEPS, WORK, Runtime
-from cli.settings import Mixing, TrainingSettings
-from cli.training import BEST, LAST, Recipe, Teacher, TrainingCheckpoint, TrainingState, build_recipe
+from cli.settings import Mixing, Settings, TrainingSettings
 from datasets import ImageLoader
-from diffrate.atomic import whole_file
+from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budget import Budget
-from diffrate.device import FixedBatch, all_sum, compile_model, seed_everything, step_seed, to_place
+from diffrate.device import FixedBatch, all_sum, compile_model, seed_everything, step_seed
 from diffrate.evaluation import Tally
 from diffrate.schedule import fields_of
 from diffrate.searching.hard_counts import UNIFORM, Calibrated, CalibrationObserver
 from diffrate.searching.settings import CALIBRATED, GRADIENT, SearchSettings
-from diffrate.searching.teacher import losses_at
+from diffrate.searching.teacher import divergence
 from diffrate.searching.trials import TrialRecord
-from utils import StopRequestedError, StopSignals
+from utils import StopRequestedError, StopSignals, UsageError
 
 log = logging.getLogger(__name__)
-TOLD_EVERY = 5.0  # seconds
+LAST, BEST = "checkpoint.pth", "model_best.pth"
+FINETUNE = "finetune"
+SCALED_BATCH = 512  # DeiT scales the learning rate by images per step / 512
+SAVE_SECONDS = 600.0  # between checkpoints within an epoch: each holds three times the weights
+LOG_SECONDS = 5.0  # between lines about trials
 STEP_WORK = 3  # dense forward passes that a step takes for an image: the teacher, the search's own, and back
 
 
@@ -49,12 +61,12 @@ def evaluate(
 
     Raises:
         DataError: an image cannot be read.
-        NonFiniteLossError: the loss is no number.
+        NonFiniteLossError: the loss is not finite.
         ScoresError: as `diffrate.evaluate`.
     """
-    shown = shown_scores(loader, runtime, between)
+    show = shown_scores(loader, runtime, between)
     scores = diffrate.evaluate(
-        model, loader, multi_label=multi_label, device=runtime.device, precision=runtime.amp, callback=shown
+        model, loader, multi_label=multi_label, device=runtime.device, precision=runtime.amp, callback=show
     )
     if not math.isfinite(scores.loss):
         raise diffrate.NonFiniteLossError(
@@ -63,278 +75,334 @@ def evaluate(
     return scores
 
 
-def shown_scores(loader: ImageLoader, runtime: Runtime, between: Callable[[], None] | None = None) -> Any:
-    """What to call after each batch of an evaluation: it tells progress and the scores so far, and calls `between`."""
+def shown_scores(
+    loader: ImageLoader, runtime: Runtime, between: Callable[[], None] | None = None
+) -> Callable[[Tally], None]:
+    """A callback for each batch of an evaluation: it shows progress with the scores so far, and calls `between`."""
     progress = Progress(len(loader), "Test", len(loader.dataset), runtime)  # type: ignore[arg-type]
+
+    def describe(tally: Tally) -> str:
+        if tally.kept:  # the other figures take all outputs so far, and time
+            return f"loss {tally.loss:.4f}"
+        scores = tally.scores()
+        return f"loss {scores.loss:.4f}  acc@1 {scores.acc1:.3f}  acc@5 {scores.acc5:.3f}"
 
     def show(tally: Tally) -> None:
         if between is not None:
             between()
-        progress.advance(lambda: _so_far(tally))
+        progress.advance(lambda: describe(tally))
 
     return show
 
 
-@dataclass(frozen=True)
 class Training:
-    """What a training works with besides the model; `compiled` runs it as one graph.
+    """The training of a model's weights at its fixed rates: its recipe, its position, and its checkpoints.
 
-    teacher: the dense model, frozen, where the settings weigh one beside the labels.
+    teacher: the dense model, frozen, where its outputs count beside the labels. flags: what the training was started
+    with, for its checkpoints. They are `checkpoint.pth`, the last with all that is needed to go on, and
+    `model_best.pth`, the weights of the best top-1, both in the output folder.
+
+    Raises:
+        UsageError: an optimizer that timm does not know, or cannot make here.
     """
 
-    settings: TrainingSettings
-    mixing: Mixing
-    train: ImageLoader
-    val: ImageLoader
-    classes: int
-    seed: int
-    compiled: bool
-    runtime: Runtime
-    teacher: diffrate.CompressedModel | None = None
+    def __init__(
+        self,
+        model: diffrate.CompressedModel,
+        teacher: diffrate.CompressedModel | None,
+        train: ImageLoader,
+        val: ImageLoader,
+        settings: Settings,
+        flags: Mapping[str, Any],
+        runtime: Runtime,
+    ) -> None:
+        self.model, self.train, self.val, self.flags, self.runtime = model, train, val, flags, runtime
+        self.settings, self.seed, self.compiled = settings.training, settings.run.seed, settings.run.compile
+        called: nn.Module = compile_model(model) if self.compiled else model
+        self.scored = FixedBatch(called, val.batch_size or 1) if self.compiled else called
+        gpu = [runtime.device] if runtime.device.type == "cuda" else None
+        several = runtime.processes.world > 1
+        self.trained = DistributedDataParallel(called, device_ids=gpu) if several else called
+        self.teacher = compile_model(teacher) if teacher is not None and self.compiled else teacher
+        self.batch = (train.batch_size or 1) * runtime.processes.world  # images a step over all processes
+        self.optimizer = _optimizer(self.settings, model, self.batch)
+        self.scheduler = _scheduler(self.settings, self.optimizer, len(train), self.seed)
+        self.criterion = build_criterion(settings.mixing)
+        self.mixup = build_mixup(settings.mixing, model.num_classes)
+        decay = self.settings.average_decay
+        self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if self.settings.average else None
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp == torch.float16)
+        # The steps done in this epoch and the sum of their losses; the best top-1 so far.
+        self.position: dict[str, Any] = {"epoch": 0, "step": 0, "losses": 0.0, "best": None}
+        self.saved = time.monotonic()
+
+    def run(self) -> diffrate.CompressedModel:
+        """Train the epochs that are left, and score each. Gives the model as its checkpoint loads: with the average
+        of the weights, where they are averaged.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite; names the step.
+            StopRequestedError: a signal asked to stop; the state was saved before.
+        """
+        at, flops, scores = self.position, self.model.flops(), None
+        with StopSignals() as signals:
+            while at["epoch"] < self.settings.epochs:
+                if at["step"] < len(self.train):  # else it was stopped while it was scored
+                    self._train_epoch(signals)
+                record = {"train_loss": at["losses"] / at["step"], "train_lr": self.learning_rate}
+                scores = self._score(self.scored, signals)
+                if self.ema is not None:
+                    record["ema_acc1"] = self._score(self.ema.module, signals).acc1
+                named = {"mode": FINETUNE, "model": self.flags["model"], "epoch": at["epoch"]}
+                self.runtime.record(record | named | scores.record(flops))
+                better = at["best"] is None or scores.ranked[1] > at["best"]
+                at.update(epoch=at["epoch"] + 1, step=0, losses=0.0, best=scores.ranked[1] if better else at["best"])
+                self.save()
+                if better:
+                    self.runtime.save(self._weights(), BEST)
+                log.info("%s  best %.3f", scores.line(flops), at["best"])
+                if signals.requested and at["epoch"] < self.settings.epochs:
+                    raise StopRequestedError(f"stopped after epoch {at['epoch'] - 1}: go on with --resume")
+        if scores is None:  # resumed at its end
+            scores = evaluate(self.scored, self.val, self.runtime)
+            log.info("%s  best %.3f", scores.line(flops), at["best"])
+        return self.model if self.ema is None else self.ema.module
 
     @property
-    def batch_size(self) -> int:
-        """Images a step, on this process."""
-        assert self.train.batch_size is not None
-        return self.train.batch_size
+    def learning_rate(self) -> float:
+        """The rate of the last update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def save(self) -> None:
+        """Write `checkpoint.pth`."""
+        optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
+        rest = {"optimizer": optimizer, "scaler": scaler, "position": self.position}
+        self.runtime.save(self._weights() | rest, LAST)
+        self.saved = time.monotonic()
+
+    def restore(self, path: Path) -> None:
+        """Go back to where the training was that left the file; bit for bit on a CPU.
+
+        Raises:
+            UsageError: the file is missing, damaged, or of something else.
+        """
+        content = read_training(path)
+        try:
+            self.model.load_state_dict(content["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(content["model_ema"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.position.update(content["position"])
+        except UNREADABLE as error:
+            raise UsageError(f"--resume {path}: does not fit this training ({first_line(error)})") from error
+        log.info("going on from %s at epoch %d, step %d", path, self.position["epoch"], self.position["step"])
+
+    def _train_epoch(self, signals: StopSignals) -> None:
+        """Train what is left of an epoch. Each step draws from a seed of its own, so that a resumed training draws
+        the same."""
+        at, processes, steps = self.position, self.runtime.processes, len(self.train)
+        epoch, left = at["epoch"], steps - at["step"]
+        self.trained.train()
+        progress = Progress(left, f"Epoch [{epoch}]", left * self.batch, self.runtime)
+        batches = self.train.batches_from(epoch, at["step"])
+        for step in range(at["step"], steps):
+            seed_everything(step_seed(self.seed, epoch, processes.rank, step))
+            if self.scheduler is not None:
+                self.scheduler.step_update(epoch * steps + step)
+            loss = _train_step(self.trained, self, *next(batches))
+            totals = torch.stack([loss, loss.new_tensor(float(signals.requested))])
+            mean, stop = (all_sum(totals) / processes.world).tolist()
+            if not math.isfinite(mean):
+                raise diffrate.NonFiniteLossError(
+                    f"the loss is {mean} at epoch {epoch}, step {step}; try a lower --lr or --amp off"
+                )
+            if self.ema is not None:
+                self.ema.update(self.model, step=epoch * steps + step)
+            at.update(step=step + 1, losses=at["losses"] + mean)
+            if stop or time.monotonic() - self.saved > SAVE_SECONDS:
+                self.save()
+            progress.advance(lambda: f"loss {at['losses'] / at['step']:.4f}  lr {self.learning_rate:.2e}")
+            if stop:
+                progress.close()
+                raise StopRequestedError(f"stopped at epoch {epoch}, step {at['step']}: go on with --resume")
+
+    def _score(self, model: nn.Module, signals: StopSignals) -> diffrate.Scores:
+        """Scores of an epoch. When a signal asks to stop, the resumed training has only these to compute again."""
+
+        def stop() -> None:
+            if signals.requested:
+                self.save()
+                raise StopRequestedError(
+                    f"stopped while epoch {self.position['epoch']} was scored: go on with --resume"
+                )
+
+        return evaluate(model, self.val, self.runtime, stop)
+
+    def _weights(self) -> dict[str, Any]:
+        kept, flags = self.model.get_kept_num(), dict(self.flags)
+        content = {"mode": FINETUNE, "model": self.model.state_dict(), "kept": kept, "flags": flags}
+        return content if self.ema is None else content | {"model_ema": self.ema.module.state_dict()}
 
 
-def finetune(
-    model: diffrate.CompressedModel, training: Training, flags: dict[str, Any], resume: Path | None
-) -> diffrate.CompressedModel:
-    """Train the weights of `model` at its fixed rates and score them after every epoch. Gives the model as its
-    checkpoint loads: with the average of the weights, where they are averaged.
-
-    Leaves `checkpoint.pth` (last, with `flags` and all that is needed to go on) and `model_best.pth` (best
-    top-1) in the output folder. `resume` is a checkpoint to go on from, bit for bit on a CPU.
-
-    Raises:
-        NonFiniteLossError: the loss is no number; names the step.
-        UsageError: `resume` does not fit.
-        StopRequestedError: a signal asked to stop; the state was saved before.
-    """
-    runtime, settings = training.runtime, training.settings
-    compiled: nn.Module = compile_model(model) if training.compiled else model
-    evaluated = FixedBatch(compiled, training.val.batch_size or 1) if training.compiled else model
-    trained = _distributed(compiled, runtime)
-    recipe = build_recipe(
-        settings,
-        training.mixing,
-        model,
-        training.classes,
-        training.batch_size * runtime.processes.world,
-        len(training.train),
-        runtime.amp,
-        training.seed,
-        _teacher(training),
-    )
-    state = TrainingState()
-    checkpoint = TrainingCheckpoint(model, recipe, state, flags, runtime)
-    if resume is not None:
-        checkpoint.restore(resume)
-        log.info("going on from %s at epoch %d, step %d", resume, state.epoch, state.step)
-    scores = None
-    with StopSignals() as signals:
-        while state.epoch < settings.epochs:
-            if state.step < len(training.train):  # else it was stopped while it was scored
-                finetune_epoch(trained, model, recipe, training, checkpoint, signals)
-            record = {"train_loss": state.losses / state.step, "train_lr": recipe.learning_rate()}
-            between = partial(_stop_scoring, checkpoint, signals)
-            scores = evaluate(evaluated, training.val, runtime, between)
-            if recipe.ema is not None:
-                record["ema_acc1"] = evaluate(recipe.ema.module, training.val, runtime, between).acc1
-            named = {"mode": "finetune", "model": flags["model"], "epoch": state.epoch}
-            runtime.record(record | named | scores.record(model.flops()))
-            reached = scores.ranked[1]
-            better = state.best is None or reached > state.best
-            state.best = reached if better else state.best
-            state.epoch, state.step, state.losses = state.epoch + 1, 0, 0.0
-            checkpoint.save()
-            if better:
-                checkpoint.save_best()
-            log.info("%s  best %.3f", scores.line(model.flops()), state.best)
-            if signals.requested and state.epoch < settings.epochs:
-                raise StopRequestedError(f"stopped after epoch {state.epoch - 1}: go on with --resume")
-    if scores is None:  # resumed at its end
-        scores = evaluate(evaluated, training.val, runtime)
-        log.info("%s  best %.3f", scores.line(model.flops()), state.best)
-    return model if recipe.ema is None else recipe.ema.module
-
-
-def finetune_epoch(
-    trained: nn.Module,
-    model: diffrate.CompressedModel,
-    recipe: Recipe,
-    training: Training,
-    checkpoint: TrainingCheckpoint,
-    signals: StopSignals,
-) -> None:
-    """Train the weights for what is left of an epoch at the model's fixed rates.
-
-    `trained` is `model` as it is called: compiled, distributed, or itself. Every step draws from a seed of
-    its own, so that a training goes on in the middle as if it had not stopped.
-
-    Raises:
-        NonFiniteLossError: the loss is no number; names the step.
-        StopRequestedError: a signal asked to stop; the state was saved before.
-    """
-    state, runtime, steps = checkpoint.state, training.runtime, len(training.train)
-    trained.train()
-    left = steps - state.step
-    images = left * training.batch_size * runtime.processes.world
-    progress = Progress(left, f"Epoch [{state.epoch}]", images, runtime)
-    batches = training.train.batches_from(state.epoch, state.step)
-    for step in range(state.step, steps):
-        seed_everything(step_seed(training.seed, state.epoch, runtime.processes.rank, step))
-        if recipe.scheduler is not None:
-            recipe.scheduler.step_update(state.epoch * steps + step)
-        loss = _train_step(trained, recipe, *to_place(*next(batches), runtime.place), runtime)
-        totals = torch.stack([loss, loss.new_tensor(float(signals.requested))])
-        mean, stop = (all_sum(totals) / runtime.processes.world).tolist()
-        if not math.isfinite(mean):
-            raise diffrate.NonFiniteLossError(
-                f"the loss is {mean} at epoch {state.epoch}, step {step}; try a lower --lr or --amp off"
-            )
-        if recipe.ema is not None:
-            recipe.ema.update(model, step=state.epoch * steps + step)
-        state.step, state.losses = step + 1, state.losses + mean
-        if stop or checkpoint.due():
-            checkpoint.save()
-        progress.advance(lambda: f"loss {state.losses / state.step:.4f}  lr {recipe.learning_rate():.2e}")
-        if stop:
-            progress.close()
-            raise StopRequestedError(f"stopped at epoch {state.epoch}, step {state.step}: go on with --resume")
-
-
-def _stop_scoring(checkpoint: TrainingCheckpoint, signals: StopSignals) -> None:
-    """Keep the epoch that is scored when a signal asks to stop: it is only to score when the training goes on.
-
-    Raises:
-        StopRequestedError: a signal did, and the state was saved before.
-    """
-    if signals.requested:
-        checkpoint.save()
-        raise StopRequestedError(f"stopped while epoch {checkpoint.state.epoch} was scored: go on with --resume")
-
-
-def _train_step(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, runtime: Runtime) -> Tensor:
-    """One update of the weights; the loss before it, detached."""
-    if recipe.mixup is not None:
-        images, labels = recipe.mixup(images, labels)
-    with runtime.autocast():
+def _train_step(model: nn.Module, training: Training, images: Tensor, labels: Tensor) -> Tensor:
+    """One update of the weights of `model`; the loss before it, detached."""
+    device = training.runtime.device
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    if training.mixup is not None:
+        images, labels = training.mixup(images, labels)
+    taught = None
+    with training.runtime.autocast():
         logits = model(images, return_flop=False)
-        taught = None if recipe.teacher is None else recipe.teacher.outputs(images)
-    loss = recipe.criterion(logits.float(), labels)
-    if recipe.teacher is not None and taught is not None:
-        loss = recipe.teacher.mixed(loss, logits, taught)
-    recipe.optimizer.zero_grad(set_to_none=True)
-    recipe.scaler.scale(loss).backward()
-    if recipe.clip_grad is not None:
-        recipe.scaler.unscale_(recipe.optimizer)
-        dispatch_clip_grad(model.parameters(), recipe.clip_grad)
-    recipe.scaler.step(recipe.optimizer)
-    recipe.scaler.update()
+        if training.teacher is not None:
+            with torch.no_grad():
+                taught = training.teacher(images, return_flop=False)
+    loss = training.criterion(logits.float(), labels)
+    if taught is not None:
+        loss = distilled(loss, logits, taught, training.settings.distill or 0.0)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.scaler.scale(loss).backward()
+    if training.settings.clip_grad is not None:
+        training.scaler.unscale_(training.optimizer)
+        dispatch_clip_grad(model.parameters(), training.settings.clip_grad)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
     return loss.detach()
 
 
-def _teacher(training: Training) -> Teacher | None:
-    """The dense model beside the labels, if there is to be one."""
-    model, weight = training.teacher, training.settings.distill
-    if model is None or weight is None:
+def distilled(loss: Tensor, outputs: Tensor, taught: Tensor, weight: float) -> Tensor:
+    """The labels' `loss`, and at `weight`, from 0 to 1, the divergence of logits `[B, K]` from those of the teacher:
+    that of Hinton et al. (2015) at a temperature of 1."""
+    return (1 - weight) * loss + weight * divergence(outputs.float(), taught.float()).mean()
+
+
+def step_rate(settings: TrainingSettings, images_per_step: int) -> float:
+    """The learning rate that the schedule starts from, at so many images a step over all processes."""
+    return settings.learning_rate * (1.0 if settings.unscaled else images_per_step / SCALED_BATCH)
+
+
+def build_criterion(mixing: Mixing) -> nn.Module:
+    """The training loss: against mixed labels with mixup or cutmix, else with label smoothing."""
+    if mixing.mixes:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(mixing.smoothing) if mixing.smoothing else nn.CrossEntropyLoss()
+
+
+def build_mixup(mixing: Mixing, classes: int) -> Mixup | None:
+    """Mixup and cutmix, None when both are off."""
+    if not mixing.mixes:
         return None
-    return Teacher(compile_model(model) if training.compiled else model, weight)
+    return Mixup(
+        mixup_alpha=mixing.mixup,
+        cutmix_alpha=mixing.cutmix,
+        prob=mixing.probability,
+        switch_prob=mixing.switch_probability,
+        mode=mixing.mode,
+        label_smoothing=mixing.smoothing,
+        num_classes=classes,
+    )
 
 
-def _so_far(tally: Tally) -> str:
-    if tally.kept:  # all that was kept makes the other figures, which takes time
-        return f"loss {tally.loss:.4f}"
-    scores = tally.scores()
-    return f"loss {scores.loss:.4f}  acc@1 {scores.acc1:.3f}  acc@5 {scores.acc5:.3f}"
+def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: int) -> Optimizer:
+    name = settings.optimizer
+    known = [known for known in list_optimizers() if not get_optimizer_info(known).second_order]  # one gradient a step
+    if name.lower() not in known:
+        raise UsageError(f"--opt {name}: unknown to timm, or of second order; accepted: {', '.join(map(str, known))}")
+    rates = {"lr": step_rate(settings, images_per_step), "weight_decay": settings.weight_decay}
+    try:
+        return create_optimizer_v2(model, opt=name, momentum=settings.momentum, **rates)
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # it needs a GPU, or a momentum
+        raise UsageError(
+            f"--opt {name}: {first_line(error)}; accepted: one that runs here, at this --momentum"
+        ) from error
 
 
-def _distributed(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """`model` with gradients averaged over all processes; itself on a single one."""
-    if runtime.processes.world == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
+def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, seed: int) -> Scheduler | None:
+    """Stepped on updates, so that the rate falls within epochs too and ends at its minimum."""
+    warmup = settings.warmup_epochs
+    if warmup is None:
+        warmup = 5 if settings.epochs > 5 else 0
+    return create_scheduler_v2(
+        optimizer,
+        sched=settings.schedule,
+        num_epochs=settings.epochs,
+        warmup_epochs=warmup,
+        min_lr=settings.least_learning_rate,
+        warmup_lr=settings.warmup_learning_rate,
+        noise_seed=seed,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+        # timm's own training script has these, and its function others.
+        decay_epochs=30,
+        decay_milestones=[30, 60],
+    )[0]
 
 
-@dataclass(frozen=True)
-class Searching:
-    """What a search works with besides the model.
-
-    budget: what its target is for the model. val: None where nothing can be scored. part: a part of the training
-    images, as in evaluation, to hold outputs against the dense ones on.
-    """
-
-    settings: SearchSettings
-    budget: Budget
-    train: ImageLoader
-    val: ImageLoader | None
-    part: ImageLoader
-    runtime: Runtime
+def dense_copy(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
+    """`model` with the same weights and all tokens kept: frozen, and in evaluation mode."""
+    dense = copy.deepcopy(model)
+    schedule = dense.dense_schedule()
+    dense.set_kept_num(schedule.prune, schedule.merge)
+    return dense.requires_grad_(False).eval()
 
 
-def search(model: diffrate.CompressedModel, searching: Searching, resume: Path | None) -> diffrate.Found:
-    """`diffrate.search` with progress, its records and checkpoints in the output folder; `resume` is one of them.
+def digest(model: nn.Module) -> str:
+    """A hash that differs between models of different weights."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """The content of a training's checkpoint.
 
     Raises:
-        StopRequestedError, StoppedError: a signal asked to stop; the state was saved before.
-        NonFiniteLossError, SearchCheckpointError: as `diffrate.search`.
+        UsageError: the file is missing, damaged, or of something else.
     """
-    runtime, labelled = searching.runtime, searching.settings.labelled
-    assert runtime.output_dir is not None, "flags make sure of a folder"
-    with StopSignals() as signals:
-        return diffrate.search(
-            model,
-            searching.train,
-            settings=searching.settings,
-            # The best epoch is that of the paper's recipe; without labels nothing but the images is looked at.
-            val=searching.val if labelled else None,
-            callback=Reporter(model, searching, signals),
-            trials=TrialReporter(runtime, signals),
-            precision=runtime.amp or torch.float32,
-            checkpoint=runtime.output_dir / LAST,
-            save_every=runtime.print_freq,
-            resume=resume,
-        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        where = f"--resume {path}: cannot be read ({first_line(error)})"
+        raise UsageError(f"{where}; accepted: the {LAST} of --finetune") from error
+    found = content.get("mode", "weights alone") if isinstance(content, dict) else type(content).__name__
+    if found != FINETUNE or "position" not in content:
+        what = "weights alone" if found == FINETUNE else found
+        raise UsageError(f"--resume {path}: found a checkpoint of another kind ({what}); accepted: of --finetune")
+    return content
 
 
-def found_scores(
-    model: diffrate.CompressedModel, found: diffrate.Found, searching: Searching
-) -> tuple[diffrate.Scores, diffrate.Scores] | None:
-    """Of the model at what was found, where it is left, and of the dense one; None where there is nothing to score."""
-    val, runtime, multi_label = searching.val, searching.runtime, searching.settings.multi_label
-    if val is None:
+def flags_in(path: str | Path) -> Mapping[str, Any] | None:
+    """The flags of the training that left a file, None where none did. Tensors are not read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (*UNREADABLE, SafetensorError):
         return None
-    scores = found.scores or evaluate(model, val, runtime, multi_label=multi_label)
-    dense = model.dense_schedule()
-    model.set_kept_num(dense.prune, dense.merge)
-    whole = evaluate(model, val, runtime, multi_label=multi_label)
-    model.set_kept_num(found.schedule.prune, found.schedule.merge)
-    return scores, whole
+    return content.get("flags") if isinstance(content, dict) and content.get("mode") == FINETUNE else None
 
 
-def loss_apart(model: diffrate.CompressedModel, found: diffrate.Found, searching: Searching) -> float | None:
-    """How far the outputs are from the dense ones at what was found; None where the search did not look at them."""
-    settings, calibrated = searching.settings, found.calibrated
-    apart = None if calibrated is None else log_calibrated(calibrated, searching.runtime)
-    if not settings.labelled and (calibrated is None or found.schedule != calibrated.schedule):
-        apart = losses_at(model, [found.schedule], searching.part, searching.runtime.amp, settings.multi_label)[0]
-    return apart
+class Reporter(diffrate.Observer, CalibrationObserver):
+    """Of a search of `model`: progress, records in the output folder, the best checkpoint.
 
+    budget: what its target is for the model. val: None where nothing can be scored.
+    """
 
-class Reporter(diffrate.Observer):
-    """Of the search of `model`: progress, records in the output folder, the best checkpoint."""
-
-    def __init__(self, model: diffrate.CompressedModel, searching: Searching, signals: StopSignals) -> None:
-        self.model, self.signals = model, signals
-        self.runtime, self.budget, self.val = searching.runtime, searching.budget, searching.val
-        # Only against the dense model are losses those of a search at hard counts.
-        self.taught = not searching.settings.labelled
-        batch = searching.settings.accumulate * (searching.train.batch_size or 1)
-        self.images = batch * self.runtime.processes.world  # of a step
+    def __init__(
+        self,
+        model: diffrate.CompressedModel,
+        settings: SearchSettings,
+        budget: Budget,
+        train: ImageLoader,
+        val: ImageLoader | None,
+        runtime: Runtime,
+        signals: StopSignals,
+    ) -> None:
+        self.model, self.budget, self.val, self.runtime, self.signals = model, budget, val, runtime, signals
+        # Without labels, losses are against the dense model, as those of a search at hard counts.
+        self.taught = not settings.labelled
+        self.images = settings.accumulate * (train.batch_size or 1) * runtime.processes.world  # of a step
         self.epoch: list[diffrate.StepRecord] = []  # steps of this epoch that this process has seen
+        self.logged = 0.0  # seconds of the search, at the last line about trials
 
     def stop(self) -> bool:
         return self.signals.requested
@@ -350,13 +418,15 @@ class Reporter(diffrate.Observer):
         self.epoch.append(record)
         self.progress.advance(self._describe)
         if record.step % self.runtime.print_freq == 0:
-            place = {"epoch": record.epoch, "step": record.step, "done": record.epoch * self.steps + record.step}
-            costs = self._costs("", record.flops)
+            done = record.epoch * self.steps + record.step
+            position = {"epoch": record.epoch, "step": record.step, "done": done}
             expected = self.model.compression.space.schedule(record.counts)  # type: ignore[arg-type]  # not rounded
-            self.runtime.append(place | fields_of(expected) | costs, STEPS)
+            self.runtime.append(position | fields_of(expected) | self._costs("", record.flops), STEPS)
             if self.taught:
-                figures = {"work": float(STEP_WORK * self.images * (place["done"] + 1)), "loss": self._recent_loss()}
-                self.runtime.append({"search": GRADIENT, "stage": "steps"} | figures, WORK)
+                recent = self.epoch[-self.runtime.print_freq :]  # since the last record
+                loss = sum(record.loss for record in recent) / len(recent)
+                work = float(STEP_WORK * self.images * (done + 1))
+                self.runtime.append({"search": GRADIENT, "stage": "steps", "work": work, "loss": loss}, WORK)
 
     def on_score_start(self) -> None:
         assert self.val is not None, "there is something to score on"
@@ -377,75 +447,58 @@ class Reporter(diffrate.Observer):
         }
         scores = {"gflops": record.flops / 1e9} if record.scores is None else record.scores.record(record.flops)
         self.runtime.record({"mode": "search", "epoch": record.epoch, **figures, **scores, **counts})
-        for name, values in counts.items():
-            if values is not None:
-                log.info("%s %s", name, list(values))
+        log_counts(counts)
         if record.scores is not None:
             log.info(record.scores.line(record.flops))
         else:
             log.info("* loss %#.3g flops %.3f", record.loss, record.flops / 1e9)
-        if record.best and self.runtime.writes:
-            assert self.runtime.output_dir is not None
-            with (
-                (self.runtime.output_dir / LAST).open("rb") as last,
-                whole_file(self.runtime.output_dir / BEST) as best,
-            ):
+        folder = self.runtime.output_dir
+        if record.best and folder is not None and self.runtime.writes:
+            with (folder / LAST).open("rb") as last, whole_file(folder / BEST) as best:
                 shutil.copyfileobj(last, best)
-
-    def _recent_loss(self) -> float:
-        """The mean over the steps since the last record."""
-        recent = self.epoch[-self.runtime.print_freq :]
-        return sum(record.loss for record in recent) / len(recent)
-
-    def _describe(self) -> str:
-        """Means of the epoch so far."""
-        count = len(self.epoch)
-        loss = sum(record.loss for record in self.epoch) / count
-        cost = sum(record.flops_loss for record in self.epoch) / count
-        spent = sum(record.flops for record in self.epoch) / count
-        gflops = f"GFLOPs {spent / 1e9:.4f}" if not self.budget.timed else f"ms an image {1000 * spent:.3f}"
-        rate = self.epoch[-1].learning_rate
-        return f"loss {loss:#.3g}  cost loss {cost:.5f}  {gflops}  lr {rate:.2e}"
-
-    def _costs(self, before: str, spent: float) -> dict[str, float]:
-        """An expected cost and its target, for records: in GFLOPs, or in seconds of an image."""
-        name, per = ("gflops", 1e9) if not self.budget.timed else ("seconds", 1.0)
-        return {f"{before}{name}": spent / per, f"target_{name}": self.budget.target / per}
-
-
-class TrialReporter(CalibrationObserver):
-    """Of a search at hard counts: how far it is, and records of the loss against the work."""
-
-    def __init__(self, runtime: Runtime, signals: StopSignals) -> None:
-        self.runtime, self.signals, self.told = runtime, signals, 0.0
 
     def on_plan(self, images: int, work: float, speed: float) -> None:
         self.work = work
-        minutes = work / speed / 60
         log.info(
             "calibrated search: %d images, up to %.0f forward passes of the dense model, about %.1f minutes at %.0f "
             "images/s",
-            *(images, work, minutes, speed),
+            *(images, work, work / speed / 60, speed),
         )
 
     def on_trials(self, record: TrialRecord) -> None:
         figures = {"work": record.work, "loss": record.loss, "seconds": record.seconds}
         self.runtime.append({"search": CALIBRATED, "stage": "trials"} | figures, WORK)
-        if record.seconds - self.told >= TOLD_EVERY:
-            self.told = record.seconds
+        if record.seconds - self.logged >= LOG_SECONDS:
+            self.logged = record.seconds
             log.info(
                 "Calibrate: [%.0f/%.0f]  %d schedules  loss %#.3g  %.0f s",
                 *(record.work, self.work, record.trials, record.loss, record.seconds),
             )
 
-    def stop(self) -> bool:
-        return self.signals.requested
+    def _describe(self) -> str:
+        """Means of the epoch so far."""
+        rows = [(record.loss, record.flops_loss, record.flops) for record in self.epoch]
+        loss, cost, spent = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        gflops = f"ms an image {1000 * spent:.3f}" if self.budget.timed else f"GFLOPs {spent / 1e9:.4f}"
+        return f"loss {loss:#.3g}  cost loss {cost:.5f}  {gflops}  lr {self.epoch[-1].learning_rate:.2e}"
+
+    def _costs(self, before: str, spent: float) -> dict[str, float]:
+        """An expected cost and its target, for records: in GFLOPs, or in seconds of an image."""
+        name, per = ("seconds", 1.0) if self.budget.timed else ("gflops", 1e9)
+        return {f"{before}{name}": spent / per, f"target_{name}": self.budget.target / per}
+
+
+def log_counts(counts: Mapping[str, Any]) -> None:
+    """A line for the kept counts of pruning and of merging, where a schedule has them."""
+    for name, values in counts.items():
+        if values is not None:
+            log.info("%s %s", name, list(values))
 
 
 def log_calibrated(found: Calibrated, runtime: Runtime) -> float:
-    """What each stage took, and whose schedule it is; its loss on the images held back.
+    """Log what each stage took, and whose schedule was chosen; its loss on the images held back.
 
-    The uniform schedules' losses stay as records.
+    The losses of uniform schedules are recorded, too.
     """
     for stage in found.stages:
         log.info("took: %-17s %6.0f forward passes of the dense model, %.1f s", stage.name, stage.work, stage.seconds)

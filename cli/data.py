@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from cli.log import bar_fits
 from cli.runtime import Runtime, usable_cores
 from cli.settings import DataSettings, ModelSettings, Settings, size_words
 from cli.transforms import View, eval_transform, train_transform
@@ -30,7 +29,7 @@ from datasets import (
     turned_images,
 )
 from models.zoo import ModelEntry
-from samplers import train_sampler
+from samplers import SeededOrder
 from utils import UsageError
 
 log = logging.getLogger(__name__)
@@ -49,22 +48,20 @@ def view_of(settings: Settings, entry: ModelEntry) -> View:
 
 
 def eval_dataset(
-    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None
+    settings: Settings, entry: ModelEntry, head: int | None = None, names: Sequence[str] | None = None
 ) -> LabelledDataset:
     """The validation split, labelled for a model with `head` classes, called `names` where that is known."""
     return _split("val", settings, eval_transform(view_of(settings, entry)), head, names)
 
 
-def train_dataset(
-    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None
-) -> LabelledDataset:
-    """The training split with the augmentation that the flags ask for, labelled as `eval_dataset`.
+def train_dataset(settings: Settings, entry: ModelEntry) -> LabelledDataset:
+    """The training split with the augmentation that the flags ask for.
 
     Raises:
         UsageError: an augmentation policy that timm does not know.
         DataError: as `build_dataset`.
     """
-    return _split("train", settings, train_transform(view_of(settings, entry), settings.augmentation), head, names)
+    return _split("train", settings, train_transform(view_of(settings, entry), settings.augmentation))
 
 
 def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> Any:
@@ -83,16 +80,16 @@ def pictures(settings: Settings, entry: ModelEntry, most: int) -> torch.Tensor:
         DataError: as `build_dataset` and `build_images`.
     """
     if has_validation(settings.data.data_set, settings.data.path):
-        dataset = _spread(eval_dataset(settings, entry, None, None), most)
+        dataset = _spread(eval_dataset(settings, entry), most)
     else:
         dataset = calibration_dataset(settings, entry, most)
     return torch.stack([image for image, _ in dataset])
 
 
 def search_dataset(
-    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None, augmented: bool = True
+    settings: Settings, entry: ModelEntry, head: int | None, names: Sequence[str] | None, augmented: bool
 ) -> LabelledDataset:
-    """The images to search on, labelled as `train_dataset` where the recipe asks for labels, else anyhow.
+    """The images to search on, labelled as `eval_dataset` where the recipe asks for labels, else anyhow.
 
     `augmented` as the recipe says, or else as in evaluation.
 
@@ -110,15 +107,14 @@ def search_dataset(
 
 
 def _split(
-    split: str, settings: Settings, transform: Transform, head: int | None, names: Sequence[str] | None
+    split: str, settings: Settings, transform: Transform, head: int | None = None, names: Sequence[str] | None = None
 ) -> LabelledDataset:
-    data, bar = settings.data, bar_fits(settings.run.quiet)
-    return build_dataset(data.data_set, data.path, split, transform, head, names, bar=bar, upright=data.exif)
+    data = settings.data
+    return build_dataset(data.data_set, data.path, split, transform, head, names, upright=data.exif)
 
 
 def _unlabelled(settings: Settings, transform: Transform) -> LabelledDataset:
-    data = settings.data
-    return build_images(data.data_set, data.path, transform, bar_fits(settings.run.quiet), data.exif)
+    return build_images(settings.data.data_set, settings.data.path, transform, settings.data.exif)
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
@@ -134,18 +130,14 @@ def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
         )
 
 
-def warn_of_turned(settings: Settings, runtime: Runtime, *datasets: LabelledDataset) -> None:
-    """Say, on the main process, where images carry an orientation that is not looked at."""
+def warn_of_turned(settings: Settings, runtime: Runtime, *datasets: LabelledDataset | None) -> None:
+    """Warn once, on the main process, of images with an orientation that is not applied."""
     if settings.data.exif or not runtime.processes.is_main:
         return
-    for dataset in datasets:
-        turned, looked_at = turned_images(dataset)
+    for turned, images in (turned_images(dataset) for dataset in datasets if dataset is not None):
         if turned:
-            log.warning(
-                "%d of the first %d images carry an EXIF orientation, which is not looked at; --exif applies it",
-                turned,
-                looked_at,
-            )
+            said = "%d of the first %d images carry an EXIF orientation, which is not looked at; --exif applies it"
+            log.warning(said, turned, images)
             return
 
 
@@ -157,8 +149,8 @@ def eval_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) 
 
 
 def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime: Runtime) -> ImageLoader:
-    """Up to `most` images from all over `dataset`, each once, over all processes; where a search may not have the time
-    for all of them, the first ones are from all over, too."""
+    """Up to `most` images from all over `dataset`, each once, over all processes; in random order where a search may
+    not have the time for all of them."""
     part = _spread(dataset, most)
     if settings.search.minutes is not None:
         Random(settings.run.seed).shuffle(part.indices)
@@ -168,7 +160,7 @@ def part_loader(dataset: LabelledDataset, most: int, settings: Settings, runtime
 def _spread(dataset: Any, most: int) -> Any:
     """Up to `most` images at even steps: files are in the order of their classes."""
     count = min(most, len(dataset))
-    return Subset(dataset, [place * len(dataset) // count for place in range(count)])
+    return Subset(dataset, [number * len(dataset) // count for number in range(count)])
 
 
 def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime) -> ImageLoader:
@@ -179,7 +171,7 @@ def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime)
     """
     processes = runtime.processes
     samples = SeededSamples(dataset, settings.data.skip_unreadable)
-    sampler = train_sampler(samples, processes.rank, processes.world, settings.augmentation.repeated, settings.run.seed)
+    sampler = SeededOrder(samples, processes.rank, processes.world, settings.augmentation.repeated, settings.run.seed)
     batch_size, images = settings.data.batch_size, len(sampler)
     if not settings.data.batch_sizes and 2 <= images < batch_size:
         batch_size = images // 2 * 2  # mixup wants pairs
@@ -223,7 +215,7 @@ def _check_memory(batch_size: int, size: tuple[int, int]) -> None:
 
 
 def _leave_signals(worker: int) -> None:
-    """What asks the whole group of processes to stop is the main process's to answer: it saves first."""
+    """Leave signals to the whole group of processes to the main process, which saves before it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

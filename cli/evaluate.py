@@ -1,4 +1,5 @@
-"""`--eval`, `--baseline` and `--list-models`: score a model as it is, or at uniform schedules; name all models."""
+"""`--eval`, `--finetune`, `--baseline` and `--list-models`: score a model as it is, trained, or at uniform schedules;
+print the names of all models."""
 
 from __future__ import annotations
 
@@ -6,16 +7,36 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from functools import partial
 
 from torch import nn
 
 import diffrate
 import models
-from cli.data import eval_loader, warn_of_turned
-from cli.model import chosen_entry, compressed, for_inference, meta_model, patched, trained_model
+from cli.data import (
+    check_same_classes,
+    eval_dataset,
+    eval_loader,
+    input_size_of,
+    train_dataset,
+    train_loader,
+    warn_of_turned,
+)
+from cli.model import (
+    Plan,
+    Weights,
+    checked_plan,
+    chosen_entry,
+    compressed,
+    for_inference,
+    meta_model,
+    output_names,
+    patched,
+    read_weights,
+    trained_model,
+)
+from cli.recipe import with_augmentation, with_rate
 from cli.results import report, save_model, save_schedules
-from cli.resume import use_searched
+from cli.resume import check_training, resume_path, training_flags, use_searched
 from cli.runtime import Runtime
 from cli.schedules import budgets_of, kept_as
 from cli.settings import OFFICIAL, Settings
@@ -25,9 +46,11 @@ from diffrate.device import generators_kept
 from diffrate.files.header import is_saved_model
 from diffrate.schedule import Schedule, fields_of
 from diffrate.searching.target import confirmed_at
-from engine import evaluate
+from engine import Training, dense_copy, evaluate, log_counts
 from models.zoo import ModelEntry
 from utils import UsageError
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
@@ -38,25 +61,63 @@ def run(settings: Settings, runtime: Runtime) -> None:
     use_searched(model, settings, trained.entry, runtime)
     save_model(settings, trained.entry, model, trained.classes, runtime)  # before its weights change precision
     running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
-    scores = evaluate(
-        running, eval_loader(trained.val, settings, runtime), inside, multi_label=settings.model.multi_label
-    )
-    report("eval", trained.entry, model, scores, runtime)
+    loader = eval_loader(trained.val, settings, runtime)
+    report("eval", trained.entry, model, evaluate(running, loader, inside, None, settings.model.multi_label), runtime)
 
 
-log = logging.getLogger(__name__)
+def run_finetune(settings: Settings, runtime: Runtime) -> None:
+    """Train, score, and leave checkpoints in the output folder, and with `--save` the model in a file."""
+    entry = chosen_entry(settings.model)
+    plan = checked_plan(settings, entry)
+    weights = read_weights(settings.model, plan, runtime)
+    # The data decide the classes: a head that does not fit starts fresh.
+    train, val = train_dataset(settings, entry), eval_dataset(settings, entry)
+    check_same_classes(train, val)
+    if len(train.classes) == 1:
+        raise UsageError(f"--data-path {settings.data.path}: found one class; accepted: two or more, to tell apart")
+    fewer = with_augmentation(settings, len(train))
+    if fewer != settings:
+        settings, train = fewer, train_dataset(fewer, entry)
+    warn_of_turned(settings, runtime, train, val)
+    loader = train_loader(train, settings, runtime)
+    settings = with_rate(settings, len(train), loader.batch_size or 1, runtime)
+    model = _finetuned(settings, plan, weights, len(train.classes)).to(runtime.device)
+    teacher = None if settings.training.distill is None else dense_copy(model)
+    flags = training_flags(settings, entry, model, len(loader), teacher)
+    resume = resume_path(settings, runtime)
+    if resume is not None:
+        check_training(resume, flags)
+    training = Training(model, teacher, loader, eval_loader(val, settings, runtime), settings, flags, runtime)
+    if resume is not None:
+        training.restore(resume)
+    save_model(settings, entry, training.run(), output_names(val, len(train.classes)), runtime)
+
+
+def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -> diffrate.CompressedModel:
+    """The model to train, with a fresh head where the weights have none or the data have other classes.
+
+    Raises:
+        UsageError: a fresh head, where it is to be taught by the dense model.
+    """
+    size, drop_path = input_size_of(settings.model, plan.entry), settings.model.drop_path
+    model = models.create(plan.entry, size, num_classes=classes, drop_path_rate=drop_path)
+    notes: tuple[str, ...] = ("training from scratch",)
+    if weights.state is not None:
+        fitted = models.fit_state(model, weights.state, weights.name, fresh_head=True)
+        notes = fitted.notes
+        if settings.training.distill is not None and fitted.reinitialized:
+            raise UsageError(f"--distill: {notes[0]}, and teach nothing; accepted: weights with the data's classes")
+    for note in notes:
+        log.info(note)
+    return compressed(model, settings.model, plan, weights)
 
 
 def run_baseline(settings: Settings, runtime: Runtime) -> None:
     """One schedule for each target, and one line of scores where the model has a head."""
     entry, checkpoint = chosen_entry(settings.model), settings.model.checkpoint
     if entry.num_classes == 0 and (checkpoint == OFFICIAL or is_saved_model(checkpoint)):
-        _list(settings, entry, runtime)
-    else:
-        _score(settings, runtime)
-
-
-def _score(settings: Settings, runtime: Runtime) -> None:
+        _baseline_without_head(settings, entry, runtime)
+        return
     kind = settings.run.baseline
     trained = trained_model(settings, runtime)
     warn_of_turned(settings, runtime, trained.val)
@@ -64,10 +125,13 @@ def _score(settings: Settings, runtime: Runtime) -> None:
     loader = eval_loader(trained.val, settings, runtime)
     if kind == "random":
         model.rule = replace(model.rule, importance=RandomImportance(model.rule.importance.queries))
+
+    def again(budget: Budget, *_: Schedule) -> Schedule:
+        return _uniform(settings, model, budget)  # also of a corrected budget
+
     budgets, table = budgets_of(settings, model, runtime)
     for target, budget in budgets.items():
-        again = partial(_again, settings, model)
-        first = _schedule(settings, model, budget)
+        first = again(budget)
         with generators_kept():
             schedule, speed = confirmed_at(model, first, budget, table, runtime.device, again)
         model.set_kept_num(schedule.prune, schedule.merge)
@@ -75,32 +139,24 @@ def _score(settings: Settings, runtime: Runtime) -> None:
         report(f"baseline {kind}", trained.entry, model, scores, runtime)
         if speed is not None:
             log.info(speed.line())
-        save_schedules(settings, trained.entry, kept_as(target, model, schedule), schedule, runtime)
+        save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
 
 
-def _again(settings: Settings, model: diffrate.CompressedModel, budget: Budget, *_: Schedule) -> Schedule:
-    """Of a corrected budget, one that is uniform, too."""
-    return _schedule(settings, model, budget)
-
-
-def _list(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
-    """Of a model without a head, the schedules alone: they need neither weights nor images."""
+def _baseline_without_head(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
+    """The schedules alone: they need neither weights nor images."""
     model = meta_model(settings.model, entry)
     if any(target.timed for target in settings.model.targets):
         raise UsageError(f"--baseline {settings.run.baseline} of a model without a head: accepted: --target_flops")
     for target, budget in budgets_of(settings, model, runtime)[0].items():
-        schedule = _schedule(settings, model, budget)
-        for name, counts in fields_of(schedule).items():
-            if counts is not None:
-                log.info("%s %s", name, list(counts))
+        schedule = _uniform(settings, model, budget)
+        log_counts(fields_of(schedule))
         log.info("* flops %.3f (no head to score with)", model.flops_at(schedule) / 1e9)
         save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
 
 
-def _schedule(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:
-    kind = settings.run.baseline
-    assert kind is not None, "the mode that is asked for"
-    return baseline_schedule(kind, model.compression.space, budget)
+def _uniform(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:
+    assert settings.run.baseline is not None, "the mode that is asked for"
+    return baseline_schedule(settings.run.baseline, model.compression.space, budget)
 
 
 def run_list_models(settings: Settings, runtime: Runtime) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from termcolor import colored
@@ -27,14 +28,10 @@ class _Formatter(logging.Formatter):
         self.color = color
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp, text = f"[{self.formatTime(record, self.datefmt)}]", super().format(record)
+        paint, text = partial(colored, no_color=not self.color, force_color=self.color), super().format(record)
         if record.levelno >= logging.WARNING:
-            text = f"{record.levelname.lower()}: {text}"
-        if not self.color:
-            return f"{stamp} {text}"
-        if record.levelno >= logging.WARNING:
-            text = colored(text, "yellow", force_color=True)
-        return f"{colored(stamp, 'green', force_color=True)} {text}"
+            text = paint(f"{record.levelname.lower()}: {text}", "yellow")
+        return f"{paint(f'[{self.formatTime(record, self.datefmt)}]', 'green')} {text}"
 
 
 def setup_logging(output_dir: Path | None, is_main: bool, lines: bool = True) -> None:

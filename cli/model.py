@@ -22,13 +22,13 @@ from cli.resume import use_searched
 from cli.runtime import Runtime, local_main_first
 from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
-from cli.training import flags_in
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
 from diffrate.budget import SHARE
 from diffrate.device import FixedBatch, compile_model
 from diffrate.files.header import about, arrays_as_tuples, is_saved_model
 from diffrate.schedule import ScheduleError, make_schedule
+from engine import flags_in
 from models.zoo import ModelEntry, find
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError

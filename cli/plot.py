@@ -42,6 +42,8 @@ LATENCIES = (
 WORK_STYLES = {"gradient": ("#0072b2", "o"), "calibrated": ("#d55e00", "^")}
 ALONE = {"prune": "pruning", "merge": "merging"}
 LEAST_LOSS = 1e-6  # where lower ones are drawn
+DPI = 110
+log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
@@ -63,7 +65,6 @@ def accuracy_figure(records: Sequence[Record]) -> Figure | None:
                 line = "-" if len(points) > 1 else "none"
                 axes.plot(*zip(*sorted(points.items()), strict=True), line, color=color, marker=marker, label=kind)
         axes.set(title=name, xlabel="GFLOPs (multiply-accumulates)", ylabel="top-1 accuracy in %")
-        _finish(axes)
     return figure
 
 
@@ -83,7 +84,6 @@ def kept_tokens_figure(records: Sequence[Record]) -> Figure | None:
             axes.plot(merged, "--", color=color, marker=marker, markersize=4, label=f"uniform {', '.join(kinds)}")
         draw_kept_tokens(axes, _kept(record, record))
         axes.set_title(f"{record['model']}, {record['gflops']:.4g} GFLOPs")
-        _finish(axes)
     return figure
 
 
@@ -107,7 +107,7 @@ def search_figure(steps: Sequence[Record]) -> Figure | None:
     """How the expected counts of every block moved, and the expected cost towards the target."""
     start = max((index for index, step in enumerate(steps) if step["epoch"] == step["step"] == 0), default=0)
     latest = {(step["epoch"], step["step"]): step for step in steps[start:]}  # a resumed run repeats steps
-    course = [latest[place] for place in sorted(latest)]
+    course = [latest[position] for position in sorted(latest)]
     kinds = [kind for kind in (PRUNE_FIELD, MERGE_FIELD) if course[0][kind] is not None]
     done = [step["done"] for step in course]
     figure = Figure(figsize=(4.5 * (len(kinds) + 1), 4), layout="constrained")
@@ -138,9 +138,9 @@ def speed_figure(rows: Sequence[Record]) -> Figure | None:
     span = [[row["speedup"] - row["speedup_low"], row["speedup_high"] - row["speedup"]] for row in rows]
     style = {"color": "#56b4e9", "edgecolor": "black", "label": "measured"}
     axes.bar(range(len(rows)), speeds, 0.6, yerr=list(zip(*span, strict=True)), capsize=4, **style)
-    for place, row in enumerate(rows):
-        axes.annotate(f"{row['share_of_ideal']:.0%}", (place, 0.05), ha="center")
-    starts = [place - 0.4 for place in range(len(rows))]
+    for column, row in enumerate(rows):
+        axes.annotate(f"{row['share_of_ideal']:.0%}", (column, 0.05), ha="center")
+    starts = [column - 0.4 for column in range(len(rows))]
     axes.hlines(ideal, starts, [start + 0.8 for start in starts], "black", "dashed", label="ideal: FLOPs ratio")
     axes.set_xticks(range(len(rows)), [f"batch {row['batch_size']}\n{row['precision']}\n{row['mode']}" for row in rows])
     axes.set(title=rows[0]["model"], ylabel="times the dense images/s", ylim=(0, 1.3 * max(speeds + ideal)))
@@ -160,7 +160,6 @@ def latency_figure(rows: Sequence[Record]) -> Figure | None:
         row = of_kind[0]
         use = f"batch {row['batch_size']}, {row['precision']}, {row['mode']}"
         axes.set(title=f"block {kind}: {use}", xlabel="tokens", ylabel="ms of a batch", xlim=(0, None), ylim=(0, None))
-        _finish(axes)
     return figure
 
 
@@ -178,7 +177,6 @@ def scaling_figure(rows: Sequence[Record]) -> Figure | None:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(ScalarFormatter())
             axis.set_minor_locator(NullLocator())
-        _finish(axes)
     return figure
 
 
@@ -190,7 +188,7 @@ def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
     if not kinds:
         return None
     blocks = sorted({r["block"] for r in latest})
-    colors = {block: colormaps["viridis"](place / max(1, len(blocks) - 1)) for place, block in enumerate(blocks)}
+    colors = {block: colormaps["viridis"](number / max(1, len(blocks) - 1)) for number, block in enumerate(blocks)}
     handles: dict[int, Line2D] = {}
     figure = Figure(figsize=(5 * len(kinds) + 1, 4 * len(names)), layout="constrained")
     for name, row in zip(names, figure.subplots(len(names), len(kinds), squeeze=False), strict=True):
@@ -217,23 +215,21 @@ def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
 
 def work_figure(records: Sequence[Record]) -> Figure | None:
     """The loss that searches came to against the work that they had spent: gradient and calibrated in one picture."""
-    runs = {search: _last_run([r for r in records if r["search"] == search]) for search in ("gradient", "calibrated")}
+    runs = {search: _last_run([r for r in records if r["search"] == search]) for search in WORK_STYLES}
     uniform = {r["stage"]: r["loss"] for r in records if r["search"] == "uniform"}  # the last of each counts
     if not any(runs.values()):
         return None
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for search, course in runs.items():
-        if course:
-            color, marker = WORK_STYLES[search]
-            work, losses = [r["work"] for r in course], [r["loss"] for r in course]
-            if search == "calibrated":
-                axes.scatter(work, losses, 16, color=color, marker=marker, label="calibrated, each stage")
-                axes.step(
-                    work, list(accumulate(losses, min)), color=color, where="post", label="calibrated, best so far"
-                )
-            else:
-                axes.plot(work, losses, color=color, marker=marker, markersize=4, label=search)
+        color, marker = WORK_STYLES[search]
+        work, losses = [r["work"] for r in course], [r["loss"] for r in course]
+        if course and search == "gradient":
+            axes.plot(work, losses, color=color, marker=marker, markersize=4, label=search)
+        elif course:
+            axes.scatter(work, losses, 16, color=color, marker=marker, label="calibrated, each stage")
+            best = list(accumulate(losses, min))
+            axes.step(work, best, color=color, where="post", label="calibrated, best so far")
     for stage, loss in uniform.items():
         label = stage if stage.startswith("uniform") else f"uniform {stage}".strip()
         axes.axhline(loss, color=STYLES.get(label, STYLES["dense"])[0], linestyle="--", label=label)
@@ -274,9 +270,15 @@ def _kept(counts: Record, record: Record) -> list[Kept]:
 
 
 def _panels(width: float, of: Sequence[Any]) -> tuple[Figure, Iterator[tuple[Axes, Any]]]:
-    """A figure with a panel, `width` inches wide, for each of these."""
+    """A figure with a panel, `width` inches wide, for each of these; a panel is finished when the next is asked for."""
     figure = Figure(figsize=(width * len(of), 4), layout="constrained")
-    return figure, zip(figure.subplots(1, len(of), squeeze=False)[0], of, strict=True)
+
+    def panels() -> Iterator[tuple[Axes, Any]]:
+        for axes, item in zip(figure.subplots(1, len(of), squeeze=False)[0], of, strict=True):
+            yield axes, item
+            _finish(axes)
+
+    return figure, panels()
 
 
 def _finish(axes: Axes, legend: bool = True) -> None:
@@ -287,7 +289,6 @@ def _finish(axes: Axes, legend: bool = True) -> None:
         axes.legend(fontsize=8)
 
 
-DPI = 110
 # The file of each plot, and the logs with its figures.
 PLOTS = {
     "accuracy.png": (accuracy_figure, LOG, FOUND),
@@ -299,7 +300,6 @@ PLOTS = {
     "scaling.png": (scaling_figure, SCALING),
     "latency.png": (latency_figure, LATENCY),
 }
-log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
@@ -331,20 +331,20 @@ def plot_run(folder: Path) -> None:
 
 def _draw_all(folder: Path) -> list[Path]:
     written = []
-    for place in (folder, *sorted(folder.glob("target_*"))):
-        logs = {name: _records(place / name) for _, *names in PLOTS.values() for name in names}
+    for inside in (folder, *sorted(folder.glob("target_*"))):
+        logs = {name: _records(inside / name) for _, *names in PLOTS.values() for name in names}
         for name, (draw, *names) in PLOTS.items():
             records = [record for log_name in names for record in logs[log_name]]
             try:
                 figure = draw(records) if records else None
             except (KeyError, TypeError, ValueError, IndexError, ScheduleError) as error:
                 raise UsageError(
-                    f"{place}: no figures for {name} ({error!r}); accepted: logs as a run left them"
+                    f"{inside}: no figures for {name} ({error!r}); accepted: logs as a run left them"
                 ) from error
             if figure is not None:
-                with whole_file(place / name) as file:
+                with whole_file(inside / name) as file:
                     figure.savefig(file, format="png", dpi=DPI)
-                written.append(place / name)
+                written.append(inside / name)
     return written
 
 
@@ -352,23 +352,21 @@ def _records(path: Path) -> list[Record]:
     """The rows of a benchmark's file, or the objects of a log, a line each; none where there is no file."""
     if not path.exists():
         return []
+    table = path.suffix == ".json"
+    accepted = "rows of a benchmark" if table else "a JSON object a line"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
-    if path.suffix == ".json":
-        return _rows(text, path, 0, "rows of a benchmark")
-    lines = enumerate(text.splitlines(), start=1)
-    return [record for number, line in lines for record in _rows(line, path, number, "a JSON object a line")]
-
-
-def _rows(text: str, path: Path, line: int, accepted: str) -> list[Record]:
-    """The objects of a list in JSON, or the one on this `line`, where it is no 0."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: line {line or error.lineno}: {error.msg}; accepted: {accepted}") from error
-    rows = [found] if line else found
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{path}:{f' line {line}:' if line else ''} accepted: {accepted}")
-    return rows
+    records: list[Record] = []
+    for number, part in enumerate([text] if table else text.splitlines(), start=1):
+        try:
+            found = json.loads(part)
+        except json.JSONDecodeError as error:
+            line = error.lineno if table else number
+            raise UsageError(f"{path}: line {line}: {error.msg}; accepted: {accepted}") from error
+        rows = found if table else [found]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UsageError(f"{path}:{'' if table else f' line {number}:'} accepted: {accepted}")
+        records += rows
+    return records

@@ -10,8 +10,8 @@ from typing import Any
 from cli.flags import parse_flags
 from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
-from cli.training import SCALED_BATCH, step_rate
 from diffrate.searching.settings import CALIBRATED, SearchSettings
+from engine import SCALED_BATCH, step_rate
 from models.zoo import ModelEntry
 from utils import UsageError
 

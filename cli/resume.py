@@ -13,10 +13,10 @@ from cli.recipe import PAPER
 from cli.runtime import Runtime
 from cli.schedules import fit_tokens
 from cli.settings import Settings, declared, dest_of
-from cli.training import LAST, digest, read_training
 from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from diffrate.searching.settings import FLAGS, OPTIONS, flag_of
+from engine import LAST, digest, read_training
 from models.zoo import ModelEntry
 from utils import UsageError
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from diffrate.atomic import whole_file
-from diffrate.device import Place, autocast, default_precision
+from diffrate.device import autocast, default_precision
 from utils import UsageError, make_output_dir
 
 PATIENCE = timedelta(hours=1)  # for a slow download or disk elsewhere; a broken connection shows at once
@@ -133,11 +133,6 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         """Mixed precision as chosen, or none."""
         return autocast(self.device, self.amp)
-
-    @property
-    def place(self) -> Place:
-        """Where batches go."""
-        return Place(self.device, self.dtype)
 
     @property
     def writes(self) -> bool:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 import diffrate
@@ -38,16 +39,15 @@ from cli.resume import check_search, resume_path, search_identity
 from cli.runtime import Runtime
 from cli.schedules import budgets_of, kept_as, start_schedule
 from cli.settings import Settings
-from cli.training import build_criterion, build_mixup
 from datasets import DataError, ImageLoader, LabelledDataset, has_validation
 from diffrate.budget import Budget, Target
-from diffrate.schedule import Schedule
 from diffrate.searching.calibration import images_that_fit
 from diffrate.searching.settings import GRADIENT, SearchSettings
-from engine import Searching, found_scores, loss_apart, search
+from diffrate.searching.teacher import losses_at
+from engine import LAST, Reporter, build_criterion, build_mixup, evaluate, log_calibrated
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
-from utils import UsageError
+from utils import StopSignals, UsageError
 
 PART = 512  # images
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 class Searched:
     """A plain model with its weights, the settings with its recipe, and loaders.
 
-    val: None where nothing can be scored. part: a part of the images, as in evaluation; calibration: more of them.
+    val: None where nothing can be scored. part: a part of the images, as in evaluation, to compare outputs with the
+    dense ones on; calibration: more of them.
     """
 
     settings: Settings
@@ -70,7 +71,25 @@ class Searched:
     calibration: ImageLoader
 
 
-def searched_model(settings: Settings, runtime: Runtime) -> Searched:
+def run(settings: Settings, runtime: Runtime) -> None:
+    """Search, and leave schedules, checkpoints and plots in the output folder."""
+    searched = _searched(settings, runtime)
+    batches, accumulate = len(searched.train), settings.search.accumulate
+    if accumulate > batches:
+        raise UsageError(f"--accum-steps {accumulate}: accepted: up to {batches}, the batches of an epoch")
+    model = patched(searched.model, settings.model).to(runtime.device)
+    check_choices(settings.model, model)
+    budgets, table = budgets_of(settings, model, runtime)
+    for number, (target, budget) in enumerate(budgets.items(), start=1):
+        # Several targets have a folder each for their checkpoints, and one file for their schedules.
+        folder = f"{target.kind if target.timed else 'target'}_{target}"
+        inner = runtime.inside(folder) if len(budgets) > 1 else runtime
+        # A huge model needs no second copy for the last.
+        one = model if number == len(budgets) else copy.deepcopy(model)
+        _search_one(target, budget, table, searched, one, runtime, inner)
+
+
+def _searched(settings: Settings, runtime: Runtime) -> Searched:
     """The model that the flags name, and its data, as its recipe asks for them.
 
     Raises:
@@ -96,10 +115,9 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     train, plain = (
         search_dataset(settings, entry, weights.head, weights.classes, augmented) for augmented in (True, False)
     )
-    if settings.search.labelled:
-        assert val is not None
+    if settings.search.labelled and val is not None:
         check_same_classes(train, val)
-    warn_of_turned(settings, runtime, train, *([] if val is None else [val]))
+    warn_of_turned(settings, runtime, train, val)
     pixels = 3 * math.prod(input_size_of(settings.model, entry))
     return Searched(
         settings,
@@ -113,12 +131,6 @@ def searched_model(settings: Settings, runtime: Runtime) -> Searched:
     )
 
 
-def start_of(searched: Searched, model: diffrate.CompressedModel) -> Schedule | None:
-    """Where the search of `model` begins, None for all candidates alike."""
-    named = start_schedule(searched.settings.model, searched.entry, model)
-    return None if named is None else named.schedule
-
-
 def _validation(settings: Settings, entry: ModelEntry, weights: Weights) -> LabelledDataset | None:
     """The validation split, where there is one whose classes are the model's."""
     headless = entry.num_classes == 0 if weights.state is None else weights.headless
@@ -129,25 +141,6 @@ def _validation(settings: Settings, entry: ModelEntry, weights: Weights) -> Labe
     except DataError as error:
         log.info("no accuracy: %s", error)
         return None
-
-
-def run(settings: Settings, runtime: Runtime) -> None:
-    """Search, and leave schedules, checkpoints and plots in the output folder."""
-    searched = searched_model(settings, runtime)
-    batches, accumulate = len(searched.train), settings.search.accumulate
-    if accumulate > batches:
-        raise UsageError(f"--accum-steps {accumulate}: accepted: up to {batches}, the batches of an epoch")
-    model = patched(searched.model, settings.model).to(runtime.device)
-    check_choices(settings.model, model)
-    budgets, table = budgets_of(settings, model, runtime)
-    for index, (target, budget) in enumerate(budgets.items()):
-        last, several = index == len(budgets) - 1, len(budgets) > 1
-        # Several targets have a folder each for their checkpoints, and one file for their schedules.
-        folder = f"{target.kind if target.timed else 'target'}_{target}"
-        inner = runtime.inside(folder) if several else runtime
-        # A huge model needs no second copy for the last.
-        one = model if last else copy.deepcopy(model)
-        _search_one(target, budget, table, searched, one, runtime, inner)
 
 
 def _search_one(
@@ -166,31 +159,64 @@ def _search_one(
     resume = resume_path(settings, inner)
     if resume is not None:
         check_search(resume, identity)
-    fresh = resume is None and settings.search.method == GRADIENT
-    chosen = replace(
-        _means(searched, model),
+    options = replace(
+        _options(searched, model, resume is None),
         **{target.kind: target.value},
         latency=table,
-        start=start_of(searched, model) if fresh else None,
         notes={"flags": {**settings.run.flags, **identity}},
     )
-    searching = Searching(chosen, budget, searched.train, searched.val, searched.part, inner)
-    found = search(model, searching, resume)
+    assert inner.output_dir is not None, "flags make sure of a folder"
+    with StopSignals() as signals:
+        reporter = Reporter(model, options, budget, searched.train, searched.val, inner, signals)
+        found = diffrate.search(
+            model,
+            searched.train,
+            settings=options,
+            # The paper's recipe takes the best epoch; without labels the search uses the images alone.
+            val=searched.val if options.labelled else None,
+            callback=reporter,
+            trials=reporter,
+            precision=inner.amp or torch.float32,
+            checkpoint=inner.output_dir / LAST,
+            save_every=inner.print_freq,
+            resume=resume,
+        )
     kept = kept_as(target, model, found.schedule)
     file = save_schedules(settings, entry, kept, found.schedule, runtime)
-    scores = found_scores(model, found, searching)
-    apart = loss_apart(model, found, searching)
+    scores = _scores(model, found, searched, inner)
+    apart = None if found.calibrated is None else log_calibrated(found.calibrated, inner)
+    if not options.labelled and (found.calibrated is None or found.schedule != found.calibrated.schedule):
+        apart = losses_at(model, [found.schedule], searched.part, inner.amp, options.multi_label)[0]
     save_model(settings, entry, model, searched.classes, runtime)
     log_found(settings, entry, kept, budget, model, found, scores, file, runtime, apart)
 
 
-def _means(searched: Searched, model: diffrate.CompressedModel) -> SearchSettings:
-    """The options of the flags, with what they mean for `model` and its images."""
+def _options(searched: Searched, model: diffrate.CompressedModel, fresh: bool) -> SearchSettings:
+    """The options of the flags, as they apply to `model` and its images; `fresh` is a search that is not resumed."""
     settings, search = searched.settings, searched.settings.search
     softmax = not search.multi_label and model.num_classes != 1
+    start = None
+    if fresh and search.method == GRADIENT:
+        start = start_schedule(settings.model, searched.entry, model)
     return replace(
         search,
         calibration=searched.calibration,
         criterion=build_criterion(settings.mixing) if search.labelled and softmax else None,
         mixup=build_mixup(settings.mixing, model.num_classes),
+        start=None if start is None else start.schedule,
     )
+
+
+def _scores(
+    model: diffrate.CompressedModel, found: diffrate.Found, searched: Searched, runtime: Runtime
+) -> tuple[diffrate.Scores, diffrate.Scores] | None:
+    """At the schedule found, at which the model is left, and with all tokens; None where there is nothing to score."""
+    val, multi_label = searched.val, searched.settings.search.multi_label
+    if val is None:
+        return None
+    scores = found.scores or evaluate(model, val, runtime, multi_label=multi_label)
+    dense = model.dense_schedule()
+    model.set_kept_num(dense.prune, dense.merge)
+    whole = evaluate(model, val, runtime, multi_label=multi_label)
+    model.set_kept_num(found.schedule.prune, found.schedule.merge)
+    return scores, whole

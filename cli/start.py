@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # The file in this folder and its function of modes that are not `run` in a file of their name.
 PLACES = {
     "eval": ("evaluate", "run"),
+    "finetune": ("evaluate", "run_finetune"),
     "baseline": ("evaluate", "run_baseline"),
     "list_models": ("evaluate", "run_list_models"),
 }

@@ -32,6 +32,8 @@ MOST_BLOCKS = 12  # panels of a page, unless blocks are chosen
 COLUMNS = 4
 WIDTH, TITLE = 2.6, 0.2  # inches of a panel, and above its picture
 TALLEST = 2.0  # of a panel, against its width
+DPI = 110
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Seen:
         """Whether any patch is left after `block`; where only the class token is, its picture would be all dark."""
         return bool((self.origins[block] >= 0).any())
 
+    def last(self) -> int:
+        """The last block that leaves patches, or the last one where none does."""
+        blocks = range(len(self.kept))
+        return max((block for block in blocks if self.has_patches(block)), default=blocks[-1])
+
 
 @torch.inference_mode()
 def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], view: View) -> list[Seen]:
@@ -72,10 +79,10 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
     states = model.forward_blocks(images)
     dense = compressed = [None] * len(photographs)
     if model.has_head():
-        compressed = _probabilities(model.classify(states[-1]))
+        compressed = model.classify(states[-1]).float().softmax(-1).cpu()
         before, model.compression.schedule = model.compression.schedule, model.dense_schedule()
         try:
-            dense = _probabilities(model(images, return_flop=False))
+            dense = model(images, return_flop=False).float().softmax(-1).cpu()
         finally:
             model.compression.schedule = before
     first = model.compression.space.prefix
@@ -99,7 +106,7 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
 def shown_blocks(seen: Seen) -> list[int]:
     """The blocks that remove tokens and leave patches, evenly thinned out, the last of them kept."""
     before = (seen.tokens, *seen.kept)
-    last = _last_shown(seen)
+    last = seen.last()
     removing = [block for block in range(last + 1) if seen.kept[block] < before[block]] or [last]
     step = -(-len(removing) // MOST_BLOCKS)
     return removing[::-1][::step][::-1]
@@ -115,7 +122,7 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
-    last = _last_shown(seen)
+    last = seen.last()
     _picture(view, seen.view, "input")
     when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
     _picture(end, seen.tokens_after(last), f"{when}: {_count(seen, last)}")
@@ -172,22 +179,8 @@ def _picture(axes: Axes, image: Image.Image, title: str) -> None:
     axes.set_axis_off()
 
 
-def _last_shown(seen: Seen) -> int:
-    """The last block that leaves patches, or the last one where none does."""
-    blocks = range(len(seen.kept))
-    return max((block for block in blocks if seen.has_patches(block)), default=blocks[-1])
-
-
 def _count(seen: Seen, block: int) -> str:
     return f"{seen.kept[block]} of {seen.tokens} tokens" + ("" if seen.has_patches(block) else ", no patches")
-
-
-def _probabilities(logits: Tensor) -> Sequence[Tensor]:
-    return logits.float().softmax(dim=-1).cpu()
-
-
-log = logging.getLogger(__name__)
-DPI = 110
 
 
 def run(settings: Settings, runtime: Runtime) -> None:

@@ -18,8 +18,8 @@ from torchvision.datasets import CIFAR10
 from cli.settings import Augmentation
 from cli.transforms import View, _operations, eval_transform, train_transform
 from datasets import DataError, build_dataset, build_images, label_outputs, load_image
-from sample.archive import ARCHIVE, unpack_sample
-from samplers import train_sampler
+from sample import ARCHIVE, unpack_sample
+from samplers import SeededOrder
 from tests.conftest import write_image
 
 PLAIN = eval_transform(View(32, 1.0))
@@ -299,7 +299,7 @@ def test_training_orders_are_fresh_every_epoch_and_repeat_with_the_seed(repeated
     dataset: Any = range(600)
 
     def order(epoch: int, seed: int = 0, rank: int = 0) -> list[int]:
-        sampler = train_sampler(dataset, rank, world, repeated, seed)
+        sampler = SeededOrder(dataset, rank, world, repeated, seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -311,7 +311,7 @@ def test_training_orders_are_fresh_every_epoch_and_repeat_with_the_seed(repeated
 
 
 def test_repeated_augmentation_shows_an_image_three_times() -> None:
-    sampler = train_sampler(range(600), 0, 1, repeated=True, seed=0)  # type: ignore[arg-type]
+    sampler = SeededOrder(range(600), 0, 1, repeated=True, seed=0)  # type: ignore[arg-type]
     sampler.set_epoch(0)
     order = [index for index, _ in sampler]
     assert order[0] == order[1] == order[2] != order[3]

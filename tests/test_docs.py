@@ -22,7 +22,7 @@ from PIL import Image
 import diffrate
 from cli.flags import parse_flags
 from diffrate.files import header
-from sample.archive import unpack_sample
+from sample import unpack_sample
 from tests.conftest import Cli
 
 PROJECT = Path(__file__).parent.parent

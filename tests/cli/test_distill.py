@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import engine
 import main
 import models
-from cli.training import Teacher
 from tests.cli.test_compiled import traced_alone
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import FULL, HALF, MODEL, PLAIN, records
@@ -63,7 +62,7 @@ def test_the_loss_is_of_labels_and_dense_outputs_by_their_weights() -> None:
     soft = F.kl_div(outputs.log_softmax(-1), dense.softmax(-1), reduction="batchmean")
     for weight in (0.0, 0.25, 1.0):
         expected = (1 - weight) * loss + weight * soft
-        torch.testing.assert_close(Teacher(torch.nn.Identity(), weight).mixed(loss, outputs, dense), expected)
+        torch.testing.assert_close(engine.distilled(loss, outputs, dense, weight), expected)
 
 
 def test_the_teacher_keeps_all_tokens_and_its_weights(
@@ -73,14 +72,14 @@ def test_the_teacher_keeps_all_tokens_and_its_weights(
     seen: list[tuple[Any, ...]] = []
     step = engine._train_step
 
-    def spy(model: Any, recipe: Any, *rest: Any) -> torch.Tensor:
+    def spy(model: Any, training: Any, *rest: Any) -> torch.Tensor:
         inputs: list[torch.Tensor] = []
-        models_ = (model, recipe.teacher.model)
+        models_ = (model, training.teacher)
         handles = [one.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for one in models_]
-        loss = step(model, recipe, *rest)
+        loss = step(model, training, *rest)
         for handle in handles:
             handle.remove()
-        seen.append((*inputs, recipe.teacher.model))
+        seen.append((*inputs, training.teacher))
         return loss
 
     monkeypatch.setattr(engine, "_train_step", spy)

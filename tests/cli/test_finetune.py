@@ -15,8 +15,8 @@ import models
 from cli.flags import parse_flags
 from cli.recipe import FEW, with_augmentation, with_rate
 from cli.settings import Settings
-from cli.training import step_rate
 from diffrate.schedule import find_schedule
+from engine import step_rate
 from tests.cli.test_errors import check
 from tests.conftest import Cli, tensors_in, write_image
 

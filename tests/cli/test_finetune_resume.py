@@ -16,8 +16,7 @@ import torch
 import diffrate
 import engine
 import main
-from cli.training import TrainingCheckpoint
-from engine import Reporter
+from engine import Reporter, Training
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records
@@ -57,16 +56,16 @@ def check_same(out: Path, whole: Path) -> None:
 def interrupt_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """A checkpoint after every step, and the end of the process, as by `kill -9`, after that many."""
     saves: list[int] = []
-    original = TrainingCheckpoint.save
+    original = Training.save
 
-    def save(checkpoint: TrainingCheckpoint) -> None:
+    def save(checkpoint: Training) -> None:
         original(checkpoint)
         saves.append(1)
         if len(saves) == number:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("cli.training.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(TrainingCheckpoint, "save", save)
+    monkeypatch.setattr("engine.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(Training, "save", save)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ def test_sigterm_saves_and_leaves(
 
 def test_a_process_killed_in_an_epoch_goes_on(whole: Path, cli: Cli, folder: Path, tmp_path: Path) -> None:
     again = words(folder, tmp_path / "out", "--resume", "auto", "--print-freq", 1)
-    often = "import sys, main, cli.training as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
+    often = "import sys, main, engine as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", often, *map(str, again)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import diffrate
 import models
 from sample import MODEL as SAMPLE_MODEL
-from sample.archive import unpack_sample
+from sample import unpack_sample
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
 from tests.tiny_models import dense
