@@ -26,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import diffrate
-from cli.log import Progress
-from cli.runtime import STEPS, WORK, Runtime
+from cli.runtime import STEPS, WORK, Progress, Runtime
 from cli.settings import Mixing, Settings, TrainingSettings
 from datasets import ImageLoader
 from diffrate.atomic import UNREADABLE, first_line, whole_file

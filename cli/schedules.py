@@ -14,8 +14,7 @@ from pathlib import Path
 
 import diffrate
 import models
-from cli.log import share
-from cli.runtime import AMP_DTYPES, Runtime
+from cli.runtime import AMP_DTYPES, Runtime, share
 from cli.settings import PROJECT, LatencySettings, ModelSettings, Settings
 from diffrate.budget import FLOPS, Budget, Target
 from diffrate.latency.measure import SECONDS

@@ -9,16 +9,17 @@ import torch
 
 import diffrate
 import models
-from cli.log import bar_fits, setup_logging
 from cli.runtime import (
     LostProcessError,
     Processes,
     Runtime,
     amp_dtype,
+    bar_fits,
     open_board,
     process_group,
     processes_from_environment,
     resolve_device,
+    setup_logging,
 )
 from cli.settings import Settings
 from datasets import DataError, listed
@@ -34,6 +35,7 @@ PLACES = {
     "finetune": ("evaluate", "run_finetune"),
     "baseline": ("evaluate", "run_baseline"),
     "list_models": ("evaluate", "run_list_models"),
+    "sensitivity": ("search", "run_sensitivity"),
 }
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.

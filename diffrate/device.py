@@ -60,20 +60,20 @@ def machine_name(device: torch.device) -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """The device of a model and the type of its weights, which its images take."""
 
     device: torch.device
     dtype: torch.dtype
 
 
-def place_of(model: nn.Module, device: torch.device | str | None = None) -> Place:
+def placement_of(model: nn.Module, device: torch.device | str | None = None) -> Placement:
     """Where `model` is, or is to be."""
     weight = next(model.parameters())
-    return Place(weight.device if device is None else torch.device(device), weight.dtype)
+    return Placement(weight.device if device is None else torch.device(device), weight.dtype)
 
 
-def to_place(images: Tensor, labels: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+def to_place(images: Tensor, labels: Tensor, place: Placement) -> tuple[Tensor, Tensor]:
     """A batch where it is computed."""
     return images.to(place.device, place.dtype, non_blocking=True), labels.to(place.device, non_blocking=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import Place, all_parts, all_sum, autocast, place_of
+from diffrate.device import Placement, all_parts, all_sum, autocast, placement_of
 from diffrate.patch.base import CompressedModel, has_classifier
 
 IMAGES = ("pixel_values", "image", "images", "img", "input")
@@ -50,7 +50,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
     raise ValueError(f"batch: found {found}{inside}; accepted: {ACCEPTED}")
 
 
-def images_of(batch: Any, place: Place) -> Tensor:
+def images_of(batch: Any, place: Placement) -> Tensor:
     """The images of a batch, on the device and in the precision of the model; raises as `split_batch`."""
     return split_batch(batch)[0].to(place.device, place.dtype, non_blocking=True)
 
@@ -282,7 +282,7 @@ def evaluate(
     """
     if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
-    place = place_of(model, device)
+    place = placement_of(model, device)
     # A compressed model may be inside a compiled, a distributed or a filled-up one.
     compressed = any(isinstance(module, CompressedModel) for module in model.modules())
     options: dict[str, Any] = {"return_flop": False} if compressed else {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrate import ROUNDS
-from diffrate.device import compile_model, generators_kept, place_of
+from diffrate.device import compile_model, generators_kept, placement_of
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import channels_of
 from diffrate.schedule import Schedule
@@ -196,7 +196,7 @@ def benchmark(
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: found {value}; accepted: from 1")
-    use = Use(batch_size, dtype, compile, place_of(model, device).device)
+    use = Use(batch_size, dtype, compile, placement_of(model, device).device)
     current, whole = model.compression.current(), model.dense_schedule()
     times = PairedTimes(*time_in_turn(at_schedules(model, (whole, current), use), rounds, use.device))
     return speed_of(times, batch_size, precision_name(dtype), (model.flops_at(whole), model.flops_at(current)))

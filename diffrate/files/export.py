@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrate.atomic import first_line
-from diffrate.device import place_of
+from diffrate.device import placement_of
 from diffrate.evaluation import modes_kept
 from diffrate.files.graph import Normalization, check_patched, traced
 from diffrate.files.header import ExportError, check_destination
@@ -194,7 +194,7 @@ def _checked(model: CompressedModel, path: Path, metadata: Metadata, seed: int, 
     Raises:
         ExportError: they do not agree.
     """
-    known, (device, dtype) = _normalization(metadata), place_of(model)
+    known, (device, dtype) = _normalization(metadata), placement_of(model)
     inside, outside = (known, None) if metadata.normalizes else (None, known)
 
     def live(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from diffrate.atomic import first_line
-from diffrate.device import no_warnings_of, place_of
+from diffrate.device import no_warnings_of, placement_of
 from diffrate.files.header import TRACES, ExportError, check_torch
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
@@ -184,7 +184,7 @@ def plain(model: CompressedModel) -> nn.Module:
     """
     check_patched(model)
     check_torch("diffrate.plain", TRACES)
-    program = traced(model, place_of(model).dtype, None)
+    program = traced(model, placement_of(model).dtype, None)
     # torch's own module of the graph has checks of its input inside that do not pickle.
     guarded = "check_guards" in inspect.signature(program.module).parameters  # since torch 2.9
     whole = program.module(**{"check_guards": False} if guarded else {})

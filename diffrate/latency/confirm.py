@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from diffrate.budget import SPEEDUP, Budget, BudgetError, choices_of
-from diffrate.device import made_by_first, place_of
+from diffrate.device import made_by_first, placement_of
 from diffrate.latency.setting import check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
@@ -148,7 +148,7 @@ def check_predictions(
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
     check_table(table, model)
-    use, whole = use_of(table, place_of(model, device).device), table.seconds(model.dense_schedule())
+    use, whole = use_of(table, placement_of(model, device).device), table.seconds(model.dense_schedule())
     rows = []
     for schedule in schedules:
         model.check(schedule)

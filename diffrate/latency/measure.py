@@ -20,7 +20,7 @@ from torch import Tensor
 from diffrate.blocks.block import attended, mlp_branch, reduced, removes
 from diffrate.blocks.tokens import replaced
 from diffrate.budget import Budget, BudgetError, baseline_schedule
-from diffrate.device import generators_kept, made_by_first, place_of
+from diffrate.device import generators_kept, made_by_first, placement_of
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
@@ -170,7 +170,7 @@ def measure_latency(
         raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
-    use = Use(batch_size, dtype, compile, place_of(model, device).device)
+    use = Use(batch_size, dtype, compile, placement_of(model, device).device)
     return made_by_first(lambda: _read_or_measured(model, use, seconds, None if file is None else Path(file), progress))
 
 

@@ -14,7 +14,7 @@ import torch
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.blocks.block import form_of
 from diffrate.blocks.heads import projection_of
-from diffrate.device import machine_name, place_of
+from diffrate.device import machine_name, placement_of
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
@@ -140,7 +140,7 @@ def check_table(table: LatencyTable, model: CompressedModel) -> None:
     Raises:
         ValueError: names what differs.
     """
-    expected = setting_of(model, use_of(table, place_of(model).device))
+    expected = setting_of(model, use_of(table, placement_of(model).device))
     said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
     for name in OF_MODEL:
         if name in said and said[name] != expected[name]:

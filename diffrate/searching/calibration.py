@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.device import Place, all_sum, autocast, rank, world
+from diffrate.device import Placement, all_sum, autocast, rank, world
 from diffrate.evaluation import images_of
 from diffrate.schedule import Kept, Schedule, running_counts
 from diffrate.searching.gradient import StoppedError
@@ -95,7 +95,7 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float 
         ValueError: there are fewer than two.
         StoppedError: as `Clock.now`.
     """
-    cpu, found, there = Place(torch.device("cpu"), torch.float32), [], 0
+    cpu, found, there = Placement(torch.device("cpu"), torch.float32), [], 0
     for batch in loader:
         images = images_of(batch, cpu)
         most = images_that_fit(images.shape[1:].numel(), count)
@@ -138,7 +138,7 @@ class Calibration:
         self,
         teacher: Teacher,
         images: Tensor,
-        place: Place,
+        place: Placement,
         precision: torch.dtype | None,
         spread: float | None = None,
         clock: Clock | None = None,

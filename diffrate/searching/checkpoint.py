@@ -13,7 +13,7 @@ import torch
 
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budget import Budget
-from diffrate.device import Place, default_precision
+from diffrate.device import Placement, default_precision
 from diffrate.evaluation import Batches, Scores, evaluate
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, ScheduleError, make_schedule
@@ -71,7 +71,7 @@ class Task:
     loader: Any
     settings: SearchSettings
     budget: Budget
-    place: Place
+    place: Placement
     val: Batches | None
     file: Path | None
     resume: Path | None

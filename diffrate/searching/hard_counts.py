@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.budget import Budget
-from diffrate.device import Place, least, made_by_first, rank, world
+from diffrate.device import Placement, least, made_by_first, rank, world
 from diffrate.evaluation import modes_kept
 from diffrate.latency.confirm import Again
 from diffrate.schedule import Schedule, make_schedule
@@ -273,7 +273,7 @@ def _losses(calibration: Calibration, images: Tensor, schedules: list[Schedule])
     return [torch.cat(row) for row in rows], work
 
 
-def _chosen(names: list[str], losses: list[Tensor], place: Place) -> tuple[int, tuple[str, ...], float]:
+def _chosen(names: list[str], losses: list[Tensor], place: Placement) -> tuple[int, tuple[str, ...], float]:
     """Which candidate it is, the names of those that are as good by measurement, and the standard error of the
     difference between its loss and the least."""
     means = [mean_of(row, place.device)[0] for row in losses]

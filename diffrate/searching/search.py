@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import generators_kept, place_of
+from diffrate.device import generators_kept, placement_of
 from diffrate.evaluation import Batches, Scores, Tally
 from diffrate.latency.confirm import Confirmed
 from diffrate.patch.base import CompressedModel, require_patched
@@ -94,7 +94,7 @@ def search(
     settings = settings_of(settings, options)
     target = settings.target
     _check(model, settings, resume is not None)
-    place = place_of(model, settings.device)
+    place = placement_of(model, settings.device)
     if val is not None:
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
@@ -112,7 +112,7 @@ def search(
             schedule = calibrated.schedule
             scores = task.scores_at(schedule)
         found = schedule
-        schedule, speed = confirmed_at(model, schedule, budget, settings.latency, place_of(model).device, again)
+        schedule, speed = confirmed_at(model, schedule, budget, settings.latency, placement_of(model).device, again)
         if schedule != found:
             scores = task.scores_at(schedule)
         model.set_kept_num(schedule.prune, schedule.merge)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffrate.device import all_sum, autocast, place_of
+from diffrate.device import all_sum, autocast, placement_of
 from diffrate.evaluation import images_of, modes_kept
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule, SearchSpace
@@ -95,7 +95,7 @@ def sensitivity(
     """
     require_patched(model)
     candidates = _candidates(model.compression.space, shares)
-    placed = place_of(model, device)
+    placed = placement_of(model, device)
     sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=placed.device)  # of losses, of agreements
     images = torch.zeros((), dtype=torch.float64, device=placed.device)
     teacher, moments = Teacher(model, multi_label=multi_label), sums.new_zeros(3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import all_sum, autocast, place_of
+from diffrate.device import all_sum, autocast, placement_of
 from diffrate.evaluation import images_of, modes_kept
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier
 from diffrate.patch.plain_vit import CompressedVit
@@ -137,7 +137,7 @@ def losses_at(
     Raises:
         ValueError: there is no batch.
     """
-    teacher, place = Teacher(model, multi_label=multi_label), place_of(model)
+    teacher, place = Teacher(model, multi_label=multi_label), placement_of(model)
     sums = torch.zeros(len(schedules) + 1, dtype=torch.float64, device=place.device)
     moments = torch.zeros(3, dtype=torch.float64, device=place.device)
     with modes_kept(model):

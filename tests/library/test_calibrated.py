@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import diffrate
 from diffrate.budget import meets_budget
-from diffrate.device import place_of
+from diffrate.device import placement_of
 from diffrate.searching.calibration import Calibration, Reference
 from diffrate.searching.hard_counts import _chosen
 from diffrate.searching.moves import Moves, Surrogate
@@ -49,7 +49,7 @@ def moves_of(model: diffrate.CompressedModel, share: float) -> Moves:
 def calibration(model: diffrate.CompressedModel, count: int = 24) -> Calibration:
     model.eval()
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    return Calibration(Teacher(model), images, place_of(model), None)
+    return Calibration(Teacher(model), images, placement_of(model), None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -257,7 +257,7 @@ def test_a_timed_search_goes_on_with_its_images(tmp_path: Path) -> None:
 
 def test_what_measurement_does_not_tell_apart_goes_to_the_simplest() -> None:
     names, rng = ["calibrated", "start", "uniform both", "uniform merge"], torch.Generator().manual_seed(0)
-    place, noise = place_of(small()), torch.randn(4, 400, generator=rng).abs()
+    place, noise = placement_of(small()), torch.randn(4, 400, generator=rng).abs()
 
     def chosen(*means: float, images: int = 400) -> str:
         rows = [row - row.mean() + mean for row, mean in zip(noise[:, :images], means, strict=True)]
