@@ -116,6 +116,7 @@ class CompressedVit(CompressedModel, _Vit):
             ScheduleError: the counts that are set leave too few tokens for the pooling.
         """
         super().reset_classifier(num_classes, *args, **options)
+        _check_parts(self)
         space, self.shape = _described(self, self.image_size)
         before = self.compression
         if space != before.space:  # other blocks may be searched now
@@ -234,7 +235,9 @@ def patch_vit(
     original = type(model)
     model.__class__ = compressed  # the family's methods say what there is to know
     try:
-        space, shape = _described(model, size := _image_size(model, input_size))
+        _check_parts(model)
+        size = _image_size(model, input_size)
+        space, shape = _described(model, size)
         rule = published_rule(model.num_prefix_tokens, model.class_tokens())
         compress(model, space, granularity, rule=rule, image_size=size, shape=shape, return_flop=return_flop)
     except Exception:
@@ -269,11 +272,11 @@ def _sides(size: Size) -> str:
     return " x ".join(map(str, size))
 
 
-def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]:
-    """What there is to choose in a model, and what its cost depends on.
+def _check_parts(model: CompressedVit) -> None:
+    """Refuse a model with parts that are not handled.
 
     Raises:
-        UnsupportedModelError: a part of it is not handled.
+        UnsupportedModelError: names them.
     """
     refused = pool_parts(model)
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
@@ -284,6 +287,14 @@ def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]
     check_methods(model, "model")
     for index, block in enumerate(model.blocks):
         check_block(block, f"blocks.{index}")
+
+
+def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]:
+    """What there is to choose in a model, and what its cost depends on.
+
+    Raises:
+        UnsupportedModelError: it has too few blocks.
+    """
     depth, prefix, left_out = len(model.blocks), model.num_prefix_tokens, model.left_out()
     whole = {0} if model.read is not None else {0, depth - 1}
     searchable = tuple(block for block in range(depth) if block not in whole)

@@ -19,7 +19,7 @@ def test_a_search_of_labels_of_their_own(cli: Cli, image_folder: Path, tmp_path:
     assert "dense: * mAP " in text
     assert "% of dense, mAP " in text
     again = (*FAST, *more, "--resume", "auto")
-    check(cli(*again), "was made with --multi_label True; accepted: False")
+    check(cli(*again), "was made with --multi-label True; accepted: False")
 
 
 def test_multi_label_goes_with_what_looks_at_outputs(cli: Cli) -> None:

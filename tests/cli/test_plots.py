@@ -10,7 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cli import results
 from cli.plot import (
     LEAST_LOSS,
     accuracy_figure,
@@ -21,8 +20,7 @@ from cli.plot import (
     speed_figure,
     work_figure,
 )
-from diffrate import budget as uniform
-from diffrate.budget import Budget, BudgetError
+from diffrate import budget
 from diffrate.schedule import Schedule
 from tests.conftest import Cli
 from tests.test_patch import patched
@@ -253,11 +251,10 @@ def test_no_folder_is_an_error(cli: Cli, tmp_path: Path) -> None:
 def test_a_budget_that_no_uniform_schedule_meets_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(kind: str, *rest: object) -> Schedule:
         if kind != "merge":
-            raise BudgetError(kind)
+            raise budget.BudgetError(kind)
         return Schedule((65,) * 6, (60,) * 6)
 
-    monkeypatch.setattr(uniform, "baseline_schedule", refuse)
+    monkeypatch.setattr(budget, "baseline_schedule", refuse)
     model = patched("deit")
-    assert results._uniform(model, Budget(model.flops_at, 1.0)) == {
-        "merge": {"prune_kept_num": (65,) * 6, "merge_kept_num": (60,) * 6}
-    }
+    found = budget.uniform_schedules(model.compression.space, budget.Budget(model.flops_at, 1.0))
+    assert found == {"merge": Schedule((65,) * 6, (60,) * 6)}
