@@ -22,6 +22,8 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message without the file's name, or the error's type where it has none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if str(error).startswith("Weights only load failed"):  # torch goes on to advise loading whatever is there
+        return "not plain tensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

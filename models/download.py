@@ -103,6 +103,8 @@ def first_line(error: Exception) -> str:
     """What an error says, on one line."""
     if isinstance(error, LocalEntryNotFoundError):
         return "no connection, and nothing in the cache"
+    if str(error).startswith("Weights only load failed"):  # torch goes on to advise loading whatever is there
+        return "not plain tensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

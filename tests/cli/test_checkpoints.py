@@ -329,3 +329,9 @@ def test_weights_that_are_no_numbers(
     for mode in ("--eval", "--finetune"):
         flags = (mode, "--model", MODEL, "--checkpoint", path, *data(image_folder))
         check(cli(*flags), f"checkpoint {path}: blocks.3.mlp.fc1.bias holds NaN or infinite values")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_without_advice_to_run_it(cli: Cli) -> None:
+    result = cli("--eval", "--checkpoint", PROJECT / "README.md")
+    check(result, "README.md: cannot be read, cut short or not a checkpoint (not plain tensors); accepted: ")
+    assert "weights_only" not in result[2]
