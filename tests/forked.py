@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
@@ -54,4 +55,9 @@ def _as_rank(rank: int, port: int, folder: Path, run: Callable[[], object]) -> N
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with _output(folder, rank, "out").open("w") as sys.stdout, _output(folder, rank, "err").open("w") as sys.stderr:
-        sys.exit(run())  # type: ignore[arg-type]
+        try:
+            code = run()
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        sys.exit(code)  # type: ignore[arg-type]
