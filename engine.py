@@ -341,7 +341,7 @@ def dense_copy(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
     """`model` with the same weights and all tokens kept: frozen, and in evaluation mode."""
     dense = copy.deepcopy(model)
     schedule = dense.dense_schedule()
-    dense.set_kept_num(schedule.prune, schedule.merge)
+    dense.schedule = schedule
     return dense.requires_grad_(False).eval()
 
 

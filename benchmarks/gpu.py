@@ -167,7 +167,7 @@ def onnx_rows(setting: Setting) -> Iterator[Row]:
     subject, sessions = subject_of(*next(iter(setting.models.items()))), []
     model = subject.compressed()
     for schedule in (model.dense_schedule(), model.compression.current()):
-        model.set_kept_num(schedule.prune, schedule.merge)
+        model.schedule = schedule
         with tempfile.TemporaryDirectory() as scratch:
             file = diffrate.export(model, Path(scratch) / "model.onnx").path
             sessions.append(onnxruntime.InferenceSession(file, providers=[provider]))

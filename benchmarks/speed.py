@@ -151,7 +151,7 @@ class Subject:
         model = diffrate.patch.vit(self.dense(), self.granularity, self.granularity)
         if self.schedule is not None:
             model.check(self.schedule)
-            model.set_kept_num(self.schedule.prune, self.schedule.merge)
+            model.schedule = self.schedule
         return model
 
     def costs(self) -> tuple[int, int]:
@@ -270,7 +270,7 @@ def _shares(subject: Subject, batch_size: int, setting: Setting) -> list[Side]:
         model = subject.compressed()
         space = model.compression.space
         schedule = share_schedule(space, share)
-        model.set_kept_num(schedule.prune, schedule.merge)
+        model.schedule = schedule
         about = {"tokens": space.tokens, "tokens_kept": schedule.merge[space.searchable[0]], "kept_share": share}
         run = forward_pass(subject.dense() if share == 1 else model, subject.input_size, use)
         sides.append(Side(about, precision_name(use.dtype), model.flops(), run))

@@ -134,7 +134,7 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
         first = again(budget)
         with generators_kept():
             schedule, speed = confirmed_at(model, first, budget, table, runtime.device, again)
-        model.set_kept_num(schedule.prune, schedule.merge)
+        model.schedule = schedule
         scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
         report(f"baseline {kind}", trained.entry, model, scores, runtime)
         if speed is not None:

@@ -231,7 +231,7 @@ def compressed(
         log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", named.where, gflops)
     named = named or NamedSchedule(model.dense_schedule(), "")
     model.check(named.schedule, named.where)
-    model.set_kept_num(named.schedule.prune, named.schedule.merge)
+    model.schedule = named.schedule
     return model
 
 

@@ -124,7 +124,7 @@ def use_searched(model: diffrate.CompressedModel, settings: Settings, entry: Mod
     if settings.model.scale:
         schedule = fit_tokens(schedule, model)
     model.check(schedule, f"--resume {path}: ")
-    model.set_kept_num(schedule.prune, schedule.merge)
+    model.schedule = schedule
 
 
 def _read_search(path: Path) -> dict[str, Any]:

@@ -220,9 +220,9 @@ def _scores(
         return None
     scores = found.scores or evaluate(model, val, runtime, multi_label=multi_label)
     dense = model.dense_schedule()
-    model.set_kept_num(dense.prune, dense.merge)
+    model.schedule = dense
     whole = evaluate(model, val, runtime, multi_label=multi_label)
-    model.set_kept_num(found.schedule.prune, found.schedule.merge)
+    model.schedule = found.schedule
     return scores, whole
 
 

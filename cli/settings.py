@@ -1,9 +1,9 @@
 """Every flag, declared once as a field of the frozen settings that it becomes, a class per concern. No torch here.
 
-A field's `flag` has all that there is to it: help, accepted values, spelling with what the help calls the value,
-default, and the words of argparse that the field's type does not say. `group` begins a group of the help; `free` is for
-what may differ when a training goes on; `becomes` makes the setting of the parsed value. A field with no `flag` has the
-value of a flag of another class, by the name of either.
+`flag` declares a flag: its help, accepted values, spelling, metavar and default, and arguments of argparse that do not
+follow from the field's type. `free` declares one that may change when a training is resumed. `group` starts a group of
+the help. `becomes` converts the parsed value to the setting. A field without either takes the value of the flag, or of
+the field, that has its name in another class.
 """
 
 # ruff: noqa: RUF009  (`flag` gives a field)

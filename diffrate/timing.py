@@ -208,7 +208,7 @@ def at_schedules(model: CompressedModel, schedules: Sequence[Schedule], use: Use
     with generators_kept():
         for schedule in schedules:
             side = copy.deepcopy(model)
-            side.set_kept_num(schedule.prune, schedule.merge)
+            side.schedule = schedule
             sides.append(forward_pass(side, model.image_size, use))
     return sides
 

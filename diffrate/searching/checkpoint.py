@@ -86,7 +86,7 @@ class Task:
         """The scores of the model at `schedule`, which it is left at; None without images for it."""
         if self.val is None:
             return None
-        self.model.set_kept_num(schedule.prune, schedule.merge)
+        self.model.schedule = schedule
         chosen = self.settings.multi_label, self.precision
         return evaluate(self.model, self.val, multi_label=chosen[0], precision=chosen[1], callback=callback)
 

@@ -115,7 +115,7 @@ def search(
         schedule, speed = confirmed_at(model, schedule, budget, settings.latency, placement_of(model).device, again)
         if schedule != found:
             scores = task.scores_at(schedule)
-        model.set_kept_num(schedule.prune, schedule.merge)
+        model.schedule = schedule
     return Found(schedule, model.flops_at(schedule), scores, history, calibrated, speed)
 
 
