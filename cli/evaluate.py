@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import replace
 
 from torch import nn
 
@@ -40,7 +39,6 @@ from cli.resume import check_training, resume_path, training_flags, use_searched
 from cli.runtime import Runtime
 from cli.schedules import budgets_of, kept_as
 from cli.settings import OFFICIAL, Settings
-from diffrate.blocks.reduction import RandomImportance
 from diffrate.budget import Budget, baseline_schedule
 from diffrate.device import generators_kept
 from diffrate.files.header import is_saved_model
@@ -123,8 +121,6 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
     warn_of_turned(settings, runtime, trained.val)
     model = patched(trained.model, settings.model).to(runtime.device)
     loader = eval_loader(trained.val, settings, runtime)
-    if kind == "random":
-        model.rule = replace(model.rule, importance=RandomImportance(model.rule.importance.queries))
 
     def again(budget: Budget, *_: Schedule) -> Schedule:
         return _uniform(settings, model, budget)  # also of a corrected budget

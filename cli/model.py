@@ -24,10 +24,11 @@ from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
+from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
 from diffrate.device import FixedBatch, compile_model
 from diffrate.files.header import about, arrays_as_tuples, is_saved_model
-from diffrate.schedule import ScheduleError, make_schedule
+from diffrate.schedule import ScheduleError
 from engine import flags_in
 from models.zoo import ModelEntry, find
 from sample import MODEL as SAMPLE_MODEL
@@ -347,10 +348,9 @@ def _trained_at(
     held = read.found.get("compression._extra_state")
     if held is None or held.numel() == 0:
         return None
-    *prune, merge = held.tolist()
     try:
-        schedule = make_schedule(prune[0] if prune else None, merge)
-    except ScheduleError as error:
+        schedule = schedule_of(held, plan.shapes.compression.space)
+    except (ScheduleError, ValueError) as error:
         raise ScheduleError(f"checkpoint {read.name}: {error}") from error
     if made_at is not None:
         same = made_at == input_size_of(settings, plan.entry)

@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from cli.runtime import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK, Runtime
 from cli.settings import Settings
 from diffrate.atomic import whole_file
+from diffrate.budget import PEERS
 from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, Kept, ScheduleError, make_schedule, running_counts
 from utils import UsageError
 
@@ -259,7 +260,8 @@ def _kind(record: Record) -> str | None:
     if mode in ("eval", "found") and record["gflops"] == record["dense_gflops"]:
         return "dense"
     if mode.startswith("baseline "):
-        return f"uniform {mode.removeprefix('baseline ')}"
+        kind = mode.removeprefix("baseline ")
+        return kind if kind in PEERS else f"uniform {kind}"
     return {"eval": "schedule", "found": "searched", "finetune": "fine-tuned"}.get(mode)
 
 

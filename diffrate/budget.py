@@ -251,7 +251,8 @@ def _neighbours(counts: list[int], limits: tuple[int, int]) -> list[list[int]]:
     ]
 
 
-BASELINES = ("prune", "merge", "both", "random")
+PEERS = ("tome", "pitome")  # baselines by the names of their rules
+BASELINES = ("prune", "merge", "both", "random", *PEERS)
 
 
 class BaselineError(ValueError):
@@ -259,14 +260,18 @@ class BaselineError(ValueError):
 
 
 def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule:
-    """The schedule `kind` of a constant keep ratio that meets `budget`.
+    """The schedule `kind` that meets `budget`: of a constant keep ratio by the rule of `space`, with "random" by
+    another; of the `PEERS` by their own rule, the same number in each block.
 
     Raises:
         BaselineError: pruning in a model that only merges.
         BudgetError: the target cannot be met.
     """
+    if kind in PEERS:
+        return _constant_number(space.ruled(kind), budget)
     if not space.prunes and kind != "merge":
-        raise BaselineError(f"baseline {kind}: this model only merges; accepted: merge")
+        raise BaselineError(f"baseline {kind}: this model only merges; accepted: {', '.join(('merge', *PEERS))}")
+    space = space.ruled(kind) if kind == "random" else space
     blocks = len(space.searchable)
     halves = 2 if kind == "both" else 1
 
@@ -283,6 +288,26 @@ def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule
         return space.schedule([count for pair in pairs for count in pair])
 
     return budget.fitted(counts_at, 1.0, assemble, space.least)
+
+
+def _constant_number(space: SearchSpace, budget: Budget) -> Schedule:
+    """The schedule that merges the same number of tokens in every block, but never more than half of the patches."""
+    blocks = range(len(space.limits)) if space.prunes else space.searchable
+
+    def counts_at(share: float) -> list[float]:
+        left, counts = float(space.tokens), []
+        for _ in blocks:
+            left -= min(share * space.tokens, (left - space.prefix) / 2)
+            counts.append(left)
+        return counts
+
+    def assemble(kept: Sequence[int]) -> Schedule:
+        merge = list(space.limits)
+        for block, count in zip(blocks, kept, strict=True):
+            merge[block] = count
+        return Schedule(space.limits if space.prunes else None, tuple(merge), space.limits[0], space.rules)
+
+    return budget.fitted(counts_at, 0.5, assemble, space.least)
 
 
 def uniform_schedules(space: SearchSpace, budget: Budget) -> dict[str, Schedule]:

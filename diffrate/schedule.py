@@ -8,16 +8,44 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 from diffrate.atomic import whole_file
 
 PRUNE_FIELD = "prune_kept_num"
 MERGE_FIELD = "merge_kept_num"
+RULES_FIELD = "rules"
 TOKENS_FIELD = "tokens"
+
+
+class RuleWork(NamedTuple):
+    """What a rule takes: whether it asks for importance where nothing is pruned, by the attention of all tokens or of
+    the first ones; and whether it compares halves of all tokens, instead of those that go with those that stay."""
+
+    ranks: bool = True
+    received: bool = False
+    halves: bool = False
+
+
+# How a block may let tokens go, see `blocks.rules`. State dicts hold numbers of these rows: they only grow at the end.
+RULES: Mapping[str, RuleWork] = {
+    "published": RuleWork(),
+    "weighted": RuleWork(),
+    "valued": RuleWork(),
+    "received": RuleWork(received=True),
+    "similar": RuleWork(ranks=False, halves=True),
+    "similar_less_important": RuleWork(halves=True),
+    "minor_into_major": RuleWork(halves=True),
+    "received_halves": RuleWork(received=True, halves=True),
+    "tome": RuleWork(ranks=False, halves=True),
+    "pitome": RuleWork(ranks=False, halves=True),
+    "random": RuleWork(),
+}
+RULE_NAMES = tuple(RULES)
+PUBLISHED = RULE_NAMES[0]
 SHOWN = 60  # characters of what is refused
 
 
@@ -39,28 +67,44 @@ class Schedule:
     """Kept counts per block as given; `prune` is None for models that only merge (CAFormer).
 
     tokens: how many enter the first block of the model that the schedule was made for; None where that is unknown.
+    rules: by which rule each block lets tokens go, of `RULE_NAMES`; None where that is the paper's in all.
     """
 
     prune: tuple[int, ...] | None
     merge: tuple[int, ...]
     tokens: int | None = field(default=None, compare=False)
+    rules: tuple[str, ...] | None = None
+
+    @property
+    def rule_names(self) -> tuple[str, ...]:
+        """`rules` with the paper's written out."""
+        return self.rules or (PUBLISHED,) * len(self.merge)
 
 
-def make_schedule(prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex], where: str = "") -> Schedule:
-    """A schedule from two sequences of integers.
+def make_schedule(
+    prune: Sequence[SupportsIndex] | None,
+    merge: Sequence[SupportsIndex],
+    rules: Sequence[str] | str | None = None,
+    where: str = "",
+) -> Schedule:
+    """A schedule from two sequences of integers, and the names of rules: one for all blocks, or one for each.
 
     Raises:
-        ScheduleError: a field is no sequence, or holds something that is not an integer.
+        ScheduleError: a field is no sequence, or holds something that is not an integer, or no rule.
     """
+    counts = _integers(merge, MERGE_FIELD, where)
     return Schedule(
         None if prune is None else _integers(prune, PRUNE_FIELD, where),
-        _integers(merge, MERGE_FIELD, where),
+        counts,
+        rules=None if rules is None else _names(rules, len(counts), where),
     )
 
 
-def fields_of(schedule: Schedule) -> dict[str, tuple[int, ...] | None]:
-    """The counts by their names in files."""
-    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge}
+def fields_of(schedule: Schedule) -> dict[str, Any]:
+    """The counts by their names in files; beside the paper's, also the rules: one name where all are alike."""
+    rules = schedule.rules
+    named = {} if rules is None else {RULES_FIELD: rules[0] if len(set(rules)) == 1 else rules}
+    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge, **named}
 
 
 def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, where: str = "", least: int = 1) -> None:
@@ -104,7 +148,8 @@ def scale_schedule(
             for count, old, new in blocks
         )
 
-    return Schedule(None if schedule.prune is None else scaled(schedule.prune), scaled(schedule.merge), new_limits[0])
+    prune = None if schedule.prune is None else scaled(schedule.prune)
+    return Schedule(prune, scaled(schedule.merge), new_limits[0], schedule.rules)
 
 
 def running_counts(schedule: Schedule, tokens: int) -> list[Kept]:
@@ -168,7 +213,7 @@ def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = 
     fields = targets[found[0]]
     if not isinstance(fields, dict) or MERGE_FIELD not in fields:
         raise ScheduleError(f"{where}{MERGE_FIELD}: found none; accepted: an array of counts")
-    schedule = make_schedule(fields.get(PRUNE_FIELD), fields[MERGE_FIELD], where)
+    schedule = make_schedule(fields.get(PRUNE_FIELD), fields[MERGE_FIELD], fields.get(RULES_FIELD), where)
     if TOKENS_FIELD not in fields:
         return schedule
     tokens = fields[TOKENS_FIELD]
@@ -188,7 +233,7 @@ def save_schedule(path: Path, key: str, target_flops: float, schedule: Schedule)
     table = read_schedules(path) if path.exists() else {}
     targets = table.setdefault(key, {})
     name = next((name for name in targets if _number(name) == target_flops), f"{target_flops:g}")
-    targets[name] = {kind: list(kept) for kind, kept in fields_of(schedule).items() if kept is not None}
+    targets[name] = {kind: kept for kind, kept in fields_of(schedule).items() if kept is not None}
     if schedule.tokens is not None:
         targets[name][TOKENS_FIELD] = schedule.tokens
     table[key] = dict(sorted(targets.items(), key=lambda item: _number(item[0]) or 0))
@@ -226,6 +271,15 @@ def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def _names(values: Any, blocks: int, where: str) -> tuple[str, ...] | None:
+    """The rules of so many blocks; None for the paper's in all."""
+    names = (values,) * blocks if isinstance(values, str) else values
+    if not isinstance(names, Sequence) or len(names) != blocks or not all(name in RULE_NAMES for name in names):
+        accepted = f"one of {', '.join(RULE_NAMES)}, or {blocks} of them"
+        raise ScheduleError(f"{where}{RULES_FIELD}: found {str(values)[:SHOWN]!r}; accepted: {accepted}")
+    return None if set(names) == {PUBLISHED} else tuple(names)
+
+
 GRANULARITY = 4  # tokens between the candidates of a count, as published
 
 
@@ -238,6 +292,7 @@ class SearchSpace:
     prunes: whether each has a pruning choice before its merging choice.
     prefix: the first tokens, which always stay: class, distillation, registers.
     least: the fewest tokens that a block may keep: the prefix, and one more where no class token is in it.
+    rules: by which rule each block lets tokens go, as of `Schedule`.
     """
 
     limits: tuple[int, ...]
@@ -245,6 +300,11 @@ class SearchSpace:
     prunes: bool
     prefix: int
     least: int = 1
+    rules: tuple[str, ...] | None = None
+
+    def ruled(self, names: Sequence[str] | str) -> SearchSpace:
+        """The same choices, with the rule of that name in all blocks, or one for each block."""
+        return replace(self, rules=_names(names, len(self.limits), ""))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -274,4 +334,5 @@ class SearchSpace:
         rows = {kind: list(self.limits) for kind in self.kinds}
         for (block, kind), count in zip(self.choices, counts, strict=True):
             rows[kind][block] = count
-        return Schedule(tuple(rows["prune"]) if self.prunes else None, tuple(rows["merge"]), self.limits[0])
+        prune = tuple(rows["prune"]) if self.prunes else None
+        return Schedule(prune, tuple(rows["merge"]), self.limits[0], self.rules)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
-from diffrate.blocks.reduction import PlainMean
+from diffrate.blocks.reduction import Mean
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 from tests.tiny_models import dense
 
@@ -155,7 +155,7 @@ def test_search_agrees_with_dropping_tokens_for_real(name: str) -> None:
     similarity are clamped in search, as published, which poolings see: here they are not weighed."""
     model = patched(name)
     model.train_to_search()
-    model.rule = replace(model.rule, mean=PlainMean(cosine_sizes=False))
+    model.rule = replace(model.rule, mean=Mean())
     patches, last = model.compression.patches, model.compression.space.searchable[-1]
     with torch.no_grad():
         for (block, kind), rate in zip(model.compression.space.choices, model.arch_parameters(), strict=True):

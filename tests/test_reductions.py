@@ -12,6 +12,7 @@ from diffrate.blocks import attention
 from diffrate.blocks.attention import Heads, first_tokens_attention, size_bias
 from diffrate.blocks.reduction import (
     SIZE_FLOOR,
+    Mean,
     add_by_index,
     add_by_product,
     keep_tokens,
@@ -34,7 +35,9 @@ def random_state(batch: int, tokens: int, seed: int, traced: bool = True) -> Tok
 def merge_in_order(state: TokenState, kept: int, spared: int, cosine_sizes: bool) -> TokenState:
     """`merge_tokens` of tokens that are in the order of importance."""
     batch, tokens, _ = state.x.shape
-    return merge_tokens(state, torch.arange(tokens).expand(batch, tokens), kept, spared, cosine_sizes)
+    return merge_tokens(
+        state, torch.arange(tokens).expand(batch, tokens), kept, spared, Mean(cosine_sizes=cosine_sizes)
+    )
 
 
 def merge_by_hand(x: torch.Tensor, size: torch.Tensor, kept: int, weigh: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +131,7 @@ def test_merging_has_the_gradient_of_its_rule(batch: int) -> None:
     )
 
     def merge(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        merged = merge_tokens(TokenState(x, size), index, 4, 1, cosine_sizes=True)
+        merged = merge_tokens(TokenState(x, size), index, 4, 1, Mean(cosine_sizes=True))
         return merged.x, merged.sizes()
 
     before = state.x.clone(), state.size.clone()
@@ -154,11 +157,11 @@ def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, importance[one], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     index = most_important(importance[:, 1:], 20, 1)
-    merged = merge_tokens(TokenState(x, size), index, 12, 1, cosine_sizes=True)
+    merged = merge_tokens(TokenState(x, size), index, 12, 1, Mean(cosine_sizes=True))
     assert merged.size is not None
     for image in range(3):
         one = slice(image, image + 1)
-        alone = merge_tokens(TokenState(x[one], size[one]), index[one], 12, 1, cosine_sizes=True)
+        alone = merge_tokens(TokenState(x[one], size[one]), index[one], 12, 1, Mean(cosine_sizes=True))
         assert alone.size is not None
         torch.testing.assert_close(alone.x, merged.x[one])
         torch.testing.assert_close(alone.size, merged.size[one])
@@ -230,7 +233,7 @@ def test_zero_tokens_match_without_nan() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_type_and_float32_sizes(dtype: torch.dtype) -> None:
     state = TokenState(torch.randn(2, 9, 4, dtype=dtype))
-    merged = merge_in_order(state, 4, 1, cosine_sizes=True)
+    merged = merge_in_order(state, 4, 1, Mean(cosine_sizes=True))
     assert merged.x.dtype == dtype
     assert merged.size is not None
     assert merged.size.dtype == torch.float32

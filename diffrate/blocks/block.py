@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffrate.blocks.attention import add_bias, attend, attend_and_rank, attend_with_map, size_bias
 from diffrate.blocks.heads import PROJECTIONS, Positions, Projection, projection_of
-from diffrate.blocks.reduction import ReductionRule
+from diffrate.blocks.reduction import ReductionRule, Seen
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.schedule import Kept
 
@@ -185,8 +185,7 @@ def fixed_block(
     """
 
     def step(state: TokenState, read: int | None) -> TokenState:
-        state, attention = attended(block, positions, rule, state, kept, read)
-        state = reduced(rule, state, attention, kept)
+        state = reduced(rule, *attended(block, positions, rule, state, kept, read), kept)
         return replaced(state, x=mlp_branch(block, state.x))
 
     return with_hooks(block, state, read, step)
@@ -217,38 +216,41 @@ def removes(kept: Kept, read: int | None) -> bool:
 
 def attended(
     block: Any, positions: Positions, rule: ReductionRule, state: TokenState, kept: Kept, read: int | None
-) -> tuple[TokenState, Tensor | None]:
+) -> tuple[TokenState, Seen | None]:
     """The first part of a block: the tokens after attention, the first `read` alone if that says so, and where some
-    are to go the attention `[B, N - prefix]` that all but the prefix receive from the rule's queries."""
-    received: Tensor | None = None
+    are to go what the rule goes by."""
+    seen: Seen | None = None
     removing = removes(kept, read)
+    ranking = removing and rule.ranks(kept)
 
     def mix(attention: Any, entering: Tensor) -> Tensor:
-        nonlocal received
+        nonlocal seen
         heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
         pairs = positions.pairs(state.place)
         bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
         drop = attention.attn_drop
         dropout = getattr(drop, "p", 0.0) if attention.training else 0.0
+        received: Tensor | None = None
         if has_hooks(drop):  # which are there to see the maps, each head's
             images = heads.query.shape[:2]
             mixed, received = attend_with_map(
                 heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rule.importance.queries
             )
-        elif removing:
+        elif ranking:
             mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
         else:
             mixed = attend(heads, bias, dropout)
+        if removing:
+            seen = Seen(received, heads)
         return mixed
 
     x = attention_branch(block, state.x, mix)
-    rest = received[:, rule.prefix :] if removing and received is not None else None
-    return (replaced(state, x=x) if read is None else TokenState(x)), rest
+    return (replaced(state, x=x) if read is None else TokenState(x)), seen
 
 
-def reduced(rule: ReductionRule, state: TokenState, attention: Tensor | None, kept: Kept) -> TokenState:
-    """The second part: the tokens that are left by `rule`, all where no `attention` was asked for."""
-    return state if attention is None else rule.reduced(state, attention, kept)
+def reduced(rule: ReductionRule, state: TokenState, seen: Seen | None, kept: Kept) -> TokenState:
+    """The second part: the tokens that are left by `rule`, all where nothing was `seen` to go by."""
+    return state if seen is None else rule.reduced(state, seen, kept)
 
 
 def mlp_branch(block: Any, x: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ from diffrate.blocks.attention import Heads, parts_of, size_bias
 from diffrate.blocks.block import UnsupportedModelError, attention_branch, has_hooks, mlp_branch, with_hooks
 from diffrate.blocks.heads import Positions, projection_of
 from diffrate.blocks.rates import Choice, ste_leaving
-from diffrate.blocks.reduction import ReductionRule, after_prefix, length_of, most_similar
+from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReductionRule, after_prefix, length_of, most_similar
 from diffrate.blocks.tokens import TokenState, follow, followed, replaced, size_dtype, take
+from diffrate.schedule import Kept
 
 SEARCH_SIZE_FLOOR = 1.0  # the published search clamps sizes here, which inference does not
 EPSILON = 1e-6
@@ -231,18 +232,19 @@ def _search_step(
 ) -> TokenState:
     mask = state.mask
     assert mask is not None
-    importance = mask
+    importance, heads = mask, None
 
     def mix(attention: Any, entering: Tensor) -> Tensor:
-        nonlocal importance
+        nonlocal importance, heads
         if has_hooks(attention.attn_drop):
             raise UnsupportedModelError("attn_drop: found hooks; accepted: none in a search, whose map is another")
         heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
         pairs = positions.pairs(state.place)
         pairs = pairs if pairs is None else pairs[:, :, :read]
-        mixed, importance = masked_attention(
+        mixed, received = masked_attention(
             heads, size_bias(state.size), mask, rule.importance.queries, pairs, rule.importance.masked_queries
         )
+        importance = rule.importance.of(received, heads)
         return mixed
 
     x = attention_branch(block, state.x, mix)
@@ -250,18 +252,67 @@ def _search_step(
         return TokenState(mlp_branch(block, x))
     state = replaced(state, x=x)
     if plan.merged < plan.entering:
-        state = _reduce(state, importance, rule, plan)
+        if isinstance(rule.pairing, IntoMostSimilarKept):
+            state = _reduce(state, importance, rule, rule.pairing.spared, plan)
+        else:
+            assert heads is not None
+            state = _reduce_in_order(state, importance, heads, rule, plan)
     return replaced(state, x=mlp_branch(block, state.x))
 
 
-def _reduce(state: TokenState, importance: Tensor, rule: ReductionRule, plan: BlockPlan) -> TokenState:
+def _reduce_in_order(
+    state: TokenState, importance: Tensor, heads: Heads, rule: ReductionRule, plan: BlockPlan
+) -> TokenState:
+    """As `_reduce` for other pairings, which go by the order of tokens: those that are there come first, as they would
+    be left at fixed counts, and then those that were removed."""
+    everywhere = torch.arange(state.x.shape[1], device=state.x.device).expand(state.x.shape[:2])
+    if plan.prune is not None and plan.pruned < plan.entering:
+        ranked = after_prefix(importance[:, rule.prefix : plan.entering].argsort(dim=1, descending=True), rule.prefix)
+        order = torch.cat([ranked, everywhere[:, plan.entering :]], dim=1)
+        state, importance = _moved_to(state, order, state.x, state.sizes()), take(importance, order)
+        heads = replaced(heads, key=heads.key.gather(2, order[:, None, :, None].expand_as(heads.key)))
+        assert state.mask is not None
+        state = _prune(state, _remove(state.mask, everywhere, plan.prune, plan.entering))
+    if plan.merge is None or plan.merged == plan.pruned:
+        return state
+    there, sizes = slice(plan.pruned), state.sizes()
+    part = TokenState(state.x[:, there], sizes[:, there]).traced().placed()
+    few, kept = replaced(heads, key=heads.key[:, :, there]), Kept(plan.pruned, plan.pruned, plan.merged)
+    left = rule.pairing.reduce(part, importance[:, rule.prefix : plan.pruned], few, kept, rule.prefix, rule.mean)
+    assert left.place is not None
+    assert left.origin is not None
+    stays = left.place.expand(len(state.x), -1)
+    leaving = torch.ones_like(everywhere[:, there]).scatter(1, stays, 0)
+    goes = leaving.argsort(dim=1, descending=True, stable=True)[:, : plan.pruned - plan.merged]
+    order = torch.cat([stays, goes, everywhere[:, plan.pruned :]], dim=1)
+    x = torch.cat([left.x, take(state.x, order[:, plan.merged :])], dim=1)
+    sizes = torch.cat([left.sizes(), take(sizes, order[:, plan.merged :])], dim=1)
+    to = torch.cat([left.origin, everywhere[:, plan.pruned :]], dim=1)
+    state = _moved_to(state, order, x, sizes, to)
+    assert state.mask is not None
+    return replaced(state, mask=_remove(state.mask, everywhere, plan.merge, plan.pruned))
+
+
+def _moved_to(state: TokenState, order: Tensor, x: Tensor, sizes: Tensor, to: Tensor | None = None) -> TokenState:
+    """`state` with its tokens in the `order` `[B, N]`. Without `to`, which says where each token went, features `x` and
+    `sizes` come in the old order, else in the new one."""
+    assert state.mask is not None
+    if to is None:
+        x, sizes = take(x, order), take(sizes, order)
+        to = order.argsort(dim=1)
+    place = None if state.place is None else take(state.place, order)
+    after = TokenState(x, sizes, take(state.mask, order), place=place, last=state.last, origin=state.origin)
+    return after if state.origin is None else followed(state, after, to)
+
+
+def _reduce(state: TokenState, importance: Tensor, rule: ReductionRule, spared: int, plan: BlockPlan) -> TokenState:
     assert state.mask is not None
     order = _order(importance, state.mask, rule.prefix)
     if plan.prune is not None and plan.pruned < plan.entering:
         state = _prune(state, _remove(state.mask, order, plan.prune, plan.entering))
     if plan.merge is not None and plan.merged < plan.pruned:
-        if plan.merged > rule.pairing.spared:
-            state = _merge(state, order, plan, rule)
+        if plan.merged > spared:
+            state = _merge(state, order, plan, spared, rule.mean)
         elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
             kept = order[:, : plan.merged]
             stays = (state.origin[:, :, None] == kept[:, None]).any(-1)
@@ -294,25 +345,27 @@ def _prune(state: TokenState, mask: Tensor) -> TokenState:
     return followed(state, masked, torch.where((state.mask > 0) & (mask == 0), -1, stay))
 
 
-def _merge(state: TokenState, order: Tensor, plan: BlockPlan, rule: ReductionRule) -> TokenState:
+def _merge(state: TokenState, order: Tensor, plan: BlockPlan, spared: int, mean: Mean) -> TokenState:
     """Average sources into their destinations; the sources stay beside them, to be masked.
 
     A source's weighted size is clamped before it is added, and is what the source keeps (quirks).
     """
     x, tokens = state.x, state.x.shape[1]
     sources = order[:, plan.merged : plan.pruned]
-    kept = order[:, rule.pairing.spared : plan.merged]
+    kept = order[:, spared : plan.merged]
     moving, candidates = take(x, sources), take(x, kept)
     precise = size_dtype(x)
     nearest, along = most_similar(moving.to(precise), candidates.to(precise), length_of(candidates))
     destination = kept.gather(1, nearest)
     goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
-    features = goes_to.to(x.dtype)
-    merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
-
-    sizes = state.sizes()
+    features, sizes = goes_to.to(x.dtype), state.sizes()
     source_size = take(sizes, sources)
-    if rule.mean.cosine_sizes:
+    if mean.by_size:
+        weights, weighed = sizes.to(x.dtype).unsqueeze(-1), source_size.to(x.dtype).unsqueeze(-1)
+        merged = (weights * x + features @ (weighed * moving)) / (weights + features @ weighed)
+    else:
+        merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
+    if mean.cosine_sizes:
         similarity = along / length_of(moving)
         source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
     size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)

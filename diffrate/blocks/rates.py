@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrate.blocks.tokens import size_dtype
-from diffrate.schedule import Schedule, SearchSpace, fields_of, make_schedule
+from diffrate.schedule import RULE_NAMES, Schedule, SearchSpace, make_schedule
 
 
 def with_gradient_of(value: Tensor, *carriers: Tensor) -> Tensor:
@@ -137,6 +137,22 @@ def flattest_logits(mean: float, patches: int, granularity: int, spread: float |
     return (bell + slope * centred).float()
 
 
+def schedule_of(state: Tensor, space: SearchSpace) -> Schedule:
+    """The schedule in the state of a model with the choices of `space`, as `CompressionState.get_extra_state` gives it.
+
+    Raises:
+        ValueError: another number of blocks, or counts of another kind of model, or no rules.
+    """
+    rows, expected = state.tolist(), [len(space.kinds), len(space.limits)]
+    kinds = expected[0]
+    if state.ndim != 2 or state.shape[1] != expected[1] or not kinds <= len(rows) <= kinds + 1:
+        raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {expected}")
+    numbers = rows[kinds] if len(rows) > kinds else [0] * expected[1]
+    if not all(0 <= number < len(RULE_NAMES) for number in numbers):
+        raise ValueError(f"rules in the state dict: found {numbers}; accepted: 0 to {len(RULE_NAMES) - 1}")
+    return make_schedule(rows[0] if kinds > 1 else None, rows[kinds - 1], [RULE_NAMES[number] for number in numbers])
+
+
 def _probabilities(logits: Tensor) -> Tensor:
     return logits.to(size_dtype(logits)).softmax(-1)
 
@@ -254,9 +270,13 @@ class CompressionState(nn.Module):
         return self.expected_schedule() if any(bool(rate.any()) for rate in self.logits()) else self.space.dense()
 
     def get_extra_state(self) -> Tensor:
-        """The fixed counts `[2, blocks]`, prune and merge (`[1, blocks]` without prune); `[0]` for none."""
-        rows = () if self.schedule is None else fields_of(self.schedule).values()
-        return torch.tensor([row for row in rows if row is not None], dtype=torch.int64)
+        """The fixed counts `[2, blocks]`, prune and merge (`[1, blocks]` without prune), and a row of the numbers of
+        rules where they are not the paper's; `[0]` for none."""
+        schedule = self.schedule
+        rows = [] if schedule is None else [row for row in (schedule.prune, schedule.merge) if row is not None]
+        if schedule is not None and schedule.rules is not None:
+            rows.append(tuple(map(RULE_NAMES.index, schedule.rules)))
+        return torch.tensor(rows, dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the counts of another model of the same shape.
@@ -267,11 +287,7 @@ class CompressionState(nn.Module):
         if state.numel() == 0:
             self.schedule = None
             return
-        expected = [len(self.space.kinds), len(self.space.limits)]
-        if list(state.shape) != expected:
-            raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {expected}")
-        *prune, merge = state.tolist()
-        self.schedule = make_schedule(prune[0] if prune else None, merge)
+        self.schedule = schedule_of(state, self.space)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *given: Any

@@ -7,12 +7,13 @@ A new importance, pairing or mean is a class here, with the attributes of the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffrate.blocks.attention import Heads
 from diffrate.blocks.tokens import TokenState, alone, autocasts, in_graph, moved, rows_of, size_dtype, take
 from diffrate.schedule import Kept
 
@@ -120,23 +121,41 @@ def match(x: Tensor, kept: int, spared: int) -> tuple[Tensor, Tensor]:
     return nearest + spared, along
 
 
-def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, cosine_sizes: bool) -> TokenState:
+def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean: Mean) -> TokenState:
     """The tokens at the first `kept` of `index` `[B, K]`, each but the first `spared` averaged with those at
-    the later ones that go to it; all other tokens are pruned.
+    the later ones that are most similar to it; all other tokens are pruned.
 
-    Features are the plain mean of a destination and its sources, whatever their sizes. Sizes add
-    up, the sources' times their cosine with `cosine_sizes`. Where none but spared tokens are
-    kept there is no destination, and the sources are pruned.
+    Where none but spared tokens are kept there is no destination, and the later ones are pruned.
+    """
+    if kept <= spared:
+        return keep_tokens(state, index[:, :kept])
+    x = gathered(state.x, index)
+    precise = x.to(size_dtype(x))
+    destination, along = match(precise, kept, spared)
+    cosine = along / length_of(precise.narrow(-2, kept, x.shape[-2] - kept)) if mean.cosine_sizes else None
+    return joined(state, index, kept, x, destination, cosine, mean)
+
+
+def gathered(values: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` `[B, K]` of `values`, as `take`; of one image on a CPU without the first dimension, which takes
+    fewer operations."""
+    taken = take(values, index)
+    return taken[0] if alone(index) and on_cpu(values) else taken
+
+
+def joined(
+    state: TokenState, index: Tensor, kept: int, x: Tensor, destination: Tensor, cosine: Tensor | None, mean: Mean
+) -> TokenState:
+    """The tokens at the first `kept` of `index` `[B, K]`, each averaged with those at the later ones that go to it.
+
+    `x` are the features at `index`, as `gathered`; `destination` and `cosine` `[..., K - kept]` are the position that
+    each later one goes to, and how similar the two are.
     """
     staying = index[:, :kept]
-    if kept <= spared:
-        return keep_tokens(state, staying)
-    x, size = take(state.x, index), None if state.size is None else take(state.size, index)
-    if alone(index) and on_cpu(x):  # the same with fewer dimensions takes fewer operations
-        found = averaged(x[0], None if size is None else size[0], kept, spared, cosine_sizes)
-        features, size, destination = (part[None] for part in found)
-    else:
-        features, size, destination = averaged(x, size, kept, spared, cosine_sizes)
+    size = None if state.size is None else gathered(state.size, index)
+    features, size = averaged(x, size, kept, destination, cosine, mean)
+    if x.ndim == 2:
+        features, size, destination = features[None], size[None], destination[None]
     place = None if state.place is None else take(state.place, staying)
     merged = TokenState(features, size, place=place)
     if state.origin is None:
@@ -146,27 +165,27 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, cosin
 
 
 def averaged(
-    x: Tensor, size: Tensor | None, kept: int, spared: int, cosine_sizes: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `kept` tokens of `x` `[..., N, C]` with the later ones that go to them, their sizes `[..., kept]`, and
-    where each later one goes, `[..., N - kept]`.
+    x: Tensor, size: Tensor | None, kept: int, destination: Tensor, cosine: Tensor | None, mean: Mean
+) -> tuple[Tensor, Tensor]:
+    """The first `kept` tokens of `x` `[..., N, C]` with the later ones that go to them, and their sizes `[..., kept]`.
 
     `size` `[..., N]` is None while all stand for one. `x` may be overwritten, unless a backward pass asks for it.
     """
     precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
-    destination, along = match(precise, kept, spared)
     ones = precise.new_ones(precise.shape[:-1])
-    joined = add_up(ones.narrow(-1, 0, kept), destination, ones.narrow(-1, kept, leaving))
-    sizes = joined
-    if cosine_sizes:
-        whole = ones if size is None else size
-        cosine = along / length_of(precise.narrow(-2, kept, leaving))
-        added = whole.narrow(-1, kept, leaving) * cosine
-        sizes = add_up(whole.narrow(-1, 0, kept), destination, added).clamp(min=SIZE_FLOOR)
-    elif size is not None:
-        sizes = add_up(size.narrow(-1, 0, kept), destination, size.narrow(-1, kept, leaving))
-    features = add_features(precise, destination, kept) / joined.unsqueeze(-1)
-    return features.to(x.dtype), sizes, destination
+    whole = ones if size is None else size
+
+    def added(weights: Tensor, factor: Tensor | None = None) -> Tensor:
+        leaves = weights.narrow(-1, kept, leaving)
+        return add_up(weights.narrow(-1, 0, kept), destination, leaves if factor is None else leaves * factor)
+
+    sizes = added(whole) if cosine is None else added(whole, cosine).clamp(min=SIZE_FLOOR)
+    weights = whole if mean.by_size else ones
+    if mean.by_size and size is not None:
+        precise = precise * size.unsqueeze(-1)
+    total = sizes if weights is whole and cosine is None else added(weights)
+    features = add_features(precise, destination, kept) / total.unsqueeze(-1)
+    return features.to(x.dtype), sizes
 
 
 def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
@@ -190,6 +209,14 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type in ("cpu", "meta")
 
 
+class Seen(NamedTuple):
+    """What a rule may go by, of the attention before a reduction: the attention `[B, N]` that tokens receive, None
+    where the rule does not ask for it, and keys and values of all heads."""
+
+    attention: Tensor | None
+    heads: Heads
+
+
 @dataclass(frozen=True)
 class FirstTokensAttention:
     """Importance is the attention of the first `queries` tokens, the mean over them and over heads (paper, section 3.2:
@@ -198,46 +225,69 @@ class FirstTokensAttention:
     queries: int
     masked_queries: ClassVar[bool] = False
 
-    def of(self, attention: Tensor) -> Tensor:
+    def of(self, attention: Tensor, heads: Heads) -> Tensor:
         """Importance `[B, N]` of the attention `[B, N]` that tokens receive from those that are queries."""
         return attention
 
 
 @dataclass(frozen=True)
-class ReceivedAttention:
+class ReceivedAttention(FirstTokensAttention):
     """Importance is the attention received from all tokens, for models without a class token.
 
     masked_queries: in search, tokens that were removed go on being queries, as in the published search of CAFormer.
     """
 
-    masked_queries: bool = False
-    queries: ClassVar[int] = 0  # all
-
-    def of(self, attention: Tensor) -> Tensor:
-        """As of `FirstTokensAttention`."""
-        return attention
+    queries: int = 0  # all
+    masked_queries: bool = False  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class RandomImportance:
+class RandomImportance(FirstTokensAttention):
     """Any tokens go: a baseline. Drawn from torch's generator."""
 
-    queries: int
-    masked_queries: ClassVar[bool] = False
-
-    def of(self, attention: Tensor) -> Tensor:
+    def of(self, attention: Tensor, heads: Heads) -> Tensor:
         """As of `FirstTokensAttention`."""
         return torch.rand_like(attention)
 
 
 @dataclass(frozen=True)
-class PlainMean:
-    """The features of merged tokens are their plain mean, whatever their sizes.
+class AttentionTimesValue(FirstTokensAttention):
+    """Importance is the attention of the first `queries` tokens, of all with 0, times the length of the token's value,
+    heads together (Guo et al., "Attention score is not all you need for token importance indicator in KV cache
+    reduction: value also matters", EMNLP 2024)."""
 
-    cosine_sizes: a merged token's size counts times its cosine with its destination; else sizes add up.
+    def of(self, attention: Tensor, heads: Heads) -> Tensor:
+        """As of `FirstTokensAttention`."""
+        return attention * torch.linalg.vector_norm(heads.value, dim=(1, 3), dtype=attention.dtype)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """How the features and sizes of merged tokens come about.
+
+    by_size: features are the mean weighted by sizes (Bolya et al., ICLR 2023, section 3); else the plain mean (paper).
+    cosine_sizes: a merged token's size counts times its cosine with its destination (paper); else sizes add up.
     """
 
-    cosine_sizes: bool
+    by_size: bool = False
+    cosine_sizes: bool = False
+
+
+class Pairing(Protocol):
+    """Which tokens merge into which.
+
+    by_importance: whether it goes by importance, which pruning does anyway.
+    """
+
+    @property
+    def by_importance(self) -> bool: ...
+
+    def reduce(
+        self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
+    ) -> TokenState:
+        """What is left of `state` at the counts `kept`; `importance` `[B, N - prefix]` is that of all tokens but the
+        first `prefix`, None where neither pruning nor pairing asks for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -249,18 +299,19 @@ class IntoMostSimilarKept:
 
     spared: int
 
-    def reduce(self, state: TokenState, importance: Tensor, kept: Kept, prefix: int, mean: PlainMean) -> TokenState:
-        """The most important tokens, after the less important ones joined them.
+    @property
+    def by_importance(self) -> bool:
+        return True
 
-        `importance` `[B, N - prefix]` is that of all tokens but the first `prefix`.
-        """
+    def reduce(
+        self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
+    ) -> TokenState:
+        """The most important tokens, after the less important ones joined them."""
+        assert importance is not None
         index = most_important(importance, kept.pruned, prefix)
         if kept.merged < kept.pruned:
-            return merge_tokens(state, index, kept.merged, self.spared, mean.cosine_sizes)
+            return merge_tokens(state, index, kept.merged, self.spared, mean)
         return keep_tokens(state, index)
-
-
-Importance = FirstTokensAttention | ReceivedAttention | RandomImportance
 
 
 @dataclass(frozen=True)
@@ -268,17 +319,23 @@ class ReductionRule:
     """How a block lets tokens go. prefix: the first tokens, which always stay: class, distillation, registers."""
 
     prefix: int
-    importance: Importance
-    pairing: IntoMostSimilarKept
-    mean: PlainMean
+    importance: FirstTokensAttention
+    pairing: Pairing
+    mean: Mean
 
-    def reduced(self, state: TokenState, attention: Tensor, kept: Kept) -> TokenState:
-        """What is left of `state` of `kept.entering` tokens, given the attention `[B, N - prefix]` that all but the
-        prefix receive."""
-        return self.pairing.reduce(state, self.importance.of(attention), kept, self.prefix, self.mean)
+    def ranks(self, kept: Kept) -> bool:
+        """Whether importance is asked for."""
+        return kept.pruned < kept.entering or self.pairing.by_importance
+
+    def reduced(self, state: TokenState, seen: Seen, kept: Kept) -> TokenState:
+        """What is left of `state` of `kept.entering` tokens, given what was `seen` of their attention."""
+        importance = None
+        if seen.attention is not None:
+            importance = self.importance.of(seen.attention, seen.heads)[:, self.prefix :]
+        return self.pairing.reduce(state, importance, seen.heads, kept, self.prefix, self.mean)
 
 
 def published_rule(prefix: int, class_tokens: int) -> ReductionRule:
     """The paper's rule for models with so many tokens in front, of which the first stand for the whole image."""
     importance = FirstTokensAttention(class_tokens) if class_tokens else ReceivedAttention()
-    return ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), PlainMean(cosine_sizes=True))
+    return ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True))

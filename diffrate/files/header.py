@@ -16,7 +16,16 @@ import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 from diffrate.atomic import first_line
-from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, TOKENS_FIELD, Schedule, ScheduleError, check_schedule, fields_of
+from diffrate.schedule import (
+    MERGE_FIELD,
+    PRUNE_FIELD,
+    RULE_NAMES,
+    RULES_FIELD,
+    TOKENS_FIELD,
+    Schedule,
+    ScheduleError,
+    check_schedule,
+)
 
 PREFIX = "hf-hub:"
 REFERENCE = re.compile(PREFIX + r"(?P<repository>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
@@ -100,6 +109,7 @@ _ENTRIES: Mapping[str, _Entry] = {
     PRUNE_FIELD: _COUNTS._replace(optional=True),
     MERGE_FIELD: _COUNTS,
     TOKENS_FIELD: _Entry("a whole number from 1", _is_count),
+    RULES_FIELD: _Entry("an array of names", _array_of(lambda name: name in RULE_NAMES), optional=True),
     "granularity": _Entry("two whole numbers from 1", _array_of(_is_count, 2)),
     "gflops": _Entry("a number from 0", _between(0)),
     "versions": _Entry(
@@ -162,7 +172,9 @@ class About(Header):
 
     def to_metadata(self) -> dict[str, str]:
         """The header's entries: plain text, or JSON for all that is no text; nothing for what is None."""
-        values = {**vars(self), **fields_of(self.schedule), TOKENS_FIELD: self.schedule.tokens}
+        schedule = self.schedule
+        counts = {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge, TOKENS_FIELD: schedule.tokens}
+        values = {**vars(self), **counts, RULES_FIELD: schedule.rules}
         # What JSON does not know becomes text, which no field but those of texts takes.
         return {FORMAT_FIELD: FORMAT} | {
             name: str(values[name]) if entry.plain else json.dumps(values[name], default=str)
@@ -182,8 +194,9 @@ class About(Header):
             raise _refusal(FORMAT_FIELD, metadata.get(FORMAT_FIELD), repr(FORMAT))
         values = {name: _read(metadata.get(name), name, entry) for name, entry in _ENTRIES.items()}
         _check_together(values)
-        prune, merge, tokens = (values.pop(name) for name in (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD))
-        schedule = Schedule(prune and tuple(prune), tuple(merge), tokens)
+        names = (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD, RULES_FIELD)
+        prune, merge, tokens, rules = (values.pop(name) for name in names)
+        schedule = Schedule(prune and tuple(prune), tuple(merge), tokens, rules and tuple(rules))
         try:
             check_schedule(schedule, (tokens,) * len(merge), prune is not None)
         except ScheduleError as error:

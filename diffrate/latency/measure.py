@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -23,10 +23,19 @@ from diffrate.budget import Budget, BudgetError, baseline_schedule
 from diffrate.device import generators_kept, made_by_first, placement_of
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
-from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
+from diffrate.latency.table import (
+    BlockTimes,
+    Curve,
+    LatencyTable,
+    asks,
+    fit_curve,
+    fit_prices,
+    fit_terms,
+    reduction_terms,
+)
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import input_size
-from diffrate.schedule import Kept, Schedule, SearchSpace
+from diffrate.schedule import RULES, Kept, RuleWork, Schedule, SearchSpace
 from diffrate.timing import Stopwatch, Use
 
 KNOTS = 56  # token counts to look at, at most: kernels move in steps of 16 or 32 rows
@@ -42,8 +51,10 @@ def probing_schedules(space: SearchSpace, rng: Random) -> Iterator[Schedule]:
     """Yield schedules without end. Each takes some of the knots in falling order, with blocks that keep all tokens
     between them; when all knots were taken, they are shuffled and taken again.
 
-    Up to a block drawn each time tokens are only pruned, so that sizes of 1 occur at few tokens, too.
+    Up to a block drawn each time tokens are only pruned, so that sizes of 1 occur at few tokens, too. The rules are the
+    paper's in one, and those of `OTHER_RULES` in the next ones.
     """
+    spaces = cycle((space, *map(space.ruled, OTHER_RULES)))
     blocks = len(space.searchable)
     levels: list[int] = []
     while True:
@@ -53,7 +64,7 @@ def probing_schedules(space: SearchSpace, rng: Random) -> Iterator[Schedule]:
             rng.shuffle(levels)
         chosen, levels = sorted(levels[:steps], reverse=True), levels[steps:]
         reducing = sorted(rng.sample(range(blocks), len(chosen)))
-        yield _assembled(space, dict(zip(reducing, chosen, strict=True)), rng.randint(-1, blocks), rng)
+        yield _assembled(next(spaces), dict(zip(reducing, chosen, strict=True)), rng.randint(-1, blocks), rng)
 
 
 def random_schedule(space: SearchSpace, rng: Random) -> Schedule:
@@ -81,17 +92,18 @@ def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: R
 
 
 class TimedRun(NamedTuple):
-    """One forward pass: the tokens of each block, whether those that enter it stand for several, and `seconds`: before
-    the first block, of each block's attention, reduction and MLP, and after the last."""
+    """One forward pass: the tokens of each block, whether those that enter it stand for several, what its rule takes,
+    and `seconds`: before the first block, of each block's attention, reduction and MLP, and after the last."""
 
     kept: tuple[Kept, ...]
     sized: tuple[bool, ...]
+    works: tuple[RuleWork, ...]
     seconds: np.ndarray
 
     def blocks(self) -> Iterator[tuple[Any, ...]]:
-        """Tokens, sizes and the three times of each block."""
+        """Tokens, sizes, what the rule takes, and the three times of each block."""
         times = self.seconds[1:-1].reshape(-1, 3).tolist()
-        return ((*block, *seconds) for *block, seconds in zip(self.kept, self.sized, times, strict=True))
+        return ((*block, *seconds) for *block, seconds in zip(self.kept, self.sized, self.works, times, strict=True))
 
 
 @torch.inference_mode()
@@ -106,21 +118,23 @@ def timed_run(
     state, steps = model.prepared(entry.state, schedule), model.steps(entry, schedule)
     watch.mark()
     kept, sized = [], []
-    for block, positions, counts, read in steps:
+    for block, positions, rule, counts, read in steps:
         kept.append(counts)
         sized.append(state.size is not None)
-        state, importance = attention(block, positions, model.rule, state, counts, read)
+        state, seen = attention(block, positions, rule, state, counts, read)
         watch.mark()
         if removes(counts, read):
-            state = reduction(model.rule, state, importance, counts)
+            state = reduction(rule, state, seen, counts)
         watch.mark()
         state = replaced(state, x=mlp(block, state.x))
         watch.mark()
     model.classify(state)
     watch.mark()
-    return TimedRun(tuple(kept), tuple(sized), np.array(watch.seconds()))
+    works = (RULES[name] for name in schedule.rule_names[: len(kept)])
+    return TimedRun(tuple(kept), tuple(sized), tuple(works), np.array(watch.seconds()))
 
 
+OTHER_RULES = ("similar", "received_halves")  # are measured beside the paper's: with all that makes a rule's price
 BATCH_SIZE = 8
 SECONDS = 30.0  # of timed runs
 RUNS = (60, 600)  # at least, whatever they take, and at most
@@ -288,12 +302,15 @@ def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[Ti
 
 def _kind(rows: Sequence[Any], read: int | None, levels: Sequence[int]) -> BlockTimes:
     """The times of one kind of block, from rows of `TimedRun.blocks`."""
-    kept, sized, attention, _, mlp = zip(*rows, strict=True)
-    asked = [removes(one, read) for one in kept]
-    plain, (more_asked, more_sized) = fit_curve([one.entering for one in kept], attention, levels, asked, sized)
+    kept, sized, works, attention, _, mlp = zip(*rows, strict=True)
+    going = [removes(one, read) for one in kept]
+    asked = [removing and asks(one, work) for removing, one, work in zip(going, kept, works, strict=True)]
+    of_all = [asks and work.received for asks, work in zip(asked, works, strict=True)]
+    flags = ([one and not other for one, other in zip(asked, of_all, strict=True)], of_all, sized)
+    plain, (first, received, more_sized) = fit_curve([one.entering for one in kept], attention, levels, *flags)
     after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, levels)[0]
-    reducing = [row for row, removing in zip(rows, asked, strict=True) if removing]
+    reducing = [row for row, removing in zip(rows, going, strict=True) if removing]
     reduction: tuple[float, ...] = ()
     if reducing:
-        reduction = fit_terms([reduction_terms(*row[:2]) for row in reducing], [row[3] for row in reducing])
-    return BlockTimes(plain, more_asked, more_sized, after, reduction, read)
+        reduction = fit_terms([reduction_terms(*row[:3]) for row in reducing], [row[4] for row in reducing])
+    return BlockTimes(plain, first, received, more_sized, after, reduction, read)

@@ -84,7 +84,7 @@ def _made(kind: type[Any], content: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-FORMAT = 2  # of the file, and of what is measured
+FORMAT = 3  # of the file, and of what is measured
 OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rule", "mode")
 
 

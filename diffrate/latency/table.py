@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from diffrate.schedule import Kept, Schedule, running_counts
+from diffrate.schedule import PUBLISHED, RULES, Kept, RuleWork, Schedule, running_counts
 
 REWEIGHTED = 6  # times
 OUTLIER = 2.0  # median deviations, from which on samples count less
@@ -60,15 +60,24 @@ def powers(tokens: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(counts), counts, counts**2], axis=-1)
 
 
-MERGING_TERMS = range(3, 6)  # of those of a reduction's price
+MERGING_TERMS = range(3, 9)  # of those of a reduction's price: three for rules of each kind
 
 
-def reduction_terms(kept: Kept, sized: bool) -> list[float]:
+def reduction_terms(kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> list[float]:
     """What the time of a block's reduction depends on: a constant, the tokens that enter, those left after pruning;
-    where it merges a constant, the tokens before merging, the pairs of sources and destinations; and sizes."""
-    pairs = (kept.pruned - kept.merged) * kept.merged
-    merging = [1.0, float(kept.pruned), float(pairs)] if kept.merged < kept.pruned else [0.0] * len(MERGING_TERMS)
-    return [1.0, float(kept.entering), float(kept.pruned), *merging, float(sized)]
+    where it merges a constant, the tokens before merging, the pairs of sources and destinations, each for the rules
+    that compare halves and for the others; and sizes."""
+    pairs = kept.pruned**2 / 4 if work.halves else (kept.pruned - kept.merged) * kept.merged
+    merging, none = [1.0, float(kept.pruned), float(pairs)], [0.0] * (len(MERGING_TERMS) // 2)
+    if kept.merged == kept.pruned:
+        merging = none
+    both = [*none, *merging] if work.halves else [*merging, *none]
+    return [1.0, float(kept.entering), float(kept.pruned), *both, float(sized)]
+
+
+def asks(kept: Kept, work: RuleWork) -> bool:
+    """Whether a block that removes tokens asks for their importance."""
+    return work.ranks or kept.pruned < kept.entering
 
 
 def fit_prices(
@@ -117,14 +126,16 @@ LEAST = 0.5  # of the plain attention's time, that attention takes where importa
 class BlockTimes:
     """Seconds that a batch takes in the parts of one kind of block.
 
-    attention: over the tokens that enter; attention_asked, attention_sized: what it takes more where their importance
-    is asked for, and where they stand for several, as coefficients of `powers`. mlp: over the tokens that leave.
+    attention: over the tokens that enter; attention_asked, attention_received, attention_sized: what it takes more
+    where their importance is asked for, by the attention of the first tokens or of all, and where they stand for
+    several, as coefficients of `powers`. mlp: over the tokens that leave.
     reduction: coefficients of `reduction_terms`, none where nothing is reduced. read: how many first tokens are all
     that is left, of a last block of which no more is read; None for all.
     """
 
     attention: Curve
     attention_asked: tuple[float, ...]
+    attention_received: tuple[float, ...]
     attention_sized: tuple[float, ...]
     mlp: Curve
     reduction: tuple[float, ...]
@@ -141,7 +152,15 @@ class BlockTimes:
     def asked(self) -> list[float]:
         """What attention takes more where importance is asked for; negative where another, faster attention is used
         then."""
-        more = powers(self._counts) @ np.asarray(self.attention_asked)
+        return self._more(self.attention_asked)
+
+    @cached_property
+    def received(self) -> list[float]:
+        """The same where importance is by the attention of all tokens."""
+        return self._more(self.attention_received)
+
+    def _more(self, coefficients: Sequence[float]) -> list[float]:
+        more = powers(self._counts) @ np.asarray(coefficients)
         return np.maximum(-LEAST * np.asarray(self.plain), more).tolist()
 
     @cached_property
@@ -158,24 +177,26 @@ class BlockTimes:
     def _counts(self) -> np.ndarray:
         return np.arange(self.attention.tokens[-1] + 1)
 
-    def seconds(self, kept: Kept, sized: bool) -> float:
-        """One block of a batch; `sized` where tokens that enter stand for several."""
+    def seconds(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> float:
+        """One block of a batch; `sized` where tokens that enter stand for several, and what its rule takes."""
         seconds = self.plain[kept.entering] + (self.sized[kept.entering] if sized else 0.0)
         if self.read is not None:
             return seconds + self.after[self.read]
-        return seconds + self.price(kept, sized) + self.after[kept.merged]
+        return seconds + self.price(kept, sized, work) + self.after[kept.merged]
 
-    def price(self, kept: Kept, sized: bool) -> float:
+    def price(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> float:
         """What removing tokens takes, their importance included; 0 where none are removed."""
         if kept.merged == kept.entering or not self.reduction:
             return 0.0
-        return self.asked[kept.entering] + sum(self.prices(kept, sized))
+        asked = self.received if work.received else self.asked
+        return (asked[kept.entering] if asks(kept, work) else 0.0) + sum(self.prices(kept, sized, work))
 
-    def prices(self, kept: Kept, sized: bool) -> tuple[float, float]:
+    def prices(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> tuple[float, float]:
         """What removing tokens takes without their importance, in two parts: at all, and what merging adds to it."""
         if kept.merged == kept.entering or not self.reduction:
             return 0.0, 0.0
-        parts = [weight * term for weight, term in zip(self.reduction, reduction_terms(kept, sized), strict=True)]
+        terms = reduction_terms(kept, sized, work)
+        parts = [weight * term for weight, term in zip(self.reduction, terms, strict=True)]
         merging = sum(parts[term] for term in MERGING_TERMS)
         return sum(parts) - merging, merging
 
@@ -197,24 +218,24 @@ class LatencyTable:
     tokens: int
     batch_size: int
 
-    def steps(self, schedule: Schedule) -> Iterator[tuple[BlockTimes, Kept, bool]]:
-        """The times of each block, its tokens, and whether those that enter stand for several."""
-        sized = False
-        for kept, kind in zip(running_counts(schedule, self.tokens), self.order, strict=False):
-            yield self.kinds[kind], kept, sized
+    def steps(self, schedule: Schedule) -> Iterator[tuple[BlockTimes, Kept, bool, RuleWork]]:
+        """The times of each block, its tokens, whether those that enter stand for several, and what its rule takes."""
+        sized, counts = False, running_counts(schedule, self.tokens)
+        for kept, kind, rule in zip(counts, self.order, schedule.rule_names, strict=False):
+            yield self.kinds[kind], kept, sized, RULES[rule]
             sized = sized or kept.merged < kept.pruned
 
     def seconds(self, schedule: Schedule) -> float:
         """Of one image at `schedule`."""
         total, leaving = self.embedding, self.tokens
-        for times, kept, sized in self.steps(schedule):
-            total += times.seconds(kept, sized)
+        for times, kept, sized, work in self.steps(schedule):
+            total += times.seconds(kept, sized, work)
             leaving = kept.merged
         return (total + self.head[0] + self.head[1] * leaving) / self.batch_size
 
     def prices(self, schedule: Schedule) -> tuple[float, float]:
         """What the reductions of `schedule` take of its `seconds`: at all, and what merging adds to it."""
-        prices = [times.prices(kept, sized) for times, kept, sized in self.steps(schedule)]
+        prices = [times.prices(kept, sized, work) for times, kept, sized, work in self.steps(schedule)]
         return sum(going for going, _ in prices) / self.batch_size, sum(more for _, more in prices) / self.batch_size
 
     def repriced(self, going: float, merging: float) -> LatencyTable:

@@ -15,6 +15,7 @@ from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.masked import BlockPlan, plan_search, search_block
 from diffrate.blocks.rates import CompressionState
 from diffrate.blocks.reduction import ReductionRule
+from diffrate.blocks.rules import named_rule
 from diffrate.blocks.tokens import TokenState, in_graph, replaced
 from diffrate.flops import Count
 from diffrate.patch.shapes import channels_of
@@ -32,11 +33,12 @@ class Entry(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A compressible block, what its attention knows of positions, what happens to the tokens in it, and how many
-    first tokens are all that is read of what it leaves; None for all."""
+    """A compressible block, what its attention knows of positions, how it lets tokens go, what happens to the tokens in
+    it, and how many first tokens are all that is read of what it leaves; None for all."""
 
     block: nn.Module
     positions: Positions
+    rule: ReductionRule
     kept: Kept
     read: int | None
 
@@ -50,7 +52,7 @@ class CompressedModel(nn.Module):
     model: threads may share it.
     """
 
-    rule: ReductionRule  # the family's, unless a baseline replaces it on its model
+    rule: ReductionRule  # the paper's for the family
     compression: CompressionState
     num_classes: int  # outputs; 0 for a model without a head
     pretrained_cfg: Any  # timm's: what the model's inputs are like
@@ -143,10 +145,10 @@ class CompressedModel(nn.Module):
         if not isinstance(schedule, Schedule):
             raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
         self.check(schedule)
-        self.compression.schedule = make_schedule(schedule.prune, schedule.merge)
+        self.compression.schedule = make_schedule(schedule.prune, schedule.merge, schedule.rules)
 
     def set_kept_num(self, prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex]) -> None:
-        """Set the `schedule` to these counts; `prune` is None for CAFormer.
+        """Set the `schedule` to these counts, with the paper's rule; `prune` is None for CAFormer.
 
         Raises:
             ScheduleError: as on setting `schedule`.
@@ -300,12 +302,19 @@ class CompressedModel(nn.Module):
         with `whole`."""
         blocks = self.compressible_blocks()
         reads = [*[None] * (len(blocks) - 1), None if whole else self.read]
-        return list(map(Step, blocks, entry.positions, self.counts_at(schedule), reads))
+        return list(map(Step, blocks, entry.positions, self.rules_at(schedule.rules), self.counts_at(schedule), reads))
+
+    def rules_at(self, names: Sequence[str] | None) -> list[ReductionRule]:
+        """How each compressible block lets tokens go, by the `names` of a schedule."""
+        blocks = len(self.compressible_blocks())
+        if names is None:
+            return [self.rule] * blocks
+        return [named_rule(names[block], self.rule, block, blocks) for block in range(blocks)]
 
     def run(self, steps: Iterable[Step], state: TokenState) -> TokenState:
         """The tokens after the last of the `steps`, where `state` enters the first."""
-        for block, positions, kept, read in steps:
-            state = self._recomputed(fixed_block, block, positions, self.rule, state, kept, read)
+        for block, positions, rule, kept, read in steps:
+            state = self._recomputed(fixed_block, block, positions, rule, state, kept, read)
         return state
 
     def _run_each(self, steps: Iterable[Step], state: TokenState) -> list[TokenState]:
@@ -327,9 +336,10 @@ class CompressedModel(nn.Module):
         """The masked tokens after the last block, or the first `read` alone, and the expected cost with gradients."""
         blocks = self.compressible_blocks()
         plans = plan_search(self.compression.draw(), len(blocks), state.x.shape[1])
-        for block, known, plan in zip(blocks, positions, plans, strict=True):
+        rules = self.rules_at(self.compression.space.rules)
+        for block, known, rule, plan in zip(blocks, positions, rules, plans, strict=True):
             own = read if plan is plans[-1] else None
-            state = self._recomputed(search_block, block, known, self.rule, state, plan, own)
+            state = self._recomputed(search_block, block, known, rule, state, plan, own)
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent

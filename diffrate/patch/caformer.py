@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffrate.blocks.block import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.heads import NO_POSITIONS, Positions
-from diffrate.blocks.reduction import IntoMostSimilarKept, PlainMean, ReceivedAttention, ReductionRule
+from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
 from diffrate.flops import Count, StageShape, caformer_flops
 from diffrate.patch.base import CompressedModel, Entry, Step, compress
@@ -23,7 +23,7 @@ MIXERS = (SepConv, SepConv, Attention, Attention)
 # timm's port of the head normalises with 1e-6, the original with 1e-5: logits differ by 1e-6.
 ORIGINAL_HEAD_EPS = 1e-5
 # As published, the most important token is no destination.
-RULE = ReductionRule(0, ReceivedAttention(masked_queries=True), IntoMostSimilarKept(1), PlainMean(cosine_sizes=False))
+RULE = ReductionRule(0, ReceivedAttention(masked_queries=True), IntoMostSimilarKept(1), Mean())
 
 
 class CompressedCaformer(CompressedModel, MetaFormer):
@@ -130,7 +130,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         fourth = self.stages[3]
         x = fourth.downsample(x).flatten(2).transpose(1, 2)
         whole = Kept(x.shape[1], x.shape[1], x.shape[1])
-        state = self.run((Step(block, NO_POSITIONS, whole, None) for block in fourth.blocks), TokenState(x))
+        state = self.run((Step(block, NO_POSITIONS, self.rule, whole, None) for block in fourth.blocks), TokenState(x))
         return as_map(state.x, self.grids[3])
 
 

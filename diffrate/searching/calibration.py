@@ -14,7 +14,7 @@ from torch import Tensor
 from diffrate.blocks.tokens import TokenState
 from diffrate.device import Placement, all_sum, autocast, rank, world
 from diffrate.evaluation import images_of
-from diffrate.schedule import Kept, Schedule, running_counts
+from diffrate.schedule import Kept, Schedule
 from diffrate.searching.gradient import StoppedError
 from diffrate.searching.teacher import Teacher, spread_of
 
@@ -221,14 +221,14 @@ class Calibration:
         """Whether the loss is of what `classify` gives, which blocks may be resumed for."""
         return self.teacher.at == self.model.outputs_at
 
-    def kept(self, schedule: Schedule) -> list[Kept]:
-        """What happens in each compressible block."""
-        blocks = len(self.model.compressible_blocks())
-        return running_counts(schedule, self.model.compression.space.limits[0])[:blocks]
+    def steps(self, schedule: Schedule) -> list[tuple[Kept, str | None]]:
+        """What happens in each compressible block, and by which rule where it lets tokens go."""
+        pairs = zip(self.model.counts_at(schedule), schedule.rule_names, strict=False)
+        return [(kept, rule if kept.merged < kept.entering else None) for kept, rule in pairs]
 
     def _share(self, schedule: Schedule, start: int) -> float:
         """Of a dense pass's work: that of the blocks from `start` on goes by the tokens that enter them."""
-        entering = [kept.entering for kept in self.kept(schedule)]
+        entering = [kept.entering for kept, _ in self.steps(schedule)]
         return self.model.flops_at(schedule) / self.dense * sum(entering[start:]) / sum(entering)
 
     def _worked(self, images: int, share: float) -> None:
@@ -243,13 +243,13 @@ class Reference:
 
     def __init__(self, calibration: Calibration, schedule: Schedule, draw: Draw) -> None:
         self.calibration, self.schedule, self.draw = calibration, schedule, draw
-        self.kept = calibration.kept(schedule)
+        self.steps = calibration.steps(schedule)
         self.losses: dict[int, Tensor] = {}
         self.states: dict[int, list[TokenState]] = {}
         space = calibration.model.compression.space
         images = sum(len(part) for part in draw.images)
         width = getattr(calibration.model, "num_features", 1024)
-        size = images * width * 4 * sum(kept.merged for kept in self.kept)
+        size = images * width * 4 * sum(kept.merged for kept, _ in self.steps)
         self.keeps_states = calibration.resumable and size <= STATE_BYTES and len(space.searchable) > 1
 
     def __len__(self) -> int:
@@ -276,7 +276,7 @@ class Reference:
         """What is lost at another schedule on the first `count` images of a chunk, each."""
         index, states, known = self.draw.images[chunk][:count], self.states.get(chunk), None
         if states:
-            pairs = zip(self.kept, self.calibration.kept(schedule), strict=True)
+            pairs = zip(self.steps, self.calibration.steps(schedule), strict=True)
             differing = (block for block, (ours, theirs) in enumerate(pairs) if ours != theirs)
             start = min(next(differing, 0), len(states) - 1)
             known = (start, _first_of(states[start - 1], count)) if start else None

@@ -16,7 +16,7 @@ from diffrate.budget import Budget
 from diffrate.device import Placement, default_precision
 from diffrate.evaluation import Batches, Scores, evaluate
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Schedule, ScheduleError, make_schedule
+from diffrate.schedule import Schedule, ScheduleError, fields_of, make_schedule
 from diffrate.searching.settings import SearchSettingError, SearchSettings
 
 KIND = "search"
@@ -161,6 +161,6 @@ def searched_schedule(path: Path) -> Schedule:
         raise SearchCheckpointError(f"{path}: no schedule in it ({error!r})") from error
 
 
-def plain_row(schedule: Schedule) -> tuple[list[int] | None, list[int]]:
-    """A schedule as plain values: prune, None where there is none, and merge."""
-    return None if schedule.prune is None else list(schedule.prune), list(schedule.merge)
+def plain_row(schedule: Schedule) -> list[Any]:
+    """A schedule as plain values, as `make_schedule` takes them."""
+    return [kept if kept is None or isinstance(kept, str) else list(kept) for kept in fields_of(schedule).values()]

@@ -201,7 +201,9 @@ class Search:
         self.task, self.model, self.course, self.teacher, self.observer = task, task.model, course, teacher, observer
         settings, device = task.settings, task.place.device
         self.criterion = settings.criterion or default_criterion(settings.multi_label)
-        self.cost = partial(expected_seconds, settings.latency) if settings.latency and task.budget.timed else None
+        self.cost = None
+        if settings.latency and task.budget.timed:
+            self.cost = partial(expected_seconds, settings.latency, task.model.compression.space.rules)
         self.model.requires_grad_(False)
         self.rates = self.model.arch_parameters()
         for rate in self.rates:
@@ -476,6 +478,8 @@ def _reset_rates(model: CompressedModel, settings: SearchSettings) -> None:
         found = max(compression.granularity.values())
         raise RateError(f"granularity: found {found}; accepted: from 1 to {limit - 1}")
     compression.schedule = None
+    if settings.rule is not None:
+        compression.space = compression.space.ruled(settings.rule)
     compression.reset()
     if start is not None:
         model.check(start, "start: ")
@@ -487,7 +491,7 @@ def _restored(model: CompressedModel) -> Iterator[None]:
     """Restore `requires_grad`, gradients and modes after the block; where it fails, rates and schedule, too."""
     compression = model.compression
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    schedule, granularity = compression.schedule, compression.granularity
+    schedule, granularity, space = compression.schedule, compression.granularity, compression.space
     rates = {name: (rate, rate.detach().clone()) for name, rate in compression.named_parameters()}
     try:
         with modes_kept(model):
@@ -499,6 +503,7 @@ def _restored(model: CompressedModel) -> Iterator[None]:
             compression.register_parameter(name, rate)
         raise
     finally:
+        compression.space = space
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient

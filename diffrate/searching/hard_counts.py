@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
-from diffrate.budget import Budget
+from diffrate.budget import Budget, uniform_schedules
 from diffrate.device import Placement, least, made_by_first, rank, world
 from diffrate.evaluation import modes_kept
 from diffrate.latency.confirm import Again
-from diffrate.schedule import Schedule, make_schedule
+from diffrate.schedule import PUBLISHED, Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of
 from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_record, plain_row, read_checkpoint
 from diffrate.searching.moves import Moves
@@ -34,6 +35,14 @@ MOST_CHOSEN_ON = 512  # images
 CHOICE = 0.25  # of the time at most: where all images and candidates would take longer, there are fewer of them
 UNIFORM = "uniform"  # and the kind
 KNOWN = 0.1  # of the least loss: where a difference is measured no closer, too few images say that two are alike
+# What is tried where no rule is given: the paper's and those that measured best in some case. Of them the best ones at
+# uniform counts are tried in each block.
+TRIED_RULES = (
+    *(PUBLISHED, "valued", "received"),
+    *("similar", "similar_less_important", "minor_into_major", "received_halves"),
+)
+RULES_IN_PLAY = 4
+RULED_ON, RULES_SHARE = 3, 0.05  # chunks of images, as far as that share of the time suffices
 # Of schedules that measurement does not tell apart, the first by this order is chosen: simple ones before others.
 SIMPLEST = (f"{UNIFORM} merge", f"{UNIFORM} prune", f"{UNIFORM} both")  # then what was given, then what was calibrated
 
@@ -196,6 +205,7 @@ class Calibrating:
             images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))]
         loss = "tokens" if settings.loss == "tokens" else "distill"
         self.setting = {"seed": settings.seed, "images": len(images), "target": self.target, "work": settings.work}
+        self.setting |= {"rule": settings.rule}
         self.setting |= {"loss": loss, "multi_label": settings.multi_label, "timed": timed}
         held = _held_back(len(images))
         if self.saved is None or self.task.resume is None:
@@ -211,9 +221,10 @@ class Calibrating:
         # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
         last = len(model.compressible_blocks()) - 1
         idle = model.read is not None and model.compression.space.searchable[-1] == last
-        moves = Moves(model.compression.space, budget.cost, self.target, idle)
-        uniform = {f"{UNIFORM} {kind}": schedule for kind, schedule in moves.uniform().items()}
+        uniform, rules = self._uniform(calibration, speed)
+        moves = Moves(model.compression.space, budget.cost, self.target, idle, rules)
         self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
+        self.rules = rules
         choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
         reserve = min(choosing / speed, CHOICE * self.clock.seconds)
         work, images = settings.work, len(calibration.images)
@@ -228,6 +239,29 @@ class Calibrating:
             self.observer.on_plan(images + chosen_on, search.limit + choosing, speed)
         return search
 
+    def _uniform(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], tuple[str, ...]]:
+        """The uniform schedules to begin with, and the rules to try in each block, the best one first."""
+        space, budget, given = self.task.model.compression.space, self.task.budget, self.task.settings.rule
+        budget = Budget(budget.cost, self.target)
+        uniform = uniform_schedules(space.ruled(given or PUBLISHED), budget)
+        starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in uniform.items()}
+        if given is not None:
+            return starts, (given,)
+        if "rules" in self.before:
+            return starts, tuple(self.before["rules"])
+        likely = RULES_SHARE * self.clock.left() * speed / (len(TRIED_RULES) * self.share)
+        images = max(1, int(min(likely, RULED_ON * CHUNK)) // world())
+        index = torch.cat(calibration.drawn(RULED_ON, Random(self.task.settings.seed)).images)[:images]
+        losses: dict[str, float] = {}
+        for rule in TRIED_RULES:
+            merging = uniform_schedules(space.ruled(rule), budget).get("merge")
+            if merging is not None:
+                losses[rule] = calibration.mean(merging, index)
+                starts[f"{UNIFORM} merge, {rule}"] = merging
+        rules = sorted(losses, key=losses.__getitem__)[:RULES_IN_PLAY] or [PUBLISHED]
+        best = f"{UNIFORM} merge, {rules[0]}"
+        return {name: one for name, one in starts.items() if "," not in name or name == best}, tuple(rules)
+
     def _after(self, record: TrialRecord, trials: Trials) -> None:
         """A round of trials is done."""
         self.records.append(record)
@@ -241,7 +275,7 @@ class Calibrating:
             return
         if rank() == 0:
             rows = {name: plain_row(schedule) for name, schedule in self.starts.items()}
-            content = {"setting": self.setting, "starts": rows, "trials": vars(trials)}
+            content = {"setting": self.setting, "rules": self.rules, "starts": rows, "trials": vars(trials)}
             self.task.save(best, best, epoch=0, step=trials.round, calibrated=content)
         self.clock.saved = True
 
@@ -305,6 +339,6 @@ def _content(path: Path) -> dict[str, Any]:
         raise SearchCheckpointError(f"{path}: found a gradient search's; accepted: the checkpoint of a calibrated one")
     try:
         starts = {name: make_schedule(*row) for name, row in content["starts"].items()}
-        return {"setting": content["setting"], "starts": starts, "trials": Trials(**content["trials"])}
+        return {**content, "starts": starts, "trials": Trials(**content["trials"])}
     except UNREADABLE as error:
         raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error

@@ -6,14 +6,14 @@ single choices far better than any two of them would (Matérn kernel of 5/2; Ras
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
-from diffrate.budget import ABOVE, BELOW, Budget, Cost, choices_of, meets_budget, uniform_schedules
-from diffrate.schedule import Schedule, SearchSpace
+from diffrate.budget import ABOVE, BELOW, Cost, choices_of, meets_budget
+from diffrate.schedule import PUBLISHED, Schedule, SearchSpace
 
 NUGGET = 1e-5  # of the amplitude, on the diagonal
 TRIALS = 24  # of scales
@@ -76,58 +76,75 @@ class Surrogate:
         return spread * math.exp(scales[-1]) * (1 + apart + apart**2 / 3) * np.exp(-apart)
 
 
-Counts = tuple[int, ...]
+Counts = tuple[int, ...]  # one per choice; where there are rules to choose among, then the number of each block's
 STEPS = (0.5, 0.2, 0.08)  # how far a change goes, in logarithms: large ones and small ones
 LEAST_STEP = 1e-6  # between scales: far below one token
+RULED = 0.2  # of changes are of a rule, of a block or a quarter of them of all
 SPENT = 0.001  # of the budget that may be left over, kept below its upper end
 
 
 class Moves:
-    """The schedules of `space` that cost `target`.
+    """The schedules of `space` that cost `target`, with one of `rules` in each block.
 
     idle: the last searchable block is the model's last, and nothing of what it leaves is read but the prefix.
     Its tokens cost, and nothing is lost with them: they go, always.
     """
 
-    def __init__(self, space: SearchSpace, cost: Cost, target: float, idle: bool) -> None:
-        self.space, self.cost, self.target = space, cost, target
+    def __init__(self, space: SearchSpace, cost: Cost, target: float, idle: bool, rules: Sequence[str]) -> None:
+        self.space, self.cost, self.target, self.rules = space.ruled(rules[0]), cost, target, tuple(rules)
         self.width = len(space.kinds)
         self.choices = len(space.searchable) * self.width
         self.free = self.choices - (self.width if idle and len(space.searchable) > 1 else 0)
 
     def schedule(self, counts: Sequence[int]) -> Schedule:
-        """The schedule of one count per choice."""
-        return self.space.schedule(counts)
+        """The schedule of one count per choice, and of the rules."""
+        return self._ruled(counts[self.choices :]).schedule(counts[: self.choices])
 
     def counts(self, schedule: Schedule) -> Counts:
-        """What really happens at a schedule: one count per choice, never rising."""
-        return tuple(choices_of(schedule, self.space))
+        """What really happens at a schedule: one count per choice, never rising; and its rules, the first of those in
+        play where it has another."""
+        counts = tuple(choices_of(schedule, self.space))
+        if len(self.rules) == 1:
+            return counts
+        names = schedule.rule_names
+        found = (self.rules.index(names[block]) if names[block] in self.rules else 0 for block in self.space.searchable)
+        return (*counts, *found)
 
-    def uniform(self) -> dict[str, Schedule]:
-        """The uniform schedules of the budget, by kind."""
-        return uniform_schedules(self.space, Budget(self.cost, self.target))
+    def _ruled(self, rules: Sequence[int]) -> SearchSpace:
+        if not rules:
+            return self.space
+        names = [PUBLISHED] * len(self.space.limits)
+        for block, rule in zip(self.space.searchable, rules, strict=True):
+            names[block] = self.rules[rule]
+        return self.space.ruled(names)
 
     def fitted(self, schedule: Schedule, rng: Random) -> Counts | None:
         """`schedule` scaled onto the budget, or as it is where it alone meets it; None where neither does."""
         counts = self.counts(schedule)
-        found = self._at(self._ratios(counts), rng)
-        return counts if found is None and meets_budget(self._cost(counts), self.target) else found
+        found = self._at(self._ratios(counts), counts[self.choices :], rng)
+        return counts if found is None and meets_budget(self.cost(self.schedule(counts)), self.target) else found
 
     def stepped(self, rng: Random) -> Counts | None:
         """A schedule that removes tokens at one to three choices, and keeps all that are left between them."""
         ratios = np.zeros(self.choices)
         for choice in rng.sample(range(self.free), min(self.free, rng.choice((1, 2, 2, 3)))):
             ratios[choice] = 0.2 + rng.expovariate(1)
-        return self._at(ratios, rng)
+        rules = [rng.randrange(len(self.rules))] * len(self.space.searchable) if len(self.rules) > 1 else []
+        return self._at(ratios, rules, rng)
 
     def changed(self, counts: Counts, rng: Random) -> Counts | None:
         """A schedule near the one of `counts`; None where the change drawn leads nowhere.
 
         A choice is switched off, or gives a part of what it removes to another one (pruning to merging in the same
-        block, or from block to block), or removes more or less.
+        block, or from block to block), or removes more or less, or another rule is taken.
         """
-        ratios = self._ratios(counts)
+        ratios, rules = self._ratios(counts), list(counts[self.choices :])
         for _ in range(rng.choice((1, 1, 2, 3))):
+            if rules and rng.random() < RULED:
+                rule, alone = rng.randrange(len(self.rules)), rng.random() < 0.75
+                here = rng.randrange(self.free) // self.width
+                rules = [rule if there == here or not alone else old for there, old in enumerate(rules)]
+                continue
             here, kind = rng.randrange(self.free), rng.random()
             if kind < 0.2:
                 ratios[here] = 0.0
@@ -138,50 +155,59 @@ class Moves:
                 ratios[there] += part
             else:
                 ratios[here] = max(0.0, ratios[here] + rng.gauss(0, rng.choice(STEPS)))
-        found = self._at(ratios, rng)
+        found = self._at(ratios, rules, rng)
         return None if found == counts else found
 
     def features(self, counts: Counts) -> np.ndarray:
-        """What the loss depends on, about linearly near a schedule: the tokens after each block, and what each choice
-        removes, all as logarithms, `[F]`."""
+        """What the loss depends on, about linearly near a schedule: the tokens after each block, what each choice
+        removes, and what is merged by each rule but the first, all as logarithms, `[F]`."""
         ratios = self._ratios(counts)[: self.free]
-        return np.concatenate([np.cumsum(ratios)[self.width - 1 :: self.width], ratios])
+        blocks = self.free // self.width
+        rules, merged = np.array(counts[self.choices :][:blocks]), ratios[self.width - 1 :: self.width]
+        by_rule = [np.where(rules == rule, merged, 0.0) for rule in range(1, len(self.rules))]
+        return np.concatenate([np.cumsum(ratios)[self.width - 1 :: self.width], ratios, *by_rule])
 
     def groups(self) -> np.ndarray:
-        """Which group each feature belongs to, `[F]`: tokens, then the kinds of choices."""
-        choices = np.arange(self.free) % self.width + 1
-        return np.concatenate([np.zeros(self.free // self.width, dtype=int), choices])
+        """Which group each feature belongs to, `[F]`: tokens, then the kinds of choices, then rules."""
+        choices, blocks = np.arange(self.free) % self.width + 1, self.free // self.width
+        rules = np.full(blocks * (len(self.rules) - 1), self.width + 1)
+        return np.concatenate([np.zeros(blocks, dtype=int), choices, rules])
 
     def _ratios(self, counts: Counts) -> np.ndarray:
-        there = np.array([self.space.tokens, *counts], dtype=np.float64)
+        there = np.array([self.space.tokens, *counts[: self.choices]], dtype=np.float64)
         return np.log(there[:-1] / there[1:])
 
-    def _at(self, ratios: np.ndarray, rng: Random) -> Counts | None:
-        """Counts whose logarithms fall as `ratios` do, scaled onto the budget; None where none meet it."""
+    def _at(self, ratios: np.ndarray, rules: Sequence[int], rng: Random) -> Counts | None:
+        """Counts whose logarithms fall as `ratios` do, scaled onto the budget, and `rules`; None where none meet it."""
+        space = self._ruled(rules)
+
+        def cost(kept: Sequence[int]) -> float:
+            return self.cost(space.schedule(kept))
+
         falls = np.cumsum(ratios[: self.free])
         most = self.target * (1 + ABOVE - SPENT)
         if not falls[-1] > 0:
             return None
         low, high = 0.0, math.log(self.space.tokens) / falls[falls > 0][0] + 1
-        if self._cost(self._scaled(falls, high)) > most:
+        if cost(self._scaled(falls, high)) > most:
             return None
         above, below = self._scaled(falls, low), self._scaled(falls, high)
         while above != below and high - low > LEAST_STEP:
             middle = (low + high) / 2
             counts = self._scaled(falls, middle)
-            if self._cost(counts) > most:
+            if cost(counts) > most:
                 low, above = middle, counts
             else:
                 high, below = middle, counts
-        counts = self._filled(self._scaled(falls, high), most, rng)
-        return tuple(counts) if self._cost(counts) >= self.target * (1 - BELOW) else None
+        counts = self._filled(self._scaled(falls, high), most, rng, cost)
+        return (*counts, *rules) if cost(counts) >= self.target * (1 - BELOW) else None
 
     def _scaled(self, falls: np.ndarray, scale: float) -> list[int]:
         tokens = self.space.tokens * np.exp(-np.minimum(scale * falls, 50.0))
         kept = np.clip(np.ceil(tokens - 0.5), self.space.least, self.space.tokens).astype(int).tolist()
         return kept + [self.space.least] * (self.choices - self.free)
 
-    def _filled(self, counts: list[int], most: float, rng: Random) -> list[int]:
+    def _filled(self, counts: list[int], most: float, rng: Random, cost: Callable[[Sequence[int]], float]) -> list[int]:
         """The same with single tokens added, at choices drawn, while they fit."""
         choices = list(range(self.free))
         rng.shuffle(choices)
@@ -189,9 +215,6 @@ class Moves:
             limit = self.space.tokens if choice == 0 else counts[choice - 1]
             if counts[choice] < limit:
                 more = [*counts[:choice], counts[choice] + 1, *counts[choice + 1 :]]
-                if self._cost(more) <= most:
+                if cost(more) <= most:
                     counts = more
         return counts
-
-    def _cost(self, counts: Sequence[int]) -> float:
-        return self.cost(self.space.schedule(counts))

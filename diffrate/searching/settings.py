@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
+from diffrate.schedule import RULE_NAMES
 
 if TYPE_CHECKING:  # what takes its time to import
     import torch
@@ -110,6 +111,13 @@ class SearchSettings:
         "images",
         ("labels", "distill", "tokens"),
         flag="--search_loss",
+    )
+    rule: str | None = option(
+        None,
+        "which tokens merge into which, in all blocks; default published, as in the paper, and by --search calibrated "
+        "what is best in each block",
+        RULE_NAMES,
+        "--rule",
     )
     budget: str = option(
         "penalty",

@@ -20,7 +20,7 @@ from diffrate.latency.measure import BATCH_SIZE, measure_latency
 from diffrate.latency.setting import Use, check_table, read_table, setting_of, use_of
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Kept, Schedule
+from diffrate.schedule import Kept, RuleWork, Schedule
 from diffrate.searching.settings import SearchSettingError
 from diffrate.timing import PairedTimes
 
@@ -62,17 +62,18 @@ def _gradients(rates: Sequence[nn.Parameter]) -> list[Tensor]:
 SMOOTHED = 16  # tokens to both sides that a slope is taken over: kernels move in steps, and would have none between
 
 
-def expected_seconds(table: LatencyTable, plans: Sequence[BlockPlan]) -> Tensor:
-    """Of one image, for the plans of all blocks."""
+def expected_seconds(table: LatencyTable, rules: tuple[str, ...] | None, plans: Sequence[BlockPlan]) -> Tensor:
+    """Of one image, for the plans of all blocks and the rules of a schedule."""
     prunes = any(plan.prune is not None for plan in plans)
-    schedule = Schedule(tuple(plan.pruned for plan in plans) if prunes else None, tuple(plan.merged for plan in plans))
+    merged = tuple(plan.merged for plan in plans)
+    schedule = Schedule(tuple(plan.pruned for plan in plans) if prunes else None, merged, rules=rules)
     soft = plans[0].cost[0].new_zeros(())
     for plan, step in zip(plans, table.steps(schedule), strict=True):
         soft = soft + _block(plan, *step)
     return with_gradient_of(soft.new_tensor(table.seconds(schedule)), soft / table.batch_size)
 
 
-def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool) -> Tensor:
+def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool, work: RuleWork) -> Tensor:
     """What carries the gradient of a block's seconds, for a batch."""
     entering, leaving = plan.cost
     soft = entering * _slope(times.plain, kept.entering)
@@ -80,8 +81,8 @@ def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool) -> Tenso
         return soft
     soft = soft + leaving * _slope(times.after, kept.merged)
     fewer = max(1, kept.merged - 1)
-    pruning = times.price(Kept(kept.entering, fewer, fewer), sized)
-    merging = times.price(Kept(kept.entering, kept.entering, fewer), sized)
+    pruning = times.price(Kept(kept.entering, fewer, fewer), sized, work)
+    merging = times.price(Kept(kept.entering, kept.entering, fewer), sized, work)
     prune, merge = _reducing(plan.prune, plan.entering), _reducing(plan.merge, plan.pruned)
     if prune is None:
         return soft if merge is None else soft + merging * merge
