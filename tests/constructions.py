@@ -103,6 +103,11 @@ def lacking(least: str) -> str:
     return f"needs timm {least}; found {found}" if older else ""
 
 
+def since(least: str) -> pytest.MarkDecorator:
+    """The mark of what needs the version `least` of timm."""
+    return pytest.mark.skipif(bool(lacking(least)), reason=lacking(least))
+
+
 def build(name: str, **options: Any) -> nn.Module:
     """The plain model of a construction, no two of its parts alike, in evaluation mode; skips the test where the
     installed timm is too old for it."""

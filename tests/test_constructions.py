@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from diffrate.blocks.reduction import PlainMean
-from tests.constructions import CONSTRUCTIONS, build, images_for, lacking, size_of
+from tests.constructions import CONSTRUCTIONS, build, images_for, since, size_of
 from tests.tiny_models import dense
 
 EXACT = {"atol": 1e-9, "rtol": 0.0}
@@ -201,7 +201,7 @@ def test_a_search_leaves_batch_norms_as_they_are() -> None:
     [
         "rope_dinov3",
         "rope_fewer_keys",
-        pytest.param("naflex_rope", marks=pytest.mark.skipif(bool(lacking("1.0.31")), reason=lacking("1.0.31"))),
+        pytest.param("naflex_rope", marks=since("1.0.31")),
     ],
 )
 def test_a_search_turns_by_the_angles_of_evaluation(name: str) -> None:
