@@ -140,7 +140,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["hf-hub:somebody/vit", "local-dir"])
+@pytest.mark.parametrize("source", ["hf-hub:somebody/vit", pytest.param("local-dir", marks=since("1.0.29"))])
 def test_repositories_say_all_there_is_to_know(
     source: str, cli: Cli, image_folder: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +163,7 @@ def test_repositories_say_all_there_is_to_know(
     assert gflops > 0
 
 
+@since("1.0.31")
 def test_pretrained_weights_are_those_of_the_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At another size, positions are interpolated from the size that they are for: here of as many patches."""
     state = timm.create_model("test_vit", img_size=160, num_classes=1000).state_dict()
