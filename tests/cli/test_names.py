@@ -140,7 +140,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["hf-hub:somebody/vit", pytest.param("local-dir", marks=since("1.0.29"))])
+@pytest.mark.parametrize("source", ["hf-hub:somebody/vit", pytest.param("local-dir", marks=since("1.0.26"))])
 def test_repositories_say_all_there_is_to_know(
     source: str, cli: Cli, image_folder: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
