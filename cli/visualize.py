@@ -21,7 +21,7 @@ from cli.model import chosen_entry, named_model
 from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.transforms import View, crop_view, eval_transform
-from datasets import load_image
+from datasets import DataError, load_image
 from diffrate.atomic import whole_file
 from diffrate.pictures import draw_groups, origin_groups
 from utils import UsageError
@@ -190,9 +190,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
         DataError, CheckpointError, ScheduleError, UsageError: an image, the weights, the schedule or a
             block is not there or does not fit; before anything is written.
     """
-    images, blocks = settings.run.images, settings.run.blocks
-    for path in images:
-        load_image(path)
+    images, blocks = _readable(settings.run.images, settings.data.skip_unreadable, runtime), settings.run.blocks
     entry = chosen_entry(settings.model)
     model, words = named_model(settings, entry, runtime)
     names = words if words is not None else [f"class {index}" for index in range(model.num_classes)]
@@ -213,6 +211,22 @@ def run(settings: Settings, runtime: Runtime) -> None:
         said = {who: likeliest(found, names) for who, found in both.items() if found is not None}
         runtime.record({"mode": "visualize", "model": entry.name, "image": str(path), "kept": seen.kept, **said})
         log.info("%s: %s -> %s", path, ", ".join(f"{who} {what}" for who, what in said.items()) or "no head", target)
+
+
+def _readable(paths: Sequence[Path], skip: bool, runtime: Runtime) -> list[Path]:
+    """The images that can be read; others are left out with `skip`, else an error."""
+    found = []
+    for path in paths:
+        try:
+            load_image(path)
+            found.append(path)
+        except DataError:
+            if not skip:
+                raise
+            runtime.unreadable[str(path)] = None
+    if not found:
+        raise DataError(f"image {paths[0]}: cannot be read, nor any other; accepted: one that can")
+    return found
 
 
 def _seen(

@@ -55,6 +55,18 @@ def images_of(batch: Any, place: Placement) -> Tensor:
     return split_batch(batch)[0].to(place.device, place.dtype, non_blocking=True)
 
 
+def require_batches(loader: Any) -> None:
+    """Refuse what batches cannot come from.
+
+    Raises:
+        ValueError: it is neither iterable nor a loader with `batches_from`.
+    """
+    if not any(hasattr(loader, name) for name in ("__iter__", "__getitem__", "batches_from")):
+        raise ValueError(
+            f"loader: found {type(loader).__name__}; accepted: a DataLoader, a list, any iterable of batches"
+        )
+
+
 Batches = Iterable[Any]  # as `split_batch` takes them, with labels
 
 
@@ -280,6 +292,7 @@ def evaluate(
         ScoresError: labels do not fit the head, or scikit-learn is missing.
         ValueError: there is no batch, or one of another form.
     """
+    require_batches(loader)
     if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
     place = placement_of(model, device)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from diffrate.blocks.reduction import Mean
-from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
+from tests.constructions import CONSTRUCTIONS, build, images_for, since, size_of
 from tests.tiny_models import dense
 
 EXACT = {"atol": 1e-9, "rtol": 0.0}
@@ -196,7 +196,14 @@ def test_a_search_leaves_batch_norms_as_they_are() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["rope_fewer_keys", "naflex_rope"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rope_dinov3",
+        "rope_fewer_keys",
+        pytest.param("naflex_rope", marks=since("1.0.31")),
+    ],
+)
 def test_a_search_turns_by_the_angles_of_evaluation(name: str) -> None:
     """timm shifts them in training where the model says so."""
     model = patched(name)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from diffrate.schedule import Schedule
+from tests.constructions import since
 
 FILES = (
     "vision_transformer",
@@ -89,6 +90,7 @@ def test_patched_with_a_cost_that_is_right_or_refused_with_a_reason(name: str) -
     assert model.flops() == pytest.approx(compressed, rel=0.01)
 
 
+@since("1.0.31")
 def test_nearly_all_names_are_supported() -> None:
     assert len(NAMES) >= 293
     assert PARALLEL.keys() <= set(NAMES)

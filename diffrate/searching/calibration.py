@@ -14,8 +14,13 @@ from torch import Tensor
 from diffrate.blocks.tokens import TokenState
 from diffrate.device import Placement, all_sum, autocast, rank, world
 from diffrate.evaluation import images_of
+<<<<<<< HEAD
 from diffrate.schedule import Kept, Schedule
 from diffrate.searching.gradient import StoppedError
+=======
+from diffrate.schedule import Kept, Schedule, running_counts
+from diffrate.searching.gradient import NonFiniteLossError, StoppedError
+>>>>>>> low
 from diffrate.searching.teacher import Teacher, spread_of
 
 FIRST_PART = 8  # things that tell how long one takes
@@ -109,12 +114,29 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float 
     return torch.cat(found)
 
 
+def finite(loss: float) -> float:
+    """`loss` as it is.
+
+    Raises:
+        NonFiniteLossError: it is no number.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(
+            f"the loss is {loss} on the calibration images; accepted: images, weights and a precision that give numbers"
+        )
+    return loss
+
+
 def mean_of(values: Tensor, device: torch.device) -> tuple[float, float]:
-    """The mean over the values of all processes, and the variance of that; 0 of a single one."""
+    """The mean over the losses of all processes, and the variance of that; 0 of a single one.
+
+    Raises:
+        NonFiniteLossError: one of them is no number.
+    """
     values = values.double()
     sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(values))])
     total, squares, count = all_sum(sums.to(device)).tolist()
-    mean = total / count
+    mean = finite(total / count)
     return mean, max(squares / count - mean**2, 0.0) / max(1.0, count - 1)
 
 

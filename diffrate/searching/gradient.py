@@ -40,6 +40,7 @@ from diffrate.searching.teacher import Teacher
 
 Batch = tuple[Tensor, Tensor]
 TIMED = 3  # steps, after one to warm up; the fastest counts
+SILENT = 3  # steps without any gradient of the loss, after which a search gives up
 
 
 class NonFiniteLossError(RuntimeError):
@@ -194,7 +195,7 @@ class Search:
 
     epoch, step: of the next update. sums: losses and GFLOPs of this epoch, added up. best: schedule and scores of the
     best epoch. rows: the figures of all steps, one after the other. slopes: gradients of the cost's excess at the
-    present rates, where the budget is held.
+    present rates, where the budget is held. silent: whether the loss has had no gradient so far, in this process.
     """
 
     def __init__(self, task: Task, course: Course, teacher: Teacher | None, observer: Observer) -> None:
@@ -214,6 +215,7 @@ class Search:
         self.best: tuple[Schedule, Scores | None] | None = None
         self.rows, self.multiplier = array("d"), Multiplier()
         self.slopes: tuple[Tensor, ...] = ()
+        self.silent = True
 
     def run(self) -> tuple[Schedule, Scores | None]:
         """Search to the end; the schedule to report, which meets the budget, and its scores.
@@ -222,6 +224,7 @@ class Search:
 
         Raises:
             NonFiniteLossError: the loss is no number; names epoch and step.
+            SearchSettingError: the loss is the same whatever the rates.
             StoppedError: the observer asked to stop; the state was saved before.
         """
         epochs = self.course.settings.epochs
@@ -282,6 +285,7 @@ class Search:
             self.best = None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores))
             self.rows = array("d", content["history"].flatten().tolist())
             self.multiplier = Multiplier(*content["multiplier"])
+            self.silent = False  # its first steps were looked at
         except UNREADABLE as error:
             raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
 
@@ -367,13 +371,19 @@ class Search:
             group["lr"] = learning_rate
         counts = tuple(self.model.compression.expectations())
         self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.tensor([0.0, 0.0, 0.0, float(self.observer.stop())], device=device)
+        totals = torch.tensor([0.0, 0.0, 0.0, float(self.observer.stop()), 0.0], device=device)
         for _ in range(course.settings.accumulate):
             totals[:3] += self._backward(batches) / course.settings.accumulate
+        totals[4] = not self.silent
         self._average_gradients()
-        loss, flops_loss, gflops, stop = (all_sum(totals) / world()).tolist()
+        loss, flops_loss, gflops, stop, told = (all_sum(totals) / world()).tolist()
         if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}")
+        if not told and epoch == 0 and step + 1 == min(SILENT, course.steps):
+            raise SearchSettingError(
+                f"loss: found {loss:.6g} without a gradient in {step + 1} steps; accepted: a model, and a loss, that "
+                "tell schedules apart"
+            )
         if course.settings.held:
             excess = gflops * 1e9 / course.target - 1
             self.multiplier.add(self.rates, self.slopes, excess, self.scaler.get_scale())
@@ -398,6 +408,11 @@ class Search:
             step = self.model.search_step if self.teacher is None else self.teacher.searching
             outputs, flops = step(images, self.cost)
         classification = self.criterion(outputs.float(), labels) if self.teacher is None else outputs
+        if self.silent and classification.requires_grad:
+            felt = torch.autograd.grad(
+                self.scaler.scale(classification), self.rates, retain_graph=True, materialize_grads=True
+            )
+            self.silent = not any(slope.any() for slope in felt)
         cost = self.course.distance(flops)
         if settings.held:
             excess = flops / self.course.target  # the same for every batch of a step

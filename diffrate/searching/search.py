@@ -10,7 +10,7 @@ from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import generators_kept, placement_of
-from diffrate.evaluation import Batches, Scores, Tally
+from diffrate.evaluation import Batches, Scores, Tally, require_batches
 from diffrate.latency.confirm import Confirmed
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
@@ -83,7 +83,7 @@ def search(
         TypeError: there is no such option.
         UnsupportedModelError: the model is not patched, or has no head for the default loss.
         SearchSettingError, BudgetError, RateError, ScheduleError: an option, the target, the granularity or
-            the start makes no sense; or all schedules that `calibrated` tries come to the same loss.
+            the start makes no sense; or the loss is the same whatever the schedule.
         SearchCheckpointError: `resume` is missing, damaged, or another search's.
         NonFiniteLossError: the loss is no number.
         StoppedError: the observer asked to stop.
@@ -91,6 +91,7 @@ def search(
         ValueError: the loader ends before an epoch does, or a batch has another form.
     """
     require_patched(model)
+    require_batches(loader)
     settings = settings_of(settings, options)
     target = settings.target
     _check(model, settings, resume is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diffrate.device import all_sum, autocast, placement_of
-from diffrate.evaluation import images_of, modes_kept
+from diffrate.evaluation import images_of, modes_kept, require_batches
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule, SearchSpace
-from diffrate.searching.gradient import NonFiniteLossError
+from diffrate.searching.calibration import finite
 from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.teacher import Teacher, angle, spread_of
 
@@ -94,6 +93,7 @@ def sensitivity(
         ValueError: there is no batch, or one of another form.
     """
     require_patched(model)
+    require_batches(loader)
     candidates = _candidates(model.compression.space, shares)
     placed = placement_of(model, device)
     sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=placed.device)  # of losses, of agreements
@@ -116,12 +116,7 @@ def sensitivity(
     classes = model.has_head() and not multi_label and not moments.any()  # those of one output
     rows = []
     for candidate, (loss, agreement) in zip(candidates, (all_sum(sums) / total).tolist(), strict=True):
-        if not math.isfinite(loss / spread):
-            raise NonFiniteLossError(
-                f"the loss is {loss / spread} on the calibration images; accepted: weights, and a precision, that give "
-                "numbers"
-            )
-        rows.append(Sensitivity(*candidate[:4], loss / spread, agreement if classes else None, int(total)))
+        rows.append(Sensitivity(*candidate[:4], finite(loss / spread), agreement if classes else None, int(total)))
     return tuple(rows)
 
 

@@ -21,6 +21,7 @@ from cli.model import chosen_entry
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
+from tests.constructions import since
 
 FAST = ("--num_workers", 0)
 
@@ -51,7 +52,7 @@ def test_published_models_keep_their_names_and_recipe(name: str) -> None:
         ("vit_base_patch16_clip_224.openai", "vit_base_patch16_clip_224.openai"),
         ("caformer_s36.sail_in22k_ft_in1k", "caformer_s36.sail_in22k_ft_in1k"),  # the zoo has other weights
         ("deit_small_distilled_patch16_224", "deit_small_distilled_patch16_224.fb_in1k"),
-        ("test_vit_relpos", "test_vit_relpos.untrained"),
+        pytest.param("test_vit_relpos", "test_vit_relpos.untrained", marks=since("1.0.31")),
     ],
 )
 def test_names_of_timm_stand_for_a_tag(name: str, full: str) -> None:
@@ -60,6 +61,7 @@ def test_names_of_timm_stand_for_a_tag(name: str, full: str) -> None:
     assert entry.architecture == full.split(".")[0]
 
 
+@since("1.0.30")
 def test_what_inputs_are_like_comes_from_timms_configuration() -> None:
     dino, clip = models.entry_of("vit_small_patch14_reg4_dinov2"), models.entry_of("vit_base_patch16_clip_384")
     assert (dino.num_classes, dino.input_size, dino.crop_pct) == (0, (518, 518), 1.0)
@@ -138,7 +140,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["hf-hub:somebody/vit", "local-dir"])
+@pytest.mark.parametrize("source", ["hf-hub:somebody/vit", pytest.param("local-dir", marks=since("1.0.26"))])
 def test_repositories_say_all_there_is_to_know(
     source: str, cli: Cli, image_folder: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +163,7 @@ def test_repositories_say_all_there_is_to_know(
     assert gflops > 0
 
 
+@since("1.0.31")
 def test_pretrained_weights_are_those_of_the_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At another size, positions are interpolated from the size that they are for: here of as many patches."""
     state = timm.create_model("test_vit", img_size=160, num_classes=1000).state_dict()

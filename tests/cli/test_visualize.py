@@ -130,6 +130,20 @@ def test_pictures_of_any_file(cli: Cli, tmp_path: Path) -> None:
     assert text.count("->") == len(files)
 
 
+def test_what_cannot_be_read_is_left_out_on_request(cli: Cli, tmp_path: Path) -> None:
+    good, bad, out = tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "out"
+    write_image(good, seed=1)
+    bad.write_bytes(b"no picture")
+    words = ("--load_compression_rate", "--output_dir", out, "--skip-unreadable")
+    code, text, err = cli("--visualize", bad, good, bad, *words)
+    assert (code, err) == (0, "")
+    assert f"left out 1 images that cannot be read: {bad}" in text
+    assert {path.name for path in out.glob("*.png")} == {"good.png", "good_tokens.png"}
+    code, _, err = cli("--visualize", bad, *words)
+    assert code == 2
+    assert f"image {bad}: cannot be read, nor any other; accepted: one that can" in err
+
+
 def test_turned_pictures_are_drawn_upright(cli: Cli, tmp_path: Path) -> None:
     """As one that was saved upright, and a transparent one as on white."""
     image, exif = Image.new("RGB", (40, 40), "white"), Image.Exif()

@@ -15,7 +15,7 @@ import diffrate
 from diffrate.budget import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from tests import recipe_weights
-from tests.constructions import CONSTRUCTIONS, images_for
+from tests.constructions import images_for
 from tests.library.test_search_function import batches, rates, small
 from tests.test_constructions import CARRYING, EXACT, reduced
 from tests.test_golden import CASES, TOLERANCE, load
@@ -52,7 +52,7 @@ def test_golden_vectors(family: str, case: int, device: torch.device, tmp_path: 
         np.testing.assert_array_equal(state.origin.cpu().numpy(), vectors["origin"])
 
 
-@pytest.mark.parametrize("name", [name for name in HANDFUL if name in CONSTRUCTIONS])
+@pytest.mark.parametrize("name", HANDFUL)
 def test_constructions(name: str, device: torch.device) -> None:
     """Logits, and features at the full grid, which need the places of tokens, are those of the CPU."""
     model, images = reduced(name, (1, 0.75, 0.6, 0.5), (1, 0.7, 0.5, 0.4)), images_for(name)

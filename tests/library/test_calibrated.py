@@ -192,6 +192,16 @@ def test_settings_that_make_no_sense(more: dict[str, Any], message: str) -> None
         diffrate.search(small(), batches(), **SETTING | more)
 
 
+@pytest.mark.parametrize("broken", [1, 24])
+def test_images_that_are_no_numbers_are_refused(broken: int) -> None:
+    images = torch.randn(24, 3, 32, 32)
+    images[:broken] = float("nan")
+    with pytest.raises(
+        diffrate.NonFiniteLossError, match="the loss is nan on the calibration images; accepted: images,"
+    ):
+        diffrate.search(small(), [images], **SETTING)
+
+
 def test_one_image_is_too_few() -> None:
     with pytest.raises(ValueError, match="found 1 images; accepted: from 2"):
         diffrate.search(small(), [torch.randn(1, 3, 32, 32)], **SETTING)

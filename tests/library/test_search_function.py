@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,24 @@ def test_a_model_that_is_not_patched_is_refused() -> None:
     for call in (lambda: diffrate.search(plain, batches(), share=0.5), lambda: diffrate.benchmark(plain)):
         with pytest.raises(diffrate.UnsupportedModelError, match="VisionTransformer; accepted: a model after"):
             call()
+
+
+@pytest.mark.parametrize("budget", ["penalty", "held"])
+def test_a_loss_that_tells_no_schedules_apart_is_refused(budget: str) -> None:
+    """Only the cost would be left to search by."""
+    model = small()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.raises(
+        SearchSettingError, match=r"loss: found 1\.6\d* without a gradient in 3 steps; accepted: a model"
+    ):
+        diffrate.search(model, batches(), share=0.7, budget=budget, epochs=2)
+
+
+@pytest.mark.parametrize("act", [diffrate.evaluate, diffrate.sensitivity, partial(diffrate.search, share=0.7)])
+def test_what_is_no_loader_is_refused(act: Any) -> None:
+    with pytest.raises(ValueError, match="loader: found NoneType; accepted: a DataLoader, a list, any iterable of"):
+        act(small(), None)
 
 
 def test_a_loss_that_is_no_number_names_the_step() -> None:
