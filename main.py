@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cli.flags import check_paths, get_args_parser, parse_flags
 from diffrate.files.header import SavedModelError
-from utils import STOPPED, UsageError
+from utils import STOPPED, UsageError, leave, stop_in_time
 
 __all__ = ["get_args_parser", "main"]
 
@@ -25,6 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
         run(settings)
     except KeyboardInterrupt:
+        print("main.py: stopped", file=sys.stderr)
         return STOPPED
     except Exception as error:
         from cli.start import explain
@@ -39,4 +40,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop_in_time()
+    code = main()
+    if code in (0, 2):
+        sys.exit(code)
+    leave(code)

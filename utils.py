@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar, NoReturn
+
+from diffrate.atomic import WRITING
 
 STOPPED = 130  # the shell's code for a process that was interrupted
+STOPS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 0.5  # seconds from a signal until what goes on is cut off
+AFTER_MAIN = 0.5  # seconds more in other processes: the main one, which saves, must not miss them before
 # glibc's numbers of two settings, and what they are set to: the largest piece that it keeps, and the most bytes.
 MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
@@ -22,21 +35,65 @@ class StopRequestedError(Exception):
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a request that a loop can ask for between steps."""
+    """Turns SIGTERM and Ctrl-C into a request that a loop can ask for between steps.
 
-    def __init__(self) -> None:
-        self.requested = False
+    late: called in another thread where no loop does in time; it saves what there is, and says where that stopped.
+    """
+
+    present: ClassVar[StopSignals | None] = None
+
+    def __init__(self, late: Callable[[], str] = lambda: "stopped") -> None:
+        self.requested, self.late = False, late
 
     def __enter__(self) -> StopSignals:
-        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self._request) for number in STOPS}
+        StopSignals.present = self
         return self
 
     def __exit__(self, *exception: object) -> None:
+        StopSignals.present = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True
+
+
+def stop_in_time() -> None:
+    """Let SIGTERM stop this process as Ctrl-C does, and both end it in time whatever it is at.
+
+    Python handles a signal between two operations, of which a backward pass is one; a thread hears of it at once.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    listening, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_late, args=(listening, told), daemon=True).start()
+
+
+def _end_late(listening: socket.socket, told: socket.socket) -> None:
+    """End the process soon after a signal. `told` is kept: the signals write to it."""
+    while listening.recv(1)[0] not in STOPS:
+        pass
+    time.sleep(GRACE + (AFTER_MAIN if os.environ.get("RANK", "0") != "0" else 0.0))
+    stopping = StopSignals.present
+    try:
+        line = "stopped" if stopping is None else stopping.late()
+    except Exception as error:  # as of a full disk
+        line = f"stopped, and nothing could be saved ({error})"
+    leave(STOPPED, f"main.py: {line}\n")
+
+
+def leave(code: int, line: str = "") -> NoReturn:
+    """End the process and its loader processes here and now: an orderly end takes torch seconds."""
+    with WRITING:
+        with contextlib.suppress(OSError, ValueError):  # nobody may read on
+            sys.stderr.write(line)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for child in multiprocessing.active_children():
+            child.kill()  # they leave other signals to this process
+        os._exit(code)
 
 
 def make_output_dir(path: Path | None) -> Path | None:
