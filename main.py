@@ -25,7 +25,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
         run(settings)
     except KeyboardInterrupt:
-        print("main.py: stopped", file=sys.stderr)
         return STOPPED
     except Exception as error:
         from cli.start import explain

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-from diffrate.atomic import WRITING
+from diffrate.atomic import SCRATCH, WRITING
 
 STOPPED = 130  # the shell's code for a process that was interrupted
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -60,11 +61,14 @@ class StopSignals:
 
 
 def stop_in_time() -> None:
-    """Let SIGTERM stop this process as Ctrl-C does, and both end it in time whatever it is at.
+    """Let SIGTERM and Ctrl-C end this process, where no loop asks for them, and at the latest soon after.
 
     Python handles a signal between two operations, of which a backward pass is one; a thread hears of it at once.
+    An exception would not do: raised while torch is imported, it aborts the process.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of a shell's background jobs
+            signal.signal(number, lambda *_: leave(STOPPED, "stopped"))
     listening, told = socket.socketpair()
     told.setblocking(False)
     signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
@@ -76,21 +80,23 @@ def _end_late(listening: socket.socket, told: socket.socket) -> None:
     while listening.recv(1)[0] not in STOPS:
         pass
     time.sleep(GRACE + (AFTER_MAIN if os.environ.get("RANK", "0") != "0" else 0.0))
-    stopping = StopSignals.present
-    try:
-        line = "stopped" if stopping is None else stopping.late()
-    except Exception as error:  # as of a full disk
-        line = f"stopped, and nothing could be saved ({error})"
-    leave(STOPPED, f"main.py: {line}\n")
+    with WRITING:
+        stopping = StopSignals.present
+        try:
+            line = "stopped" if stopping is None else stopping.late()
+        except Exception as error:  # as of a full disk
+            line = f"stopped, and nothing could be saved ({error})"
+        leave(STOPPED, line)
 
 
 def leave(code: int, line: str = "") -> NoReturn:
     """End the process and its loader processes here and now: an orderly end takes torch seconds."""
     with WRITING:
-        with contextlib.suppress(OSError, ValueError):  # nobody may read on
-            sys.stderr.write(line)
+        for path in SCRATCH:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # nobody reads on, or it is being written to
             sys.stdout.flush()
-            sys.stderr.flush()
+            print(*([f"main.py: {line}\n"] if line else []), end="", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()  # they leave other signals to this process
         os._exit(code)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 WRITING = threading.RLock()  # held while a file is written: a process that ends takes it first
+SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
 # The errors of `torch.load` on files that are missing, cut short, damaged or of another kind, and of fields that are
 # missing.
 UNREADABLE = (
@@ -41,6 +42,7 @@ def whole_path(path: Path) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         os.close(descriptor)
         scratch = Path(name)
+        SCRATCH.add(scratch)
         try:
             yield scratch
             with scratch.open("rb+") as file:
@@ -50,6 +52,8 @@ def whole_path(path: Path) -> Iterator[Path]:
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
+        finally:
+            SCRATCH.discard(scratch)
 
 
 @contextmanager
