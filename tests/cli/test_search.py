@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from diffrate.budget import meets_budget
 from diffrate.schedule import find_schedule
+from diffrate.searching.gradient import Search
 from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, end_while_held_up
@@ -315,6 +316,7 @@ def test_a_search_of_slow_steps_saves_between_them(
     """More often than every few steps: a signal loses no more than a step that takes long."""
     saves: list[int] = []
     monkeypatch.setattr("diffrate.searching.gradient.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("diffrate.searching.gradient.Search._save", lambda search: saves.append(search.step))
+    save = Search._save
+    monkeypatch.setattr(Search, "_save", lambda search: (saves.append(search.step), save(search)))
     assert cli(*words(image_folder, tmp_path / "out", "--epochs", 2, "--print-freq", 100))[0] == 0
     assert saves == [1, 2, 3, 0, 1, 2, 3, 0]
