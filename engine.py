@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,6 +135,7 @@ class Training:
         # The steps done in this epoch and the sum of their losses; the best top-1 so far.
         self.position: dict[str, Any] = {"epoch": 0, "step": 0, "losses": 0.0, "best": None}
         self.saved = time.monotonic()
+        self.changing = threading.RLock()  # held while weights and position do not belong together
 
     def run(self) -> diffrate.CompressedModel:
         """Train the epochs that are left, and score each. Gives the model as its checkpoint loads: with the average
@@ -144,7 +146,7 @@ class Training:
             StopRequestedError: a signal asked to stop; the state was saved before.
         """
         at, flops, scores = self.position, self.model.flops(), None
-        with StopSignals() as signals:
+        with StopSignals(self._stop_late) as signals:
             while at["epoch"] < self.settings.epochs:
                 if at["step"] < len(self.train):  # else it was stopped while it was scored
                     self._train_epoch(signals)
@@ -155,7 +157,9 @@ class Training:
                 named = {"mode": FINETUNE, "model": self.flags["model"], "epoch": at["epoch"]}
                 self.runtime.record(record | named | scores.record(flops))
                 better = at["best"] is None or scores.ranked[1] > at["best"]
-                at.update(epoch=at["epoch"] + 1, step=0, losses=0.0, best=scores.ranked[1] if better else at["best"])
+                best = scores.ranked[1] if better else at["best"]
+                with self.changing:
+                    at.update(epoch=at["epoch"] + 1, step=0, losses=0.0, best=best)
                 self.save()
                 if better:
                     self.runtime.save(self._weights(), BEST)
@@ -216,15 +220,31 @@ class Training:
                 raise diffrate.NonFiniteLossError(
                     f"the loss is {mean} at epoch {epoch}, step {step}; try a lower --lr or --amp off"
                 )
-            if self.ema is not None:
-                self.ema.update(self.model, step=epoch * steps + step)
-            at.update(step=step + 1, losses=at["losses"] + mean)
+            with self.changing:
+                self._update()
+                if self.ema is not None:
+                    self.ema.update(self.model, step=epoch * steps + step)
+                at.update(step=step + 1, losses=at["losses"] + mean)
             if stop or time.monotonic() - self.saved > SAVE_SECONDS:
                 self.save()
             progress.advance(lambda: f"loss {at['losses'] / at['step']:.4f}  lr {self.learning_rate:.2e}")
             if stop:
                 progress.close()
                 raise StopRequestedError(f"stopped at epoch {epoch}, step {at['step']}: go on with --resume")
+
+    def _update(self) -> None:
+        """Change the weights by the gradients that are there."""
+        if self.settings.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.trained.parameters(), self.settings.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _stop_late(self) -> str:
+        """Save as after the last step, in the middle of another; nothing changes from here on."""
+        self.changing.acquire()
+        self.save()
+        return f"stopped at epoch {self.position['epoch']}, step {self.position['step']}: go on with --resume"
 
     def _score(self, model: nn.Module, signals: StopSignals) -> diffrate.Scores:
         """Scores of an epoch. When a signal asks to stop, the resumed training has only these to compute again."""
@@ -245,7 +265,7 @@ class Training:
 
 
 def _train_step(model: nn.Module, training: Training, images: Tensor, labels: Tensor) -> Tensor:
-    """One update of the weights of `model`; the loss before it, detached."""
+    """Gradients of the weights of `model` for one update; the loss, detached."""
     device = training.runtime.device
     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     if training.mixup is not None:
@@ -261,11 +281,6 @@ def _train_step(model: nn.Module, training: Training, images: Tensor, labels: Te
         loss = distilled(loss, logits, taught, training.settings.distill or 0.0)
     training.optimizer.zero_grad(set_to_none=True)
     training.scaler.scale(loss).backward()
-    if training.settings.clip_grad is not None:
-        training.scaler.unscale_(training.optimizer)
-        dispatch_clip_grad(model.parameters(), training.settings.clip_grad)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
     return loss.detach()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cli.flags import check_paths, get_args_parser, parse_flags
 from diffrate.files.header import SavedModelError
-from utils import STOPPED, UsageError
+from utils import STOPPED, UsageError, leave, stop_in_time
 
 __all__ = ["get_args_parser", "main"]
 
@@ -39,4 +39,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop_in_time()
+    code = main()
+    if code in (0, 2):
+        sys.exit(code)
+    leave(code)

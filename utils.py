@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar, NoReturn
+
+from diffrate.atomic import SCRATCH, WRITING
 
 STOPPED = 130  # the shell's code for a process that was interrupted
+STOPS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 0.5  # seconds from a signal until what goes on is cut off
+AFTER_MAIN = 0.5  # seconds more in other processes: the main one, which saves, must not miss them before
 # glibc's numbers of two settings, and what they are set to: the largest piece that it keeps, and the most bytes.
 MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
@@ -22,21 +36,70 @@ class StopRequestedError(Exception):
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a request that a loop can ask for between steps."""
+    """Turns SIGTERM and Ctrl-C into a request that a loop can ask for between steps.
 
-    def __init__(self) -> None:
-        self.requested = False
+    late: called in another thread where no loop does in time; it saves what there is, and says where that stopped.
+    """
+
+    present: ClassVar[StopSignals | None] = None
+
+    def __init__(self, late: Callable[[], str] = lambda: "stopped") -> None:
+        self.requested, self.late = False, late
 
     def __enter__(self) -> StopSignals:
-        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self._request) for number in STOPS}
+        StopSignals.present = self
         return self
 
     def __exit__(self, *exception: object) -> None:
+        StopSignals.present = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True
+
+
+def stop_in_time() -> None:
+    """Let SIGTERM and Ctrl-C end this process, where no loop asks for them, and at the latest soon after.
+
+    Python handles a signal between two operations, of which a backward pass is one; a thread hears of it at once.
+    An exception would not do: raised while torch is imported, it aborts the process.
+    """
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of a shell's background jobs
+            signal.signal(number, lambda *_: leave(STOPPED, "stopped"))
+    listening, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_late, args=(listening, told), daemon=True).start()
+
+
+def _end_late(listening: socket.socket, told: socket.socket) -> None:
+    """End the process soon after a signal. `told` is kept: the signals write to it."""
+    while listening.recv(1)[0] not in STOPS:
+        pass
+    time.sleep(GRACE + (AFTER_MAIN if os.environ.get("RANK", "0") != "0" else 0.0))
+    with WRITING:
+        stopping = StopSignals.present
+        try:
+            line = "stopped" if stopping is None else stopping.late()
+        except Exception as error:  # as of a full disk
+            line = f"stopped, and nothing could be saved ({error})"
+        leave(STOPPED, line)
+
+
+def leave(code: int, line: str = "") -> NoReturn:
+    """End the process and its loader processes here and now: an orderly end takes torch seconds."""
+    with WRITING:
+        for path in SCRATCH:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # nobody reads on, or it is being written to
+            sys.stdout.flush()
+            print(*([f"main.py: {line}\n"] if line else []), end="", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()  # they leave other signals to this process
+        os._exit(code)
 
 
 def make_output_dir(path: Path | None) -> Path | None:

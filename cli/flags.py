@@ -190,14 +190,24 @@ def check_paths(settings: Settings) -> None:
     """Refuse files that are not there before torch is imported, which takes seconds.
 
     Raises:
-        UsageError: `--checkpoint` or `--data-path`.
+        UsageError: names the flag.
     """
-    checkpoint, data = settings.model.checkpoint, settings.data.path
+    checkpoint, data, run = settings.model.checkpoint, settings.data.path, settings.run
     elsewhere = checkpoint in (OFFICIAL, FROM_SCRATCH) or checkpoint.startswith(("http://", "https://"))
     if not elsewhere and not Path(checkpoint).is_file():
         raise UsageError(f"checkpoint {checkpoint}: no such file")
     if data is not None and not Path(data).is_dir():
         raise UsageError(f"--data-path {data}: no such folder")
+    if run.folder is not None and not run.folder.is_dir():
+        raise UsageError(f"--plot {run.folder}: no such folder")
+    for path in run.exported:
+        if not path.exists():
+            raise UsageError(f"{path}: found no such file; accepted: an exported file")
+    files = [(f"image {path}", path) for path in run.images]
+    files += [(f"--resume {run.resume}", Path(run.resume))] if run.resume not in (None, "auto") else []
+    for named, path in files:
+        if not path.exists():
+            raise UsageError(f"{named}: cannot be read (no such file)")
 
 
 def _model_name(args: argparse.Namespace) -> str | None:

@@ -308,12 +308,10 @@ def run(settings: Settings, runtime: Runtime) -> None:
     """Draw every plot that the logs in the folder, and in the folders of its targets, have the figures for.
 
     Raises:
-        UsageError: there is no such folder, no figure in it, or a log that is damaged.
+        UsageError: there is no figure in the folder, or a log that is damaged.
     """
     folder = settings.run.folder
     assert folder is not None, "the mode that is asked for"
-    if not folder.is_dir():
-        raise UsageError(f"--plot {folder}: no such folder")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"--plot {folder}: cannot be written")
     written = _draw_all(folder)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -170,7 +171,14 @@ def _search_one(
         notes={"flags": {**settings.run.flags, **identity}},
     )
     assert inner.output_dir is not None, "flags make sure of a folder"
-    with StopSignals() as signals:
+    last = inner.output_dir / LAST
+    begun = _changed(last)
+
+    def late() -> str:
+        saved = resume is not None or _changed(last) != begun
+        return "stopped: go on with --resume" if saved else "stopped, before anything was saved"
+
+    with StopSignals(late) as signals:
         reporter = Reporter(model, options, budget, searched.train, searched.val, inner, signals)
         found = diffrate.search(
             model,
@@ -181,7 +189,7 @@ def _search_one(
             callback=reporter,
             trials=reporter,
             precision=inner.amp or torch.float32,
-            checkpoint=inner.output_dir / LAST,
+            checkpoint=last,
             save_every=inner.print_freq,
             resume=resume,
         )
@@ -193,6 +201,11 @@ def _search_one(
         apart = losses_at(model, [found.schedule], searched.part, inner.amp, options.multi_label)[0]
     save_model(settings, entry, model, searched.classes, runtime)
     log_found(settings, entry, kept, budget, model, found, scores, file, runtime, apart)
+
+
+def _changed(path: Path) -> int | None:
+    """When the file was written, None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _options(searched: Searched, model: diffrate.CompressedModel, fresh: bool) -> SearchSettings:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+WRITING = threading.RLock()  # held while a file is written: a process that ends takes it first
+SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
 # The errors of `torch.load` on files that are missing, cut short, damaged or of another kind, and of fields that are
 # missing.
 UNREADABLE = (
@@ -35,18 +38,22 @@ def whole_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(descriptor)
-    scratch = Path(name)
-    try:
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        scratch.chmod(0o644)  # mkstemp's files are for their owner alone
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with WRITING:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(descriptor)
+        scratch = Path(name)
+        SCRATCH.add(scratch)
+        try:
+            yield scratch
+            with scratch.open("rb+") as file:
+                os.fsync(file.fileno())
+            scratch.chmod(0o644)  # mkstemp's files are for their owner alone
+            scratch.replace(path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        finally:
+            SCRATCH.discard(scratch)
 
 
 @contextmanager

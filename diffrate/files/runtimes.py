@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from diffrate.atomic import first_line
+from diffrate.atomic import SCRATCH, first_line
 from diffrate.device import errors_alone, no_warnings_of
 from diffrate.files.graph import translations
 from diffrate.files.header import FORMAT_FIELD, LEAST_OPSET, ExportError, Header, arrays_as_tuples, target_of
@@ -217,7 +217,11 @@ def whole_files(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        yield Path(folder) / path.name
+        SCRATCH.add(Path(folder))
+        try:
+            yield Path(folder) / path.name
+        finally:
+            SCRATCH.discard(Path(folder))
         outdated = set(parts_of(path)[1:])  # weights beside a file that was there before
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             with file.open("rb+") as opened:

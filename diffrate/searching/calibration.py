@@ -14,13 +14,8 @@ from torch import Tensor
 from diffrate.blocks.tokens import TokenState
 from diffrate.device import Placement, all_sum, autocast, rank, world
 from diffrate.evaluation import images_of
-<<<<<<< HEAD
 from diffrate.schedule import Kept, Schedule
-from diffrate.searching.gradient import StoppedError
-=======
-from diffrate.schedule import Kept, Schedule, running_counts
 from diffrate.searching.gradient import NonFiniteLossError, StoppedError
->>>>>>> low
 from diffrate.searching.teacher import Teacher, spread_of
 
 FIRST_PART = 8  # things that tell how long one takes

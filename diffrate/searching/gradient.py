@@ -41,6 +41,7 @@ from diffrate.searching.teacher import Teacher
 Batch = tuple[Tensor, Tensor]
 TIMED = 3  # steps, after one to warm up; the fastest counts
 SILENT = 3  # steps without any gradient of the loss, after which a search gives up
+SAVE_SECONDS = 5.0  # between checkpoints at most, where steps are slow
 
 
 class NonFiniteLossError(RuntimeError):
@@ -216,6 +217,7 @@ class Search:
         self.rows, self.multiplier = array("d"), Multiplier()
         self.slopes: tuple[Tensor, ...] = ()
         self.silent = True
+        self.saved = time.monotonic()
 
     def run(self) -> tuple[Schedule, Scores | None]:
         """Search to the end; the schedule to report, which meets the budget, and its scores.
@@ -310,6 +312,7 @@ class Search:
             history=self.history(),
             multiplier=astuple(self.multiplier),
         )
+        self.saved = time.monotonic()
 
     def _schedule(self) -> Schedule:
         """The schedule of the present rates, rounded to the budget."""
@@ -352,7 +355,7 @@ class Search:
             figures = record.loss, record.flops_loss, record.flops / 1e9
             self.sums = [total + value for total, value in zip(self.sums, figures, strict=True)]
             self.rows.extend((*list(vars(record).values())[:-1], *record.counts))
-            if self.step % settings.save_every == 0 or stop:
+            if self.step % settings.save_every == 0 or stop or time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
             self.observer.on_step(record)
             if stop:

@@ -108,6 +108,7 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     if budget.timed:  # a speed may be out of reach of every uniform schedule
         given["at once"] = budget.rounded([space.least] * len(space.choices), space)
     if settings.start is not None:
+        task.model.check(settings.start)
         given["start"] = settings.start
     found = Calibrating(task, budget.target, minutes).run(given)
     return found, None if isinstance(_source(task), Iterator) else partial(_searched_on, task, minutes)

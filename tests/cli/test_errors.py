@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import models
+from cli.flags import check_paths, parse_flags
 from tests.conftest import Cli, write_image
+from utils import UsageError
 
 SAMPLE = ("--eval", "--num_workers", 0)
 
@@ -97,6 +99,22 @@ def test_schedules(prune: object, merge: object, expected: str, cli: Cli, tmp_pa
     file = write_rates(tmp_path / "rates.json", prune, merge)
     result = cli(*SAMPLE, "--load_compression_rate", "--compression_rate_file", file)
     check(result, expected, str(file), "ViT-Sample")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--eval", "--checkpoint", "gone.pth"), "checkpoint gone.pth: no such file"),
+        (("--eval", "--model", "test_vit", "--data-path", "gone"), "--data-path gone: no such folder"),
+        (("--plot", "gone"), "--plot gone: no such folder"),
+        (("--benchmark", "gone.onnx"), "gone.onnx: found no such file; accepted: an exported file"),
+        (("--visualize", "figures/digit.png", "gone.png"), "image gone.png: cannot be read (no such file)"),
+        (("--resume", "gone.pth"), "--resume gone.pth: cannot be read (no such file)"),
+    ],
+)
+def test_paths_are_looked_for_before_torch_is_imported(words: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
+        check_paths(parse_flags(words))
 
 
 def test_malformed_json_gives_line_and_column(cli: Cli, tmp_path: Path) -> None:

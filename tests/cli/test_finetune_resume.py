@@ -22,7 +22,7 @@ from tests.cli.test_eval import scores
 from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records
 from tests.cli.test_search import same_rates
 from tests.cli.test_search import words as search_words
-from tests.conftest import Cli, write_image
+from tests.conftest import Cli, end_while_held_up, write_image
 
 EPOCHS, SAVES = 3, 5  # a save for each step of an epoch and one for its scores, where saves are frequent
 # Four steps an epoch, all parts of DeiT's recipe, kept counts, averaged weights.
@@ -148,6 +148,21 @@ def test_sigterm_saves_and_leaves(
     assert (code, err) == (130, f"main.py: stopped {'at ' * ('step' in place)}{place}: go on with --resume\n")
     assert signal.getsignal(signal.SIGTERM) is handler
     assert content(tmp_path / "out")["position"]["step"] == step
+    assert cli(*again)[0] == 0
+    check_same(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "where"),
+    [("engine:-:_train_step", 7, "epoch 1, step 2"), ("engine:Training:_score", 3, "epoch 1, step 4")],
+)
+def test_a_signal_ends_a_step_that_takes_long_and_saves_the_last_one(
+    place: str, number: int, where: str, whole: Path, cli: Cli, folder: Path, tmp_path: Path
+) -> None:
+    again = words(folder, tmp_path / "out", "--resume", "auto")
+    code, err = end_while_held_up(place, number, *again)
+    assert (code, err) == (130, f"main.py: stopped at {where}: go on with --resume\n")
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
     assert cli(*again)[0] == 0
     check_same(tmp_path / "out", whole)
 

@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from diffrate.budget import meets_budget
 from diffrate.schedule import find_schedule
+from diffrate.searching.gradient import Search
 from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
-from tests.conftest import Cli
+from tests.conftest import Cli, end_while_held_up
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -277,3 +278,45 @@ def test_signals_save_and_leave(number: signal.Signals, image_folder: Path, tmp_
     assert "Traceback" not in err
     assert checkpoint(tmp_path / "out")["epoch"] < 300
     assert [file for file in path.parent.iterdir() if file.name.startswith(".")] == []
+
+
+STEP, CALIBRATING = "diffrate.searching.gradient:Search:_update", "diffrate.searching.search:-:search_at_hard_counts"
+SAVING, SCORING = "diffrate.files.save:-:save_file", "cli.evaluate:-:evaluate"
+EVAL = ("--model", MODEL, "--checkpoint", "scratch", "--eval", "--num_workers", 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "line"),
+    [
+        (STEP, 1, "stopped, before anything was saved"),
+        (STEP, 3, "stopped: go on with --resume"),
+        (CALIBRATING, 1, "stopped, before anything was saved"),
+        (SCORING, 1, "stopped"),
+        (SAVING, 1, "stopped"),
+    ],
+)
+def test_a_signal_ends_what_takes_long(place: str, number: int, line: str, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given: list[Any] = words(image_folder, out)
+    if place == CALIBRATING:
+        given = [*EVAL[:4], "--data-path", image_folder, "--output_dir", out, "--search", "calibrated"]
+        given += ["--target_flops", 0.025, "--batch-size", 4]
+    elif place in (SAVING, SCORING):
+        given = [*EVAL, "--data-path", image_folder, "--output_dir", out, "--save", out / "a.safetensors"]
+        out.mkdir()
+    assert end_while_held_up(place, number, *given) == (130, f"main.py: {line}\n")
+    assert [
+        path for path in out.iterdir() if path.name.startswith(".") or (place == SAVING and path.suffix != ".txt")
+    ] == []
+
+
+def test_a_search_of_slow_steps_saves_between_them(
+    cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than every few steps: a signal loses no more than a step that takes long."""
+    saves: list[int] = []
+    monkeypatch.setattr("diffrate.searching.gradient.SAVE_SECONDS", -1.0)
+    save = Search._save
+    monkeypatch.setattr(Search, "_save", lambda search: (saves.append(search.step), save(search)))
+    assert cli(*words(image_folder, tmp_path / "out", "--epochs", 2, "--print-freq", 100))[0] == 0
+    assert saves == [1, 2, 3, 0, 1, 2, 3, 0]

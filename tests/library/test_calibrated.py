@@ -301,3 +301,15 @@ def test_two_processes_share_the_images_and_find_the_same(tmp_path: Path) -> Non
         assert (done.code, done.err) == (0, "")
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert first == second
+
+
+def test_a_start_of_another_model_is_refused_before_anything_is_tried() -> None:
+    class Trying(diffrate.CalibrationObserver):
+        def on_plan(self, images: int, work: float, speed: float) -> None:
+            raise AssertionError("the search has begun")
+
+    model = small("token")
+    rows = (197,) * len(model.dense_schedule().merge)
+    other = diffrate.Schedule(rows, rows, 197)
+    with pytest.raises(diffrate.ScheduleError, match="made for 197 tokens"):
+        diffrate.search(model, batches(), share=0.5, method="calibrated", start=other, trials=Trying())
