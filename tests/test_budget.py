@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import diffrate
 import models
 from diffrate.blocks.rates import expectation, flattest_logits
-from diffrate.blocks.reduction import RandomImportance
-from diffrate.budget import BASELINES, BaselineError, Budget, BudgetError, baseline_schedule, meets_budget
-from diffrate.schedule import Schedule, find_schedule, running_counts, save_schedule
+from diffrate.budget import BASELINES, PEERS, BaselineError, Budget, BudgetError, baseline_schedule, meets_budget
+from diffrate.schedule import Schedule, find_schedule, make_schedule, running_counts, save_schedule
 from tests.tiny_models import plain
 
 
@@ -67,6 +66,11 @@ def test_baselines_meet_the_budget_and_do_only_what_they_say(kind: str, share: f
     target = share * model.flops_at(space.dense())
     schedule = baseline_schedule(kind, space, Budget(model.flops_at, target))
     assert meets_budget(model.flops_at(schedule), target)
+    assert schedule.rules == (None if kind in ("prune", "merge", "both") else (kind,) * 12)
+    if kind in PEERS:
+        going = [kept.pruned - kept.merged for kept in running_counts(schedule, 197)]
+        assert all(abs(one - going[0]) <= 1 for one in going)
+        return
     counts = running_counts(schedule, 197)[1:]
     pruned = [kept.entering - kept.pruned for kept in counts]
     merged = [kept.pruned - kept.merged for kept in counts]
@@ -89,11 +93,8 @@ def test_caformer_has_the_merging_baseline_alone() -> None:
 
 
 def test_random_tokens_go_whatever_their_importance() -> None:
-    from dataclasses import replace
-
     model = diffrate.patch.deit(plain("deit").eval())
-    model.set_kept_num([65, 20, 20, 20, 20, 20], [65] * 6)
-    model.rule = replace(model.rule, importance=RandomImportance(1))
+    model.schedule = make_schedule([65, 20, 20, 20, 20, 20], [65] * 6, "random")
     images = torch.randn(1, 3, 32, 32)
     kept = {tuple((model.forward_tokens(images).origin >= 0)[0].tolist()) for _ in range(4)}
     assert len(kept) == 4

@@ -20,7 +20,7 @@ from diffrate.budget import LATENCY, SPEEDUP, Budget, choices_of, meets_budget, 
 from diffrate.latency.measure import knots, probing_schedules, random_schedule
 from diffrate.latency.setting import LatencyFileError, read_table, write_table
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
-from diffrate.schedule import Kept, Schedule, SearchSpace, running_counts
+from diffrate.schedule import RULES, Kept, Schedule, SearchSpace, running_counts
 from diffrate.searching.target import expected_seconds
 from tests.test_patch import patched
 
@@ -38,8 +38,9 @@ def table_of(price: float, **changes: Any) -> LatencyTable:
         line(0.1, 1.0),
         (0.0, 0.0, 0.0),
         (0.0, 0.0, 0.0),
+        (0.0, 0.0, 0.0),
         line(0.2, 2.0),
-        (price, 0.0, 0.0, price, 0.0, 0.0, 0.0),
+        (price, 0.0, 0.0, price, 0.0, 0.0, price, 0.0, 0.0, 0.0),
         None,
     )
     last = replace(kind, read=1, reduction=())
@@ -86,12 +87,13 @@ def test_what_attention_takes_more_is_told_apart() -> None:
 
 
 def test_the_price_of_a_reduction_is_found_again() -> None:
-    rng, weights = Random(0), np.array([0.5, 0.01, 0.002, 0.3, 0.0, 0.001, 0.1])
+    rng, weights = Random(0), np.array([0.5, 0.01, 0.002, 0.3, 0.0, 0.001, 0.2, 0.005, 0.003, 0.1])
     terms = []
     for _ in range(300):
         merged, pruned, entering = sorted(rng.randint(1, TOKENS) for _ in range(3))
         kept = Kept(entering, pruned, merged if rng.random() < 0.6 else pruned)
-        terms.append(reduction_terms(kept, rng.random() < 0.5))
+        work = RULES[rng.choice(["published", "similar", "received"])]
+        terms.append(reduction_terms(kept, rng.random() < 0.5, work))
     assert fit_terms(terms, (np.array(terms) @ weights).tolist()) == pytest.approx(weights, abs=1e-3)
 
 

@@ -241,8 +241,9 @@ def _search_step(
         heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
         pairs = positions.pairs(state.place)
         pairs = pairs if pairs is None else pairs[:, :, :read]
+        queries = rule.importance.queries if read is None else read  # there nothing goes by it
         mixed, received = masked_attention(
-            heads, size_bias(state.size), mask, rule.importance.queries, pairs, rule.importance.masked_queries
+            heads, size_bias(state.size), mask, queries, pairs, rule.importance.masked_queries
         )
         importance = rule.importance.of(received, heads)
         return mixed

@@ -81,7 +81,7 @@ class HalvesIntoHalves:
             targets, sources = order[:, : patches - patches // 2], order[:, patches - patches // 2 :]
             nearest, cosine = _nearest(take(metric, sources), take(metric, targets))
         else:
-            positions = torch.arange(prefix, metric.shape[1], device=metric.device).expand(len(metric), -1)
+            positions = torch.arange(prefix, metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
             targets, sources = positions[:, ::2], positions[:, 1::2]
             nearest, cosine = _nearest(metric[:, prefix + 1 :: 2], metric[:, prefix::2])
         likely = cosine
@@ -159,7 +159,7 @@ def _keys(heads: Heads) -> Tensor:
 
 
 def _first(state: TokenState, count: int) -> Tensor:
-    return torch.arange(count, device=state.x.device).expand(len(state.x), count)
+    return torch.arange(count, device=state.x.device).expand(state.x.shape[0], count)
 
 
 Named = Callable[[ReductionRule, float], ReductionRule]  # of the published rule, and the block's depth from 0 to 1

@@ -205,7 +205,7 @@ class Search:
         self.criterion = settings.criterion or default_criterion(settings.multi_label)
         self.cost = None
         if settings.latency and task.budget.timed:
-            self.cost = partial(expected_seconds, settings.latency, task.model.compression.space.rules)
+            self.cost = partial(expected_seconds, settings.latency, rules=task.model.compression.space.rules)
         self.model.requires_grad_(False)
         self.rates = self.model.arch_parameters()
         for rate in self.rates:

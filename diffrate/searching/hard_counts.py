@@ -254,7 +254,10 @@ class Calibrating:
         images = max(1, int(min(likely, RULED_ON * CHUNK)) // world())
         index = torch.cat(calibration.drawn(RULED_ON, Random(self.task.settings.seed)).images)[:images]
         losses: dict[str, float] = {}
+        until = self.clock.now() + RULES_SHARE * self.clock.left()
         for rule in TRIED_RULES:
+            if losses and self.clock.now() > until:
+                break
             merging = uniform_schedules(space.ruled(rule), budget).get("merge")
             if merging is not None:
                 losses[rule] = calibration.mean(merging, index)

@@ -62,8 +62,8 @@ def _gradients(rates: Sequence[nn.Parameter]) -> list[Tensor]:
 SMOOTHED = 16  # tokens to both sides that a slope is taken over: kernels move in steps, and would have none between
 
 
-def expected_seconds(table: LatencyTable, rules: tuple[str, ...] | None, plans: Sequence[BlockPlan]) -> Tensor:
-    """Of one image, for the plans of all blocks and the rules of a schedule."""
+def expected_seconds(table: LatencyTable, plans: Sequence[BlockPlan], rules: tuple[str, ...] | None = None) -> Tensor:
+    """Of one image, for the plans of all blocks and the `rules` of a schedule."""
     prunes = any(plan.prune is not None for plan in plans)
     merged = tuple(plan.merged for plan in plans)
     schedule = Schedule(tuple(plan.pruned for plan in plans) if prunes else None, merged, rules=rules)

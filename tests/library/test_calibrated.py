@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
-from diffrate.budget import meets_budget
+from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.device import placement_of
 from diffrate.searching.calibration import Calibration, Reference
 from diffrate.searching.hard_counts import _chosen
@@ -41,9 +41,14 @@ class Stop(diffrate.CalibrationObserver):
             raise KeyboardInterrupt
 
 
-def moves_of(model: diffrate.CompressedModel, share: float) -> Moves:
+def moves_of(model: diffrate.CompressedModel, share: float, rules: tuple[str, ...] = ("published",)) -> Moves:
     dense = model.flops_at(model.dense_schedule())
-    return Moves(model.compression.space, model.flops_at, share * dense, model.read is not None)
+    return Moves(model.compression.space, model.flops_at, share * dense, model.read is not None, rules)
+
+
+def uniform_of(model: diffrate.CompressedModel, share: float) -> dict[str, diffrate.Schedule]:
+    target = share * model.flops_at(model.dense_schedule())
+    return uniform_schedules(model.compression.space, Budget(model.flops_at, target))
 
 
 def calibration(model: diffrate.CompressedModel, count: int = 24) -> Calibration:
@@ -53,11 +58,16 @@ def calibration(model: diffrate.CompressedModel, count: int = 24) -> Calibration
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), share=st.floats(0.6, 0.95), pool=st.sampled_from(["token", "avg"]))
-def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: str) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.floats(0.6, 0.95),
+    pool=st.sampled_from(["token", "avg"]),
+    rules=st.sampled_from([("published",), ("similar", "published", "received"), ("tome",)]),
+)
+def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: str, rules: tuple[str, ...]) -> None:
     model, rng = small(pool), Random(seed)
-    moves = moves_of(model, share)
-    found = [moves.stepped(rng), *(moves.fitted(schedule, rng) for schedule in moves.uniform().values())]
+    moves = moves_of(model, share, rules)
+    found = [moves.stepped(rng), *(moves.fitted(schedule, rng) for schedule in uniform_of(model, share).values())]
     found += [moves.changed(counts, rng) for counts in found if counts is not None]
     assert any(counts is not None for counts in found)
     for counts in found:
@@ -66,8 +76,10 @@ def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: s
             model.check(schedule)
             assert meets_budget(model.flops_at(schedule), moves.target)
             assert moves.counts(schedule) == counts  # what really happens
+            assert len(moves.features(counts)) == len(moves.groups())
+            assert {schedule.rule_names[block] for block in model.compression.space.searchable} <= set(rules)
     if pool == "token" and found[0] is not None:  # of the last block nothing but the class token is read
-        assert found[0][-2:] == (1, 1)
+        assert found[0][: moves.choices][-2:] == (1, 1)
 
 
 def test_the_surrogate_learns_effects_from_noisy_values() -> None:
@@ -89,7 +101,7 @@ def test_going_on_from_the_block_where_schedules_part_changes_nothing(pool: str)
     model = small(pool)
     held, rng = calibration(model), Random(0)
     moves = moves_of(model, 0.6)
-    start = next(iter(moves.uniform().values()))
+    start = next(iter(uniform_of(model, 0.6).values()))
     reference = Reference(held, start, held.drawn(3, rng))
     counts = moves.counts(start)
     late = moves.schedule((*counts[:-4], counts[-4], *[1 + (pool == "avg")] * 3))
@@ -108,7 +120,7 @@ def test_going_on_from_the_block_where_schedules_part_changes_nothing(pool: str)
 def test_losses_are_those_of_a_model_at_the_schedule() -> None:
     model = small()
     held = calibration(model)
-    schedule = moves_of(model, 0.6).uniform()["both"]
+    schedule = uniform_of(model, 0.6)["both"]
     with torch.no_grad():
         dense, _ = _at(model, model.dense_schedule(), held)
         logits, _ = _at(model, schedule, held)

@@ -25,7 +25,7 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import Tensor, nn
 
 import diffrate
-from diffrate.blocks.reduction import RandomImportance
+from diffrate.blocks.reduction import Mean
 from diffrate.files import save as files
 from diffrate.files.header import About, SavedModelError, about
 from diffrate.files.save import load, save
@@ -629,8 +629,8 @@ def one_part_more(model: Any) -> None:
     model.register_buffer("calls", torch.zeros(3))
 
 
-def random_tokens(model: Any) -> None:
-    model.rule = replace(model.rule, importance=RandomImportance(1))
+def another_rule(model: Any) -> None:
+    model.rule = replace(model.rule, mean=Mean())
 
 
 def fewer_blocks(model: Any) -> None:
@@ -645,7 +645,7 @@ def fewer_blocks(model: Any) -> None:
         ("deit", another_head, "head: found torch.nn.modules.container.Sequential()"),
         ("deit", fewer_heads, "blocks.1.attn.num_heads: found 1; accepted: 3, as timm "),
         ("deit", one_part_more, "calls: found [3]; accepted: nothing"),
-        ("deit", random_tokens, "rule: found ReductionRule("),
+        ("deit", another_rule, "rule: found ReductionRule("),
         ("caformer", fewer_blocks, "stages.2.blocks.3: found nothing; accepted: timm.models.metaformer."),
     ],
 )
