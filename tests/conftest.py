@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: tensors are tiny here, and threads
@@ -30,8 +32,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture(autouse=True)
-def _quiet_after() -> Iterator[None]:
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
     """The command line logs through the root logger: give it back as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -41,6 +43,19 @@ def _quiet_after() -> Iterator[None]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_after() -> Iterator[None]:
+    with root_logger_kept():
+        yield
+
+
+def ran_once(*words: object) -> str:
+    """Run `main.py` with these words, for a fixture that many tests look at: its standard output."""
+    with root_logger_kept(), redirect_stdout(io.StringIO()) as out:
+        assert main.main([str(word) for word in words]) == 0
+    return out.getvalue()
 
 
 @pytest.fixture
