@@ -15,7 +15,10 @@ from diffrate.files.graph import traced
 from diffrate.files.runtimes import KINDS, Metadata, load_exported
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 
-PRUNED, MERGED = (1.0, 0.8, 0.6, 0.4), (1.0, 0.7, 0.5, 0.3)  # shares of the patches that four blocks keep, or the first of them
+PRUNED, MERGED = (
+    (1.0, 0.8, 0.6, 0.4),
+    (1.0, 0.7, 0.5, 0.3),
+)  # shares of the patches that four blocks keep
 
 
 def compressed(name: str, **options: Any) -> diffrate.CompressedModel:
