@@ -23,6 +23,18 @@ from safetensors.torch import load_file
 import main
 
 Cli = Callable[..., tuple[int, str, str]]
+QUICK = (  # files of tests that `-m quick` runs, beside single tests that say so
+    *("test_golden", "test_search", "test_structure", "test_schedule", "test_budget", "test_flops"),
+    *("test_reductions", "test_masked_attention", "cli/test_flags", "cli/test_processes"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    files = {Path(__file__).parent / f"{name}.py" for name in QUICK}
+    for item in items:
+        if item.path in files:
+            item.add_marker(pytest.mark.quick)
 
 
 def free_port() -> int:

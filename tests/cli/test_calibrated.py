@@ -26,7 +26,8 @@ def works(folder: Path) -> dict[str, list[float]]:
 
 def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, text, err = cli(*FAST, "--data-path", photographs, "--output_dir", out)
+    words = (*FAST, "--minutes", 0.05, "--data-path", photographs, "--output_dir", out)
+    code, text, err = cli(*words)
     assert (code, err) == (0, "")
     assert "calibrated search: 8 images, up to " in text
     assert "on images held back: calibrated " in text
@@ -36,7 +37,7 @@ def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path
     assert spent["calibrated"] == sorted(spent["calibrated"])
     assert spent["uniform"] == [0.0, 0.0, 0.0]
     assert (out / "search_work.png").exists()
-    again = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--resume", "auto")
+    again = cli(*words, "--resume", "auto")
     assert (again[0], again[2]) == (0, "")
 
     def found(text: str) -> list[str]:
