@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ def compressed(name: str, **options: Any) -> diffrate.CompressedModel:
     return model
 
 
-def differences(name: str, folder: Path, **options: Any) -> Iterator[tuple[str, float | str]]:
+def differences(
+    name: str, folder: Path, suffixes: Collection[str] = tuple(KINDS), **options: Any
+) -> Iterator[tuple[str, float | str]]:
     """For each kind of file the largest difference of logits at batches of 1, 3 and 8, or why there is none."""
     model = compressed(name, **options)
     program = traced(model, torch.float32, None)
@@ -40,8 +42,8 @@ def differences(name: str, folder: Path, **options: Any) -> Iterator[tuple[str, 
         **{"input_size": (3, *size_of(name)), "mean": None, "std": None, "normalizes": False},
         **{"precision": "", "versions": {}},
     )
-    for suffix, kind in KINDS.items():
-        path = folder / f"{name}{suffix}"
+    for suffix in suffixes:
+        kind, path = KINDS[suffix], folder / f"{name}{suffix}"
         try:
             kind.write(program, said.entries(), path)
             run = load_exported(path).logits

@@ -18,7 +18,7 @@ from diffrate.files import runtimes as files
 from diffrate.files.export import Exported, compare
 from diffrate.files.header import TARGETS
 from diffrate.files.runtimes import load_exported
-from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain, schedule_for
+from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 pytest.importorskip("openvino", reason="needs requirements-export.txt")
@@ -32,13 +32,16 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 def small(family: str, **options: Any) -> diffrate.CompressedModel:
     """A compressed model of the family, which prunes and merges."""
     torch.manual_seed(0)
-    shallow = {} if family == "caformer" else {"depth": DEPTH}
+    shallow: dict[str, Any] = {"depths": (1, 1, DEPTH, 1)} if family == "caformer" else {"depth": DEPTH}
     model = getattr(diffrate.patch, family)(plain(family, **shallow, **options), 1, 1).eval().requires_grad_(False)
     for parameter in model.parameters():  # as fresh weights are, tokens hardly matter to the logits
         parameter.add_(0.05 * torch.randn_like(parameter))
-    tokens, depth = TOKENS[family], DEPTH if shallow else 6
-    prune, merge = schedule_for(family, [tokens - step * tokens // 8 for step in range(depth)])
-    model.set_kept_num(prune and [min(tokens, count + 4) for count in prune], merge)
+    tokens = TOKENS[family]
+    kept = [tokens - step * tokens // 8 for step in range(DEPTH)]
+    if family == "caformer":
+        model.set_kept_num(None, [*kept, 49])
+    else:
+        model.set_kept_num([min(tokens, count + 4) for count in kept], kept)
     return model
 
 
