@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: tensors are tiny here, and threads
@@ -65,8 +65,9 @@ def _quiet_after() -> Iterator[None]:
 
 def ran_once(*words: object) -> str:
     """Run `main.py` with these words, for a fixture that many tests look at: its standard output."""
-    with root_logger_kept(), redirect_stdout(io.StringIO()) as out:
-        assert main.main([str(word) for word in words]) == 0
+    with root_logger_kept(), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = main.main([str(word) for word in words])
+    assert (code, err.getvalue()) == (0, "")
     return out.getvalue()
 
 
