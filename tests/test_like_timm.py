@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import diffrate
-from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
+from tests.constructions import build, images_for, size_of
+from tests.test_constructions import GRAPHS
 
 KW = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 
@@ -36,7 +37,7 @@ def images(count: int = 5) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "traced_at", "run_at"),
-    [*((name, 1, 5) for name in CONSTRUCTIONS), ("registers", 3, 1), ("rope", 3, 1), ("relative_table", 3, 1)],
+    [*((name, 1, 5) for name in GRAPHS), ("no_class_token", 3, 1), ("rope", 3, 1), ("naflex", 3, 1)],
 )
 def test_a_trace_is_for_batches_of_any_size(name: str, traced_at: int, run_at: int) -> None:
     model = diffrate.patch.vit(build(name), input_size=size_of(name))
