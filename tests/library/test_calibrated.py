@@ -26,7 +26,7 @@ from tests.constructions import build, images_for
 from tests.forked import two
 from tests.library.test_search_function import batches, small
 
-SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 400}
+SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 500}
 
 
 @cache
@@ -162,7 +162,7 @@ def test_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     file = tmp_path / "search.pth"
     _, expected = whole()
     with pytest.raises(KeyboardInterrupt):
-        diffrate.search(small(), batches(8), **SETTING, checkpoint=file, trials=Stop(3))
+        diffrate.search(small(), batches(8), **SETTING, checkpoint=file, trials=Stop(2))
     found = diffrate.search(small(), batches(8), **SETTING, resume=file)
     assert found.calibrated is not None
     assert expected.calibrated is not None
@@ -255,7 +255,7 @@ def test_stops_after_the_trial_in_which_it_is_asked_to(asked: int, tmp_path: Pat
 def test_a_timed_search_goes_on_with_its_images(tmp_path: Path) -> None:
     file = tmp_path / "search.pth"
     with pytest.raises(KeyboardInterrupt):
-        diffrate.search(small(), batches(8), **SETTING, minutes=5, checkpoint=file, trials=Stop(2))
+        diffrate.search(small(), batches(8), **SETTING, minutes=5, checkpoint=file, trials=Stop(1))
     with_more = diffrate.search(small(), batches(12), **SETTING, minutes=5, resume=file)
     assert with_more.calibrated is not None
     assert with_more.calibrated.trials[0].trials > len(with_more.calibrated.losses)  # those before count
