@@ -153,8 +153,9 @@ def ran(result: tuple[int, str, str]) -> str:
 
 
 def test_the_first_command_scores_the_sample_as_two_pages_say(cli: Cli) -> None:
-    assert first(README.name) == first("troubleshooting.md")
-    out = ran(cli(*first(README.name)))
+    words, longer = first(README.name), first("troubleshooting.md")
+    assert longer[: len(words)] == words  # and flags that change no score
+    out = ran(cli(*longer))
     for page in (README, DOCS / "troubleshooting.md"):
         said = re.findall(r"Acc@1 95\.200.*?(?=\n|`)", page.read_text())
         assert said
