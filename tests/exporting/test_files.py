@@ -182,7 +182,7 @@ def test_a_file_says_what_it_is(model: diffrate.CompressedModel, suffix: str, ma
     assert set(said.versions) == {"diffrate", "timm", "torch"}
 
 
-@pytest.mark.parametrize(("suffix", "dtype"), [(".onnx", "float16"), (".pt2", "bfloat16"), (".xml", "bfloat16")])
+@pytest.mark.parametrize(("suffix", "dtype"), [(".onnx", "float16"), (".xml", "bfloat16")])
 def test_half_precision_halves_the_file(
     model: diffrate.CompressedModel, suffix: str, dtype: str, made: Mapping[str, Exported], tmp_path: Path
 ) -> None:
