@@ -34,7 +34,7 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(confirm, "SECONDS", 0.01)
     monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
     monkeypatch.setattr(cli.benchmark, "RANDOM", 2)
-    monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 60)
+    monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 15)
     measured = confirm.measured_speedup
     monkeypatch.setattr(confirm, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
     assert cli.schedules.SECONDS > 0
