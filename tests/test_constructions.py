@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from diffrate.blocks.reduction import PlainMean
+from diffrate.patch.timm_families import PLAIN
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 from tests.tiny_models import dense
 
@@ -37,7 +38,7 @@ GRAPHS = tuple(
     name
     for name in (
         *("registers", "distilled", "attention_pool", "differential", "swiglu", "post_norm", "hybrid", "rope_mixed"),
-        *("rope_fewer_keys", "relative_table", "relative_shared_network", "naflex_rope"),
+        *("rope", "rope_fewer_keys", "relative_table", "relative_shared_network", "naflex_rope"),
     )
     if name in CONSTRUCTIONS
 )
@@ -135,6 +136,10 @@ def test_costs_are_those_of_torchs_counter(name: str) -> None:
     beside = model.num_prefix_tokens * stem.proj.weight.numel() if hasattr(stem, "proj") else 0
     beside = 0 if "hybrid" in name else beside
     assert model.flops() - beside == counter.get_total_flops() // 2
+
+
+def test_a_graph_is_traced_of_every_class_that_is_patched() -> None:
+    assert {type(build(name)) for name in GRAPHS} == set(PLAIN)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
