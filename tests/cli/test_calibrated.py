@@ -28,7 +28,7 @@ def works(folder: Path) -> dict[str, list[float]]:
 def test_images_without_labels_are_all_that_it_takes(
     cli: Cli, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 15)
+    monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 40)
     out = tmp_path / "out"
     words = (*FAST, "--data-path", photographs, "--output_dir", out)
     code, text, err = cli(*words)
