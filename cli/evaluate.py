@@ -42,7 +42,7 @@ from cli.settings import OFFICIAL, Settings
 from diffrate.budget import Budget, baseline_schedule
 from diffrate.device import generators_kept
 from diffrate.files.header import is_saved_model
-from diffrate.schedule import Schedule, fields_of
+from diffrate.schedule import PUBLISHED, Schedule, fields_of
 from diffrate.searching.target import confirmed_at
 from engine import Training, dense_copy, evaluate, log_counts
 from models.zoo import ModelEntry
@@ -152,7 +152,8 @@ def _baseline_without_head(settings: Settings, entry: ModelEntry, runtime: Runti
 
 def _uniform(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:
     assert settings.run.baseline is not None, "the mode that is asked for"
-    return baseline_schedule(settings.run.baseline, model.compression.space, budget)
+    space = model.compression.space.ruled(settings.search.rule or PUBLISHED)
+    return baseline_schedule(settings.run.baseline, space, budget)
 
 
 def run_list_models(settings: Settings, runtime: Runtime) -> None:

@@ -58,6 +58,7 @@ MEETING = (SEARCH, "baseline")  # the modes that meet a target
 GOES_WITH = {  # flags of some modes alone, and which
     **dict.fromkeys(("target_speedup", "target_latency"), "a search or a --baseline"),
     "resume": "a search, --finetune, --eval or --visualize",
+    "rule": "a search, and a --baseline of another name",
     "multi_label": "a search, --eval, --baseline and --sensitivity",
     "distill": "--finetune",
     "blocks": "--visualize",

@@ -10,6 +10,7 @@ from typing import Any
 from cli.flags import parse_flags
 from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
+from diffrate.schedule import PUBLISHED
 from diffrate.searching.settings import CALIBRATED, SearchSettings
 from engine import SCALED_BATCH, step_rate
 from models.zoo import ModelEntry
@@ -49,7 +50,8 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
         augmentation, mixing = replace(augmentation, repeated=False), replace(mixing, mixup=0.0, cutmix=0.0)
     if mixing.mixes and settings.data.batch_size % 2:
         raise UsageError(f"--batch-size {settings.data.batch_size}: accepted: an even number with --mixup or --cutmix")
-    search = replace(settings.search, loss=recipe.loss, budget=recipe.budget, method=recipe.method)
+    rule = settings.search.rule or (PUBLISHED if entry.published else None)
+    search = replace(settings.search, loss=recipe.loss, budget=recipe.budget, method=recipe.method, rule=rule)
     return replace(settings, recipe=recipe, search=search, augmentation=augmentation, mixing=mixing)
 
 

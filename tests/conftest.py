@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: tensors are tiny here, and threads
@@ -23,6 +25,18 @@ from safetensors.torch import load_file
 import main
 
 Cli = Callable[..., tuple[int, str, str]]
+QUICK = (  # files of tests that `-m quick` runs, beside single tests that say so
+    *("test_golden", "test_search", "test_structure", "test_schedule", "test_budget", "test_flops"),
+    *("test_reductions", "test_masked_attention", "cli/test_flags", "cli/test_processes"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    files = {Path(__file__).parent / f"{name}.py" for name in QUICK}
+    for item in items:
+        if item.path in files:
+            item.add_marker(pytest.mark.quick)
 
 
 def free_port() -> int:
@@ -32,8 +46,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture(autouse=True)
-def _quiet_after() -> Iterator[None]:
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
     """The command line logs through the root logger: give it back as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -43,6 +57,20 @@ def _quiet_after() -> Iterator[None]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_after() -> Iterator[None]:
+    with root_logger_kept():
+        yield
+
+
+def ran_once(*words: object) -> str:
+    """Run `main.py` with these words, for a fixture that many tests look at: its standard output."""
+    with root_logger_kept(), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = main.main([str(word) for word in words])
+    assert (code, err.getvalue()) == (0, "")
+    return out.getvalue()
 
 
 @pytest.fixture

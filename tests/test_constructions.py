@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from diffrate.blocks.reduction import Mean
+from diffrate.patch.timm_families import PLAIN
 from tests.constructions import CONSTRUCTIONS, build, images_for, since, size_of
 from tests.tiny_models import dense
 
@@ -31,15 +32,25 @@ CARRYING = (
     "relative_table",
     "relative_network",
 )
+# One of each class of timm's and of each way to attend, place and pool, that a graph is traced through. The plain ViT
+# with a class token is in `cli/test_compiled.py`.
+GRAPHS = tuple(
+    name
+    for name in (
+        *("registers", "distilled", "attention_pool", "differential", "swiglu", "post_norm", "hybrid", "rope_mixed"),
+        *("rope", "rope_fewer_keys", "relative_table", "relative_shared_network", "naflex_rope"),
+    )
+    if name in CONSTRUCTIONS
+)
 
 
 def patched(name: str, **options: Any) -> diffrate.CompressedModel:
     return diffrate.patch.vit(build(name, **options), 1, 1, size_of(name))
 
 
-def reduced(name: str, prune: tuple[float, ...], merge: tuple[float, ...]) -> diffrate.CompressedModel:
-    """Patched, and told to keep these shares of the patch tokens in its four blocks."""
-    model = patched(name)
+def reduced(name: str, prune: tuple[float, ...], merge: tuple[float, ...], **options: Any) -> diffrate.CompressedModel:
+    """Patched, and told to keep these shares of the patch tokens in its blocks."""
+    model = patched(name, **options)
     space = model.compression.space
     prefix, patches = space.prefix, space.limits[0] - space.prefix
     model.set_kept_num(*([prefix + round(share * patches) for share in row] for row in (prune, merge)))
@@ -127,9 +138,15 @@ def test_costs_are_those_of_torchs_counter(name: str) -> None:
     assert model.flops() - beside == counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_a_graph_is_traced_of_every_class_that_is_patched() -> None:
+    assert {type(build(name)) for name in GRAPHS} == set(PLAIN)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
 def test_one_graph_gives_the_same_logits(name: str) -> None:
-    model, images = reduced(name, (1, 0.75, 0.6, 0.5), (1, 0.7, 0.5, 0.4)), images_for(name)
+    """Of three blocks, since tracing takes most of a second for each."""
+    options = {"depth": 3} | ({"num_kv_heads": (4, 2, 4)} if name == "rope_fewer_keys" else {})
+    model, images = reduced(name, (1, 0.75, 0.6), (1, 0.7, 0.5), **options), images_for(name)
     torch.compiler.reset()
     graph = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(graph(images, return_flop=False), model(images, return_flop=False), **EXACT)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import diffrate
-from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
+from tests.constructions import build, images_for, size_of
+from tests.test_constructions import GRAPHS
 
 KW = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 
@@ -34,8 +35,10 @@ def images(count: int = 5) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", CONSTRUCTIONS)
-@pytest.mark.parametrize(("traced_at", "run_at"), [(1, 5), (3, 1)])
+@pytest.mark.parametrize(
+    ("name", "traced_at", "run_at"),
+    [*((name, 1, 5) for name in GRAPHS), ("no_class_token", 3, 1), ("rope", 3, 1), ("naflex", 3, 1)],
+)
 def test_a_trace_is_for_batches_of_any_size(name: str, traced_at: int, run_at: int) -> None:
     model = diffrate.patch.vit(build(name), input_size=size_of(name))
     tokens, least = model.compression.space.limits[0], model.compression.space.least

@@ -35,7 +35,7 @@ def plain(family: str, **options: Any) -> nn.Module:
     if family in VIT_NAMES:
         return timm.create_model(VIT_NAMES[family], **{**VIT_SIZE, **options})
     return MetaFormer(
-        depths=(1, 1, 5, 2),
+        depths=options.get("depths", (1, 1, 5, 2)),
         dims=(16, 32, 64, 96),
         num_classes=options.get("num_classes", 10),
         token_mixers=[SepConv, SepConv, Attention, Attention],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffrate.searching import hard_counts
 from tests.cli.test_errors import check
 from tests.cli.test_search import MODEL
 from tests.conftest import Cli
@@ -24,9 +25,13 @@ def works(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path, tmp_path: Path) -> None:
+def test_images_without_labels_are_all_that_it_takes(
+    cli: Cli, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 40)
     out = tmp_path / "out"
-    code, text, err = cli(*FAST, "--data-path", photographs, "--output_dir", out)
+    words = (*FAST, "--data-path", photographs, "--output_dir", out)
+    code, text, err = cli(*words)
     assert (code, err) == (0, "")
     assert "calibrated search: 8 images, up to " in text
     assert "on images held back: calibrated " in text
@@ -36,7 +41,7 @@ def test_images_without_labels_are_all_that_it_takes(cli: Cli, photographs: Path
     assert spent["calibrated"] == sorted(spent["calibrated"])
     assert spent["uniform"] == [0.0, 0.0, 0.0]
     assert (out / "search_work.png").exists()
-    again = cli(*FAST, "--data-path", photographs, "--output_dir", out, "--resume", "auto")
+    again = cli(*words, "--resume", "auto")
     assert (again[0], again[2]) == (0, "")
 
     def found(text: str) -> list[str]:

@@ -259,8 +259,17 @@ def test_timms_names(name: str, published: str, cli: Cli, image_folder: Path, tm
     assert scores(out) == scores(found[0][1])
 
 
-@pytest.mark.parametrize("damage", ["cut short", "cut in its header", "a byte", "text", "empty", "gone"])
-@pytest.mark.parametrize("mode", ["--eval", "--finetune", "--visualize"])
+@pytest.mark.parametrize(
+    ("damage", "mode"),
+    [
+        ("cut short", "--eval"),
+        ("cut in its header", "--finetune"),
+        ("a byte", "--visualize"),
+        ("text", "--finetune"),
+        ("empty", "--visualize"),
+        ("gone", "--eval"),
+    ],
+)
 def test_a_damaged_file(damage: str, mode: str, saved: Path, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     whole = saved.read_bytes()
     header = whole.index(b"merge_kept_num")
@@ -313,8 +322,7 @@ def test_places_that_are_refused(
     assert not list(tmp_path.glob("*.safetensors/*"))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+@pytest.mark.parametrize(("kind", "value"), [("pth", float("nan")), ("safetensors", float("inf"))])
 def test_weights_that_are_no_numbers(
     kind: str, value: float, saved: Path, cli: Cli, image_folder: Path, tmp_path: Path
 ) -> None:

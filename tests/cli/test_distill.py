@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch.nn import functional as F
 import engine
 import main
 import models
-from tests.cli.test_compiled import traced_alone
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import FULL, HALF, MODEL, PLAIN, records
 from tests.cli.test_finetune_resume import check_same, content, interrupt_at_save
 from tests.conftest import Cli, tensors_in, write_image
 from tests.forked import two_mains
+from tests.tiny_models import saved_file
 
 WEIGHT = 0.75
 TRAINING = (*FULL, *HALF, "--no-repeated-aug", "--epochs", 3, "--model-ema", "--lr", 0.1)
@@ -140,10 +141,11 @@ def test_what_makes_no_teacher_is_refused(cli: Cli, data: Path, tmp_path: Path) 
 
 
 def test_compiled_it_takes_the_same_course(
-    start: Path, cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "compile_model", traced_alone)
-    words = (*PLAIN, *HALF, "--checkpoint", start, "--data-path", data, "--distill", "--epochs", 2)
+    monkeypatch.setattr(engine, "compile_model", partial(torch.compile, fullgraph=True, dynamic=False, backend="eager"))
+    words = ("--finetune", saved_file(tmp_path / "tiny.safetensors"), "--data-path", data, "--distill", "--epochs", 1)
+    words = (*words, "--batch-size", 4, "--num_workers", 0)
     words = (*words, "--lr", 1e-3, "--unscale-lr", "--affine", 0, 0, 0)
     losses = []
     for name, more in (("eager", ()), ("compiled", ("--compile",))):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,29 @@ FORKED = pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork"
 # torch raises it wherever this process is just then: also within multiprocessing's own receiving, between a
 # socket's opening and its closing.
 DIES = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
-WORKERS = pytest.mark.parametrize("workers", [0, pytest.param(2, marks=FORKED)])
+
+
+def cases(*rows: tuple[Any, ...]) -> list[Any]:
+    """Rows of cases whose last value is a number of loader processes."""
+    return [pytest.param(*row, marks=[FORKED] * (row[-1] > 0)) for row in rows]
 
 
 @pytest.fixture(autouse=True)
 def _loaders_end() -> Iterator[None]:
     """Garbage that still has loader processes waits seconds for them when it is collected."""
+    made: list[weakref.ref[Any]] = []
+    start = _MultiProcessingDataLoaderIter.__init__
+
+    def noted(self: Any, *args: Any) -> None:
+        made.append(weakref.ref(self))
+        start(self, *args)
+
+    _MultiProcessingDataLoaderIter.__init__ = noted  # type: ignore[method-assign]
     yield
-    for thing in gc.get_objects():
-        if type(thing) is _MultiProcessingDataLoaderIter:
-            thing._shutdown_workers()
+    _MultiProcessingDataLoaderIter.__init__ = start  # type: ignore[method-assign]
+    for reference in made:
+        if (iterator := reference()) is not None and hasattr(iterator, "_workers"):
+            iterator._shutdown_workers()
 
 
 class TwoWordsError(Exception):
@@ -110,8 +123,9 @@ def command(mode: str, folder: Path, out: Path) -> list[object]:
             return ["--eval", "--model", MODEL, "--checkpoint", "scratch", "--data-path", folder, "--batch-size", 4]
 
 
-@WORKERS
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    ("kind", "workers"), cases(*((kind, 2) for kind in ERRORS), ("no memory", 0), ("two words", 0), ("the end", 0))
+)
 def test_any_error_names_its_image(
     kind: str, workers: int, cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,9 +136,9 @@ def test_any_error_names_its_image(
     check(result, f"main.py: error: image {path}: {said}", " while it was read")
 
 
-@WORKERS
 @pytest.mark.parametrize(
-    ("mode", "split"), [("search", "train"), ("search", "val"), ("finetune", "train"), ("finetune", "val")]
+    ("mode", "split", "workers"),
+    cases(("search", "train", 2), ("search", "val", 0), ("finetune", "train", 0), ("finetune", "val", 2)),
 )
 def test_in_every_loop(
     mode: str,
@@ -156,8 +170,7 @@ def test_in_other_modes(
 
 @FORKED
 @DIES
-@pytest.mark.parametrize("mode", ["eval", "search", "finetune"])
-@pytest.mark.parametrize("end", ["exits", "is killed"])
+@pytest.mark.parametrize(("end", "mode"), [("exits", "eval"), ("is killed", "search"), ("exits", "finetune")])
 def test_a_loader_process_that_dies(
     end: str, mode: str, cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,8 +199,7 @@ def test_a_loader_process_that_dies_while_the_model_runs(
     check(result, "main.py: error: loading: DataLoader worker (pid")
 
 
-@WORKERS
-@pytest.mark.parametrize("name", ["a\nb.jpg", "ä ?.jpg", "%s {0}.jpg"])
+@pytest.mark.parametrize(("name", "workers"), cases(("a\nb.jpg", 2), ("ä ?.jpg", 0), ("%s {0}.jpg", 2)))
 def test_images_of_odd_names(name: str, workers: int, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     (image_folder / "val" / "dog" / name).write_bytes(b"no picture")
     result = cli(*command("eval", image_folder, tmp_path), "--num_workers", workers)
@@ -206,8 +218,7 @@ def left_out(out: str) -> list[str]:
     return [line.split("left out ")[1] for line in out.splitlines() if "left out " in line]
 
 
-@WORKERS
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("size", "workers"), cases((1, 2), (4, 0)))
 def test_evaluation_goes_on_without_what_cannot_be_read(
     size: int, workers: int, cli: Cli, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -220,8 +231,7 @@ def test_evaluation_goes_on_without_what_cannot_be_read(
     assert json.loads((tmp_path / "out" / "log.txt").read_text())["images"] == 7
 
 
-@WORKERS
-@pytest.mark.parametrize("mode", ["search", "finetune"])
+@pytest.mark.parametrize(("mode", "workers"), cases(("search", 2), ("finetune", 0)))
 def test_training_takes_the_next_image(
     mode: str, workers: int, cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

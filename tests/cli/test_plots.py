@@ -197,10 +197,15 @@ def test_work_is_drawn_from_its_log(cli: Cli, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.png")] == ["search_work.png"]
 
 
-def test_a_folder_is_drawn_again_from_its_logs(cli: Cli, tmp_path: Path) -> None:
+def on_few(folder: Path) -> tuple[object, ...]:
+    """The flags of a run on nine images, with fresh weights."""
+    return ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", folder, "--num_workers", 0)
+
+
+def test_a_folder_is_drawn_again_from_its_logs(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words in (("--eval",), ("--baseline", "merge", "--target_flops", 0.03)):
-        assert cli(*words, "--output_dir", out, "--num_workers", 0)[0] == 0
+        assert cli(*words, *on_few(image_folder), "--output_dir", out)[0] == 0
     first = (out / "accuracy.png").read_bytes()
     (out / "accuracy.png").unlink()
     code, text, err = cli("--plot", out)
@@ -236,11 +241,11 @@ def test_damaged_logs_are_named(files: dict[str, str], expected: str, cli: Cli, 
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_run_keeps_its_scores_beside_a_damaged_log(cli: Cli, tmp_path: Path) -> None:
+def test_a_run_keeps_its_scores_beside_a_damaged_log(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("not a log\n")
-    code, text, err = cli("--eval", "--output_dir", tmp_path, "--num_workers", 0)
+    code, text, err = cli("--eval", *on_few(image_folder), "--output_dir", tmp_path)
     assert (code, err) == (0, "")
-    assert "* Acc@1 98.000" in text
+    assert "* Acc@1 " in text
     assert "no plots" in text
 
 

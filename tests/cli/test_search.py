@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from diffrate.schedule import find_schedule
 from diffrate.searching.gradient import Search
 from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
-from tests.conftest import Cli, end_while_held_up
+from tests.conftest import Cli, end_while_held_up, ran_once, write_image
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -53,11 +54,23 @@ def same_rates(first: Path, second: Path) -> bool:
     return all(torch.equal(a, b) for a, b in zip(rates(first), rates(second), strict=True))
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of images, and the output folder of a search of one epoch on it, to look at and not to write to."""
+    root = tmp_path_factory.mktemp("searched")
+    for split, count in (("train", 4), ("val", 3)):
+        for label, name in enumerate(("cat", "dog", "emu")):
+            for index in range(count):
+                write_image(root / "data" / split / name / f"{index}.jpg", seed=10 * label + index)
+    ran_once(*words(root / "data", root / "out", "--epochs", 1))
+    return root / "data", root / "out"
+
+
 def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, text, err = cli(*words(image_folder, out, "--epochs", 2))
+    code, text, err = cli(*words(image_folder, out, "--epochs", 2, "--tensorboard"))
     assert (code, err) == (0, "")
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir() if not path.name.startswith("events.")} == {
         *("checkpoint.pth", "model_best.pth", "compression_rate.json", "log.txt", "log_rank0.txt"),
         *("found.txt", "search_steps.txt", "accuracy.png", "kept_tokens.png", "search_counts.png"),
     }
@@ -67,6 +80,9 @@ def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_
     assert all(meets_budget(record["gflops"], 0.025) for record in records)
     assert list(schedule.merge) in [record["merge_kept_num"] for record in records]
     assert records[-1]["lr"] == pytest.approx(0.001)
+    losses = EventAccumulator(str(out)).Reload().Scalars("train_loss")
+    assert [event.step for event in losses] == [0, 1]
+    assert [event.value for event in losses] == pytest.approx([record["train_loss"] for record in records])
     content = checkpoint(out)
     assert content["flags"]["target_flops"] == 0.025
     assert content["flags"]["data_path"] == str(image_folder)
@@ -77,27 +93,15 @@ def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_
     assert scores(text)[3] == 0.025
 
 
-def test_tensorboard_gets_the_figures_of_each_epoch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    code, _, err = cli(*words(image_folder, out, "--epochs", 2, "--tensorboard"))
-    assert (code, err) == (0, "")
-    events = EventAccumulator(str(out)).Reload()
-    records = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-    assert [event.step for event in events.Scalars("train_loss")] == [0, 1]
-    written = [event.value for event in events.Scalars("train_loss")]
-    assert written == pytest.approx([record["train_loss"] for record in records])
-
-
-def test_resumed_evaluation_takes_the_searched_schedule(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    cli(*words(image_folder, tmp_path / "out", "--epochs", 1))
-    flags = ("--eval", "--model", MODEL, "--checkpoint", "scratch", "--data-path", image_folder, "--num_workers", 0)
-    loaded = cli(
-        *flags, "--load_compression_rate", "--compression_rate_file", tmp_path / "out" / "compression_rate.json"
-    )
+def test_resumed_evaluation_takes_the_searched_schedule(searched: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
+    data, out = searched[0], tmp_path / "out"
+    shutil.copytree(searched[1], out)
+    flags = ("--eval", "--model", MODEL, "--checkpoint", "scratch", "--data-path", data, "--num_workers", 0)
+    loaded = cli(*flags, "--load_compression_rate", "--compression_rate_file", out / "compression_rate.json")
     for name in ("checkpoint.pth", "model_best.pth"):
-        resumed = cli(*flags, "--resume", tmp_path / "out" / name)
+        resumed = cli(*flags, "--resume", out / name)
         assert scores(resumed[1]) == scores(loaded[1])
-    assert scores(cli(*flags, "--resume", "auto", "--output_dir", tmp_path / "out")[1]) == scores(loaded[1])
+    assert scores(cli(*flags, "--resume", "auto", "--output_dir", out)[1]) == scores(loaded[1])
 
 
 def test_the_search_moves_towards_the_target(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
@@ -189,11 +193,11 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     ],
 )
 def test_a_checkpoint_of_another_search_is_refused(
-    more: tuple[object, ...], expected: str, cli: Cli, image_folder: Path, tmp_path: Path
+    more: tuple[object, ...], expected: str, searched: tuple[Path, Path], cli: Cli, tmp_path: Path
 ) -> None:
-    cli(*words(image_folder, tmp_path / "out", "--epochs", 1))
-    again = words(image_folder, tmp_path / "out", "--epochs", 1, *more)
-    code, _, err = cli(*again, "--resume", tmp_path / "out" / "checkpoint.pth")
+    data, out = searched
+    again = words(data, tmp_path / "again", "--epochs", 1, *more)
+    code, _, err = cli(*again, "--resume", out / "checkpoint.pth")
     assert code == 2
     assert expected in err
     assert err.count("\n") == 1
@@ -243,35 +247,34 @@ def wait_for_change(path: Path, before: float, runs: Callable[[], bool]) -> None
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_killed_ten_times_at_random_the_search_ends_the_same(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+def test_killed_four_times_at_random_the_search_ends_the_same(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     """`kill -9` after a checkpoint was written and a random while later: the same rates, bit for bit."""
-    more = ("--epochs", 30, "--resume", "auto", "--arch-lr", 0.05)
+    more = ("--epochs", 12, "--resume", "auto", "--arch-lr", 0.05)
     path = tmp_path / "killed" / "checkpoint.pth"
     draw = random.Random(0)
-    for _ in range(10):
+    for _ in range(4):
         before = path.stat().st_mtime if path.exists() else 0.0
         # A copy of this process has torch already.
         process = get_context("fork").Process(target=main.main, args=(words(image_folder, tmp_path / "killed", *more),))
         process.start()
         wait_for_change(path, before, process.is_alive)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.1))
         process.kill()
         process.join()
-    assert checkpoint(tmp_path / "killed")["epoch"] < 30
+    assert checkpoint(tmp_path / "killed")["epoch"] < 12
     for name in ("killed", "whole"):
         code, _, err = cli(*words(image_folder, tmp_path / name, *more))
         assert (code, err) == (0, "")
-    assert checkpoint(tmp_path / "killed")["epoch"] == 30
+    assert checkpoint(tmp_path / "killed")["epoch"] == 12
     assert same_rates(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_leave(number: signal.Signals, image_folder: Path, tmp_path: Path) -> None:
+def test_an_interrupt_saves_and_leaves(image_folder: Path, tmp_path: Path) -> None:
+    """The process itself; SIGTERM in the middle of a sweep is in `test_finetune_resume.py`."""
     path = tmp_path / "out" / "checkpoint.pth"
     process = start(words(image_folder, tmp_path / "out", "--epochs", 300))
     wait_for_change(path, 0.0, lambda: process.poll() is None)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "go on with --resume" in err

@@ -65,10 +65,14 @@ def test_scaling_to_its_own_size_changes_nothing(cli: Cli, image_folder: Path) -
 
 
 @pytest.mark.parametrize(
-    ("model", "target", "tokens"),
-    [("vit_deit_tiny_patch16_224", 0.8, (197, 577)), ("caformer_s36", 5.2, (196, 576))],
+    ("mode", "model", "target", "tokens"),
+    [
+        ("--eval", "vit_deit_tiny_patch16_224", 0.8, (197, 577)),
+        ("--benchmark", "caformer_s36", 5.2, (196, 576)),
+        ("--visualize", "vit_deit_tiny_patch16_224", 0.8, (197, 577)),
+        ("--finetune", "caformer_s36", 5.2, (196, 576)),
+    ],
 )
-@pytest.mark.parametrize("mode", ["--eval", "--benchmark", "--visualize", "--finetune"])
 def test_published_schedules_are_of_their_input(
     mode: str, model: str, target: float, tokens: tuple[int, int], cli: Cli, image_folder: Path, tmp_path: Path
 ) -> None:

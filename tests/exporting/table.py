@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,29 +15,35 @@ from diffrate.files.graph import traced
 from diffrate.files.runtimes import KINDS, Metadata, load_exported
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 
-PRUNED, MERGED = (1.0, 0.8, 0.6, 0.4), (1.0, 0.7, 0.5, 0.3)  # shares of the patches that the four blocks keep
+PRUNED, MERGED = (
+    (1.0, 0.8, 0.6, 0.4),
+    (1.0, 0.7, 0.5, 0.3),
+)  # shares of the patches that four blocks keep
 
 
-def compressed(name: str) -> diffrate.CompressedModel:
+def compressed(name: str, **options: Any) -> diffrate.CompressedModel:
     """The construction in float32, which prunes and merges."""
-    model = diffrate.patch.vit(build(name).float(), 1, 1, size_of(name))
+    model = diffrate.patch.vit(build(name, **options).float(), 1, 1, size_of(name))
     space = model.compression.space
     patches = space.limits[0] - space.prefix
-    model.set_kept_num(*([space.prefix + round(share * patches) for share in row] for row in (PRUNED, MERGED)))
+    rows = (row[: len(space.limits)] for row in (PRUNED, MERGED))
+    model.set_kept_num(*([space.prefix + round(share * patches) for share in row] for row in rows))
     return model
 
 
-def differences(name: str, folder: Path) -> Iterator[tuple[str, float | str]]:
+def differences(
+    name: str, folder: Path, suffixes: Collection[str] = tuple(KINDS), **options: Any
+) -> Iterator[tuple[str, float | str]]:
     """For each kind of file the largest difference of logits at batches of 1, 3 and 8, or why there is none."""
-    model = compressed(name)
+    model = compressed(name, **options)
     program = traced(model, torch.float32, None)
     said = Metadata(
         **{"model": name, "schedule": model.compression.current(), "gflops": 0.0, "dense_gflops": 0.0},
         **{"input_size": (3, *size_of(name)), "mean": None, "std": None, "normalizes": False},
         **{"precision": "", "versions": {}},
     )
-    for suffix, kind in KINDS.items():
-        path = folder / f"{name}{suffix}"
+    for suffix in suffixes:
+        kind, path = KINDS[suffix], folder / f"{name}{suffix}"
         try:
             kind.write(program, said.entries(), path)
             run = load_exported(path).logits

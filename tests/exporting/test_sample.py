@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cli.data import eval_dataset
 from cli.flags import parse_flags
 from cli.model import chosen_entry
 from diffrate.files.runtimes import load_exported
-from tests.conftest import Cli
+from tests.conftest import Cli, ran_once
+from tests.test_docs import DOCS, blocks
+from tests.tiny_models import saved_file
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 pytest.importorskip("openvino", reason="needs requirements-export.txt")
@@ -19,41 +24,53 @@ pytest.importorskip("openvino", reason="needs requirements-export.txt")
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """As the files take them: in [0, 1]."""
     settings = parse_flags(["--eval"])
-    images, labels = zip(*eval_dataset(settings, chosen_entry(settings.model), None, None), strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    entry = chosen_entry(settings.model)
+    images, labels = zip(*eval_dataset(settings, entry, None, None), strict=True)
+    mean, std = (torch.tensor(row)[:, None, None] for row in (entry.mean, entry.std))
+    return torch.stack(images) * std + mean, torch.tensor(labels)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("gflops", "right", "suffix"), [(0.0242, 952, ".onnx"), (0.0169, 828, ".xml")])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a file for each runtime and a picture, by the names that docs/export.md gives them."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, gflops in (("small.onnx", 0.0242), ("small.xml", 0.0169)):
+        words = ("--load_compression_rate", "--target_flops", gflops, "--export-normalize")
+        ran_once("--export", folder / name, *words)
+    Image.new("RGB", (40, 30), "black").save(folder / "picture.png")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "right"), [("small.onnx", 952), ("small.xml", 828)])
 def test_as_many_digits_are_right(
-    gflops: float,
-    right: int,
-    suffix: str,
-    digits: tuple[torch.Tensor, torch.Tensor],
-    cli: Cli,
-    tmp_path: Path,
+    name: str, right: int, digits: tuple[torch.Tensor, torch.Tensor], folder: Path
 ) -> None:
     """As `--eval` has them: docs/fine-tune.md."""
-    path = tmp_path / f"digits{suffix}"
-    code, _, err = cli("--export", path, "--load_compression_rate", "--target_flops", gflops)
-    assert (code, err) == (0, "")
-    logits = load_exported(path).logits
+    logits = load_exported(folder / name).logits
     images, labels = digits
     found = torch.cat([logits(batch) for batch in images.split(300)])  # the last is smaller
     assert int((found.argmax(1) == labels).sum()) == right
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_pages_lines_run_a_file(runtime: str, folder: Path) -> None:
+    (lines,) = (block for block in blocks(DOCS / "export.md", "python") if f", {runtime}\n" in block)
+    words = [sys.executable, "-I", "-W", "error", "-c", lines]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in set("0123456789")
+
+
 def test_onnxruntimes_quantizer_takes_the_file(
-    digits: tuple[torch.Tensor, torch.Tensor], cli: Cli, tmp_path: Path
+    digits: tuple[torch.Tensor, torch.Tensor], folder: Path, tmp_path: Path
 ) -> None:
     """In int8 nearly as many digits are right as the 95.2 % of float32."""
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    path, prepared, smaller = (tmp_path / f"{name}.onnx" for name in ("digits", "prepared", "smaller"))
-    code, _, err = cli("--export", path, "--load_compression_rate", "--target_flops", 0.0242)
-    assert (code, err) == (0, "")
+    path, prepared, smaller = folder / "small.onnx", tmp_path / "prepared.onnx", tmp_path / "smaller.onnx"
     quant_pre_process(path, prepared)
     quantize_dynamic(prepared, smaller)
     assert smaller.stat().st_size < path.stat().st_size / 2
@@ -62,15 +79,15 @@ def test_onnxruntimes_quantizer_takes_the_file(
     assert float((found.argmax(1) == labels).float().mean()) == pytest.approx(0.948, abs=0.01)
 
 
-def test_opsets(cli: Cli, tmp_path: Path) -> None:
+def test_opsets(folder: Path, cli: Cli, tmp_path: Path) -> None:
     import onnx
 
-    path = tmp_path / "digits.onnx"
-    words = ["--export", path, "--load_compression_rate", "--target_flops", 0.0242]
-    for opset, operator in ((18, "Softmax"), (23, "Attention")):
-        code, _, err = cli(*words, "--export-opset", opset)
-        assert (code, err) == (0, "")
-        written = onnx.load(path)
+    saved, path = saved_file(tmp_path / "tiny.safetensors"), tmp_path / "tiny.onnx"
+    words = ["--export", path, "--checkpoint", saved]
+    code, _, err = cli(*words, "--export-opset", 23)
+    assert (code, err) == (0, "")
+    for file, opset, operator in ((folder / "small.onnx", 18, "Softmax"), (path, 23, "Attention")):
+        written = onnx.load(file)
         assert written.opset_import[0].version == opset
         assert operator in {node.op_type for node in written.graph.node}
         assert written.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"

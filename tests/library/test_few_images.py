@@ -38,7 +38,7 @@ def test_a_hundred_images_beat_every_uniform_schedule(head: bool) -> None:
         model.reset_classifier(0)
     patched = diffrate.patch.vit(model)
     target = 0.5 * patched.flops_at(patched.dense_schedule())
-    found = diffrate.search(patched, images("train", 100), target_flops=target, method="calibrated", work=1500)
+    found = diffrate.search(patched, images("train", 100), target_flops=target, method="calibrated", work=800)
     assert meets_budget(found.flops, target)
     uniform = list(uniform_schedules(patched.compression.space, Budget(patched.flops_at, target)).values())
     losses = losses_at(patched, [found.schedule, *uniform], images("val", 500))

@@ -22,7 +22,7 @@ from diffrate.searching.teacher import Teacher, losses_at, sigmoid_divergence
 from tests.forked import two
 from tests.library.test_search_function import SMALL
 
-SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 900}
+SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 300}
 KEPT = diffrate.Schedule((14, 10, 8, 6), (12, 9, 7, 5))
 
 
