@@ -261,10 +261,10 @@ class Calibrating:
             merging = uniform_schedules(space.ruled(rule), budget).get("merge")
             if merging is not None:
                 losses[rule] = calibration.mean(merging, index)
-                starts[f"{UNIFORM} merge, {rule}"] = merging
+                starts[f"{UNIFORM} merge by {rule}"] = merging
         rules = sorted(losses, key=losses.__getitem__)[:RULES_IN_PLAY] or [PUBLISHED]
-        best = f"{UNIFORM} merge, {rules[0]}"
-        return {name: one for name, one in starts.items() if "," not in name or name == best}, tuple(rules)
+        best = f"{UNIFORM} merge by {rules[0]}"
+        return {name: one for name, one in starts.items() if " by " not in name or name == best}, tuple(rules)
 
     def _after(self, record: TrialRecord, trials: Trials) -> None:
         """A round of trials is done."""
