@@ -503,10 +503,10 @@ class Reporter(diffrate.Observer, CalibrationObserver):
 
 
 def log_counts(counts: Mapping[str, Any]) -> None:
-    """A line for the kept counts of pruning and of merging, where a schedule has them."""
+    """A line for the kept counts of pruning and of merging, and for the rules, where a schedule has them."""
     for name, values in counts.items():
         if values is not None:
-            log.info("%s %s", name, list(values))
+            log.info("%s %s", name, values if isinstance(values, str) else list(values))
 
 
 def log_calibrated(found: Calibrated, runtime: Runtime) -> float:

@@ -30,9 +30,9 @@ from cli.schedules import latency_table, schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
 from datasets import DataError, ImageLoader
 from diffrate.files.header import about, is_saved_model
-from diffrate.latency.measure import random_schedule
+from diffrate.latency.measure import OTHER_RULES, random_schedule
 from diffrate.latency.table import BlockTimes
-from diffrate.schedule import Kept
+from diffrate.schedule import PUBLISHED, RULES, Kept
 from diffrate.timing import PairedTimes, time_in_turn
 from models.zoo import ModelEntry
 from utils import UsageError
@@ -236,8 +236,9 @@ def build_step(kind: str, subject: Subject, batch_size: int, device: torch.devic
 def latency_rows(name: str, table: diffrate.LatencyTable) -> Iterator[Row]:
     """Milliseconds of a batch in the first block of each kind, by the tokens that enter and, of the MLP, leave it.
 
-    sized: what attention takes more where tokens stand for several. prune, merge: what removing a tenth of the tokens
-    takes, without the MLP; None where the kind reduces nothing. rest: outside the blocks.
+    sized: what attention takes more where tokens stand for several. prune, merge, and by name what merging by other
+    rules takes: removing a tenth of the tokens, without the MLP; None where the kind reduces nothing. rest: outside the
+    blocks.
     """
     for kind, times in enumerate(table.kinds):
         counts = {max(1, round(table.tokens * part / ROWS)) for part in range(1, ROWS + 1)}
@@ -254,16 +255,17 @@ def latency_rows(name: str, table: diffrate.LatencyTable) -> Iterator[Row]:
                 "mlp_ms": 1000 * times.after[tokens if times.read is None else times.read],
                 "prune_ms": _price(times, tokens, merging=False),
                 "merge_ms": _price(times, tokens, merging=True),
+                **{f"{rule}_ms": _price(times, tokens, merging=True, rule=rule) for rule in OTHER_RULES},
                 "rest_ms": 1000 * (table.embedding + table.head[0] + table.head[1] * table.tokens),
             }
 
 
-def _price(times: BlockTimes, tokens: int, merging: bool) -> float | None:
+def _price(times: BlockTimes, tokens: int, merging: bool, rule: str = PUBLISHED) -> float | None:
     """Milliseconds of removing a tenth of the tokens."""
     if not times.reduction or tokens < 2:
         return None
     left = tokens - max(1, round(GONE * tokens))
-    return 1000 * times.price(Kept(tokens, tokens if merging else left, left), sized=False)
+    return 1000 * times.price(Kept(tokens, tokens if merging else left, left), False, RULES[rule])
 
 
 def loading_row(model: nn.Module, loader: ImageLoader, name: str, flops: int, runtime: Runtime) -> Row:

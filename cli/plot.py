@@ -20,7 +20,7 @@ from cli.runtime import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS,
 from cli.settings import Settings
 from diffrate.atomic import whole_file
 from diffrate.budget import PEERS
-from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, Kept, ScheduleError, make_schedule, running_counts
+from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, RULES_FIELD, Kept, ScheduleError, make_schedule, running_counts
 from utils import UsageError
 
 # Okabe and Ito's colours; every curve also has a mark or a stroke of its own, for grey print.
@@ -33,6 +33,9 @@ STYLES = {
     "uniform prune": ("#e69f00", "v"),
     "uniform both": ("#cc79a7", "D"),
     "uniform random": ("#999999", "X"),
+    "uniform merge by another rule": ("#8c510a", "p"),
+    "tome": ("#b2182b", "<"),
+    "pitome": ("#762a83", ">"),
 }
 LATENCIES = (
     ("attention_ms", "attention, of tokens that enter", "-"),
@@ -233,7 +236,8 @@ def work_figure(records: Sequence[Record]) -> Figure | None:
             axes.step(work, best, color=color, where="post", label="calibrated, best so far")
     for stage, loss in uniform.items():
         label = stage if stage.startswith("uniform") else f"uniform {stage}".strip()
-        axes.axhline(loss, color=STYLES.get(label, STYLES["dense"])[0], linestyle="--", label=label)
+        kind = "uniform merge by another rule" if " by " in label else label
+        axes.axhline(loss, color=STYLES.get(kind, STYLES["dense"])[0], linestyle="--", label=label)
     drawn = [r for course in runs.values() for r in course]
     axes.set(xlabel="work (forward passes of the dense model on one image)", ylabel="loss against the dense outputs")
     axes.set_xscale(_scale([r["work"] for r in drawn]))
@@ -261,6 +265,8 @@ def _kind(record: Record) -> str | None:
         return "dense"
     if mode.startswith("baseline "):
         kind = mode.removeprefix("baseline ")
+        if record.get(RULES_FIELD) not in (None, "random", *PEERS):
+            return "uniform merge by another rule"
         return kind if kind in PEERS else f"uniform {kind}"
     return {"eval": "schedule", "found": "searched", "finetune": "fine-tuned"}.get(mode)
 

@@ -87,7 +87,7 @@ def log_found(
     schedule = found.schedule
     for name, counts in fields_of(schedule).items():
         if counts is not None:
-            log.info("found %s %s", name, list(counts))
+            log.info("found %s %s", name, counts if isinstance(counts, str) else list(counts))
     flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
     if apart is not None:
         log.info(

@@ -184,7 +184,8 @@ def _count(seen: Seen, block: int) -> str:
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
-    """Write `NAME.png`, the page, and `NAME_tokens.png`, the final groups alone, for each image.
+    """Write `NAME.png`, the page, and `NAME_tokens.png`, the groups after the last block with patches alone, for each
+    image.
 
     Raises:
         DataError, CheckpointError, ScheduleError, UsageError: an image, the weights, the schedule or a
@@ -206,7 +207,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
         with whole_file(target) as file:
             drawn.savefig(file, format="png", dpi=DPI)
         with whole_file(target.with_name(f"{name}_tokens.png")) as file:
-            seen.tokens_after(len(seen.kept) - 1).save(file, format="PNG")
+            seen.tokens_after(seen.last()).save(file, format="PNG")
         both = {"dense": seen.dense, "compressed": seen.compressed}
         said = {who: likeliest(found, names) for who, found in both.items() if found is not None}
         runtime.record({"mode": "visualize", "model": entry.name, "image": str(path), "kept": seen.kept, **said})

@@ -136,12 +136,37 @@ def test_a_sweep_searches_each_target_into_one_file(cli: Cli, image_folder: Path
         assert (tmp_path / "out" / f"target_{target:g}" / "checkpoint.pth").exists()
 
 
-@pytest.mark.parametrize("kind", ["prune", "merge", "both", "random"])
-def test_baselines_evaluate_and_save(kind: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    code, text, err = cli(*words(image_folder, tmp_path / "out", "--baseline", kind))
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        *((("prune",), None), (("both",), None), (("merge", "--rule", "similar"), "similar")),
+        *((("random",), "random"), (("tome",), "tome"), (("pitome",), "pitome")),
+    ],
+    ids=str,
+)
+def test_baselines_evaluate_and_save(
+    flags: tuple[str, ...], rule: str | None, cli: Cli, image_folder: Path, tmp_path: Path
+) -> None:
+    code, text, err = cli(*words(image_folder, tmp_path / "out", "--baseline", *flags))
     assert (code, err) == (0, "")
     assert scores(text)[3] == 0.025
-    assert find_schedule(tmp_path / "out" / "compression_rate.json", KEY, 0.025)
+    found = find_schedule(tmp_path / "out" / "compression_rate.json", KEY, 0.025)
+    assert found.rules == (None if rule is None else (rule,) * 8)
+
+
+def test_a_search_by_gradient_takes_a_rule_and_goes_on_with_it_alone(
+    cli: Cli, image_folder: Path, tmp_path: Path
+) -> None:
+    flags = words(image_folder, tmp_path / "out", "--epochs", 1, "--rule", "minor_into_major")
+    code, text, err = cli(*flags)
+    assert (code, err) == (0, "")
+    assert "found rules minor_into_major\n" in text
+    found = find_schedule(tmp_path / "out" / "compression_rate.json", KEY, 0.025)
+    assert found.rules == ("minor_into_major",) * 8
+    flags[flags.index("minor_into_major")] = "tome"
+    code, _, err = cli(*flags, "--resume", "auto")
+    assert code == 2
+    assert "--rule" in err
 
 
 def test_a_search_starts_from_a_schedule(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
