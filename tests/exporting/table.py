@@ -1,7 +1,8 @@
-"""`python -m tests.exporting.table [NAME...]`: how each construction's files compare with the live model."""
+"""`python -m tests.exporting.table [RULE...] [NAME...]`: how each construction's files compare with the live model."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
@@ -13,6 +14,7 @@ import torch
 import diffrate
 from diffrate.files.graph import traced
 from diffrate.files.runtimes import KINDS, Metadata, load_exported
+from diffrate.schedule import PUBLISHED, RULE_NAMES, make_schedule
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 
 PRUNED, MERGED = (
@@ -21,13 +23,14 @@ PRUNED, MERGED = (
 )  # shares of the patches that four blocks keep
 
 
-def compressed(name: str, **options: Any) -> diffrate.CompressedModel:
-    """The construction in float32, which prunes and merges."""
+def compressed(name: str, rule: str = PUBLISHED, **options: Any) -> diffrate.CompressedModel:
+    """The construction in float32, which prunes and merges by `rule`."""
     model = diffrate.patch.vit(build(name, **options).float(), 1, 1, size_of(name))
     space = model.compression.space
     patches = space.limits[0] - space.prefix
     rows = (row[: len(space.limits)] for row in (PRUNED, MERGED))
-    model.set_kept_num(*([space.prefix + round(share * patches) for share in row] for row in rows))
+    prune, merge = ([space.prefix + round(share * patches) for share in row] for row in rows)
+    model.schedule = make_schedule(prune, merge, rule)
     return model
 
 
@@ -57,13 +60,14 @@ def differences(
 
 
 def main(names: list[str]) -> None:
-    """Print a row for each construction that is named, or for all."""
+    """Print a row for each construction that is named, or for all, by each rule that is named, or by the paper's."""
+    rules = [name for name in names if name in RULE_NAMES] or [PUBLISHED]
+    chosen = [name for name in names if name not in RULE_NAMES] or CONSTRUCTIONS
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for name in names or CONSTRUCTIONS:
-            cells = [
-                found if isinstance(found, str) else f"{found:.1e}" for _, found in differences(name, Path(folder))
-            ]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        for rule, name in itertools.product(rules, chosen):
+            found = differences(name, Path(folder), rule=rule)
+            cells = [one if isinstance(one, str) else f"{one:.1e}" for _, one in found]
+            print(f"| {rule} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

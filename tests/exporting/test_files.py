@@ -18,6 +18,7 @@ from diffrate.files import runtimes as files
 from diffrate.files.export import Exported, compare
 from diffrate.files.header import TARGETS
 from diffrate.files.runtimes import load_exported
+from diffrate.schedule import RULE_NAMES, make_schedule
 from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain
 
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
@@ -81,6 +82,22 @@ def test_one_file_answers_as_the_model_at_every_batch_size(
         images = images_for(family, count)
         taken = normalized(images) if family == "deit" else images
         torch.testing.assert_close(run(images), live(taken, return_flop=False), **EXACT)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_each_rule_does_the_same_in_a_file(suffix: str, tmp_path: Path) -> None:
+    """A block for each rule, but the one that differs from pass to pass."""
+    rules = [name for name in RULE_NAMES if name != "random"]
+    torch.manual_seed(0)
+    live = diffrate.patch.deit(plain("deit", depth=len(rules)), 1, 1).eval().requires_grad_(False)
+    counts = [65 - 6 * block for block in range(len(rules))]
+    live.schedule = make_schedule([min(65, count + 2) for count in counts], counts, rules)
+    exported = diffrate.export(live, tmp_path / f"model{suffix}")
+    assert exported.agreement.difference < 1e-4
+    file = load_exported(exported.path)
+    for count in (1, 3):
+        images = images_for("deit", count)
+        torch.testing.assert_close(file.logits(images), live(images, return_flop=False), **EXACT)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
