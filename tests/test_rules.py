@@ -93,11 +93,14 @@ def test_halves_merge_as_a_loop_says(name: str, batch: int) -> None:
         torch.testing.assert_close(left.sizes().sum(1), size.sum(1))
 
 
-@pytest.mark.parametrize("family", ["deit", "mae", "caformer"])
-@pytest.mark.parametrize("name", RULE_NAMES)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "deit") for name in RULE_NAMES if name != "random"),  # differs from pass to pass
+        *(("received_halves", "mae"), ("similar", "caformer"), ("received_halves", "caformer")),
+    ],
+)
 def test_a_model_runs_by_each_rule_and_images_do_not_meet(name: str, family: str) -> None:
-    if name == "random":
-        pytest.skip("differs from pass to pass")
     model = model_of(family)
     limits, space = model.compression.space.limits, model.compression.space
     counts = [max(space.least, round(limit * (1 - 0.15 * block))) for block, limit in enumerate(limits)]
@@ -176,12 +179,3 @@ def test_rules_go_with_the_model(tmp_path: Path) -> None:
     assert model.schedule.rules is None
     with pytest.raises(ValueError, match="rules in the state dict: found"):
         model.compression.set_extra_state(torch.tensor([PRUNE, MERGE, [99] * 6]))
-
-
-@pytest.mark.parametrize("name", [name for name in RULE_NAMES if name != "random"])
-def test_graphs_do_the_same(name: str) -> None:
-    model, batch = model_of().float(), images(5).float()
-    model.schedule = make_schedule(PRUNE, MERGE, name)
-    graph = diffrate.plain(model)
-    for part in (batch, batch[:1]):
-        torch.testing.assert_close(graph(part), model(part, return_flop=False), atol=1e-5, rtol=0)

@@ -32,14 +32,14 @@ from diffrate.schedule import Kept
 
 @dataclass(frozen=True)
 class HalvesIntoHalves:
-    """One half of the patches are sources, the other half destinations; the sources that are most similar to some
-    destination merge into it (Bolya et al., "Token Merging: Your ViT but faster", ICLR 2023, section 3).
+    """One half of the patches are sources, the other half destinations. The sources whose most similar destination is
+    most similar merge into it (Bolya et al., "Token Merging: Your ViT but faster", ICLR 2023, section 3).
 
-    Where more than half are to go, the same is done in rounds. What is pruned is what matters least, as in the paper.
+    Where more than half of the patches are to go, this is done in rounds. Pruning goes by importance, as in the paper.
 
     keys: compare keys, the mean over heads; else features. by_rank: the less important half are the sources; else
-    every other patch. aversion: sources are ranked by their similarity less so many times their importance, relative
-    to the mean.
+    every other patch. aversion: sources are ranked by their similarity less this factor times their importance, which
+    is relative to its mean.
     """
 
     keys: bool = False
@@ -53,61 +53,62 @@ class HalvesIntoHalves:
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
-        """The tokens that did not merge, after those that others merged into; first of all the prefix."""
-        compared = _keys(heads) if self.keys else None
+        """The prefix, the destinations, and the sources that did not merge."""
+        keys = _mean_keys(heads) if self.keys else None
         if kept.pruned < kept.entering:
             assert importance is not None
             index = most_important(importance, kept.pruned, prefix)
             state, importance = keep_tokens(state, index), take(importance, index[:, prefix:] - prefix)
-            compared = None if compared is None else take(compared, index)
+            keys = None if keys is None else take(keys, index)
         if kept.merged <= prefix:
-            return keep_tokens(state, _first(state, prefix))
+            return keep_tokens(state, torch.arange(prefix, device=state.x.device).expand(state.x.shape[0], prefix))
         left = kept.pruned
         while left > kept.merged:
-            going = min(left - kept.merged, (left - prefix) // 2)
-            state, importance, compared = self._round(state, importance, compared, going, prefix, mean)
-            left -= going
+            sources = min(left - kept.merged, (left - prefix) // 2)
+            index, destination, cosine = self._match(state.x if keys is None else keys, importance, sources, prefix)
+            state = _merged(state, index, destination, cosine, mean)
+            left -= sources
+            if left > kept.merged:  # for another round
+                if importance is not None:  # of a merged token, the sum
+                    parts = importance.gather(1, index[:, prefix:] - prefix)
+                    importance = add_up(parts[:, : left - prefix], destination - prefix, parts[:, left - prefix :])
+                keys = None if keys is None else take(keys, index[:, :left])
         return state
 
-    def _round(
-        self, state: TokenState, importance: Tensor | None, compared: Tensor | None, going: int, prefix: int, mean: Mean
-    ) -> tuple[TokenState, Tensor | None, Tensor | None]:
-        """`going` sources, half of the patches at most, merge."""
-        metric = state.x if compared is None else compared
-        patches = metric.shape[1] - prefix
+    def _match(
+        self, compared: Tensor, importance: Tensor | None, count: int, prefix: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens in an order `[B, N]` in which the `count` sources that merge come last, the position in it that
+        each of them goes to, and their cosine, both `[B, count]`."""
+        patches = compared.shape[1] - prefix
         if self.by_rank:
             assert importance is not None
             order = importance.argsort(dim=1, descending=True) + prefix
             targets, sources = order[:, : patches - patches // 2], order[:, patches - patches // 2 :]
-            nearest, cosine = _nearest(take(metric, sources), take(metric, targets))
+            nearest, cosine = _nearest(take(compared, sources), take(compared, targets))
         else:
-            positions = torch.arange(prefix, metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
-            targets, sources = positions[:, ::2], positions[:, 1::2]
-            nearest, cosine = _nearest(metric[:, prefix + 1 :: 2], metric[:, prefix::2])
-        likely = cosine
+            order = torch.arange(prefix, compared.shape[1], device=compared.device).expand(compared.shape[0], -1)
+            targets, sources = order[:, ::2], order[:, 1::2]
+            nearest, cosine = _nearest(compared[:, prefix + 1 :: 2], compared[:, prefix::2])
+        rank = cosine
         if self.aversion:
             assert importance is not None
             relative = importance / importance.mean(dim=1, keepdim=True)
-            likely = cosine - self.aversion * relative.gather(1, sources - prefix)
-        order = likely.argsort(dim=1, descending=True)
-        gone, stays = order[:, :going], order[:, going:]
-        others = torch.cat([targets, sources.gather(1, stays), sources.gather(1, gone)], dim=1) - prefix
-        destination = nearest.gather(1, gone) + prefix
-        similar = cosine.gather(1, gone) if mean.cosine_sizes else None
-        left = _merged(state, after_prefix(others, prefix), destination, similar, mean)
-        if importance is not None:  # what merged is as important as its parts together
-            shares, kept = importance.gather(1, others), patches - going
-            importance = add_up(shares[:, :kept], destination - prefix, shares[:, kept:])
-        if compared is not None:
-            compared = take(compared, after_prefix(others[:, : patches - going], prefix))
-        return left, importance, compared
+            rank = cosine - self.aversion * relative.gather(1, sources - prefix)
+        ranked = rank.argsort(dim=1, descending=True)
+        merging = ranked[:, :count]
+        patch_order = torch.cat([targets, sources.gather(1, ranked[:, count:]), sources.gather(1, merging)], dim=1)
+        index = after_prefix(patch_order - prefix, prefix)
+        return index, nearest.gather(1, merging) + prefix, cosine.gather(1, merging)
 
 
 @dataclass(frozen=True)
 class HighestEnergy:
-    """Tokens that many others are similar to merge among each other: the twice as many of the highest energy, every
-    other of them into the most similar of the rest (Tran et al., "Accelerating transformers with spectrum-preserving
-    token merging", NeurIPS 2024, equations 3 and 4). Half of the patches can go at most; the rest is pruned.
+    """The tokens of the highest energy, which many others are similar to, are sources and destinations in turn; each
+    source merges into its most similar destination (Tran et al., "Accelerating transformers with spectrum-preserving
+    token merging", NeurIPS 2024, equations 3 and 4).
+
+    Half of the patches can merge at most: where more are to go, those of the highest energy are pruned.
 
     margin: the cosine from which on two tokens count as similar.
     """
@@ -121,27 +122,28 @@ class HighestEnergy:
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
-        """The tokens of the lowest energy, after those that others merged into; first of all the prefix."""
-        keys = _keys(heads)[:, prefix:]
-        patches, going = keys.shape[1], kept.entering - kept.merged
+        """The prefix, the destinations, and the tokens of lower energy."""
+        keys = _mean_keys(heads)[:, prefix:]
+        patches, count = keys.shape[1], kept.entering - kept.merged
         unit = keys / length_of(keys).unsqueeze(-1)
         cosine = full_product(unit, unit.transpose(1, 2))
         near = torch.where(cosine >= self.margin, cosine, (cosine - self.margin).exp() - 1)
         order = near.mean(dim=-1).argsort(dim=1, descending=True)
-        if going > patches // 2:
-            return keep_tokens(state, after_prefix(order[:, patches - (kept.merged - prefix) :], prefix))
-        sources, targets = order[:, : 2 * going : 2], order[:, 1 : 2 * going : 2]
+        if count > patches // 2:
+            return keep_tokens(state, after_prefix(order[:, count:], prefix))
+        sources, targets = order[:, : 2 * count : 2], order[:, 1 : 2 * count : 2]
         nearest, similarity = _nearest(take(keys, sources), take(keys, targets))
-        index = after_prefix(torch.cat([targets, order[:, 2 * going :], sources], dim=1), prefix)
-        return _merged(state, index, nearest + prefix, similarity if mean.cosine_sizes else None, mean)
+        index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
+        return _merged(state, index, nearest + prefix, similarity, mean)
 
 
-def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor | None, mean: Mean) -> TokenState:
-    """All tokens at `index` `[B, N]`, the last ones merged into those at `destination` `[B, S]` of them."""
+def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor, mean: Mean) -> TokenState:
+    """All tokens in the order `index` `[B, N]`, the last ones merged into those at `destination` `[B, S]` of it."""
     x = gathered(state.x, index)
     if x.ndim == 2:
-        destination, cosine = destination[0], None if cosine is None else cosine[0]
-    return joined(state, index, x.shape[-2] - destination.shape[-1], x, destination, cosine, mean)
+        destination, cosine = destination[0], cosine[0]
+    kept = x.shape[-2] - destination.shape[-1]
+    return joined(state, index, kept, x, destination, cosine if mean.cosine_sizes else None, mean)
 
 
 def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,13 +155,9 @@ def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, along / length_of(sources)
 
 
-def _keys(heads: Heads) -> Tensor:
-    """What keys say of a token, the mean over heads: `[B, N, D]`."""
+def _mean_keys(heads: Heads) -> Tensor:
+    """Keys, the mean over heads: `[B, N, D]`."""
     return heads.key.mean(dim=1, dtype=size_dtype(heads.key))
-
-
-def _first(state: TokenState, count: int) -> Tensor:
-    return torch.arange(count, device=state.x.device).expand(state.x.shape[0], count)
 
 
 Named = Callable[[ReductionRule, float], ReductionRule]  # of the published rule, and the block's depth from 0 to 1

@@ -1,1 +1,0 @@
-"""What `--benchmark` measures, as rows of figures, and the script for what can only be known on a GPU."""
