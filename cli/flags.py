@@ -208,7 +208,7 @@ def check_paths(settings: Settings) -> None:
     files += [(f"--resume {run.resume}", Path(run.resume))] if run.resume not in (None, "auto") else []
     for named, path in files:
         if not path.exists():
-            raise UsageError(f"{named}: cannot be read (no such file)")
+            raise UsageError(f"{named}: cannot be read (no such file); accepted: a file that is there")
 
 
 def _model_name(args: argparse.Namespace) -> str | None:

@@ -1,4 +1,7 @@
-"""Two processes as a launcher starts them, copies of this one: they have torch already, and need seconds less."""
+"""Two processes as a launcher starts them, copies of a server that has torch already: they need seconds less.
+
+Copies of this process would not do: torch refuses a backward pass where the parent had made one.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +29,19 @@ class Ended(NamedTuple):
     err: str
 
 
+def with_torch() -> ForkServerContext:
+    """To start processes that are such copies."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["cli.search", "tests.forked"])
+    return context
+
+
 def two(run: Callable[[], object], folder: Path) -> list[Ended]:
     """`run` in processes 0 and 1; what it returns is their exit code. Their output goes to files in `folder`."""
     port, folder = free_port(), folder / "two_processes"
     folder.mkdir()
-    processes = [get_context("fork").Process(target=_as_rank, args=(rank, port, folder, run)) for rank in (0, 1)]
+    context = with_torch()
+    processes = [context.Process(target=_as_rank, args=(rank, port, folder, run)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

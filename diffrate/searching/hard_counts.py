@@ -42,7 +42,7 @@ TRIED_RULES = (
     *("similar", "similar_less_important", "minor_into_major", "received_halves"),
 )
 RULES_IN_PLAY = 4
-RULED_ON, RULES_SHARE = 3, 0.05  # chunks of images, as far as that share of the time suffices
+RULED_ON, RULES_SHARE = 3, 0.05  # chunks of images, as far as that share of the time and the work suffices
 # Of schedules that measurement does not tell apart, the first by this order is chosen: simple ones before others.
 SIMPLEST = (f"{UNIFORM} merge", f"{UNIFORM} prune", f"{UNIFORM} both")  # then what was given, then what was calibrated
 
@@ -250,7 +250,8 @@ class Calibrating:
             return starts, (given,)
         if "rules" in self.before:
             return starts, tuple(self.before["rules"])
-        likely = RULES_SHARE * self.clock.left() * speed / (len(TRIED_RULES) * self.share)
+        work = self.task.settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images))
+        likely = RULES_SHARE * min(work, self.clock.left() * speed) / (len(TRIED_RULES) * self.share)
         images = max(1, int(min(likely, RULED_ON * CHUNK)) // world())
         index = torch.cat(calibration.drawn(RULED_ON, Random(self.task.settings.seed)).images)[:images]
         losses: dict[str, float] = {}

@@ -237,7 +237,8 @@ def test_a_file_that_is_no_checkpoint(damage: str, cli: Cli, folder: Path, whole
     elif damage != "gone":
         start = (whole / "checkpoint.pth").read_bytes()[:5000]
         path.write_bytes({"empty": b"", "cut short": start, "text": b"weights\n" * 99}[damage])
-    check(cli(*words(folder, tmp_path / "out", "--resume", path)), f"--resume {path}: ", "accepted: ", "of --finetune")
+    kind = "accepted: a file that is there" if damage == "gone" else "of --finetune"
+    check(cli(*words(folder, tmp_path / "out", "--resume", path)), f"--resume {path}: ", "accepted: ", kind)
 
 
 def test_auto_needs_a_folder(cli: Cli, folder: Path) -> None:

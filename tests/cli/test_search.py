@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from diffrate.searching.gradient import Search
 from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, end_while_held_up, ran_once, write_image
+from tests.forked import with_torch
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -279,8 +279,7 @@ def test_killed_four_times_at_random_the_search_ends_the_same(cli: Cli, image_fo
     draw = random.Random(0)
     for _ in range(4):
         before = path.stat().st_mtime if path.exists() else 0.0
-        # A copy of this process has torch already.
-        process = get_context("fork").Process(target=main.main, args=(words(image_folder, tmp_path / "killed", *more),))
+        process = with_torch().Process(target=main.main, args=(words(image_folder, tmp_path / "killed", *more),))
         process.start()
         wait_for_change(path, before, process.is_alive)
         time.sleep(draw.uniform(0, 0.1))
