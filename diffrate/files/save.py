@@ -243,6 +243,8 @@ def _rebuilt(about: About) -> Any:
             return vit(model, *about.granularity, about.input_size[1:], about.return_flop)
     except (UnsupportedModelError, RateError) as error:
         raise SavedModelError(str(error)) from error
+    except (TypeError, ValueError) as error:  # such as three sides of an image, which older timm takes
+        raise SavedModelError(f"arguments: found a model that cannot be patched ({first_line(error)})") from error
 
 
 def _check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
