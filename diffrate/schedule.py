@@ -118,6 +118,8 @@ def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, wher
         raise ScheduleError(
             f"{where}made for {schedule.tokens} tokens; accepted: {limits[0]} tokens, as the model has at this input"
         )
+    if schedule.rules is not None:
+        _names(schedule.rules, len(limits), where)
     if prunes and schedule.prune is None:
         raise ScheduleError(f"{where}{PRUNE_FIELD}: found none; accepted: {len(limits)} counts")
     if not prunes and schedule.prune is not None:

@@ -177,5 +177,8 @@ def test_rules_go_with_the_model(tmp_path: Path) -> None:
         assert torch.equal(again(batch, return_flop=False), expected)
     model.set_kept_num(PRUNE, MERGE)
     assert model.schedule.rules is None
+    for wrong in (("tome",) * 5, ("best",) * 6):
+        with pytest.raises(ScheduleError, match=r"^rules: found .*, or 6 of them$"):
+            model.check(Schedule(PRUNE, MERGE, rules=wrong))
     with pytest.raises(ValueError, match="rules in the state dict: found"):
         model.compression.set_extra_state(torch.tensor([PRUNE, MERGE, [99] * 6]))

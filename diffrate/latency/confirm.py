@@ -75,7 +75,7 @@ def confirmed(
     `again` finds a better schedule of the corrected budget than rounding does. Without it, a schedule that is faster
     than asked stays.
     """
-    space, found = model.compression.space, []
+    found = []
     corrected, slowest, spent = budget, budget.target / (1 - TOO_SLOW), again is None
     while True:
         cost = made_by_first(partial(_measured, model, schedule, budget, table, use))
@@ -86,6 +86,7 @@ def confirmed(
         spent = spent or fast
         corrected = replace(corrected, target=corrected.target * (budget.target / cost))
         try:
+            space = model.compression.space.ruled(schedule.rule_names)
             other = corrected.rounded(choices_of(schedule, space), space)
             other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
