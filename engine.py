@@ -502,11 +502,12 @@ class Reporter(diffrate.Observer, CalibrationObserver):
         return {f"{before}{name}": spent / per, f"target_{name}": self.budget.target / per}
 
 
-def log_counts(counts: Mapping[str, Any]) -> None:
-    """A line for the kept counts of pruning and of merging, and for the rules, where a schedule has them."""
+def log_counts(counts: Mapping[str, Any], before: str = "") -> None:
+    """A line for the kept counts of pruning and of merging, and for the rules, where a schedule has them; each begins
+    with `before`."""
     for name, values in counts.items():
         if values is not None:
-            log.info("%s %s", name, values if isinstance(values, str) else list(values))
+            log.info("%s%s %s", before, name, values)
 
 
 def log_calibrated(found: Calibrated, runtime: Runtime) -> float:

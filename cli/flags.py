@@ -27,6 +27,7 @@ from cli.settings import (
     mode_of,
     settings_from,
 )
+from diffrate.budget import PEERS
 from diffrate.files.header import ExportError, SavedModelError, about, check_destination, is_saved_model, target_of
 from diffrate.schedule import GRANULARITY
 from diffrate.searching.settings import GRADIENT, Range, SearchSettings, flag_of, help_of
@@ -58,7 +59,7 @@ MEETING = (SEARCH, "baseline")  # the modes that meet a target
 GOES_WITH = {  # flags of some modes alone, and which
     **dict.fromkeys(("target_speedup", "target_latency"), "a search or a --baseline"),
     "resume": "a search, --finetune, --eval or --visualize",
-    "rule": "a search, and a --baseline of another name",
+    "rule": "a search and --baseline prune, merge or both",
     "multi_label": "a search, --eval, --baseline and --sensitivity",
     "distill": "--finetune",
     "blocks": "--visualize",
@@ -270,6 +271,8 @@ def _check_modes(args: argparse.Namespace, mode: str, parser: Parser) -> None:
         value = getattr(args, name)
         if value and value != parser.get_default(name) and mode not in modes:
             raise UsageError(f"{spelled[name]} goes with {modes}")
+    if args.rule is not None and args.baseline in ("random", *PEERS):
+        raise UsageError(f"{spelled['rule']} goes with {GOES_WITH['rule']}; --baseline {args.baseline} has its own")
     if args.load_compression_rate and mode in (*MEETING, "sensitivity"):
         raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize, --export and --benchmark")
 

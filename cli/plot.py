@@ -23,6 +23,7 @@ from diffrate.budget import PEERS
 from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, RULES_FIELD, Kept, ScheduleError, make_schedule, running_counts
 from utils import UsageError
 
+OTHER = "uniform, another rule"
 # Okabe and Ito's colours; every curve also has a mark or a stroke of its own, for grey print.
 STYLES = {
     "dense": ("#000000", "*"),
@@ -33,7 +34,7 @@ STYLES = {
     "uniform prune": ("#e69f00", "v"),
     "uniform both": ("#cc79a7", "D"),
     "uniform random": ("#999999", "X"),
-    "uniform merge by another rule": ("#8c510a", "p"),
+    OTHER: ("#8c510a", "p"),
     "tome": ("#b2182b", "<"),
     "pitome": ("#762a83", ">"),
 }
@@ -236,8 +237,7 @@ def work_figure(records: Sequence[Record]) -> Figure | None:
             axes.step(work, best, color=color, where="post", label="calibrated, best so far")
     for stage, loss in uniform.items():
         label = stage if stage.startswith("uniform") else f"uniform {stage}".strip()
-        kind = "uniform merge by another rule" if " by " in label else label
-        axes.axhline(loss, color=STYLES.get(kind, STYLES["dense"])[0], linestyle="--", label=label)
+        axes.axhline(loss, color=STYLES.get(label, STYLES[OTHER])[0], linestyle="--", label=label)
     drawn = [r for course in runs.values() for r in course]
     axes.set(xlabel="work (forward passes of the dense model on one image)", ylabel="loss against the dense outputs")
     axes.set_xscale(_scale([r["work"] for r in drawn]))
@@ -266,7 +266,7 @@ def _kind(record: Record) -> str | None:
     if mode.startswith("baseline "):
         kind = mode.removeprefix("baseline ")
         if record.get(RULES_FIELD) not in (None, "random", *PEERS):
-            return "uniform merge by another rule"
+            return OTHER
         return kind if kind in PEERS else f"uniform {kind}"
     return {"eval": "schedule", "found": "searched", "finetune": "fine-tuned"}.get(mode)
 

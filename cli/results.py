@@ -15,6 +15,7 @@ from cli.schedules import PROJECT_RATES
 from cli.settings import OFFICIAL, Settings, size_words
 from diffrate.budget import Budget, uniform_schedules
 from diffrate.schedule import Schedule, fields_of, save_schedule
+from engine import log_counts
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
 
@@ -85,9 +86,7 @@ def log_found(
     look at them.
     """
     schedule = found.schedule
-    for name, counts in fields_of(schedule).items():
-        if counts is not None:
-            log.info("found %s %s", name, counts if isinstance(counts, str) else list(counts))
+    log_counts(fields_of(schedule), "found ")
     flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
     if apart is not None:
         log.info(
@@ -98,7 +97,7 @@ def log_found(
         runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
         # To draw beside it: the uniform schedules of the same budget that the model can run.
         beside = uniform_schedules(compressed.compression.space, budget)
-        uniform = {kind: dict(fields_of(beside[kind])) for kind in ("prune", "merge", "both") if kind in beside}
+        uniform = {kind: fields_of(beside[kind]) for kind in ("prune", "merge", "both") if kind in beside}
         more = {"target_gflops": target, "uniform": uniform}
         runtime.append(_record("found", entry, compressed, schedule, reached) | more, FOUND)
         (name, now), (_, before) = reached.ranked, dense.ranked

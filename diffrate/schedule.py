@@ -22,15 +22,18 @@ TOKENS_FIELD = "tokens"
 
 
 class RuleWork(NamedTuple):
-    """What a rule takes: whether it asks for importance where nothing is pruned, by the attention of all tokens or of
-    the first ones; and whether it compares halves of all tokens, instead of those that go with those that stay."""
+    """What a rule computes, which its price in seconds depends on.
+
+    ranks: importance, also where nothing is pruned. received: importance by the attention of all tokens, not of the
+    first ones alone. halves: similarities between two halves of the tokens, not between sources and kept tokens.
+    """
 
     ranks: bool = True
     received: bool = False
     halves: bool = False
 
 
-# How a block may let tokens go, see `blocks.rules`. State dicts hold numbers of these rows: they only grow at the end.
+# The reduction rules, see `blocks.rules`. State dicts hold the number of a row: new rows go to the end.
 RULES: Mapping[str, RuleWork] = {
     "published": RuleWork(),
     "weighted": RuleWork(),
@@ -101,10 +104,13 @@ def make_schedule(
 
 
 def fields_of(schedule: Schedule) -> dict[str, Any]:
-    """The counts by their names in files; beside the paper's, also the rules: one name where all are alike."""
-    rules = schedule.rules
-    named = {} if rules is None else {RULES_FIELD: rules[0] if len(set(rules)) == 1 else rules}
-    return {PRUNE_FIELD: schedule.prune, MERGE_FIELD: schedule.merge, **named}
+    """A schedule as files have it: lists of counts by name, None where it does not prune; and the rules where they are
+    not the paper's, one name where all blocks have the same."""
+    prune, rules = schedule.prune, schedule.rules
+    fields: dict[str, Any] = {PRUNE_FIELD: None if prune is None else list(prune), MERGE_FIELD: list(schedule.merge)}
+    if rules is not None:
+        fields[RULES_FIELD] = rules[0] if len(set(rules)) == 1 else list(rules)
+    return fields
 
 
 def check_schedule(schedule: Schedule, limits: Sequence[int], prunes: bool, where: str = "", least: int = 1) -> None:

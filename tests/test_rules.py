@@ -182,3 +182,15 @@ def test_rules_go_with_the_model(tmp_path: Path) -> None:
             model.check(Schedule(PRUNE, MERGE, rules=wrong))
     with pytest.raises(ValueError, match="rules in the state dict: found"):
         model.compression.set_extra_state(torch.tensor([PRUNE, MERGE, [99] * 6]))
+
+
+def test_one_compiled_graph_runs_all_rules() -> None:
+    rules = [name for name in RULE_NAMES if name != "random"]
+    model = diffrate.patch.vit(plain("deit", depth=len(rules)).eval())
+    counts = [65 - 6 * block for block in range(len(rules))]
+    model.schedule = make_schedule([min(65, count + 2) for count in counts], counts, rules)
+    compiled, batch = torch.compile(model, fullgraph=True, backend="eager"), images().float()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(batch, return_flop=False), model(batch, return_flop=False), atol=1e-5, rtol=0
+        )

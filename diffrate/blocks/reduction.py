@@ -7,7 +7,7 @@ A new importance, pairing or mean is a class here, with the attributes of the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -218,12 +218,15 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FirstTokensAttention:
-    """Importance is the attention of the first `queries` tokens, the mean over them and over heads (paper, section 3.2:
-    the class token's)."""
+class ReceivedAttention:
+    """Importance is the attention that a token receives from the first `queries` tokens, or from all with 0; the mean
+    over them and over heads (paper, section 3.2: from the class token).
+
+    masked_queries: in search, tokens that were removed go on being queries, as in the published search of CAFormer.
+    """
 
     queries: int
-    masked_queries: ClassVar[bool] = False
+    masked_queries: bool = False
 
     def of(self, attention: Tensor, heads: Heads) -> Tensor:
         """Importance `[B, N]` of the attention `[B, N]` that tokens receive from those that are queries."""
@@ -231,33 +234,22 @@ class FirstTokensAttention:
 
 
 @dataclass(frozen=True)
-class ReceivedAttention(FirstTokensAttention):
-    """Importance is the attention received from all tokens, for models without a class token.
-
-    masked_queries: in search, tokens that were removed go on being queries, as in the published search of CAFormer.
-    """
-
-    queries: int = 0  # all
-    masked_queries: bool = False  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class RandomImportance(FirstTokensAttention):
+class RandomImportance(ReceivedAttention):
     """Any tokens go: a baseline. Drawn from torch's generator."""
 
     def of(self, attention: Tensor, heads: Heads) -> Tensor:
-        """As of `FirstTokensAttention`."""
+        """As of `ReceivedAttention`."""
         return torch.rand_like(attention)
 
 
 @dataclass(frozen=True)
-class AttentionTimesValue(FirstTokensAttention):
-    """Importance is the attention of the first `queries` tokens, of all with 0, times the length of the token's value,
-    heads together (Guo et al., "Attention score is not all you need for token importance indicator in KV cache
-    reduction: value also matters", EMNLP 2024)."""
+class AttentionTimesValue(ReceivedAttention):
+    """Importance is the received attention times the length of the token's value, heads together (Guo et al.,
+    "Attention score is not all you need for token importance indicator in KV cache reduction: value also matters",
+    EMNLP 2024)."""
 
     def of(self, attention: Tensor, heads: Heads) -> Tensor:
-        """As of `FirstTokensAttention`."""
+        """As of `ReceivedAttention`."""
         return attention * torch.linalg.vector_norm(heads.value, dim=(1, 3), dtype=attention.dtype)
 
 
@@ -274,13 +266,12 @@ class Mean:
 
 
 class Pairing(Protocol):
-    """Which tokens merge into which.
-
-    by_importance: whether it goes by importance, which pruning does anyway.
-    """
+    """Which tokens merge into which."""
 
     @property
-    def by_importance(self) -> bool: ...
+    def by_importance(self) -> bool:
+        """Whether merging asks for importance; pruning does anyway."""
+        ...
 
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
@@ -319,7 +310,7 @@ class ReductionRule:
     """How a block lets tokens go. prefix: the first tokens, which always stay: class, distillation, registers."""
 
     prefix: int
-    importance: FirstTokensAttention
+    importance: ReceivedAttention
     pairing: Pairing
     mean: Mean
 
@@ -337,5 +328,6 @@ class ReductionRule:
 
 def published_rule(prefix: int, class_tokens: int) -> ReductionRule:
     """The paper's rule for models with so many tokens in front, of which the first stand for the whole image."""
-    importance = FirstTokensAttention(class_tokens) if class_tokens else ReceivedAttention()
-    return ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True))
+    return ReductionRule(
+        prefix, ReceivedAttention(class_tokens), IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True)
+    )

@@ -1,12 +1,13 @@
-"""Ways to let tokens go beside the paper's, and all of them by name: those that a block of a schedule may have.
+"""The reduction rules that a schedule may name for a block, and the pairings of those beside the paper's.
 
-Another one is a pairing here or a new mix of parts, a row of `NAMED`, and one of `diffrate.schedule.RULES`.
+To add one: a row in `NAMED`, one in `diffrate.schedule.RULES`, and a pairing here where none of these serves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from diffrate.blocks.reduction import (
     keep_tokens,
     length_of,
     most_important,
+    most_similar,
 )
 from diffrate.blocks.tokens import TokenState, size_dtype, take
 from diffrate.schedule import Kept
@@ -150,8 +152,7 @@ def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Which of `targets` `[B, T, C]` each of `sources` `[B, S, C]` is most similar to, and their cosine: `[B, S]`."""
     precise = size_dtype(sources)
     sources, targets = sources.to(precise), targets.to(precise)
-    products = full_product(sources, targets.transpose(1, 2))
-    along, nearest = (products / length_of(targets).unsqueeze(1)).max(dim=-1)
+    nearest, along = most_similar(sources, targets, length_of(targets))
     return nearest, along / length_of(sources)
 
 
@@ -160,47 +161,33 @@ def _mean_keys(heads: Heads) -> Tensor:
     return heads.key.mean(dim=1, dtype=size_dtype(heads.key))
 
 
-Named = Callable[[ReductionRule, float], ReductionRule]  # of the published rule, and the block's depth from 0 to 1
+Named = Callable[[ReductionRule, float], ReductionRule]  # from the published rule and the depth of the block, 0 to 1
+BY_SIZE, COSINE_SIZES = Mean(by_size=True), Mean(cosine_sizes=True)
+AVERSION, SMALL_AVERSION = 0.2, 0.1  # as measured best
 
 
-def _with(pairing: HalvesIntoHalves) -> Named:
-    return lambda rule, depth: replace(rule, pairing=pairing, mean=Mean(by_size=True))
+def _with(**parts: Any) -> Named:
+    """The published rule with other parts."""
+    return lambda rule, depth: replace(rule, **parts)
 
 
-def _energetic(rule: ReductionRule, depth: float) -> ReductionRule:
-    return replace(rule, pairing=HighestEnergy(0.9 - 0.9 * depth), mean=Mean(by_size=True))
-
-
-def _valued(rule: ReductionRule, depth: float) -> ReductionRule:
-    return replace(rule, importance=AttentionTimesValue(rule.importance.queries))
-
-
-def _received(rule: ReductionRule, depth: float) -> ReductionRule:
-    return replace(rule, importance=AttentionTimesValue(0), mean=Mean(cosine_sizes=True))
-
-
-def _received_halves(rule: ReductionRule, depth: float) -> ReductionRule:
-    pairing = HalvesIntoHalves(by_rank=True, aversion=SMALL_AVERSION)
-    return replace(rule, importance=AttentionTimesValue(0), pairing=pairing, mean=Mean(cosine_sizes=True))
-
-
-def _random(rule: ReductionRule, depth: float) -> ReductionRule:
-    return replace(rule, importance=RandomImportance(rule.importance.queries))
-
-
-AVERSION, SMALL_AVERSION = 0.2, 0.1  # how much importance counts against leaving, beside a cosine; measured
 NAMED: Mapping[str, Named] = {
     "published": lambda rule, depth: rule,
-    "weighted": lambda rule, depth: replace(rule, mean=Mean(by_size=True)),
-    "valued": _valued,
-    "received": _received,
-    "similar": _with(HalvesIntoHalves()),
-    "similar_less_important": _with(HalvesIntoHalves(aversion=AVERSION)),
-    "minor_into_major": _with(HalvesIntoHalves(by_rank=True)),
-    "received_halves": _received_halves,
-    "tome": _with(HalvesIntoHalves(keys=True)),
-    "pitome": _energetic,
-    "random": _random,
+    "weighted": _with(mean=BY_SIZE),
+    "valued": lambda rule, depth: replace(rule, importance=AttentionTimesValue(rule.importance.queries)),
+    "received": _with(importance=AttentionTimesValue(0), mean=COSINE_SIZES),
+    "similar": _with(pairing=HalvesIntoHalves(), mean=BY_SIZE),
+    "similar_less_important": _with(pairing=HalvesIntoHalves(aversion=AVERSION), mean=BY_SIZE),
+    "minor_into_major": _with(pairing=HalvesIntoHalves(by_rank=True), mean=BY_SIZE),
+    "received_halves": _with(
+        importance=AttentionTimesValue(0),
+        pairing=HalvesIntoHalves(by_rank=True, aversion=SMALL_AVERSION),
+        mean=COSINE_SIZES,
+    ),
+    "tome": _with(pairing=HalvesIntoHalves(keys=True), mean=BY_SIZE),
+    # The margin falls with depth, from 0.9 to 0 (PiToMe, section 3.2).
+    "pitome": lambda rule, depth: replace(rule, pairing=HighestEnergy(0.9 - 0.9 * depth), mean=BY_SIZE),
+    "random": lambda rule, depth: replace(rule, importance=RandomImportance(rule.importance.queries)),
 }
 
 

@@ -23,7 +23,7 @@ MIXERS = (SepConv, SepConv, Attention, Attention)
 # timm's port of the head normalises with 1e-6, the original with 1e-5: logits differ by 1e-6.
 ORIGINAL_HEAD_EPS = 1e-5
 # As published, the most important token is no destination.
-RULE = ReductionRule(0, ReceivedAttention(masked_queries=True), IntoMostSimilarKept(1), Mean())
+RULE = ReductionRule(0, ReceivedAttention(0, masked_queries=True), IntoMostSimilarKept(1), Mean())
 
 
 class CompressedCaformer(CompressedModel, MetaFormer):

@@ -163,4 +163,4 @@ def searched_schedule(path: Path) -> Schedule:
 
 def plain_row(schedule: Schedule) -> list[Any]:
     """A schedule as plain values, as `make_schedule` takes them."""
-    return [kept if kept is None or isinstance(kept, str) else list(kept) for kept in fields_of(schedule).values()]
+    return list(fields_of(schedule).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
-from diffrate.budget import Budget, uniform_schedules
+from diffrate.budget import Budget, BudgetError, baseline_schedule, uniform_schedules
 from diffrate.device import Placement, least, made_by_first, rank, world
 from diffrate.evaluation import modes_kept
 from diffrate.latency.confirm import Again
@@ -35,8 +36,8 @@ MOST_CHOSEN_ON = 512  # images
 CHOICE = 0.25  # of the time at most: where all images and candidates would take longer, there are fewer of them
 UNIFORM = "uniform"  # and the kind
 KNOWN = 0.1  # of the least loss: where a difference is measured no closer, too few images say that two are alike
-# What is tried where no rule is given: the paper's and those that measured best in some case. Of them the best ones at
-# uniform counts are tried in each block.
+# Where no rule is given, these are compared at uniform counts, and the best of them are tried in each block: the
+# paper's, and those that measured best in some case.
 TRIED_RULES = (
     *(PUBLISHED, "valued", "received"),
     *("similar", "similar_less_important", "minor_into_major", "received_halves"),
@@ -106,9 +107,10 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
         usual = minutes * (1 - AGAIN if budget.timed else 1)  # the rest is for a corrected budget
         minutes = max(0.0, min(usual, _minutes_left(task, minutes)))
     if budget.timed:  # a speed may be out of reach of every uniform schedule
-        given["at once"] = budget.rounded([space.least] * len(space.choices), space)
+        ruled = space.ruled(settings.rule or PUBLISHED)
+        given["at once"] = budget.rounded([space.least] * len(space.choices), ruled)
     if settings.start is not None:
-        task.model.check(settings.start)
+        task.model.check(settings.start, "start: ")
         given["start"] = settings.start
     found = Calibrating(task, budget.target, minutes).run(given)
     return found, None if isinstance(_source(task), Iterator) else partial(_searched_on, task, minutes)
@@ -206,8 +208,7 @@ class Calibrating:
             images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))]
         loss = "tokens" if settings.loss == "tokens" else "distill"
         self.setting = {"seed": settings.seed, "images": len(images), "target": self.target, "work": settings.work}
-        self.setting |= {"rule": settings.rule}
-        self.setting |= {"loss": loss, "multi_label": settings.multi_label, "timed": timed}
+        self.setting |= {"rule": settings.rule, "loss": loss, "multi_label": settings.multi_label, "timed": timed}
         held = _held_back(len(images))
         if self.saved is None or self.task.resume is None:
             return images[~held], images[held]
@@ -222,10 +223,9 @@ class Calibrating:
         # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
         last = len(model.compressible_blocks()) - 1
         idle = model.read is not None and model.compression.space.searchable[-1] == last
-        uniform, rules = self._uniform(calibration, speed)
-        moves = Moves(model.compression.space, budget.cost, self.target, idle, rules)
+        uniform, self.rules = self._uniform(calibration, speed)
+        moves = Moves(model.compression.space, budget.cost, self.target, idle, self.rules)
         self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
-        self.rules = rules
         choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
         reserve = min(choosing / speed, CHOICE * self.clock.seconds)
         work, images = settings.work, len(calibration.images)
@@ -242,30 +242,40 @@ class Calibrating:
 
     def _uniform(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], tuple[str, ...]]:
         """The uniform schedules to begin with, and the rules to try in each block, the best one first."""
-        space, budget, given = self.task.model.compression.space, self.task.budget, self.task.settings.rule
-        budget = Budget(budget.cost, self.target)
-        uniform = uniform_schedules(space.ruled(given or PUBLISHED), budget)
+        space, given = self.task.model.compression.space, self.task.settings.rule
+        uniform = uniform_schedules(space.ruled(given or PUBLISHED), self._budget())
         starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in uniform.items()}
+        if self.before:
+            return starts, self.before["rules"]
         if given is not None:
             return starts, (given,)
-        if "rules" in self.before:
-            return starts, tuple(self.before["rules"])
+        merging, losses = self._merging_by_rule(calibration, speed)
+        rules = sorted(losses, key=losses.__getitem__)[:RULES_IN_PLAY] or [PUBLISHED]
+        if rules[0] != PUBLISHED:
+            starts[f"{UNIFORM} merge by {rules[0]}"] = merging[rules[0]]
+        return starts, tuple(rules)
+
+    def _merging_by_rule(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], dict[str, float]]:
+        """Uniform schedules that merge, and their losses on some of the images, by rule: of all rules that are tried,
+        or of the first ones that there is time for."""
         work = self.task.settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images))
-        likely = RULES_SHARE * min(work, self.clock.left() * speed) / (len(TRIED_RULES) * self.share)
-        images = max(1, int(min(likely, RULED_ON * CHUNK)) // world())
+        passes = RULES_SHARE * min(work, self.clock.left() * speed)
+        images = max(1, int(min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK)) // world())
         index = torch.cat(calibration.drawn(RULED_ON, Random(self.task.settings.seed)).images)[:images]
+        merging: dict[str, Schedule] = {}
         losses: dict[str, float] = {}
         until = self.clock.now() + RULES_SHARE * self.clock.left()
         for rule in TRIED_RULES:
             if losses and self.clock.now() > until:
                 break
-            merging = uniform_schedules(space.ruled(rule), budget).get("merge")
-            if merging is not None:
-                losses[rule] = calibration.mean(merging, index)
-                starts[f"{UNIFORM} merge by {rule}"] = merging
-        rules = sorted(losses, key=losses.__getitem__)[:RULES_IN_PLAY] or [PUBLISHED]
-        best = f"{UNIFORM} merge by {rules[0]}"
-        return {name: one for name, one in starts.items() if " by " not in name or name == best}, tuple(rules)
+            with suppress(BudgetError):
+                space = self.task.model.compression.space.ruled(rule)
+                merging[rule] = baseline_schedule("merge", space, self._budget())
+                losses[rule] = calibration.mean(merging[rule], index)
+        return merging, losses
+
+    def _budget(self) -> Budget:
+        return Budget(self.task.budget.cost, self.target)
 
     def _after(self, record: TrialRecord, trials: Trials) -> None:
         """A round of trials is done."""
@@ -344,6 +354,7 @@ def _content(path: Path) -> dict[str, Any]:
         raise SearchCheckpointError(f"{path}: found a gradient search's; accepted: the checkpoint of a calibrated one")
     try:
         starts = {name: make_schedule(*row) for name, row in content["starts"].items()}
-        return {**content, "starts": starts, "trials": Trials(**content["trials"])}
+        rules, trials = tuple(content["rules"]), Trials(**content["trials"])
+        return {"setting": content["setting"], "rules": rules, "starts": starts, "trials": trials}
     except UNREADABLE as error:
         raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error

@@ -79,7 +79,7 @@ class Surrogate:
 Counts = tuple[int, ...]  # one per choice; where there are rules to choose among, then the number of each block's
 STEPS = (0.5, 0.2, 0.08)  # how far a change goes, in logarithms: large ones and small ones
 LEAST_STEP = 1e-6  # between scales: far below one token
-RULED = 0.2  # of changes are of a rule, of a block or a quarter of them of all
+RULED, RULED_ALL = 0.2, 0.25  # of changes are of a rule; of these are of the rule of all blocks
 SPENT = 0.001  # of the budget that may be left over, kept below its upper end
 
 
@@ -141,7 +141,7 @@ class Moves:
         ratios, rules = self._ratios(counts), list(counts[self.choices :])
         for _ in range(rng.choice((1, 1, 2, 3))):
             if rules and rng.random() < RULED:
-                rule, alone = rng.randrange(len(self.rules)), rng.random() < 0.75
+                rule, alone = rng.randrange(len(self.rules)), rng.random() < 1 - RULED_ALL
                 here = rng.randrange(self.free) // self.width
                 rules = [rule if there == here or not alone else old for there, old in enumerate(rules)]
                 continue

@@ -114,8 +114,8 @@ class SearchSettings:
     )
     rule: str | None = option(
         None,
-        "which tokens merge into which, in all blocks; default published, as in the paper, and by --search calibrated "
-        "what is best in each block",
+        "which tokens merge into which, in all blocks; default published, as in the paper, but by --search calibrated "
+        "what is best in each block (not for the paper's models)",
         RULE_NAMES,
         "--rule",
     )

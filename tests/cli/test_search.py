@@ -245,6 +245,7 @@ def test_a_checkpoint_of_another_search_is_refused(
         (("--load_compression_rate",), "goes with --eval"),
         (("--init_compression_rate", 9), "no --init_compression_rate 9"),
         (("--baseline", "best"), "--baseline"),
+        (("--baseline", "tome", "--rule", "similar"), "--baseline tome has its own"),
     ],
 )
 def test_bad_input(more: tuple[object, ...], expected: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
