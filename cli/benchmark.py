@@ -98,7 +98,7 @@ def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
         log.info("%.3f GFLOPs: speed-up predicted %.3f, measured %.3f", gflops, predicted, measured)
 
     rng, known = Random(settings.run.seed), schedules_that_fit(settings.model, subject.entry, model)
-    schedules = [*known, *(random_schedule(model.compression.space, rng) for _ in range(RANDOM))]
+    schedules = [*known, *(random_schedule(model.compression.space.every_block(), rng) for _ in range(RANDOM))]
     log.info(diffrate.check_predictions(model, times, schedules, callback=report).line())
 
 

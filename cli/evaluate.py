@@ -129,7 +129,8 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
     for target, budget in budgets.items():
         first = again(budget)
         with generators_kept():
-            schedule, speed = confirmed_at(model, first, budget, table, runtime.device, again)
+            space = model.compression.space.every_block()
+            schedule, speed = confirmed_at(model, first, space, budget, table, runtime.device, again)
         model.schedule = schedule
         scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
         report(f"baseline {kind}", trained.entry, model, scores, runtime)

@@ -77,7 +77,8 @@ def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffra
         with suppress(diffrate.ScheduleError, ValueError):  # made for another input, or under a name of its own
             schedule = find_schedule(file, entry.schedule_key, float(target))
             model.check(schedule)
-            if max(schedule.merge) == model.compression.space.limits[0]:
+            tokens = max(*schedule.merge, *(schedule.prune or ())) if schedule.tokens is None else schedule.tokens
+            if tokens == model.compression.space.limits[0]:
                 found.append(schedule)
     return found
 

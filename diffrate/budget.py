@@ -268,7 +268,7 @@ def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule
         BudgetError: the target cannot be met.
     """
     if kind in PEERS:
-        return _constant_number(space.ruled(kind), budget)
+        return _constant_number(space.ruled(kind).every_block(), budget)
     if not space.prunes and kind != "merge":
         raise BaselineError(f"baseline {kind}: this model only merges; accepted: {', '.join(('merge', *PEERS))}")
     space = space.ruled(kind) if kind == "random" else space
@@ -292,20 +292,17 @@ def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule
 
 def _constant_number(space: SearchSpace, budget: Budget) -> Schedule:
     """The schedule that merges the same number of tokens in every block, but never more than half of the patches."""
-    blocks = range(len(space.limits)) if space.prunes else space.searchable
 
     def counts_at(share: float) -> list[float]:
         left, counts = float(space.tokens), []
-        for _ in blocks:
+        for _ in space.searchable:
             left -= min(share * space.tokens, (left - space.prefix) / 2)
             counts.append(left)
         return counts
 
     def assemble(kept: Sequence[int]) -> Schedule:
-        merge = list(space.limits)
-        for block, count in zip(blocks, kept, strict=True):
-            merge[block] = count
-        return Schedule(space.limits if space.prunes else None, tuple(merge), space.limits[0], space.rules)
+        whole = space.tokens
+        return space.schedule([left for count in kept for left in ((whole, count) if space.prunes else (count,))])
 
     return budget.fitted(counts_at, 0.5, assemble, space.least)
 

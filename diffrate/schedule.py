@@ -296,7 +296,8 @@ class SearchSpace:
     """The choices of a model.
 
     limits: the most tokens of each block of a schedule, prefix included.
-    searchable: the blocks with choices; the others stay whole.
+    searchable: the blocks with choices; the others stay whole. As published these are all but the first, and but the
+        last of a model without a class token.
     prunes: whether each has a pruning choice before its merging choice.
     prefix: the first tokens, which always stay: class, distillation, registers.
     least: the fewest tokens that a block may keep: the prefix, and one more where no class token is in it.
@@ -313,6 +314,10 @@ class SearchSpace:
     def ruled(self, names: Sequence[str] | str) -> SearchSpace:
         """The same choices, with the rule of that name in all blocks, or one for each block."""
         return replace(self, rules=_names(names, len(self.limits), ""))
+
+    def every_block(self) -> SearchSpace:
+        """The same with choices in all blocks, where the model may prune: the published choices of CAFormer stay."""
+        return replace(self, searchable=tuple(range(len(self.limits)))) if self.prunes else self
 
     @property
     def kinds(self) -> tuple[str, ...]:

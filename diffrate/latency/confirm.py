@@ -14,7 +14,7 @@ from diffrate.device import made_by_first, placement_of
 from diffrate.latency.setting import check_table, use_of
 from diffrate.latency.table import LatencyTable
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Schedule
+from diffrate.schedule import Schedule, SearchSpace
 from diffrate.timing import PairedTimes, Use, at_schedules, time_within
 
 SECONDS = 8.0  # of timed pairs
@@ -64,6 +64,7 @@ def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, secon
 def confirmed(
     model: CompressedModel,
     schedule: Schedule,
+    space: SearchSpace,
     budget: Budget,
     table: LatencyTable,
     use: Use,
@@ -72,8 +73,8 @@ def confirmed(
     """`schedule` and its speeds, or those of another: where it is measured to be slower or faster than asked, the
     budget is corrected by the ratio of measured and predicted. The first process measures for all.
 
-    `again` finds a better schedule of the corrected budget than rounding does. Without it, a schedule that is faster
-    than asked stays.
+    `again` finds a better schedule of the corrected budget than rounding among the choices of `space` does. Without
+    it, a schedule that is faster than asked stays.
     """
     found = []
     corrected, slowest, spent = budget, budget.target / (1 - TOO_SLOW), again is None
@@ -86,8 +87,7 @@ def confirmed(
         spent = spent or fast
         corrected = replace(corrected, target=corrected.target * (budget.target / cost))
         try:
-            space = model.compression.space.ruled(schedule.rule_names)
-            other = corrected.rounded(choices_of(schedule, space), space)
+            other = corrected.rounded(choices_of(schedule, space), space.ruled(schedule.rule_names))
             other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
             break

@@ -219,7 +219,7 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     parts, rng = (attended, reduced, mlp_branch), Random(0)
     if use.compiled:  # for any number of tokens: a graph for each would take minutes
         parts = tuple(torch.compile(part, dynamic=True) for part in parts)
-    schedules, dense = probing_schedules(side.compression.space, rng), side.dense_schedule()
+    schedules, dense = probing_schedules(side.compression.space.every_block(), rng), side.dense_schedule()
     for schedule in [dense, *(next(schedules) for _ in range(WARM))]:
         timed_run(side, parts, images, schedule)
     rounds: list[list[TimedRun]] = []

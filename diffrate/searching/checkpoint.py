@@ -16,8 +16,8 @@ from diffrate.budget import Budget
 from diffrate.device import Placement, default_precision
 from diffrate.evaluation import Batches, Scores, evaluate
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Schedule, ScheduleError, fields_of, make_schedule
-from diffrate.searching.settings import SearchSettingError, SearchSettings
+from diffrate.schedule import Schedule, ScheduleError, SearchSpace, fields_of, make_schedule
+from diffrate.searching.settings import GRADIENT, SearchSettingError, SearchSettings
 
 KIND = "search"
 
@@ -76,6 +76,12 @@ class Task:
     file: Path | None
     resume: Path | None
     begun: float
+
+    @property
+    def space(self) -> SearchSpace:
+        """The choices: by gradient the published ones, at hard counts those of every block."""
+        space = self.model.compression.space
+        return space if self.settings.method == GRADIENT else space.every_block()
 
     @property
     def precision(self) -> torch.dtype | None:

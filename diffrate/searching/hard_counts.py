@@ -99,7 +99,7 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     Raises:
         SearchCheckpointError, SearchSettingError, StoppedError, ValueError: as `Calibrating`.
     """
-    settings, budget, space = task.settings, task.budget, task.model.compression.space
+    settings, budget, space = task.settings, task.budget, task.space
     task.check_file()
     task.model.to(task.place.device)
     minutes, given = settings.minutes, {}
@@ -222,9 +222,9 @@ class Calibrating:
         model, budget, settings = self.task.model, self.task.budget, self.task.settings
         # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
         last = len(model.compressible_blocks()) - 1
-        idle = model.read is not None and model.compression.space.searchable[-1] == last
+        idle = model.read is not None and self.task.space.searchable[-1] == last
         uniform, self.rules = self._uniform(calibration, speed)
-        moves = Moves(model.compression.space, budget.cost, self.target, idle, self.rules)
+        moves = Moves(self.task.space, budget.cost, self.target, idle, self.rules)
         self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
         choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
         reserve = min(choosing / speed, CHOICE * self.clock.seconds)
@@ -243,7 +243,8 @@ class Calibrating:
     def _uniform(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], tuple[str, ...]]:
         """The uniform schedules to begin with, and the rules to try in each block, the best one first."""
         space, given = self.task.model.compression.space, self.task.settings.rule
-        uniform = uniform_schedules(space.ruled(given or PUBLISHED), self._budget())
+        ruled = space.ruled(given or PUBLISHED)
+        uniform = uniform_schedules(ruled, self._budget()) or uniform_schedules(ruled.every_block(), self._budget())
         starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in uniform.items()}
         if self.before:
             return starts, self.before["rules"]

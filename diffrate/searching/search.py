@@ -104,6 +104,7 @@ def search(
     budget = budget_of(model, target, settings.latency)
     files = (None if path is None else Path(path) for path in (checkpoint, resume))
     task = Task(model, loader, settings, budget, place, val, *files, begun=time.monotonic())
+    budget.check(task.space)
     calibrated, again, history = None, None, ()
     with generators_kept():
         if settings.method == GRADIENT:
@@ -113,7 +114,9 @@ def search(
             schedule = calibrated.schedule
             scores = task.scores_at(schedule)
         found = schedule
-        schedule, speed = confirmed_at(model, schedule, budget, settings.latency, placement_of(model).device, again)
+        schedule, speed = confirmed_at(
+            model, schedule, task.space, budget, settings.latency, placement_of(model).device, again
+        )
         if schedule != found:
             scores = task.scores_at(schedule)
         model.schedule = schedule

@@ -20,7 +20,7 @@ from diffrate.latency.measure import BATCH_SIZE, measure_latency
 from diffrate.latency.setting import Use, check_table, read_table, setting_of, use_of
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Kept, RuleWork, Schedule
+from diffrate.schedule import Kept, RuleWork, Schedule, SearchSpace
 from diffrate.searching.settings import SearchSettingError
 from diffrate.timing import PairedTimes
 
@@ -138,13 +138,14 @@ def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None
         whole = table.seconds(dense)
         seconds = whole / target.value if target.kind == SPEEDUP else target.value
         budget = Budget(table.seconds, seconds, target.kind, whole)
-    budget.check(model.compression.space)
+    budget.check(model.compression.space.every_block())
     return budget
 
 
 def confirmed_at(
     model: CompressedModel,
     schedule: Schedule,
+    space: SearchSpace,
     budget: Budget,
     table: LatencyTable | None,
     device: torch.device,
@@ -152,12 +153,12 @@ def confirmed_at(
 ) -> tuple[Schedule, Confirmed | None]:
     """`schedule` as it is, or, of seconds, as fast as was asked for by measurement, and its speeds.
 
-    `again` finds a better schedule of a corrected budget than by rounding.
+    `again` finds a better schedule of a corrected budget than by rounding, which is done among the choices of `space`.
     """
     if not budget.timed:
         return schedule, None
     assert table is not None
-    return confirmed(model, schedule, budget, table, use_of(table, device), again)
+    return confirmed(model, schedule, space, budget, table, use_of(table, device), again)
 
 
 def check_reach(model: CompressedModel, targets: Iterable[Target], use: Use, file: Path | None = None) -> None:
@@ -173,7 +174,7 @@ def check_reach(model: CompressedModel, targets: Iterable[Target], use: Use, fil
     timed = [target for target in targets if target.timed]
     if not timed:
         return
-    fewest = model.compression.space.fewest()
+    fewest = model.compression.space.every_block().fewest()
 
     def measured() -> PairedTimes | None:
         kept = file is not None and read_table(file, setting_of(model, use)) is not None

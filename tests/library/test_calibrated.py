@@ -26,7 +26,7 @@ from tests.constructions import build, images_for
 from tests.forked import two
 from tests.library.test_search_function import batches, small
 
-SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 600}
+SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 1000}
 
 
 @cache
@@ -50,7 +50,7 @@ class Stop(diffrate.CalibrationObserver):
 
 def moves_of(model: diffrate.CompressedModel, share: float, rules: tuple[str, ...] = ("published",)) -> Moves:
     dense = model.flops_at(model.dense_schedule())
-    return Moves(model.compression.space, model.flops_at, share * dense, model.read is not None, rules)
+    return Moves(model.compression.space.every_block(), model.flops_at, share * dense, model.read is not None, rules)
 
 
 def uniform_of(model: diffrate.CompressedModel, share: float) -> dict[str, diffrate.Schedule]:
@@ -84,9 +84,22 @@ def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: s
             assert meets_budget(model.flops_at(schedule), moves.target)
             assert moves.counts(schedule) == counts  # what really happens
             assert len(moves.features(counts)) == len(moves.groups())
-            assert {schedule.rule_names[block] for block in model.compression.space.searchable} <= set(rules)
+            assert set(schedule.rule_names) <= set(rules)
     if pool == "token" and found[0] is not None:  # of the last block nothing but the class token is read
         assert found[0][: moves.choices][-2:] == (1, 1)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_every_block_may_let_tokens_go(pool: str) -> None:
+    """The first too, and the last: so budgets are met that the published choices do not reach."""
+    model = small(pool)
+    space, dense = model.compression.space, model.flops_at(model.dense_schedule())
+    share = 0.95 * model.flops_at(space.fewest()) / dense
+    found = diffrate.search(model, batches(8), method="calibrated", share=share, work=300)
+    assert meets_budget(found.flops, share * dense)
+    assert min(found.schedule.prune[0], found.schedule.merge[0]) < space.limits[0]
+    with pytest.raises(diffrate.BudgetError, match="accepted:"):
+        diffrate.search(model, batches(8), method="gradient", share=share, steps=1)
 
 
 def test_the_surrogate_learns_effects_from_noisy_values() -> None:
