@@ -234,19 +234,21 @@ class CalibratedSearch:
         self._refer(leader)
 
     def _hoped(self, leaders: list[Counts], rng: Random) -> list[Counts]:
-        """Schedules near the `leaders` that the surrogate expects to be good, or knows little of."""
+        """Schedules that the surrogate expects to be good, or knows little of: near the `leaders`, and every other one
+        from scratch, since near the leaders alone a search ends in the first local optimum."""
         chosen: list[Counts] = []
-        for _ in range(TOGETHER):
-            daring, pool = abs(rng.gauss(0, DARING)), list(leaders)
+        for turn in range(TOGETHER):
+            daring, pool = abs(rng.gauss(0, DARING)), list(leaders) if turn % 2 else []
             if self._spent():
                 break
             for _ in range(GENERATIONS):
                 self.clock.now()
-                near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW)]
+                near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW if pool else 0)]
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
-                mean, deviation = self.surrogate.predict(self._features(pool))
-                pool = [pool[index] for index in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
+                if pool:
+                    mean, deviation = self.surrogate.predict(self._features(pool))
+                    pool = [pool[index] for index in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
             # The same images have no more to tell of the same counts.
             unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
             chosen += islice(unseen, 1)
