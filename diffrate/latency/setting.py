@@ -18,7 +18,7 @@ from diffrate.device import machine_name, placement_of
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
-from diffrate.timing import Use, mode_name, precision_name, precision_named
+from diffrate.timing import SHORT_NAMES, Use, mode_name, precision_name
 
 WHAT = "measured seconds of the parts of a model's blocks, for a batch"
 
@@ -37,10 +37,10 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["setting"] != setting:
             return None
-        kinds = []
-        for kind in content["kinds"]:
-            curves = {name: _made(Curve, kind[name]) for name in ("attention", "mlp")}
-            kinds.append(_made(BlockTimes, kind | curves))
+        kinds = [
+            _made(BlockTimes, kind | {name: _made(Curve, kind[name]) for name in ("attention", "mlp")})
+            for kind in content["kinds"]
+        ]
         return _made(LatencyTable, content | {"kinds": kinds})
     except FileNotFoundError:
         return None
@@ -90,8 +90,9 @@ OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", 
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
     """How the model was used when `table` was made, on `device`."""
-    precision, mode = table.setting["precision"], table.setting["mode"]
-    return Use(table.batch_size, precision_named(precision), mode == mode_name(True), device)
+    name = table.setting["precision"]
+    dtype = {short: dtype for dtype, short in SHORT_NAMES.items()}.get(name) or getattr(torch, name)
+    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
 
 
 def kinds_of(model: CompressedModel) -> list[tuple[str, int | None]]:

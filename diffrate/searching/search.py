@@ -11,7 +11,7 @@ from typing import Any
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import generators_kept, placement_of
 from diffrate.evaluation import Batches, Scores, Tally, require_batches
-from diffrate.latency.confirm import Confirmed
+from diffrate.latency.confirm import Confirmed, confirmed
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
 from diffrate.searching.checkpoint import StepRecord, Task
@@ -25,7 +25,7 @@ from diffrate.searching.settings import (
     help_of,
     settings_of,
 )
-from diffrate.searching.target import budget_of, confirmed_at, table_for
+from diffrate.searching.target import budget_of, table_for
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def search(
             schedule = calibrated.schedule
             scores = task.scores_at(schedule)
         found = schedule
-        schedule, speed = confirmed_at(model, schedule, budget, settings.latency, placement_of(model).device, again)
+        schedule, speed = confirmed(model, schedule, budget, settings.latency, placement_of(model).device, again)
         if schedule != found:
             scores = task.scores_at(schedule)
         model.schedule = schedule

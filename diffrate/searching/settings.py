@@ -268,29 +268,3 @@ def _check(item: Field[Any], value: Any) -> None:
     if not fine:
         or_none = ", or none" if item.default is None else ""
         raise SearchSettingError(f"{item.name}: found {found}; accepted: {words}{or_none}")
-
-
-@dataclass(frozen=True)
-class Course:
-    """A search as it will run: its settings, its target in multiply-accumulates, its updates an epoch."""
-
-    settings: SearchSettings
-    target: float
-    steps: int
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint says of it, and is held against."""
-        return {**self.settings.record(), "target": self.target, "steps": self.steps}
-
-    def learning_rate(self, epoch: int, step: int) -> float:
-        """Cosine over all steps, from the first rate to the last step's."""
-        chosen = self.settings
-        total = chosen.epochs * self.steps
-        share = (epoch * self.steps + step) / max(1, total - 1)
-        first, last = chosen.learning_rate, chosen.last_rate
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
-
-    def distance(self, flops: Any) -> Any:
-        """How far a cost is from the target, squared (paper, equation 9)."""
-        unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target
-        return ((flops - self.target) / unit) ** 2
