@@ -129,7 +129,7 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
     for target, budget in budgets.items():
         first = again(budget)
         with generators_kept():
-            schedule, speed = confirmed(model, first, budget, table, runtime.device, again)
+            schedule, speed = confirmed(model, first, budget, table, again)
         model.schedule = schedule
         scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
         report(f"baseline {kind}", trained.entry, model, scores, runtime)

@@ -62,12 +62,7 @@ def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, secon
 
 
 def confirmed(
-    model: CompressedModel,
-    schedule: Schedule,
-    budget: Budget,
-    table: LatencyTable | None,
-    device: torch.device,
-    again: Again | None = None,
+    model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable | None, again: Again | None = None
 ) -> tuple[Schedule, Confirmed | None]:
     """`schedule` as it is for a budget of FLOPs. For one of seconds, `schedule` and its speeds, or those of another:
     where it is measured to be slower or faster than asked, the budget is corrected by the ratio of measured and
@@ -78,7 +73,7 @@ def confirmed(
     """
     if table is None or not budget.timed:
         return schedule, None
-    use, space = use_of(table, device), model.compression.space
+    use, space = use_of(table, placement_of(model).device), model.compression.space
 
     def seconds_at(schedule: Schedule) -> float:
         """Of an image, measured; of a speed-up, the table's of the dense model over the measured ratio."""

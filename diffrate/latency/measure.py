@@ -23,16 +23,7 @@ from diffrate.budget import BaselineError, Budget, BudgetError, baseline_schedul
 from diffrate.device import generators_kept, made_by_first, placement_of
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
-from diffrate.latency.table import (
-    BlockTimes,
-    Curve,
-    LatencyTable,
-    asks,
-    fit_curve,
-    fit_prices,
-    fit_terms,
-    reduction_terms,
-)
+from diffrate.latency.table import LatencyTable, block_times, fit_prices, fit_terms
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import input_size
 from diffrate.schedule import RULES, Kept, RuleWork, Schedule, SearchSpace
@@ -175,30 +166,29 @@ def measure_latency(
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
     use = Use(batch_size, dtype, compile, placement_of(model, device).device)
-    return made_by_first(lambda: _read_or_measured(model, use, seconds, None if file is None else Path(file), progress))
+    path = None if file is None else Path(file)
 
+    def read_or_measured() -> LatencyTable:
+        setting = setting_of(model, use)
+        if path is not None:
+            known = read_table(path, setting)
+            if known is not None:
+                return known
+            check_folder(path.parent)
+        with generators_kept():
+            runs, noise = _steadied(_sampled(model, use, seconds, progress))
+            table = _repriced(model, use, _table(model, setting, runs))
+        if noise > NOISY:
+            log.warning(
+                "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure "
+                "again where nothing else runs",
+                100 * noise,
+            )
+        elif path is not None:
+            write_table(path, table)
+        return table
 
-def _read_or_measured(
-    model: CompressedModel, use: Use, seconds: float, file: Path | None, progress: Progress | None
-) -> LatencyTable:
-    setting = setting_of(model, use)
-    if file is not None:
-        known = read_table(file, setting)
-        if known is not None:
-            return known
-        check_folder(file.parent)
-    with generators_kept():
-        runs, noise = _steadied(_sampled(model, use, seconds, progress))
-        table = _repriced(model, use, _table(model, setting, runs))
-    if noise > NOISY:
-        log.warning(
-            "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure again "
-            "where nothing else runs",
-            100 * noise,
-        )
-    elif file is not None:
-        write_table(file, table)
-    return table
+    return made_by_first(read_or_measured)
 
 
 def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[TimedRun]]:
@@ -263,27 +253,6 @@ def _table(model: CompressedModel, setting: dict[str, Any], runs: Sequence[Timed
             rows[kind].append((*block, *seconds))
     leaving = [[1.0, run.blocks[-1][0].merged] for run in runs]
     constant, slope = fit_terms(leaving, [run.seconds[-1] for run in runs])
-    return LatencyTable(
-        setting=setting,
-        kinds=tuple(_kind(*kind, levels) for kind in zip(rows, dict(kinds_of(model)).values(), strict=True)),
-        order=order,
-        embedding=float(median(run.seconds[0] for run in runs)),
-        head=(constant, slope),
-        tokens=space.limits[0],
-        batch_size=setting["batch_size"],
-    )
-
-
-def _kind(rows: Sequence[Any], read: int | None, levels: Sequence[int]) -> BlockTimes:
-    """The times of one kind of block, from rows of its tokens, sizes, rule, and three times in each run."""
-    kept, sized, works, attention, _, mlp = zip(*rows, strict=True)
-    asked = [read is None and asks(one, work) for one, work in zip(kept, works, strict=True)]
-    received = [one and work.received for one, work in zip(asked, works, strict=True)]
-    flags = ([one and not other for one, other in zip(asked, received, strict=True)], received, sized)
-    plain, (own, all_received, more_sized) = fit_curve([one.entering for one in kept], attention, levels, *flags)
-    after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, levels)[0]
-    reducing = [row for row in rows if removes(row[0], read)]
-    reduction: tuple[float, ...] = ()
-    if reducing:
-        reduction = fit_terms([reduction_terms(*row[:3]) for row in reducing], [row[4] for row in reducing])
-    return BlockTimes(plain, own, all_received, more_sized, after, reduction, read)
+    kinds = tuple(block_times(*kind, levels) for kind in zip(rows, dict(kinds_of(model)).values(), strict=True))
+    before = float(median(run.seconds[0] for run in runs))
+    return LatencyTable(setting, kinds, order, before, (constant, slope), space.limits[0], setting["batch_size"])

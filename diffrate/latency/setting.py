@@ -29,10 +29,7 @@ class LatencyFileError(ValueError):
 
 def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
     """The table at `path` if it was made for `setting`; None where there is no file, or one of another setting.
-
-    Raises:
-        LatencyFileError: the file holds no table.
-    """
+    LatencyFileError where the file holds no table."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["setting"] != setting:
@@ -51,11 +48,7 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make `folder` where there is none.
-
-    Raises:
-        LatencyFileError: it cannot be made, or written to.
-    """
+    """Make `folder` where there is none; LatencyFileError where it cannot be made, or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -65,11 +58,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_table(path: Path, table: LatencyTable) -> None:
-    """Write the table to `path`, in a folder that is made where there is none.
-
-    Raises:
-        LatencyFileError: it cannot be written.
-    """
+    """Write the table to `path`, in a folder that is made where there is none; LatencyFileError where that fails."""
     check_folder(path.parent)
     try:
         with whole_file(path) as file:
@@ -136,11 +125,7 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
 
 
 def check_table(table: LatencyTable, model: CompressedModel) -> None:
-    """Refuse a table of another model, as far as the table shows it.
-
-    Raises:
-        ValueError: names what differs.
-    """
+    """ValueError where the table is of another model, as far as it shows that; names what differs."""
     expected = setting_of(model, use_of(table, placement_of(model).device))
     said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
     for name in OF_MODEL:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,22 @@ class BlockTimes:
         parts = [weight * term for weight, term in zip(self.reduction, terms, strict=True)]
         merging = sum(parts[term] for term in MERGING_TERMS)
         return sum(parts) - merging, merging
+
+
+def block_times(rows: Sequence[Any], read: int | None, knots: Sequence[int]) -> BlockTimes:
+    """The times of one kind of block, from rows of its tokens, sizes, rule, and three times in each run; `read` as
+    there."""
+    kept, sized, works, attention, _, mlp = zip(*rows, strict=True)
+    asked = [read is None and asks(one, work) for one, work in zip(kept, works, strict=True)]
+    received = [one and work.received for one, work in zip(asked, works, strict=True)]
+    flags = ([one and not other for one, other in zip(asked, received, strict=True)], received, sized)
+    plain, (more, more_received, more_sized) = fit_curve([one.entering for one in kept], attention, knots, *flags)
+    reducing = [row for row in rows if read is None and row[0].merged < row[0].entering]
+    reduction: tuple[float, ...] = ()
+    if reducing:
+        reduction = fit_terms([reduction_terms(*row[:3]) for row in reducing], [row[4] for row in reducing])
+    after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, knots)[0]
+    return BlockTimes(plain, more, more_received, more_sized, after, reduction, read)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from diffrate.searching.checkpoint import (
     SearchCheckpointError,
     StepRecord,
     Task,
-    check_record,
+    check_same,
     read_checkpoint,
 )
-from diffrate.searching.settings import SMOOTHING, SearchSettingError, SearchSettings
+from diffrate.searching.settings import SMOOTHING, SearchSettingError
 from diffrate.searching.target import Multiplier, expected_seconds
 from diffrate.searching.teacher import Teacher
 
@@ -112,21 +112,13 @@ def _an_epoch(task: Task) -> tuple[Any, int]:
     """The loader of every epoch, and its number of updates: `steps`, or as many as there are batches for.
 
     A loader without a length is counted where there are no `steps`; an iterator is kept in memory for that.
-
-    Raises:
-        SearchSettingError: there is no batch, or none for an update; or `minutes` for an iterator with `steps`.
+    SearchSettingError where there is no batch, or none for an update, or `minutes` for an iterator with `steps`.
     """
-    loader, steps, accumulate, minutes = (
-        task.loader,
-        task.settings.steps,
-        task.settings.accumulate,
-        task.settings.minutes,
-    )
-    if isinstance(loader, Iterator):
-        if steps is None:
-            loader = list(loader)
-        elif minutes is not None:
-            raise SearchSettingError(f"minutes: found {minutes!r} and a generator with steps; accepted: one of them")
+    steps, accumulate, minutes = task.settings.steps, task.settings.accumulate, task.settings.minutes
+    once = isinstance(task.loader, Iterator)
+    if once and steps is not None and minutes is not None:
+        raise SearchSettingError(f"minutes: found {minutes!r} and a generator with steps; accepted: one of them")
+    loader = list(task.loader) if once and steps is None else task.loader
     try:
         batches = len(loader)
     except TypeError:  # a generator, or a data set that streams
@@ -152,11 +144,7 @@ def paced(epochs: int, steps: int, seconds: float, a_step: float) -> tuple[int, 
 def search_by_gradient(
     task: Task, callback: Callable[[StepRecord], None] | Observer | None
 ) -> tuple[Schedule, Scores | None, tuple[StepRecord, ...]]:
-    """The schedule that rates learn, its scores, and a record of each step.
-
-    Raises:
-        SearchCheckpointError, SearchSettingError, NonFiniteLossError, StoppedError: as `diffrate.search`.
-    """
+    """The schedule that rates learn, its scores, and a record of each step; raises as `diffrate.search`."""
     model, settings = task.model, task.settings
     observer = callback if isinstance(callback, Observer) else Observer()
     if callback is not None and callback is not observer:
@@ -166,7 +154,6 @@ def search_by_gradient(
     task.check_file()
     with _restored(model):
         model.to(task.place.device)
-        _reset_rates(model, settings)
         running = Search(replace(task, loader=loader), steps, observer)
         if task.resume is not None:
             running.restore(task.resume)
@@ -193,18 +180,29 @@ class Search:
 
     def __init__(self, task: Task, steps: int, observer: Observer) -> None:
         self.task, self.model, self.settings, self.observer = task, task.model, task.settings, observer
-        settings, self.target = task.settings, task.budget.target
+        settings, self.target, compression = task.settings, task.budget.target, task.model.compression
+        granularity = settings.granularity
+        if granularity is not None and set(compression.granularity.values()) != {granularity}:
+            compression.set_granularity(granularity, granularity)
+        self.rates = self.model.arch_parameters()
+        if min(map(len, self.rates)) < 2:
+            found = max(compression.granularity.values())
+            raise RateError(f"granularity: found {found}; accepted: from 1 to {compression.patches - 1}")
+        compression.schedule = None
+        if settings.rule is not None:
+            compression.space = compression.space.ruled(settings.rule)
+        self.model.requires_grad_(False)
+        compression.reset()
+        if settings.start is not None:
+            self.model.check(settings.start, "start: ")
+            compression.start_at(settings.start, settings.start_spread)
         self.teacher = None if settings.labelled else Teacher(task.model, settings.loss, settings.multi_label)
-        self.criterion = settings.criterion or default_criterion(settings.multi_label)
+        self.criterion = settings.criterion or partial(default_criterion, multi_label=settings.multi_label)
         self.cost = None
         if settings.latency and task.budget.timed:
-            self.cost = partial(expected_seconds, settings.latency, rules=task.model.compression.space.rules)
-        self.model.requires_grad_(False)
-        self.rates = self.model.arch_parameters()
-        for rate in self.rates:
-            rate.requires_grad_(True)
+            self.cost = partial(expected_seconds, settings.latency, rules=compression.space.rules)
         self.optimizer = torch.optim.AdamW(self.rates, lr=settings.learning_rate, weight_decay=0)
-        self.scaler = torch.amp.GradScaler(task.place.device.type, enabled=task.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(task.place.device.type, enabled=settings.precision == torch.float16)
         self.epochs, self.steps = settings.epochs, steps
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0, 0.0]
         self.best: tuple[Schedule, Scores | None] | None = None
@@ -216,12 +214,8 @@ class Search:
     def run(self) -> tuple[Schedule, Scores | None]:
         """Search to the end; the schedule to report, which meets the budget, and its scores.
 
-        That is the best of all epochs where there is something to score on, else the last.
-
-        Raises:
-            NonFiniteLossError: the loss is no number; names epoch and step.
-            SearchSettingError: the loss is the same whatever the rates.
-            StoppedError: the observer asked to stop; the state was saved before.
+        That is the best of all epochs where there is something to score on, else the last. Raises as `_update`, and
+        StoppedError where the observer asked to stop, after the state was saved.
         """
         self.observer.on_course(self.epochs, self.steps)
         while self.epoch < self.epochs:
@@ -260,10 +254,7 @@ class Search:
 
     def restore(self, path: Path) -> None:
         """Go on where the checkpoint at `path` was written; with `minutes`, for as many steps as it was to take.
-
-        Raises:
-            SearchCheckpointError: as `read_checkpoint`, or it is another search's; names what differs.
-        """
+        SearchCheckpointError where it cannot be read, or is another search's."""
         content = read_checkpoint(path)
         if "calibrated" in content:
             raise SearchCheckpointError(
@@ -273,7 +264,7 @@ class Search:
         if self.settings.minutes is not None:
             total = saved.get("epochs", self.epochs) * saved.get("steps", self.steps)
             self.epochs, self.steps = paced(self.epochs, self.steps, total, 1.0)
-        check_record(path, saved, self.record())
+        check_same(path, saved, self.record())
         try:
             with torch.no_grad():
                 for rate, values in zip(self.rates, content["rates"], strict=True):
@@ -344,12 +335,15 @@ class Search:
     def _update(self, batches: Iterator[Any]) -> tuple[StepRecord, bool]:
         """One update of the rates; its figures, and whether all processes are to stop.
 
-        All figures are means over the processes, so that all of them stop after the same step, and for
-        the same loss.
+        All figures are means over the processes, so that all of them stop after the same step, and for the same loss:
+        NonFiniteLossError where it is no number, SearchSettingError where it has no gradient.
         """
         epoch, step, settings = self.epoch, self.step, self.settings
         seed_everything(step_seed(settings.seed, epoch, rank(), step))
-        learning_rate = self._learning_rate()
+        # Cosine over all steps, from the first rate to the last step's.
+        first, last = settings.learning_rate, settings.last_rate
+        share = (epoch * self.steps + step) / max(1, self.epochs * self.steps - 1)
+        learning_rate = last + (first - last) * (1 + math.cos(math.pi * share)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         counts = tuple(self.model.compression.expectations())
@@ -378,12 +372,6 @@ class Search:
         self.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
 
-    def _learning_rate(self) -> float:
-        """Cosine over all steps, from the first rate to the last step's."""
-        share = (self.epoch * self.steps + self.step) / max(1, self.epochs * self.steps - 1)
-        first, last = self.settings.learning_rate, self.settings.last_rate
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
-
     def _distance(self, cost: Tensor) -> Tensor:
         """How far a cost is from the target, squared (paper, equation 9)."""
         unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target
@@ -395,7 +383,7 @@ class Search:
         images, labels = self._next(batches)
         if settings.mixup is not None:
             images, labels = settings.mixup(images, labels)
-        with autocast(self.task.place.device, self.task.precision):
+        with autocast(self.task.place.device, self.settings.precision):
             step = self.model.search_step if self.teacher is None else self.teacher.searching
             outputs, flops = step(images, self.cost)
         classification = self.criterion(outputs.float(), labels) if self.teacher is None else outputs
@@ -416,11 +404,8 @@ class Search:
         return parameters_to_vector(gradients)
 
     def _next(self, batches: Iterator[Any]) -> tuple[Tensor, Tensor]:
-        """The next images and labels on the search's device; zeros where labels are missing and not needed.
-
-        Raises:
-            ValueError: there is no batch left, or it has another form, or no labels to hold the outputs against.
-        """
+        """The next images and labels on the search's device, zeros where labels are missing and not needed; ValueError
+        where there is no batch left, or it has another form."""
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
@@ -455,41 +440,18 @@ class Search:
         return EpochRecord(self.epoch, loss, flops_loss, gflops * 1e9, rate, schedule, flops, scores, best)
 
 
-def default_criterion(multi_label: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+def default_criterion(logits: Tensor, labels: Tensor, multi_label: bool = False) -> Tensor:
     """Cross-entropy, with smoothing where labels are classes; labels that were mixed are smooth already. With
     `multi_label`, binary cross-entropy."""
-    hard, soft = LabelSmoothingCrossEntropy(SMOOTHING), SoftTargetCrossEntropy()
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        if multi_label:
-            return F.binary_cross_entropy_with_logits(logits, multi_hot(labels, logits).to(logits.dtype))
-        if logits.shape[-1] == 1:
-            raise SearchSettingError(
-                "loss: found 'labels' for a head with one output; accepted: a criterion, or the loss 'distill'"
-            )
-        if labels.is_floating_point() and labels.shape == logits.shape:
-            return soft(logits, labels)
-        return hard(logits, class_indices(labels, logits))
-
-    return loss
-
-
-def _reset_rates(model: CompressedModel, settings: SearchSettings) -> None:
-    """Set the rates to those that a search begins with."""
-    compression, granularity, start = model.compression, settings.granularity, settings.start
-    if granularity is not None and set(compression.granularity.values()) != {granularity}:
-        compression.set_granularity(granularity, granularity)
-    if min(len(rate) for rate in model.arch_parameters()) < 2:
-        limit = compression.patches
-        found = max(compression.granularity.values())
-        raise RateError(f"granularity: found {found}; accepted: from 1 to {limit - 1}")
-    compression.schedule = None
-    if settings.rule is not None:
-        compression.space = compression.space.ruled(settings.rule)
-    compression.reset()
-    if start is not None:
-        model.check(start, "start: ")
-        compression.start_at(start, settings.start_spread)
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits, multi_hot(labels, logits).to(logits.dtype))
+    if logits.shape[-1] == 1:
+        raise SearchSettingError(
+            "loss: found 'labels' for a head with one output; accepted: a criterion, or the loss 'distill'"
+        )
+    if labels.is_floating_point() and labels.shape == logits.shape:
+        return SoftTargetCrossEntropy()(logits, labels)
+    return LabelSmoothingCrossEntropy(SMOOTHING)(logits, class_indices(labels, logits))
 
 
 @contextmanager

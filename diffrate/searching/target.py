@@ -98,23 +98,15 @@ REACH_SECONDS = 2.0
 
 
 def table_for(model: CompressedModel, target: Target, device: torch.device) -> LatencyTable:
-    """The seconds of schedules, measured with the defaults of `measure_latency`.
-
-    Raises:
-        BudgetError: the target is far out of reach.
-    """
+    """The seconds of schedules, measured with the defaults of `measure_latency`; raises as `check_reach`."""
     use = Use(BATCH_SIZE, torch.float32, False, device)
     check_reach(model, [target], use)
     return measure_latency(model, use.batch_size, use.dtype, device=device)
 
 
 def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None) -> Budget:
-    """What a target is for `model`, in reach. One in seconds goes by `table`.
-
-    Raises:
-        SearchSettingError: the table is another model's.
-        BudgetError: it is out of reach.
-    """
+    """What a target is for `model`; one in seconds goes by `table`. BudgetError where it is out of reach,
+    SearchSettingError where the table is another model's."""
     dense = model.dense_schedule()
     if not target.timed:
         budget = Budget(model.flops_at, target.value * (model.flops_at(dense) if target.kind == SHARE else 1))
@@ -132,14 +124,10 @@ def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None
 
 
 def check_reach(model: CompressedModel, targets: Iterable[Target], use: Use, file: Path | None = None) -> None:
-    """Refuse a speed that the schedule with the fewest tokens is far from, before a table is measured.
+    """BudgetError where a speed is far out of reach of the schedule with the fewest tokens, before a table is measured.
 
     A table takes a minute; this takes a few seconds of runs in turn with the dense model, on the first process. With
-    a table in `file` it takes none: that says precisely what is in reach.
-
-    Raises:
-        BudgetError: names the first of `targets` that is out of reach.
-        LatencyFileError: `file` is none of a table.
+    a table in `file` it takes none: that says precisely what is in reach. Raises as `read_table`, too.
     """
     timed = [target for target in targets if target.timed]
     if not timed:
