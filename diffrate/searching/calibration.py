@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,11 +102,7 @@ def mean_of(values: Tensor, device: torch.device) -> tuple[float, float]:
     return mean, max(squares / count - mean**2, 0.0) / max(1.0, count - 1)
 
 
-class Draw(NamedTuple):
-    """Images in chunks: their numbers and weights, `[n]` both."""
-
-    images: list[Tensor]
-    weights: list[Tensor]
+Draw = tuple[list[Tensor], list[Tensor]]  # images in chunks: their numbers and their weights, `[n]` both
 
 
 class Calibration:
@@ -154,7 +150,7 @@ class Calibration:
         steps = (torch.arange(count) + rng.random()) / count
         reached = torch.searchsorted(odds[order].cumsum(0), steps).clamp(max=len(odds) - 1)
         picked = order[reached][torch.tensor(rng.sample(range(count), count))]
-        return Draw(list(picked.split(size)), list((1 / (len(odds) * odds[picked])).split(size)))
+        return list(picked.split(size)), list((1 / (len(odds) * odds[picked])).split(size))
 
     def mean(self, schedule: Schedule, index: Tensor) -> float:
         """The mean of the losses at `schedule` on the images `index` of all processes."""
@@ -210,17 +206,17 @@ class Reference:
     """
 
     def __init__(self, calibration: Calibration, schedule: Schedule, draw: Draw) -> None:
-        self.calibration, self.schedule, self.draw = calibration, schedule, draw
+        self.calibration, self.schedule, (self.images, self.weights) = calibration, schedule, draw
         self.steps = calibration.steps(schedule)
         self.losses: dict[int, Tensor] = {}
         self.states: dict[int, list[TokenState]] = {}
-        model, images = calibration.model, sum(len(part) for part in draw.images)
-        size = images * getattr(model, "num_features", 1024) * 4 * sum(kept.merged for kept, _ in self.steps)
+        model, tokens = calibration.model, sum(kept.merged for kept, _ in self.steps)
+        size = sum(map(len, self.images)) * tokens * getattr(model, "num_features", 1024) * 4
         several = len(model.compression.space.searchable) > 1
         self.keeps_states = calibration.resumable and size <= STATE_BYTES and several
 
     def __len__(self) -> int:
-        return len(self.draw.images)
+        return len(self.images)
 
     def difference(self, schedule: Schedule, chunk: int, part: float = 1.0) -> tuple[float, float]:
         """How much more is lost at `schedule`, a mean over the images that a chunk stands for; and its variance.
@@ -237,13 +233,13 @@ class Reference:
             whole = len(ours)  # what all images share stays
             parts = (one if one is None or len(one) != whole else one[:count] for one in states[start - 1])
             state = TokenState(*parts)  # type: ignore[arg-type]
-        theirs, _ = held.losses(schedule, self.draw.images[chunk][:count], start, state)
-        return mean_of(self.draw.weights[chunk][:count] * (theirs - ours[:count]), held.place.device)
+        theirs, _ = held.losses(schedule, self.images[chunk][:count], start, state)
+        return mean_of(self.weights[chunk][:count] * (theirs - ours[:count]), held.place.device)
 
     def at(self, chunk: int) -> Tensor:
         """What the reference itself loses on each image of a chunk, `[n]`."""
         if chunk not in self.losses:
-            self.losses[chunk], states = self.calibration.losses(self.schedule, self.draw.images[chunk])
+            self.losses[chunk], states = self.calibration.losses(self.schedule, self.images[chunk])
             if self.keeps_states:
                 self.states[chunk] = states
         return self.losses[chunk]

@@ -122,7 +122,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_same(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_record(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """SearchCheckpointError where a value `saved` is not as `expected`; names the first one."""
     for name, value in expected.items():
         found = saved.get(name)

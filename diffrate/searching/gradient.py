@@ -31,7 +31,7 @@ from diffrate.searching.checkpoint import (
     SearchCheckpointError,
     StepRecord,
     Task,
-    check_same,
+    check_record,
     read_checkpoint,
 )
 from diffrate.searching.settings import SMOOTHING, SearchSettingError
@@ -264,7 +264,7 @@ class Search:
         if self.settings.minutes is not None:
             total = saved.get("epochs", self.epochs) * saved.get("steps", self.steps)
             self.epochs, self.steps = paced(self.epochs, self.steps, total, 1.0)
-        check_same(path, saved, self.record())
+        check_record(path, saved, self.record())
         try:
             with torch.no_grad():
                 for rate, values in zip(self.rates, content["rates"], strict=True):

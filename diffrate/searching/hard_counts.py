@@ -20,7 +20,7 @@ from diffrate.evaluation import modes_kept
 from diffrate.latency.confirm import Again
 from diffrate.schedule import PUBLISHED, Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of
-from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_same, plain_row, read_checkpoint
+from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_record, plain_row, read_checkpoint
 from diffrate.searching.moves import Moves
 from diffrate.searching.settings import CALIBRATED
 from diffrate.searching.teacher import Teacher
@@ -216,7 +216,7 @@ class Calibrating:
         held[torch.arange(1, some + 1) * count // some - 1] = True
         if self.saved is None or self.task.resume is None:
             return images[~held], images[held]
-        check_same(self.task.resume, self.before["setting"], self.setting)
+        check_record(self.task.resume, self.before["setting"], self.setting)
         return images[~held][: len(self.saved.felt)], images[held]
 
     def _search(
@@ -259,7 +259,7 @@ class Calibrating:
         left = self.clock.seconds - self.clock.now()
         passes = RULES_SHARE * min(settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images)), left * speed)
         images = max(1, int(min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK)) // world())
-        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed)).images)[:images]
+        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[:images]
         merging: dict[str, Schedule] = {}
         losses: dict[str, float] = {}
         begun = self.clock.now()

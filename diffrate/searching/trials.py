@@ -72,7 +72,7 @@ class Trials:
     scale: float = 0.0
     order: list[int] = field(default_factory=list)
     looks: dict[Counts, list[int]] = field(default_factory=dict)
-    draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    draw: Draw = ([], [])
     known: list[int] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     best: float = 0.0
@@ -146,9 +146,9 @@ class CalibratedSearch:
         fitted = [counts for start in starts if (counts := moves.fitted(start, rng)) is not None]
         if not fitted:
             raise ValueError("starts: none of them can be brought onto the budget")
-        first = self.calibration.drawn(LOOKS, rng)
-        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first.images[0]) * world())
-        index = torch.cat(first.images[: max(1, int(looks)) if self.clock.limited else LOOKS])
+        first, _ = self.calibration.drawn(LOOKS, rng)
+        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first[0]) * world())
+        index = torch.cat(first[: max(1, int(looks)) if self.clock.limited else LOOKS])
         losses: list[float] = []
         for counts in fitted:
             if not losses or self._in_time(BEGUN[0]):
@@ -165,7 +165,9 @@ class CalibratedSearch:
         for trial in range(FIRST):  # one near a start in three, else of a few steps
             self.clock.now()
             drawn = moves.stepped(rng) if trial % 3 else moves.changed(rng.choice([best, *fitted]), rng)
-            found.append(drawn if trial % 3 else drawn and (moves.changed(drawn, rng) or drawn))
+            if trial % 3 == 0 and drawn:
+                drawn = moves.changed(drawn, rng) or drawn
+            found.append(drawn)
         for counts in dict.fromkeys(counts for counts in found if counts is not None):
             if self._in_time(BEGUN[2]):
                 self._measure(counts, rng, part=GLANCE)
@@ -185,11 +187,10 @@ class CalibratedSearch:
         """Measure what the surrogate hopes for; at the end of a phase, change the reference."""
         trials, calibration = self.trials, self.calibration
         trials.round += 1
-        rng = Random(
-            step_seed(self.seed, trials.round)
-        )  # of its own, so that a search goes on as if it had not stopped
+        seed = step_seed(self.seed, trials.round)  # of its own: a search goes on as if it had not stopped
+        rng = Random(seed)
         if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
-            self._fit(step_seed(self.seed, trials.round))
+            self._fit(seed)
         hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
         trials.exhausted = not hoped and not self._spent()
         for counts in hoped:
@@ -271,14 +272,13 @@ class CalibratedSearch:
         return [chunk for chunk in range(len(self.reference)) if chunk not in seen]
 
     def _redraw(self, counts: Counts, rng: Random, offset: float = 0.0) -> None:
-        draw = self.calibration.drawn(CHUNKS, rng)
-        self.trials.draw, self.trials.order, self.trials.offset = (draw.images, draw.weights), [], offset
-        self.trials.looks = {}
+        trials = self.trials
+        trials.draw, trials.order, trials.looks, trials.offset = self.calibration.drawn(CHUNKS, rng), [], {}, offset
         self._refer(counts)
 
     def _refer(self, counts: Counts) -> None:
         self.trials.reference = counts
-        self.reference = Reference(self.calibration, self.moves.schedule(counts), Draw(*self.trials.draw))
+        self.reference = Reference(self.calibration, self.moves.schedule(counts), self.trials.draw)
 
     def _fit(self, seed: int | None = None) -> None:
         """Fit the surrogate to each schedule's mean over all looks and the variance of that; with a seed, its scales,

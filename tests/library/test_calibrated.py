@@ -116,8 +116,8 @@ def test_going_on_from_the_block_where_schedules_part_changes_nothing(pool: str)
     late = moves.schedule((*counts[:-4], counts[-4], *[1 + (pool == "avg")] * 3))
     before = held.work
     mean, variance = reference.difference(late, 1)
-    whole = held.losses(late, reference.draw.images[1])[0] - held.losses(start, reference.draw.images[1])[0]
-    weighted = reference.draw.weights[1] * whole
+    whole = held.losses(late, reference.images[1])[0] - held.losses(start, reference.images[1])[0]
+    weighted = reference.weights[1] * whole
     assert mean == pytest.approx(float(weighted.mean()), abs=1e-6)
     assert variance > 0
     plain = held.work
@@ -148,8 +148,7 @@ def test_images_on_which_more_is_lost_are_drawn_more_often_and_count_less() -> N
     held.felt, held.seen = torch.arange(40.0), torch.ones(40)
     often, total = torch.zeros(40), torch.zeros(40)
     for _ in range(300):
-        draw = held.drawn(24, rng)
-        index, weights = torch.cat(draw.images), torch.cat(draw.weights)
+        index, weights = map(torch.cat, held.drawn(24, rng))
         often.index_add_(0, index, torch.ones(len(index)))
         total.index_add_(0, index, weights)
     assert often[30:].sum() > 1.35 * often[:10].sum()
