@@ -64,9 +64,9 @@ def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, secon
 def confirmed(
     model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable | None, again: Again | None = None
 ) -> tuple[Schedule, Confirmed | None]:
-    """`schedule` as it is for a budget of FLOPs. For one of seconds, `schedule` and its speeds, or those of another:
-    where it is measured to be slower or faster than asked, the budget is corrected by the ratio of measured and
-    predicted. The first process measures for all.
+    """`schedule` and its speeds, or another where it is measured to be slower or faster than asked: the budget is
+    corrected by the ratio of measured and predicted. For a budget of FLOPs, `schedule` alone. The first process
+    measures for all.
 
     `again` finds a better schedule of the corrected budget than rounding does. Without it, a schedule that is faster
     than asked stays.

@@ -29,11 +29,11 @@ from diffrate.patch.shapes import input_size
 from diffrate.schedule import RULES, Kept, RuleWork, Schedule, SearchSpace
 from diffrate.timing import Stopwatch, Use
 
-KNOTS = 56  # token counts to look at, at most: kernels move in steps of 16 or 32 rows
+KNOTS = 56  # token counts to measure at, at most: kernels' times rise in steps of 16 or 32 rows
 
 
 def knots(least: int, tokens: int) -> list[int]:
-    """The token counts to look at, from the fewest to all."""
+    """The token counts to measure at, from the fewest to all."""
     step = max(1, -(-(tokens - least) // KNOTS))
     return sorted({*range(tokens, least, -step), least})
 
@@ -119,8 +119,8 @@ OTHER_RULES = ("similar", "received_halves")  # are measured beside the paper's:
 BATCH_SIZE = 8
 SECONDS = 30.0  # of timed runs
 RUNS = (60, 600)  # at least, whatever they take, and at most
-WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is looked at as a whole
-# The schedules, with a share of the FLOPs that is left; the first ones say most, where few fit into the time.
+WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is timed as a whole
+# The schedules, with a share of the FLOPs that is left; the first ones tell most, where few fit into the time.
 WHOLE = (("both", 0.5), ("merge", 0.8), ("prune", 0.5), ("both", 0.8), ("merge", 0.5), ("prune", 0.8))
 NOISY = 0.1  # equal runs differ by 0.6 to 6 % on an idle machine, by 11 to 48 % where its cores are taken
 WARM = 3  # runs before the first that counts

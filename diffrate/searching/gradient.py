@@ -276,7 +276,7 @@ class Search:
             self.best = None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores))
             self.rows = array("d", content["history"].flatten().tolist())
             self.multiplier = Multiplier(*content["multiplier"])
-            self.silent = False  # its first steps were looked at
+            self.silent = False  # its first steps were checked
         except UNREADABLE as error:
             raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
 
@@ -312,7 +312,7 @@ class Search:
         if self.teacher is None:
             self.model.train_to_search()
         else:
-            self.model.eval()  # nothing is dropped at random in the one that is held against the other
+            self.model.eval()  # no dropout in what is compared with the dense model
 
     def _epoch(self) -> None:
         """The steps of one epoch that are left."""
@@ -399,7 +399,7 @@ class Search:
         return torch.stack([classification.detach(), cost.detach(), flops.detach() / 1e9])
 
     def _gradient(self, value: Tensor) -> Tensor:
-        """That of all rates, one after the other."""
+        """The gradients of `value` by all rates, as one vector."""
         gradients = torch.autograd.grad(value, self.rates, retain_graph=True, materialize_grads=True)
         return parameters_to_vector(gradients)
 

@@ -27,7 +27,7 @@ class Found:
 
     flops: of the schedule, in multiply-accumulates. scores: at it, None without `val`.
     history: a record per step of the gradient search, in order, those before a resumption included.
-    calibrated: what the search at hard counts came to, None where there was none.
+    calibrated: the outcome of a search at hard counts, None for one by gradient.
     speed: asked for, predicted and measured; None where FLOPs were asked for.
     """
 

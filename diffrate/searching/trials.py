@@ -1,8 +1,8 @@
 """The trials of the search at hard counts: schedules on the budget, on calibration images, tokens really dropped.
 
 A surrogate (`moves.Surrogate`) learns from all that was measured, and says which schedules near the best ones to
-try next, on a few images each. In phases the best one so far becomes the reference that others are held
-against, on images drawn afresh. No gradient is computed, and nothing is known of what is budgeted."""
+try next, on a few images each. In phases the best one so far becomes the reference that others are compared
+with, on images drawn afresh. No gradient is computed, and a cost may be of FLOPs or of seconds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from diffrate.searching.settings import SearchSettingError
 
 CHUNKS = 24  # of images in a phase
 PHASES = 5
-LOOKS = 6  # chunks on which starts, and the best of a phase, are compared
-FIRST, SECOND = 72, 20  # schedules drawn at random before the surrogate is asked; those that are looked at again
+LOOKS = 6  # chunks that starts, and the best of a phase, are compared on
+FIRST, SECOND = 72, 20  # schedules drawn at random before the surrogate is asked; those that are measured again
 GLANCE = 0.5  # of a chunk, for a first look
 TOGETHER = 8  # schedules that are chosen at a time
-NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate looks at, for each that it chooses
+NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate predicts, for each that it chooses
 SCALED_EVERY = 10  # rounds
 DARING = 1.0  # how many deviations better than the mean a schedule is hoped to be, as they are drawn
 PATIENCE = 0.4  # of the work, without a better schedule
@@ -56,8 +56,8 @@ class Trials:
 
     felt, seen: of the calibration. measured: counts, how much worse than the first reference as a share of its loss,
     the variance of that. looks: the chunks of this phase that each of the counts was measured on.
-    offset: the reference's own place on that scale. scale: the first reference's loss. known: the chunks that the
-    reference was measured on. improved: the work at the last better schedule. exhausted: nothing is left to look at.
+    offset: the reference's own value on that scale. scale: the first reference's loss. known: the chunks that the
+    reference was measured on. improved: the work at the last better schedule. exhausted: nothing is left to measure.
     """
 
     work: float
@@ -265,7 +265,7 @@ class CalibratedSearch:
         trials.measured.append((counts, float(value) + trials.offset, float(variance) + 1e-6))
 
     def _unseen(self, counts: Counts) -> list[int]:
-        """The chunks of this phase that say more of `counts`; none of the reference, which all are held against."""
+        """The chunks of this phase on which `counts` were not measured; none for the reference."""
         if counts == self.trials.reference:
             return []
         seen = self.trials.looks.get(counts, [])
