@@ -235,7 +235,7 @@ class SlowClock:
 
         def passes(held: Calibration, images: int, share: float) -> None:
             worked(held, images, share)
-            self.seconds += images * share / self.pace * (self.slower if hasattr(held, "seen") else 1.0)
+            self.seconds += images * share / self.pace * (1.0 if share == 1.0 else self.slower)
 
         monkeypatch.setattr(Calibration, "_worked", passes)
         monkeypatch.setattr("diffrate.searching.calibration.time.monotonic", lambda: self.seconds)
