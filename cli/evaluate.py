@@ -42,8 +42,8 @@ from cli.settings import OFFICIAL, Settings
 from diffrate.budget import Budget, baseline_schedule
 from diffrate.device import generators_kept
 from diffrate.files.header import is_saved_model
+from diffrate.latency.confirm import confirmed
 from diffrate.schedule import PUBLISHED, Schedule, fields_of
-from diffrate.searching.target import confirmed_at
 from engine import Training, dense_copy, evaluate, log_counts
 from models.zoo import ModelEntry
 from utils import UsageError
@@ -129,8 +129,7 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
     for target, budget in budgets.items():
         first = again(budget)
         with generators_kept():
-            space = model.compression.space.every_block()
-            schedule, speed = confirmed_at(model, first, space, budget, table, runtime.device, again)
+            schedule, speed = confirmed(model, first, model.compression.space.every_block(), budget, table, again)
         model.schedule = schedule
         scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
         report(f"baseline {kind}", trained.entry, model, scores, runtime)

@@ -26,23 +26,16 @@ from diffrate.schedule import Schedule
 Run = Callable[[], Any]
 SHORTEST = 0.3  # seconds of a measurement at least
 SHORT, FEWEST = 0.08, 7  # seconds of one, and rounds, where as many as possible are to fit into a given time
-
-
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """What tables call a precision."""
+    """The name of a precision in tables."""
     return SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def precision_named(name: str) -> torch.dtype:
-    """The precision that tables call so."""
-    return {short: dtype for dtype, short in SHORT_NAMES.items()}.get(name) or getattr(torch, name)
-
-
 def mode_name(compiled: bool) -> str:
-    """What tables call a way to run: as one compiled graph, or eager."""
+    """The name in tables of a compiled or an eager model."""
     return "compiled" if compiled else "eager"
 
 
@@ -78,13 +71,13 @@ class PairedTimes:
 
 
 class Stopwatch:
-    """Marks moments on a device. A GPU's are events in its stream: what it waits for the host counts, as in use."""
+    """Marks moments on a device. A GPU's are events in its stream: time that it waits for the host counts."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.marks = device, []
 
     def mark(self) -> None:
-        """What was asked of the device until now ends here."""
+        """Mark the end of the work that was asked of the device so far."""
         if self.device.type == "cuda":
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record(torch.cuda.current_stream(self.device))
@@ -92,7 +85,7 @@ class Stopwatch:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between each two marks; waits for the device."""
+        """The times between consecutive marks; waits for the device."""
         if self.device.type != "cuda":
             return [after - before for before, after in pairwise(self.marks)]
         torch.cuda.synchronize(self.device)
@@ -104,11 +97,11 @@ def time_within(baseline: Run, rival: Run, seconds: float, device: torch.device)
 
     Where a machine's pace changes within seconds, many short rounds give a better ratio than a few long ones.
     """
-    for run in (baseline, rival):
+    runs = (baseline, rival)
+    for run in runs:
         run()
-    pair = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in (baseline, rival))
-    rounds = max(FEWEST, int(seconds / pair))
-    return PairedTimes(*time_in_turn((baseline, rival), rounds, device, SHORT))
+    pair = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in runs)
+    return PairedTimes(*time_in_turn(runs, max(FEWEST, int(seconds / pair)), device, SHORT))
 
 
 def time_in_turn(
@@ -144,7 +137,7 @@ def _seconds(run: Run, repeats: int, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """Both sides at one batch size and precision, timed in turn.
+    """Dense and compressed model at one batch size and precision, timed in turn.
 
     Times are medians over the rounds; the speed-up is the median of the rounds' ratios, with the lowest
     and the highest; FLOPs are multiply-accumulates of an image, and their ratio is the ideal.
@@ -204,13 +197,13 @@ def benchmark(
 
 def at_schedules(model: CompressedModel, schedules: Sequence[Schedule], use: Use) -> list[Callable[[], Tensor]]:
     """Functions that run a copy of `model` at each of the `schedules`, on random images."""
-    sides = []
+    runs = []
     with generators_kept():
         for schedule in schedules:
             side = copy.deepcopy(model)
             side.schedule = schedule
-            sides.append(forward_pass(side, model.image_size, use))
-    return sides
+            runs.append(forward_pass(side, model.image_size, use))
+    return runs
 
 
 def forward_pass(model: nn.Module, size: tuple[int, int], use: Use) -> Callable[[], Tensor]:

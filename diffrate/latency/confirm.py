@@ -66,28 +66,39 @@ def confirmed(
     schedule: Schedule,
     space: SearchSpace,
     budget: Budget,
-    table: LatencyTable,
-    use: Use,
+    table: LatencyTable | None,
     again: Again | None = None,
-) -> tuple[Schedule, Confirmed]:
-    """`schedule` and its speeds, or those of another: where it is measured to be slower or faster than asked, the
-    budget is corrected by the ratio of measured and predicted. The first process measures for all.
+) -> tuple[Schedule, Confirmed | None]:
+    """`schedule` and its speeds, or another where it is measured to be slower or faster than asked: the budget is
+    corrected by the ratio of measured and predicted. For a budget of FLOPs, `schedule` alone. The first process
+    measures for all.
 
     `again` finds a better schedule of the corrected budget than rounding among the choices of `space` does. Without
     it, a schedule that is faster than asked stays.
     """
+    if table is None or not budget.timed:
+        return schedule, None
+    use = use_of(table, placement_of(model).device)
+
+    def seconds_at(schedule: Schedule) -> float:
+        """Of an image, measured; of a speed-up, the table's of the dense model over the measured ratio."""
+        if budget.kind == SPEEDUP:
+            return budget.whole / measured_speedup(model, schedule, use, SECONDS)
+        return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size
+
     found = []
     corrected, slowest, spent = budget, budget.target / (1 - TOO_SLOW), again is None
     while True:
-        cost = made_by_first(partial(_measured, model, schedule, budget, table, use))
+        cost = made_by_first(partial(seconds_at, schedule))
         found.append((cost, schedule))
         fast = cost < budget.target / (1 + TOO_FAST)
         if len(found) > CORRECTIONS or (cost <= slowest and (spent or not fast)):
             break
         spent = spent or fast
         corrected = replace(corrected, target=corrected.target * (budget.target / cost))
+        ruled = space.ruled(schedule.rule_names)
         try:
-            other = corrected.rounded(choices_of(schedule, space), space.ruled(schedule.rule_names))
+            other = corrected.rounded(choices_of(schedule, ruled), ruled)
             other = other if again is None else again(corrected, schedule, other)
         except BudgetError:  # no schedule is that fast
             break
@@ -99,13 +110,6 @@ def confirmed(
     cost, schedule = max(enough, key=lambda one: one[0]) if enough else min(found, key=lambda one: one[0])
     asked, predicted, measured = map(budget.of, (budget.target, table.seconds(schedule), cost))
     return schedule, Confirmed(asked, predicted, measured, budget.kind, use.words())
-
-
-def _measured(model: CompressedModel, schedule: Schedule, budget: Budget, table: LatencyTable, use: Use) -> float:
-    """Seconds of an image at `schedule`; of a speed-up, those of the table's dense model over the measured ratio."""
-    if budget.kind == SPEEDUP:
-        return table.seconds(model.dense_schedule()) / measured_speedup(model, schedule, use, SECONDS)
-    return median(measured_times(model, schedule, use, SECONDS).rival) / use.batch_size
 
 
 @dataclass(frozen=True)

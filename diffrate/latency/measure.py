@@ -19,30 +19,21 @@ from torch import Tensor
 
 from diffrate.blocks.block import attended, mlp_branch, reduced, removes
 from diffrate.blocks.tokens import replaced
-from diffrate.budget import Budget, BudgetError, baseline_schedule
+from diffrate.budget import BaselineError, Budget, BudgetError, baseline_schedule
 from diffrate.device import generators_kept, made_by_first, placement_of
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
-from diffrate.latency.table import (
-    BlockTimes,
-    Curve,
-    LatencyTable,
-    asks,
-    fit_curve,
-    fit_prices,
-    fit_terms,
-    reduction_terms,
-)
+from diffrate.latency.table import LatencyTable, block_times, fit_prices, fit_terms
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import input_size
 from diffrate.schedule import RULES, Kept, RuleWork, Schedule, SearchSpace
 from diffrate.timing import Stopwatch, Use
 
-KNOTS = 56  # token counts to look at, at most: kernels move in steps of 16 or 32 rows
+KNOTS = 56  # token counts to measure at, at most: kernels' times rise in steps of 16 or 32 rows
 
 
 def knots(least: int, tokens: int) -> list[int]:
-    """The token counts to look at, from the fewest to all."""
+    """The token counts to measure at, from the fewest to all."""
     step = max(1, -(-(tokens - least) // KNOTS))
     return sorted({*range(tokens, least, -step), least})
 
@@ -92,18 +83,11 @@ def _assembled(space: SearchSpace, leaving: dict[int, int], merging: int, rng: R
 
 
 class TimedRun(NamedTuple):
-    """One forward pass: the tokens of each block, whether those that enter it stand for several, what its rule takes,
-    and `seconds`: before the first block, of each block's attention, reduction and MLP, and after the last."""
+    """One forward pass: of each block its tokens, whether those that enter it stand for several, and what its rule
+    takes; and `seconds`: before the first block, of each block's attention, reduction and MLP, and after the last."""
 
-    kept: tuple[Kept, ...]
-    sized: tuple[bool, ...]
-    works: tuple[RuleWork, ...]
+    blocks: list[tuple[Kept, bool, RuleWork]]
     seconds: np.ndarray
-
-    def blocks(self) -> Iterator[tuple[Any, ...]]:
-        """Tokens, sizes, what the rule takes, and the three times of each block."""
-        times = self.seconds[1:-1].reshape(-1, 3).tolist()
-        return ((*block, *seconds) for *block, seconds in zip(self.kept, self.sized, self.works, times, strict=True))
 
 
 @torch.inference_mode()
@@ -112,34 +96,31 @@ def timed_run(
 ) -> TimedRun:
     """Run `model` on `images` at `schedule`, each part of each block timed: attention, reduction and MLP."""
     attention, reduction, mlp = parts
-    watch = Stopwatch(images.device)
+    watch, blocks = Stopwatch(images.device), []
     watch.mark()
     entry = model.enter(images)
     state, steps = model.prepared(entry.state, schedule), model.steps(entry, schedule)
     watch.mark()
-    kept, sized = [], []
-    for block, positions, rule, counts, read in steps:
-        kept.append(counts)
-        sized.append(state.size is not None)
-        state, seen = attention(block, positions, rule, state, counts, read)
+    for (block, positions, rule, kept, read), name in zip(steps, schedule.rule_names, strict=False):
+        blocks.append((kept, state.size is not None, RULES[name]))
+        state, seen = attention(block, positions, rule, state, kept, read)
         watch.mark()
-        if removes(counts, read):
-            state = reduction(rule, state, seen, counts)
+        if removes(kept, read):
+            state = reduction(rule, state, seen, kept)
         watch.mark()
         state = replaced(state, x=mlp(block, state.x))
         watch.mark()
     model.classify(state)
     watch.mark()
-    works = (RULES[name] for name in schedule.rule_names[: len(kept)])
-    return TimedRun(tuple(kept), tuple(sized), tuple(works), np.array(watch.seconds()))
+    return TimedRun(blocks, np.array(watch.seconds()))
 
 
 OTHER_RULES = ("similar", "received_halves")  # are measured beside the paper's: with all that makes a rule's price
 BATCH_SIZE = 8
 SECONDS = 30.0  # of timed runs
 RUNS = (60, 600)  # at least, whatever they take, and at most
-WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is looked at as a whole
-# The schedules, with a share of the FLOPs that is left; the first ones say most, where few fit into the time.
+WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is timed as a whole
+# The schedules, with a share of the FLOPs that is left; the first ones tell most, where few fit into the time.
 WHOLE = (("both", 0.5), ("merge", 0.8), ("prune", 0.5), ("both", 0.8), ("merge", 0.5), ("prune", 0.8))
 NOISY = 0.1  # equal runs differ by 0.6 to 6 % on an idle machine, by 11 to 48 % where its cores are taken
 WARM = 3  # runs before the first that counts
@@ -185,31 +166,29 @@ def measure_latency(
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
     use = Use(batch_size, dtype, compile, placement_of(model, device).device)
-    return made_by_first(lambda: _read_or_measured(model, use, seconds, None if file is None else Path(file), progress))
+    path = None if file is None else Path(file)
 
+    def read_or_measured() -> LatencyTable:
+        setting = setting_of(model, use)
+        if path is not None:
+            known = read_table(path, setting)
+            if known is not None:
+                return known
+            check_folder(path.parent)
+        with generators_kept():
+            runs, noise = _steadied(_sampled(model, use, seconds, progress))
+            table = _repriced(model, use, _table(model, setting, runs))
+        if noise > NOISY:
+            log.warning(
+                "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure "
+                "again where nothing else runs",
+                100 * noise,
+            )
+        elif path is not None:
+            write_table(path, table)
+        return table
 
-def _read_or_measured(
-    model: CompressedModel, use: Use, seconds: float, file: Path | None, progress: Progress | None
-) -> LatencyTable:
-    setting = setting_of(model, use)
-    known = None if file is None else read_table(file, setting)
-    if known is not None:
-        return known
-    if file is not None:
-        check_folder(file.parent)
-    with generators_kept():
-        rounds = _sampled(model, use, seconds, progress)
-        table = _repriced(model, use, _table(model, setting, _steadied(rounds)), _whole_schedules(model))
-    noise = _noise(rounds)
-    if noise > NOISY:
-        log.warning(
-            "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure again "
-            "where nothing else runs",
-            100 * noise,
-        )
-    elif file is not None:
-        write_table(file, table)
-    return table
+    return made_by_first(read_or_measured)
 
 
 def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[TimedRun]]:
@@ -234,83 +213,46 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     return rounds
 
 
-def _noise(rounds: Sequence[Sequence[TimedRun]]) -> float:
-    """The median difference between a run without reductions and the next one, as a share."""
-    paces = [samples[0].seconds.sum() for samples in rounds]
-    return median(2 * abs(one - other) / (one + other) for one, other in pairwise(paces))
+def _steadied(rounds: Sequence[Sequence[TimedRun]]) -> tuple[list[TimedRun], float]:
+    """All runs, scaled to the median pace of the machine, and the median difference between a run without reductions
+    and the next one, as a share. Each round begins with such a run; the pace between two of those is their mean."""
+    paces = [runs[0].seconds.sum() for runs in rounds]
+    usual, steadied = median(paces), []
+    for runs, pace, after in zip(rounds, paces, [*paces[1:], paces[-1]], strict=True):
+        steadied += [run._replace(seconds=run.seconds * (usual / ((pace + after) / 2))) for run in runs]
+    return steadied, median(2 * abs(one - other) / (one + other) for one, other in pairwise(paces))
 
 
-def _steadied(rounds: Sequence[Sequence[TimedRun]]) -> list[TimedRun]:
-    """All samples, scaled to the median pace of the machine: each round begins with a run without reductions, and the
-    pace between two of those is their mean."""
-    paces = [samples[0].seconds.sum() for samples in rounds]
-    usual = median(paces)
-    between = [(one + other) / 2 for one, other in zip(paces, [*paces[1:], paces[-1]], strict=True)]
-    return [
-        sample._replace(seconds=sample.seconds * (usual / pace))
-        for samples, pace in zip(rounds, between, strict=True)
-        for sample in samples
-    ]
-
-
-def _repriced(model: CompressedModel, use: Use, table: LatencyTable, schedules: Sequence[Schedule]) -> LatencyTable:
-    """The table with the prices of reductions with which it agrees with runs of the whole model, in turn with dense.
+def _repriced(model: CompressedModel, use: Use, table: LatencyTable) -> LatencyTable:
+    """The table with the prices of reductions with which it agrees with runs of the whole model, in turn with dense:
+    pruned, merged, and both, in every block.
 
     Reductions are many short operations, which take a little longer in a model whose parts are not timed.
     """
-    whole, seen = table.seconds(model.dense_schedule()), []
+    space, schedules, seen = model.compression.space, [], []
+    dense = model.dense_schedule()
+    for kind, share in WHOLE:
+        with suppress(BaselineError, BudgetError):
+            schedules.append(baseline_schedule(kind, space, Budget(model.flops_at, share * model.flops_at(dense))))
     begun = time.monotonic()
     for schedule in schedules:
         if seen and time.monotonic() - begun > WHOLE_RUNS * len(schedules):
             break
         going, merging = table.prices(schedule)
-        taken = whole / measured_speedup(model, schedule, use, WHOLE_RUNS)
+        taken = table.seconds(dense) / measured_speedup(model, schedule, use, WHOLE_RUNS)
         seen.append((table.seconds(schedule) - going - merging, going, merging, taken))
     return table.repriced(*fit_prices(*zip(*seen, strict=True))) if seen else table
 
 
-def _whole_schedules(model: CompressedModel) -> list[Schedule]:
-    """Some with a reduction in every block: pruned, merged, and both."""
-    space, found = model.compression.space, []
-    dense = model.flops_at(space.dense())
-    for kind, share in WHOLE:
-        if space.prunes or kind == "merge":
-            with suppress(BudgetError):
-                found.append(baseline_schedule(kind, space, Budget(model.flops_at, share * dense)))
-    return found
-
-
-def _table(model: CompressedModel, setting: dict[str, Any], samples: Sequence[TimedRun]) -> LatencyTable:
+def _table(model: CompressedModel, setting: dict[str, Any], runs: Sequence[TimedRun]) -> LatencyTable:
     space, order = model.compression.space, tuple(setting["blocks"])
     levels = knots(space.least, space.limits[0])
     rows: list[list[Any]] = [[] for _ in setting["kinds"]]
-    for sample in samples:
-        for kind, row in zip(order, sample.blocks(), strict=True):
-            rows[kind].append(row)
-    leaving = [[1.0, sample.kept[-1].merged] for sample in samples]
-    constant, slope = fit_terms(leaving, [sample.seconds[-1] for sample in samples])
-    return LatencyTable(
-        setting=setting,
-        kinds=tuple(_kind(*kind, levels) for kind in zip(rows, dict(kinds_of(model)).values(), strict=True)),
-        order=order,
-        embedding=float(median(sample.seconds[0] for sample in samples)),
-        head=(constant, slope),
-        tokens=space.limits[0],
-        batch_size=setting["batch_size"],
-    )
-
-
-def _kind(rows: Sequence[Any], read: int | None, levels: Sequence[int]) -> BlockTimes:
-    """The times of one kind of block, from rows of `TimedRun.blocks`."""
-    kept, sized, works, attention, _, mlp = zip(*rows, strict=True)
-    going = [removes(one, read) for one in kept]
-    asked = [removing and asks(one, work) for removing, one, work in zip(going, kept, works, strict=True)]
-    of_all = [asks and work.received for asks, work in zip(asked, works, strict=True)]
-    flags = ([one and not other for one, other in zip(asked, of_all, strict=True)], of_all, sized)
-    plain, (first, received, more_sized) = fit_curve([one.entering for one in kept], attention, levels, *flags)
-    after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, levels)[0]
-    reducing = [row for row, removing in zip(rows, going, strict=True) if removing]
-    reduction: tuple[float, ...] = ()
-    if reducing:
-        reduction = fit_terms([reduction_terms(*row[:3]) for row in reducing], [row[4] for row in reducing])
-    return BlockTimes(plain, first, received, more_sized, after, reduction, read)
+    for run in runs:
+        for kind, block, seconds in zip(order, run.blocks, run.seconds[1:-1].reshape(-1, 3).tolist(), strict=True):
+            rows[kind].append((*block, *seconds))
+    leaving = [[1.0, run.blocks[-1][0].merged] for run in runs]
+    constant, slope = fit_terms(leaving, [run.seconds[-1] for run in runs])
+    kinds = tuple(block_times(*kind, levels) for kind in zip(rows, dict(kinds_of(model)).values(), strict=True))
+    before = float(median(run.seconds[0] for run in runs))
+    return LatencyTable(setting, kinds, order, before, (constant, slope), space.limits[0], setting["batch_size"])

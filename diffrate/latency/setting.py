@@ -18,7 +18,7 @@ from diffrate.device import machine_name, placement_of
 from diffrate.latency.table import BlockTimes, Curve, LatencyTable
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
-from diffrate.timing import Use, mode_name, precision_name, precision_named
+from diffrate.timing import SHORT_NAMES, Use, mode_name, precision_name
 
 WHAT = "measured seconds of the parts of a model's blocks, for a batch"
 
@@ -29,18 +29,15 @@ class LatencyFileError(ValueError):
 
 def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
     """The table at `path` if it was made for `setting`; None where there is no file, or one of another setting.
-
-    Raises:
-        LatencyFileError: the file holds no table.
-    """
+    LatencyFileError where the file holds no table."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["setting"] != setting:
             return None
-        kinds = []
-        for kind in content["kinds"]:
-            curves = {name: _made(Curve, kind[name]) for name in ("attention", "mlp")}
-            kinds.append(_made(BlockTimes, kind | curves))
+        kinds = [
+            _made(BlockTimes, kind | {name: _made(Curve, kind[name]) for name in ("attention", "mlp")})
+            for kind in content["kinds"]
+        ]
         return _made(LatencyTable, content | {"kinds": kinds})
     except FileNotFoundError:
         return None
@@ -51,11 +48,7 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make `folder` where there is none.
-
-    Raises:
-        LatencyFileError: it cannot be made, or written to.
-    """
+    """Make `folder` where there is none; LatencyFileError where it cannot be made, or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -65,11 +58,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_table(path: Path, table: LatencyTable) -> None:
-    """Write the table to `path`, in a folder that is made where there is none.
-
-    Raises:
-        LatencyFileError: it cannot be written.
-    """
+    """Write the table to `path`, in a folder that is made where there is none; LatencyFileError where that fails."""
     check_folder(path.parent)
     try:
         with whole_file(path) as file:
@@ -90,8 +79,9 @@ OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", 
 
 def use_of(table: LatencyTable, device: torch.device) -> Use:
     """How the model was used when `table` was made, on `device`."""
-    precision, mode = table.setting["precision"], table.setting["mode"]
-    return Use(table.batch_size, precision_named(precision), mode == mode_name(True), device)
+    name = table.setting["precision"]
+    dtype = {short: dtype for dtype, short in SHORT_NAMES.items()}.get(name) or getattr(torch, name)
+    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
 
 
 def kinds_of(model: CompressedModel) -> list[tuple[str, int | None]]:
@@ -135,11 +125,7 @@ def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
 
 
 def check_table(table: LatencyTable, model: CompressedModel) -> None:
-    """Refuse a table of another model, as far as the table shows it.
-
-    Raises:
-        ValueError: names what differs.
-    """
+    """ValueError where the table is of another model, as far as it shows that; names what differs."""
     expected = setting_of(model, use_of(table, placement_of(model).device))
     said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
     for name in OF_MODEL:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,15 @@ def fit_curve(
 ) -> tuple[Curve, list[tuple[float, ...]]]:
     """The curve through samples at numbers of `tokens`, with as many of the `knots` as samples suffice for, and what
     the samples take more where each of the `flags` is set: coefficients of `powers`."""
-    counts = np.asarray(tokens)
-    chosen = _thinned(knots, len(counts), len(set(tokens)))
+    counts, wanted = np.asarray(tokens), int(min(len(knots), len(set(tokens)), len(tokens) / SAMPLES_A_KNOT))
+    chosen = [knots[round(at)] for at in np.linspace(0, len(knots) - 1, wanted)] if wanted > 1 else [knots[-1]]
+    # The curve's weights are the steps from knot to knot: a row sums up the steps to what the sample reaches.
+    steps = np.arange(len(chosen))
+    rising = np.clip(np.interp(counts, chosen, steps)[:, None] - steps + 1, 0, 1)
     more = [np.asarray(flag, dtype=np.float64)[:, None] * powers(counts) for flag in flags]
-    weights = _fitted(np.concatenate([_rising(counts, chosen), *more], axis=1), np.asarray(seconds), len(chosen))
-    steps, *found = np.split(weights, range(len(chosen), len(weights), 3))
-    return Curve(tuple(chosen), tuple(np.cumsum(steps).tolist())), [tuple(one.tolist()) for one in found]
+    weights = _fitted(np.concatenate([rising, *more], axis=1), np.asarray(seconds), len(chosen))
+    heights, *found = np.split(weights, range(len(chosen), len(weights), 3))
+    return Curve(tuple(chosen), tuple(np.cumsum(heights).tolist())), [tuple(one.tolist()) for one in found]
 
 
 def fit_terms(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
@@ -76,8 +80,8 @@ def reduction_terms(kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) 
 
 
 def asks(kept: Kept, work: RuleWork) -> bool:
-    """Whether a block that removes tokens asks for their importance."""
-    return work.ranks or kept.pruned < kept.entering
+    """Whether a block removes tokens, and asks for their importance."""
+    return kept.merged < kept.entering and (work.ranks or kept.pruned < kept.entering)
 
 
 def fit_prices(
@@ -90,18 +94,6 @@ def fit_prices(
     wanted = np.concatenate([1 - np.asarray(rest) / whole, [DOUBT, DOUBT]])
     first, second = lsq_linear(columns, wanted, bounds=BELIEVED, method="bvls").x.tolist()
     return first, second
-
-
-def _rising(tokens: np.ndarray, knots: Sequence[int]) -> np.ndarray:
-    """For weights that are the steps from knot to knot: `[S, K]`, rows sum up to what is reached at each sample."""
-    reached = np.interp(tokens, knots, np.arange(len(knots)))
-    return np.clip(reached[:, None] - np.arange(len(knots)) + 1, 0, 1)
-
-
-def _thinned(knots: Sequence[int], samples: int, different: int) -> list[int]:
-    """As many of the knots, at even steps, as there are samples for; the ends at least."""
-    wanted = max(1, min(len(knots), different, int(samples / SAMPLES_A_KNOT)))
-    return [knots[round(at)] for at in np.linspace(0, len(knots) - 1, wanted)] if wanted > 1 else [knots[-1]]
 
 
 def _fitted(columns: np.ndarray, seconds: np.ndarray, rising: int) -> np.ndarray:
@@ -141,7 +133,7 @@ class BlockTimes:
     reduction: tuple[float, ...]
     read: int | None
 
-    # The times at every number of tokens, as lists by that number:
+    # Lists by the number of tokens:
 
     @cached_property
     def plain(self) -> list[float]:
@@ -149,24 +141,16 @@ class BlockTimes:
         return self.attention.at(self._counts).tolist()
 
     @cached_property
-    def asked(self) -> list[float]:
-        """What attention takes more where importance is asked for; negative where another, faster attention is used
-        then."""
-        return self._more(self.attention_asked)
-
-    @cached_property
-    def received(self) -> list[float]:
-        """The same where importance is by the attention of all tokens."""
-        return self._more(self.attention_received)
-
-    def _more(self, coefficients: Sequence[float]) -> list[float]:
-        more = powers(self._counts) @ np.asarray(coefficients)
-        return np.maximum(-LEAST * np.asarray(self.plain), more).tolist()
+    def asked(self) -> tuple[list[float], list[float]]:
+        """What attention takes more where importance is asked for: by that of the first tokens, and of all tokens.
+        Negative where another, faster attention is used then."""
+        least = -LEAST * np.asarray(self.plain)
+        return self._more(self.attention_asked, least), self._more(self.attention_received, least)
 
     @cached_property
     def sized(self) -> list[float]:
         """What attention takes more where tokens stand for several."""
-        return np.maximum(0.0, powers(self._counts) @ np.asarray(self.attention_sized)).tolist()
+        return self._more(self.attention_sized, 0.0)
 
     @cached_property
     def after(self) -> list[float]:
@@ -177,6 +161,9 @@ class BlockTimes:
     def _counts(self) -> np.ndarray:
         return np.arange(self.attention.tokens[-1] + 1)
 
+    def _more(self, coefficients: Sequence[float], least: np.ndarray | float) -> list[float]:
+        return np.maximum(least, powers(self._counts) @ np.asarray(coefficients)).tolist()
+
     def seconds(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> float:
         """One block of a batch; `sized` where tokens that enter stand for several, and what its rule takes."""
         seconds = self.plain[kept.entering] + (self.sized[kept.entering] if sized else 0.0)
@@ -186,10 +173,8 @@ class BlockTimes:
 
     def price(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> float:
         """What removing tokens takes, their importance included; 0 where none are removed."""
-        if kept.merged == kept.entering or not self.reduction:
-            return 0.0
-        asked = self.received if work.received else self.asked
-        return (asked[kept.entering] if asks(kept, work) else 0.0) + sum(self.prices(kept, sized, work))
+        asked = self.asked[work.received][kept.entering] if self.reduction and asks(kept, work) else 0.0
+        return asked + sum(self.prices(kept, sized, work))
 
     def prices(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> tuple[float, float]:
         """What removing tokens takes without their importance, in two parts: at all, and what merging adds to it."""
@@ -199,6 +184,22 @@ class BlockTimes:
         parts = [weight * term for weight, term in zip(self.reduction, terms, strict=True)]
         merging = sum(parts[term] for term in MERGING_TERMS)
         return sum(parts) - merging, merging
+
+
+def block_times(rows: Sequence[Any], read: int | None, knots: Sequence[int]) -> BlockTimes:
+    """The times of one kind of block, from rows of its tokens, sizes, rule, and three times in each run; `read` as
+    there."""
+    kept, sized, works, attention, _, mlp = zip(*rows, strict=True)
+    asked = [read is None and asks(one, work) for one, work in zip(kept, works, strict=True)]
+    received = [one and work.received for one, work in zip(asked, works, strict=True)]
+    flags = ([one and not other for one, other in zip(asked, received, strict=True)], received, sized)
+    plain, (more, more_received, more_sized) = fit_curve([one.entering for one in kept], attention, knots, *flags)
+    reducing = [row for row in rows if read is None and row[0].merged < row[0].entering]
+    reduction: tuple[float, ...] = ()
+    if reducing:
+        reduction = fit_terms([reduction_terms(*row[:3]) for row in reducing], [row[4] for row in reducing])
+    after = Curve((read,), (median(mlp),)) if read is not None else fit_curve([k.merged for k in kept], mlp, knots)[0]
+    return BlockTimes(plain, more, more_received, more_sized, after, reduction, read)
 
 
 @dataclass(frozen=True)
@@ -240,9 +241,8 @@ class LatencyTable:
 
     def repriced(self, going: float, merging: float) -> LatencyTable:
         """The same with the prices of reductions times `going`, and what merging adds to them times `merging`."""
-        kinds = []
-        for kind in self.kinds:
-            weights = enumerate(kind.reduction)
-            reduction = tuple((merging if term in MERGING_TERMS else going) * weight for term, weight in weights)
-            kinds.append(replace(kind, reduction=reduction))
-        return replace(self, kinds=tuple(kinds))
+
+        def reduction(weights: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple((merging if term in MERGING_TERMS else going) * part for term, part in enumerate(weights))
+
+        return replace(self, kinds=tuple(replace(kind, reduction=reduction(kind.reduction)) for kind in self.kinds))

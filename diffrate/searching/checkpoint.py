@@ -13,7 +13,7 @@ import torch
 
 from diffrate.atomic import UNREADABLE, first_line, whole_file
 from diffrate.budget import Budget
-from diffrate.device import Placement, default_precision
+from diffrate.device import Placement
 from diffrate.evaluation import Batches, Scores, evaluate
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, ScheduleError, SearchSpace, fields_of, make_schedule
@@ -83,25 +83,16 @@ class Task:
         space = self.model.compression.space
         return space if self.settings.method == GRADIENT else space.every_block()
 
-    @property
-    def precision(self) -> torch.dtype | None:
-        """Of autocast."""
-        return self.settings.precision or default_precision(self.place.device)
-
     def scores_at(self, schedule: Schedule, callback: Any = None) -> Scores | None:
         """The scores of the model at `schedule`, which it is left at; None without images for it."""
         if self.val is None:
             return None
         self.model.schedule = schedule
-        chosen = self.settings.multi_label, self.precision
-        return evaluate(self.model, self.val, multi_label=chosen[0], precision=chosen[1], callback=callback)
+        multi_label, precision = self.settings.multi_label, self.settings.precision
+        return evaluate(self.model, self.val, multi_label=multi_label, precision=precision, callback=callback)
 
     def check_file(self) -> None:
-        """Refuse, before the search, a checkpoint that cannot be written.
-
-        Raises:
-            SearchSettingError: there is no such folder, or the notes cannot be saved.
-        """
+        """SearchSettingError where the checkpoint cannot be written: no such folder, or notes that cannot be saved."""
         if self.file is None:
             return
         if self.file.is_dir() or not self.file.parent.is_dir():
@@ -124,11 +115,7 @@ class Task:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a search's checkpoint.
-
-    Raises:
-        SearchCheckpointError: the file is missing, damaged, or none of a search.
-    """
+    """The content of a search's checkpoint; SearchCheckpointError where it is missing, damaged, or of another kind."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -142,11 +129,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_record(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse what was `saved` of another search.
-
-    Raises:
-        SearchCheckpointError: names the first value that differs.
-    """
+    """SearchCheckpointError where a value `saved` is not as `expected`; names the first one."""
     for name, value in expected.items():
         found = saved.get(name)
         if found != value:
@@ -154,11 +137,8 @@ def check_record(path: Path, saved: Mapping[str, Any], expected: Mapping[str, An
 
 
 def searched_schedule(path: Path) -> Schedule:
-    """The best schedule of a search's checkpoint, or before its first epoch ended that of its rates.
-
-    Raises:
-        SearchCheckpointError: as `read_checkpoint`.
-    """
+    """The best schedule of a search's checkpoint, or before its first epoch ended that of its rates; raises as
+    `read_checkpoint`."""
     content = read_checkpoint(path)
     try:
         found = make_schedule(*(content["best_schedule"] or content["schedule"]))

@@ -6,9 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -94,122 +92,128 @@ class CalibrationObserver:
 
 def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
-    only once.
-
-    Raises:
-        SearchCheckpointError, SearchSettingError, StoppedError, ValueError: as `Calibrating`.
-    """
+    only once. Raises as `diffrate.search`."""
     settings, budget, space = task.settings, task.budget, task.space
     task.check_file()
     task.model.to(task.place.device)
+    task = replace(task, loader=task.loader if settings.calibration is None else settings.calibration)
     minutes, given = settings.minutes, {}
-    if minutes is not None:
-        usual = minutes * (1 - AGAIN if budget.timed else 1)  # the rest is for a corrected budget
-        minutes = max(0.0, min(usual, _minutes_left(task, minutes)))
+
+    def left() -> float:
+        return made_by_first(lambda: (settings.minutes or 0.0) - (time.monotonic() - task.begun) / 60)
+
+    if minutes is not None:  # the rest is for a corrected budget
+        minutes = max(0.0, min(minutes * (1 - AGAIN if budget.timed else 1), left()))
     if budget.timed:  # a speed may be out of reach of every uniform schedule
         ruled = space.ruled(settings.rule or PUBLISHED)
         given["at once"] = budget.rounded([space.least] * len(space.choices), ruled)
     if settings.start is not None:
         task.model.check(settings.start, "start: ")
         given["start"] = settings.start
-    found = Calibrating(task, budget.target, minutes).run(given)
-    return found, None if isinstance(_source(task), Iterator) else partial(_searched_on, task, minutes)
 
-
-def _minutes_left(task: Task, minutes: float) -> float:
-    return made_by_first(lambda: minutes - (time.monotonic() - task.begun) / 60)
-
-
-def _source(task: Task) -> Any:
-    return task.loader if task.settings.calibration is None else task.settings.calibration
-
-
-def _searched_on(task: Task, minutes: float | None, budget: Budget, before: Schedule, rounded: Schedule) -> Schedule:
-    """A schedule of a corrected budget, from the one before, where that costs no more, and the same rounded to it;
-    that alone where the time is over. minutes: that the first search had."""
-    if minutes is not None and task.settings.minutes is not None:
-        minutes = min(AGAIN * minutes, _minutes_left(task, task.settings.minutes))
-        if minutes <= 0:
+    def again(corrected: Budget, before: Schedule, rounded: Schedule) -> Schedule:
+        """From the schedule before, where that costs no more, and the same rounded to the corrected budget, which is
+        all where the time is over."""
+        more = None if minutes is None else min(AGAIN * minutes, left())
+        if more is not None and more <= 0:
             return rounded
-    given = {"rounded": rounded} | ({"before": before} if budget.cost(before) <= budget.target else {})
-    return Calibrating(task, budget.target, minutes, again=True).run(given).schedule
+        starts = {"rounded": rounded} | ({"before": before} if corrected.cost(before) <= corrected.target else {})
+        return Calibrating(replace(task, budget=corrected), more, again=True).run(starts).schedule
+
+    found = Calibrating(task, minutes).run(given)
+    return found, None if isinstance(task.loader, Iterator) else again
 
 
 class Calibrating:
-    """A search for the schedule of cost `target` at which the model loses least against its dense self, within
-    `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
+    """A search for the schedule that meets the budget of `task` at which the model loses least against its dense self,
+    within `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
 
     The model's own schedule is neither read nor set.
-
-    Raises:
-        SearchCheckpointError: the checkpoint to resume from is another search's.
     """
 
-    def __init__(self, task: Task, target: float, minutes: float | None, again: bool = False) -> None:
-        self.task, self.target, self.minutes, self.again = task, target, minutes, again
+    def __init__(self, task: Task, minutes: float | None, again: bool = False) -> None:
+        self.task, self.model, self.minutes, self.again = task, task.model, minutes, again
         self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
         self.records: list[TrialRecord] = []
-        self.before = {} if task.resume is None or again else _content(task.resume)
+        self.before: dict[str, Any] = {}
+        if task.resume is not None and not again:
+            content = read_checkpoint(task.resume).get("calibrated")
+            if content is None:
+                raise SearchCheckpointError(
+                    f"{task.resume}: found a gradient search's; accepted: the checkpoint of a calibrated one"
+                )
+            try:
+                starts = {name: make_schedule(*row) for name, row in content["starts"].items()}
+                rules, trials = tuple(content["rules"]), Trials(**content["trials"])
+                self.before = {"setting": content["setting"], "rules": rules, "starts": starts, "trials": trials}
+            except UNREADABLE as error:
+                raise SearchCheckpointError(f"{task.resume}: does not fit this search ({first_line(error)})") from error
         self.saved: Trials | None = self.before.get("trials")
         seconds = math.inf if minutes is None else 60 * minutes
         self.clock = Clock(task.place.device, seconds, self.observer.stop, self.saved is not None)
         self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
-        self.share = target / task.budget.cost(task.model.dense_schedule())
+        self.share = task.budget.target / task.budget.cost(self.model.dense_schedule())
 
     def run(self, given: Mapping[str, Schedule]) -> Calibrated:
-        """Search from the uniform schedules and those that are `given` by name; the best of all is reported.
-
-        Raises:
-            SearchCheckpointError: the checkpoint to resume from is another search's.
-            SearchSettingError: as `CalibratedSearch.run`.
-            StoppedError: the observer asked to stop.
-            ValueError: fewer than two images, or no schedule to start from.
-        """
-        task, clock, device = self.task, self.clock, self.task.place.device
+        """Search from the uniform schedules and those that are `given` by name; the best of all is reported."""
+        task, clock = self.task, self.clock
         begun = clock.now()
-        with modes_kept(task.model):
-            task.model.eval()
+        with modes_kept(self.model):
+            self.model.eval()
             searched_on, chosen_on = self._images()
             ready = clock.now()
-            teacher = Teacher(task.model, self.setting["loss"], task.settings.multi_label)
+            teacher = Teacher(self.model, self.setting["loss"], task.settings.multi_label)
             whole = self.saved is not None
-            calibration = Calibration(teacher, searched_on, task.place, task.precision, clock=clock, whole=whole)
+            calibration = Calibration(teacher, searched_on, task.settings.precision, clock, whole)
             speed = calibration.work / max(1e-9, clock.now() - ready)
             search = self._search(calibration, given, len(chosen_on), speed)
             found = search.run(list(self.starts.values()), self._after)
             searched, state = clock.now(), search.state()
-            passes = clock.left() * search.pace / world()
+            passes = (clock.seconds - clock.now()) * search.pace / world()
             most = (passes / min(FIRST_PART, len(chosen_on)) - 1) / self.share
-            candidates = _candidates(found, self.starts, most)
-            losses, chosen_work = _losses(calibration, chosen_on, [schedule for _, schedule in candidates])
-        chosen, alike, noise = _chosen([name for name, _ in candidates], losses, task.place)
+            # As many as there is time for; the best one found and the starts come first.
+            tried = [(CALIBRATED, schedule) for schedule in found]
+            candidates = [*tried, *self.starts.items()]
+            if most < len(candidates):
+                candidates = [*tried[:1], *self.starts.items(), *tried[1:]][: max(2, int(most))]
+            losses: list[list[Tensor]] = [[] for _ in candidates]
+            for part in clock.parts(len(chosen_on), CHUNK, clock.seconds):
+                images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
+                for row, (_, schedule) in zip(losses, candidates, strict=True):
+                    row.append(calibration.losses_on(images, taught, schedule)[0])
+        lost = [torch.cat(row) for row in losses]
+        chosen, alike, noise = _chosen([name for name, _ in candidates], lost, task.place)
         name, schedule = candidates[chosen]
         self._save(state, schedule)
         stages = (
             Stage("images", 0.0, ready - begun),
             Stage("calibrated search", state.work, searched - ready),
-            Stage("choice", chosen_work, clock.now() - searched),
+            Stage("choice", calibration.work - state.work, clock.now() - searched),
         )
-        means = [(name, mean_of(row, device)[0]) for (name, _), row in zip(candidates, losses, strict=True)]
+        means = [(name, mean_of(row, task.place.device)[0]) for (name, _), row in zip(candidates, lost, strict=True)]
         return Calibrated(schedule, name, tuple(means), stages, tuple(self.records), alike, noise)
 
     def _images(self) -> tuple[Tensor, Tensor]:
         """The images to search on, and those held back to choose on, as many in all processes.
 
-        Those of a search that goes on are read again, however long it takes.
+        Those of a search that goes on are read again, however long it takes. Held back are some from all over, as
+        files lie in classes.
         """
         settings, before = self.task.settings, self.before.get("setting")
         timed = self.clock.limited if before is None else before["timed"]
         count = before["images"] if before is not None and timed else settings.images
         until = LOADED * self.clock.seconds if before is None else math.inf
-        images = gather_images(_source(self.task), count, self.clock, until)
-        images = images[: least(len(images), self.clock.device)]
+        images = gather_images(self.task.loader, count, self.clock, until)
+        count = least(len(images), self.clock.device)
+        images = images[:count]
         if timed:  # the first of them may be all that there is time for
-            images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))]
-        loss = "tokens" if settings.loss == "tokens" else "distill"
-        self.setting = {"seed": settings.seed, "images": len(images), "target": self.target, "work": settings.work}
+            images = images[torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))]
+        loss, target = "tokens" if settings.loss == "tokens" else "distill", self.task.budget.target
+        self.setting = {"seed": settings.seed, "images": count, "target": target, "work": settings.work}
         self.setting |= {"rule": settings.rule, "loss": loss, "multi_label": settings.multi_label, "timed": timed}
-        held = _held_back(len(images))
+        some = max(1, min(MOST_CHOSEN_ON, count // CHOSEN_ON))
+        held = torch.zeros(count, dtype=torch.bool)
+        held[torch.arange(1, some + 1) * count // some - 1] = True
         if self.saved is None or self.task.resume is None:
             return images[~held], images[held]
         check_record(self.task.resume, self.before["setting"], self.setting)
@@ -219,12 +223,11 @@ class Calibrating:
         self, calibration: Calibration, given: Mapping[str, Schedule], chosen_on: int, speed: float
     ) -> CalibratedSearch:
         """The search on the images of `calibration`, with work and time left to choose on so many others."""
-        model, budget, settings = self.task.model, self.task.budget, self.task.settings
+        space, budget, settings = self.task.space, self.task.budget, self.task.settings
         # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
-        last = len(model.compressible_blocks()) - 1
-        idle = model.read is not None and self.task.space.searchable[-1] == last
+        idle = self.model.read is not None and space.searchable[-1] == len(self.model.compressible_blocks()) - 1
         uniform, self.rules = self._uniform(calibration, speed)
-        moves = Moves(self.task.space, budget.cost, self.target, idle, self.rules)
+        moves = Moves(space, budget.cost, budget.target, idle, self.rules)
         self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
         choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
         reserve = min(choosing / speed, CHOICE * self.clock.seconds)
@@ -241,42 +244,36 @@ class Calibrating:
         return search
 
     def _uniform(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], tuple[str, ...]]:
-        """The uniform schedules to begin with, and the rules to try in each block, the best one first."""
-        space, given = self.task.model.compression.space, self.task.settings.rule
-        ruled = space.ruled(given or PUBLISHED)
-        uniform = uniform_schedules(ruled, self._budget()) or uniform_schedules(ruled.every_block(), self._budget())
+        """The uniform schedules to begin with, and the rules to try in each block, the best one first.
+
+        Rules are compared by uniform schedules that merge, on some of the images: all that are tried, or the first
+        ones that there is time for.
+        """
+        space, settings, budget = self.model.compression.space, self.task.settings, self.task.budget
+        ruled = space.ruled(settings.rule or PUBLISHED)
+        uniform = uniform_schedules(ruled, budget) or uniform_schedules(ruled.every_block(), budget)
         starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in uniform.items()}
         if self.before:
             return starts, self.before["rules"]
-        if given is not None:
-            return starts, (given,)
-        merging, losses = self._merging_by_rule(calibration, speed)
+        if settings.rule is not None:
+            return starts, (settings.rule,)
+        left = self.clock.seconds - self.clock.now()
+        passes = RULES_SHARE * min(settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images)), left * speed)
+        images = max(1, int(min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK)) // world())
+        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[:images]
+        merging: dict[str, Schedule] = {}
+        losses: dict[str, float] = {}
+        begun = self.clock.now()
+        for rule in TRIED_RULES:
+            if losses and self.clock.now() > begun + RULES_SHARE * left:
+                break
+            with suppress(BudgetError):
+                merging[rule] = baseline_schedule("merge", space.ruled(rule), budget)
+                losses[rule] = calibration.mean(merging[rule], index)
         rules = sorted(losses, key=losses.__getitem__)[:RULES_IN_PLAY] or [PUBLISHED]
         if rules[0] != PUBLISHED:
             starts[f"{UNIFORM} merge by {rules[0]}"] = merging[rules[0]]
         return starts, tuple(rules)
-
-    def _merging_by_rule(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], dict[str, float]]:
-        """Uniform schedules that merge, and their losses on some of the images, by rule: of all rules that are tried,
-        or of the first ones that there is time for."""
-        work = self.task.settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images))
-        passes = RULES_SHARE * min(work, self.clock.left() * speed)
-        images = max(1, int(min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK)) // world())
-        index = torch.cat(calibration.drawn(RULED_ON, Random(self.task.settings.seed)).images)[:images]
-        merging: dict[str, Schedule] = {}
-        losses: dict[str, float] = {}
-        until = self.clock.now() + RULES_SHARE * self.clock.left()
-        for rule in TRIED_RULES:
-            if losses and self.clock.now() > until:
-                break
-            with suppress(BudgetError):
-                space = self.task.model.compression.space.ruled(rule)
-                merging[rule] = baseline_schedule("merge", space, self._budget())
-                losses[rule] = calibration.mean(merging[rule], index)
-        return merging, losses
-
-    def _budget(self) -> Budget:
-        return Budget(self.task.budget.cost, self.target)
 
     def _after(self, record: TrialRecord, trials: Trials) -> None:
         """A round of trials is done."""
@@ -296,33 +293,6 @@ class Calibrating:
         self.clock.saved = True
 
 
-def _candidates(found: list[Schedule], starts: Mapping[str, Schedule], most: float) -> list[tuple[str, Schedule]]:
-    """What to choose among: up to `most`, of which the best that was found and the starts come first."""
-    tried = [(CALIBRATED, schedule) for schedule in found]
-    candidates = [*tried, *starts.items()]
-    if most >= len(candidates):
-        return candidates
-    return [*tried[:1], *starts.items(), *tried[1:]][: max(2, int(most))]
-
-
-def _losses(calibration: Calibration, images: Tensor, schedules: list[Schedule]) -> tuple[list[Tensor], float]:
-    """What is lost at each of `schedules` on each of `images`, or on the first ones that there is time for, and the
-    work of that."""
-    clock, work = calibration.clock, 0.0
-    rows: list[list[Tensor]] = [[] for _ in schedules]
-    for part in clock.parts(len(images), CHUNK, clock.seconds):
-        held = Calibration(
-            *(calibration.teacher, images[part], calibration.place, calibration.precision),
-            spread=calibration.spread,
-            clock=clock,
-            whole=True,
-        )
-        for row, schedule in zip(rows, schedules, strict=True):
-            row.append(held.losses(schedule, held.whole()))
-        work += held.work
-    return [torch.cat(row) for row in rows], work
-
-
 def _chosen(names: list[str], losses: list[Tensor], place: Placement) -> tuple[int, tuple[str, ...], float]:
     """Which candidate it is, the names of those that are as good by measurement, and the standard error of the
     difference between its loss and the least."""
@@ -338,24 +308,3 @@ def _chosen(names: list[str], losses: list[Tensor], place: Placement) -> tuple[i
     simple = {kind: order for order, kind in enumerate(SIMPLEST)} | {CALIBRATED: len(SIMPLEST) + 1}
     chosen = min(alike, key=lambda index: (simple.get(names[index], len(SIMPLEST)), means[index]))
     return chosen, tuple(dict.fromkeys(names[index] for index in alike)), errors[chosen]
-
-
-def _held_back(images: int) -> Tensor:
-    """Which of so many images are to choose on, `[images]`: some from all over, as files lie in classes."""
-    count = max(1, min(MOST_CHOSEN_ON, images // CHOSEN_ON))
-    held = torch.zeros(images, dtype=torch.bool)
-    held[torch.arange(1, count + 1) * images // count - 1] = True
-    return held
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """What a calibration saved at `path`: its setting, its starts as schedules, and its `Trials`."""
-    content = read_checkpoint(path).get("calibrated")
-    if content is None:
-        raise SearchCheckpointError(f"{path}: found a gradient search's; accepted: the checkpoint of a calibrated one")
-    try:
-        starts = {name: make_schedule(*row) for name, row in content["starts"].items()}
-        rules, trials = tuple(content["rules"]), Trials(**content["trials"])
-        return {"setting": content["setting"], "rules": rules, "starts": starts, "trials": trials}
-    except UNREADABLE as error:
-        raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error

@@ -6,7 +6,7 @@ single choices far better than any two of them would (Matérn kernel of 5/2; Ras
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -32,11 +32,17 @@ class Surrogate:
         """Scales at which the measurements are likelier than at others drawn near them."""
         rng = np.random.default_rng(seed)
         few = rng.permutation(len(values))[:FITTED_ON]
+        features, values, variances = features[few], values[few], variances[few]
         best, most = self.scales, -math.inf
         for trial in range(TRIALS):
             drawn = rng.normal(0, 0.7, len(self.scales)) if trial else np.zeros(len(self.scales))
             scales = np.clip(self.scales + drawn, *LIMITS)
-            likelihood = self._likelihood(features[few], values[few], variances[few], scales)
+            try:
+                factor = self._factor(features, variances, scales, float(max(values.var(), 1e-8)))
+            except np.linalg.LinAlgError:
+                continue
+            apart = solve_triangular(factor, values - np.median(values), lower=True)
+            likelihood = float(-0.5 * apart @ apart - np.log(np.diag(factor)).sum() - 0.1 * (scales**2).sum())
             if likelihood > most:
                 best, most = scales, likelihood
         self.scales = best
@@ -55,14 +61,6 @@ class Surrogate:
         amplitude = self.spread * math.exp(self.scales[-1])
         variance = np.maximum(amplitude - (explained**2).sum(0), 1e-12)
         return cross @ self.weights + self.centre, np.sqrt(variance)
-
-    def _likelihood(self, features: np.ndarray, values: np.ndarray, variances: np.ndarray, scales: np.ndarray) -> float:
-        try:
-            factor = self._factor(features, variances, scales, float(max(values.var(), 1e-8)))
-        except np.linalg.LinAlgError:
-            return -math.inf
-        apart = solve_triangular(factor, values - np.median(values), lower=True)
-        return float(-0.5 * apart @ apart - np.log(np.diag(factor)).sum() - 0.1 * (scales**2).sum())
 
     def _factor(self, features: np.ndarray, variances: np.ndarray, scales: np.ndarray, spread: float) -> np.ndarray:
         kernel = self._kernel(features, features, scales, spread)
@@ -100,16 +98,6 @@ class Moves:
         """The schedule of one count per choice, and of the rules."""
         return self._ruled(counts[self.choices :]).schedule(counts[: self.choices])
 
-    def counts(self, schedule: Schedule) -> Counts:
-        """What really happens at a schedule: one count per choice, never rising; and its rules, the first of those in
-        play where it has another."""
-        counts = tuple(choices_of(schedule, self.space))
-        if len(self.rules) == 1:
-            return counts
-        names = schedule.rule_names
-        found = (self.rules.index(names[block]) if names[block] in self.rules else 0 for block in self.space.searchable)
-        return (*counts, *found)
-
     def _ruled(self, rules: Sequence[int]) -> SearchSpace:
         if not rules:
             return self.space
@@ -117,6 +105,14 @@ class Moves:
         for block, rule in zip(self.space.searchable, rules, strict=True):
             names[block] = self.rules[rule]
         return self.space.ruled(names)
+
+    def counts(self, schedule: Schedule) -> Counts:
+        """What really happens at a schedule: one count per choice, never rising; and its rules, the first of those in
+        play where it has another."""
+        counts, names = choices_of(schedule, self.space), schedule.rule_names
+        if len(self.rules) > 1:
+            counts += [self.rules.index(names[b]) if names[b] in self.rules else 0 for b in self.space.searchable]
+        return tuple(counts)
 
     def fitted(self, schedule: Schedule, rng: Random) -> Counts | None:
         """`schedule` scaled onto the budget, or as it is where it alone meets it; None where neither does."""
@@ -158,14 +154,17 @@ class Moves:
         found = self._at(ratios, rules, rng)
         return None if found == counts else found
 
-    def features(self, counts: Counts) -> np.ndarray:
+    def features(self, rows: Sequence[Counts]) -> np.ndarray:
         """What the loss depends on, about linearly near a schedule: the tokens after each block, what each choice
-        removes, and what is merged by each rule but the first, all as logarithms, `[F]`."""
-        ratios = self._ratios(counts)[: self.free]
-        blocks = self.free // self.width
-        rules, merged = np.array(counts[self.choices :][:blocks]), ratios[self.width - 1 :: self.width]
-        by_rule = [np.where(rules == rule, merged, 0.0) for rule in range(1, len(self.rules))]
-        return np.concatenate([np.cumsum(ratios)[self.width - 1 :: self.width], ratios, *by_rule])
+        removes, and what is merged by each rule but the first, all as logarithms, `[M, F]`."""
+        last, found = self.width - 1, []
+        for counts in rows:
+            ratios = self._ratios(counts)[: self.free]
+            merged = ratios[last :: self.width]
+            rules = np.array(counts[self.choices :][: len(merged)])
+            by_rule = [np.where(rules == rule, merged, 0.0) for rule in range(1, len(self.rules))]
+            found.append(np.concatenate([np.cumsum(ratios)[last :: self.width], ratios, *by_rule]))
+        return np.stack(found)
 
     def groups(self) -> np.ndarray:
         """Which group each feature belongs to, `[F]`: tokens, then the kinds of choices, then rules."""
@@ -178,43 +177,38 @@ class Moves:
         return np.log(there[:-1] / there[1:])
 
     def _at(self, ratios: np.ndarray, rules: Sequence[int], rng: Random) -> Counts | None:
-        """Counts whose logarithms fall as `ratios` do, scaled onto the budget, and `rules`; None where none meet it."""
-        space = self._ruled(rules)
+        """Counts whose logarithms fall as `ratios` do, scaled onto the budget, and `rules`; None where none meet it.
+
+        Single tokens are added, at choices drawn, while they fit.
+        """
+        falls = np.cumsum(ratios[: self.free])
+        if not falls[-1] > 0:
+            return None
+        space, most = self._ruled(rules), self.target * (1 + ABOVE - SPENT)
 
         def cost(kept: Sequence[int]) -> float:
             return self.cost(space.schedule(kept))
 
-        falls = np.cumsum(ratios[: self.free])
-        most = self.target * (1 + ABOVE - SPENT)
-        if not falls[-1] > 0:
+        def scaled(scale: float) -> list[int]:
+            tokens = space.tokens * np.exp(-np.minimum(scale * falls, 50.0))
+            kept = np.clip(np.ceil(tokens - 0.5), space.least, space.tokens).astype(int).tolist()
+            return kept + [space.least] * (self.choices - self.free)
+
+        low, high = 0.0, math.log(space.tokens) / falls[falls > 0][0] + 1
+        above, below = scaled(low), scaled(high)
+        if cost(below) > most:
             return None
-        low, high = 0.0, math.log(self.space.tokens) / falls[falls > 0][0] + 1
-        if cost(self._scaled(falls, high)) > most:
-            return None
-        above, below = self._scaled(falls, low), self._scaled(falls, high)
         while above != below and high - low > LEAST_STEP:
             middle = (low + high) / 2
-            counts = self._scaled(falls, middle)
+            counts = scaled(middle)
             if cost(counts) > most:
                 low, above = middle, counts
             else:
                 high, below = middle, counts
-        counts = self._filled(self._scaled(falls, high), most, rng, cost)
-        return (*counts, *rules) if cost(counts) >= self.target * (1 - BELOW) else None
-
-    def _scaled(self, falls: np.ndarray, scale: float) -> list[int]:
-        tokens = self.space.tokens * np.exp(-np.minimum(scale * falls, 50.0))
-        kept = np.clip(np.ceil(tokens - 0.5), self.space.least, self.space.tokens).astype(int).tolist()
-        return kept + [self.space.least] * (self.choices - self.free)
-
-    def _filled(self, counts: list[int], most: float, rng: Random, cost: Callable[[Sequence[int]], float]) -> list[int]:
-        """The same with single tokens added, at choices drawn, while they fit."""
         choices = list(range(self.free))
         rng.shuffle(choices)
         for choice in choices:
-            limit = self.space.tokens if choice == 0 else counts[choice - 1]
-            if counts[choice] < limit:
-                more = [*counts[:choice], counts[choice] + 1, *counts[choice + 1 :]]
-                if cost(more) <= most:
-                    counts = more
-        return counts
+            more = [*below[:choice], below[choice] + 1, *below[choice + 1 :]]
+            if below[choice] < (below[choice - 1] if choice else space.tokens) and cost(more) <= most:
+                below = more
+        return (*below, *rules) if cost(below) >= self.target * (1 - BELOW) else None

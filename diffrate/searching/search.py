@@ -9,23 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import generators_kept, placement_of
+from diffrate.device import default_precision, generators_kept, placement_of
 from diffrate.evaluation import Batches, Scores, Tally, require_batches
-from diffrate.latency.confirm import Confirmed
+from diffrate.latency.confirm import Confirmed, confirmed
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
 from diffrate.searching.checkpoint import StepRecord, Task
 from diffrate.searching.gradient import Observer, search_by_gradient
 from diffrate.searching.hard_counts import Calibrated, search_at_hard_counts
-from diffrate.searching.settings import (
-    GRADIENT,
-    OPTIONS,
-    SearchSettingError,
-    SearchSettings,
-    help_of,
-    settings_of,
-)
-from diffrate.searching.target import budget_of, confirmed_at, table_for
+from diffrate.searching.settings import GRADIENT, OPTIONS, SearchSettingError, SearchSettings, help_of
+from diffrate.searching.target import budget_of, table_for
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class Found:
 
     flops: of the schedule, in multiply-accumulates. scores: at it, None without `val`.
     history: a record per step of the gradient search, in order, those before a resumption included.
-    calibrated: what the search at hard counts came to, None where there was none.
+    calibrated: the outcome of a search at hard counts, None for one by gradient.
     speed: asked for, predicted and measured; None where FLOPs were asked for.
     """
 
@@ -92,10 +85,20 @@ def search(
     """
     require_patched(model)
     require_batches(loader)
-    settings = settings_of(settings, options)
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{name}: no option of a search; accepted: {', '.join(OPTIONS)}")
+    settings = replace(settings or SearchSettings(), **options)
     target = settings.target
-    _check(model, settings, resume is not None)
+    needs_head = settings.method == GRADIENT and settings.criterion is None and settings.labelled
+    if needs_head and not model.has_head():
+        raise UnsupportedModelError(
+            "found a model without a head; accepted: one with classes and a pooling, a criterion, or the loss 'distill'"
+        )
+    if target.timed and resume is not None and settings.latency is None:
+        raise SearchSettingError("latency: found none to resume with; accepted: the table of the search that goes on")
     place = placement_of(model, settings.device)
+    settings = replace(settings, precision=settings.precision or default_precision(place.device))
     if val is not None:
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
@@ -108,15 +111,12 @@ def search(
     calibrated, again, history = None, None, ()
     with generators_kept():
         if settings.method == GRADIENT:
-            schedule, scores, history = search_by_gradient(task, callback)
+            found, scores, history = search_by_gradient(task, callback)
         else:
             calibrated, again = search_at_hard_counts(task)
-            schedule = calibrated.schedule
-            scores = task.scores_at(schedule)
-        found = schedule
-        schedule, speed = confirmed_at(
-            model, schedule, task.space, budget, settings.latency, placement_of(model).device, again
-        )
+            found = calibrated.schedule
+            scores = task.scores_at(found)
+        schedule, speed = confirmed(model, found, task.space, budget, settings.latency, again)
         if schedule != found:
             scores = task.scores_at(schedule)
         model.schedule = schedule
@@ -126,14 +126,3 @@ def search(
 search.__doc__ = f"{search.__doc__}\n    Options:\n" + "".join(
     f"        {name}: {help_of(item)}\n" for name, item in OPTIONS.items()
 )
-
-
-def _check(model: CompressedModel, settings: SearchSettings, resumed: bool) -> None:
-    """Refuse what does not go with the model, or with a checkpoint to go on from."""
-    needs_head = settings.method == GRADIENT and settings.criterion is None and settings.labelled
-    if needs_head and not model.has_head():
-        raise UnsupportedModelError(
-            "found a model without a head; accepted: one with classes and a pooling, a criterion, or the loss 'distill'"
-        )
-    if settings.target.timed and resumed and settings.latency is None:
-        raise SearchSettingError("latency: found none to resume with; accepted: the table of the search that goes on")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrate.device import all_sum, autocast, placement_of
-from diffrate.evaluation import images_of, modes_kept, require_batches
+from diffrate.device import placement_of
+from diffrate.evaluation import require_batches
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule, SearchSpace
 from diffrate.searching.calibration import finite
 from diffrate.searching.settings import SearchSettingError
-from diffrate.searching.teacher import Teacher, angle, spread_of
+from diffrate.searching.teacher import Teacher, means_over
 
 SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of a block's tokens, kept
 
@@ -47,16 +48,6 @@ class Sensitivity:
         """The same for a JSON line."""
         names = ("block", "kind", "kept", "tokens", "share", "loss", "agreement", "images")
         return {name: getattr(self, name) for name in names}
-
-
-class _Candidate(NamedTuple):
-    """One reduction in one block."""
-
-    block: int
-    kind: str
-    kept: int
-    tokens: int
-    schedule: Schedule
 
 
 def sensitivity(
@@ -95,66 +86,47 @@ def sensitivity(
     require_patched(model)
     require_batches(loader)
     candidates = _candidates(model.compression.space, shares)
-    placed = placement_of(model, device)
-    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=placed.device)  # of losses, of agreements
-    images = torch.zeros((), dtype=torch.float64, device=placed.device)
-    teacher, moments = Teacher(model, multi_label=multi_label), sums.new_zeros(3)
-    model.to(placed.device)  # outside inference mode: the weights stay fit for training
-    with torch.inference_mode(), modes_kept(model):
-        model.eval()
-        for batch in loader:
-            seen = images_of(batch, placed)
-            with autocast(placed.device, precision):
-                found, dense = _batch_sums(teacher, seen, candidates, callback)
-            sums += found
-            moments += dense if model.has_head() else 0
-            images += len(seen)
-    total = float(all_sum(images))
-    if total == 0:
-        raise ValueError("loader: found no batch; accepted: batches of images")
-    spread = spread_of(moments)
-    classes = model.has_head() and not multi_label and not moments.any()  # those of one output
-    rows = []
-    for candidate, (loss, agreement) in zip(candidates, (all_sum(sums) / total).tolist(), strict=True):
-        rows.append(Sensitivity(*candidate[:4], finite(loss / spread), agreement if classes else None, int(total)))
-    return tuple(rows)
+    place, teacher = placement_of(model, device), Teacher(model, multi_label=multi_label)
+    teacher.of_outputs = model.has_head()  # those without a pooling are compared as features are
+    model.to(place.device)  # outside inference mode: the weights stay fit for training
+
+    def sums_of(images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the loss and of the agreement of each candidate, `[candidates, 2]`, and the dense outputs."""
+        entry = model.enter(images)
+        first = next(iter(candidates.values()))
+        state = model.prepared(entry.state, first)  # followed where anything is removed, in any block
+        entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
+        taught, sums = model.classify(entering[-1]).float(), []
+        classes = teacher.of_outputs and not multi_label and not teacher.relative(taught)
+        for block, group in groupby(candidates, key=lambda candidate: candidate[0]):
+            for candidate in group:
+                left = model.run_from(entry, candidates[candidate], block, entering[block])[-1]
+                outputs = model.classify(left).float()
+                loss = teacher.apart(outputs, taught).double().sum()
+                agreeing = (outputs.argmax(-1) == taught.argmax(-1)).double().sum()
+                sums.append(torch.stack([loss, agreeing if classes else loss.new_tensor(math.nan)]))
+            if callback is not None:
+                callback(block)
+        return torch.stack(sums), taught
+
+    means, images = means_over(teacher, loader, place, precision, (len(candidates), 2), sums_of)
+    return tuple(
+        Sensitivity(*candidate, finite(loss), None if math.isnan(agreement) else agreement, images)
+        for candidate, (loss, agreement) in zip(candidates, means, strict=True)
+    )
 
 
-def _candidates(space: SearchSpace, shares: Sequence[float]) -> list[_Candidate]:
-    """Every reduction to try, in the order of the blocks."""
+def _candidates(space: SearchSpace, shares: Sequence[float]) -> dict[tuple[int, str, int, int], Schedule]:
+    """The schedule of every reduction to try, by block, kind, tokens kept, and tokens, in the order of the blocks."""
     wrong = [share for share in shares if not 0 < share < 1]
     if wrong or not shares:
         raise SearchSettingError(f"shares: found {wrong[0] if wrong else 'none'}; accepted: above 0 and below 1")
     whole = [space.limits[block] for block, _ in space.choices]
-    found = []
+    found = {}
     for index, ((block, kind), tokens) in enumerate(zip(space.choices, whole, strict=True)):
         counts = {max(space.least, round(share * tokens)) for share in shares}
         for kept in sorted(counts - {tokens}, reverse=True):
-            schedule = space.schedule([*whole[:index], kept, *whole[index + 1 :]])
-            found.append(_Candidate(block, kind, kept, tokens, schedule))
+            found[block, kind, kept, tokens] = space.schedule([*whole[:index], kept, *whole[index + 1 :]])
     if not found:
         raise SearchSettingError(f"shares: found {max(shares)}, all of {space.tokens} tokens; accepted: a smaller one")
     return found
-
-
-def _batch_sums(
-    teacher: Teacher, images: Tensor, candidates: Sequence[_Candidate], callback: Callable[[int], None] | None
-) -> tuple[Tensor, Tensor]:
-    """Sums over a batch of the loss and of the agreement of each candidate, `[candidates, 2]`; and the moments of the
-    dense outputs."""
-    model = teacher.model
-    measure = teacher.apart if model.has_head() else angle
-    entry = model.enter(images)
-    state = model.prepared(entry.state, candidates[0].schedule)  # followed where anything is removed, in any block
-    entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
-    taught = model.classify(entering[-1]).float()
-    sums = []
-    for block, group in groupby(candidates, key=lambda candidate: candidate.block):
-        for candidate in group:
-            left = model.run_from(entry, candidate.schedule, block, entering[block])[-1]
-            outputs = model.classify(left).float()
-            agreeing = outputs.argmax(-1) == taught.argmax(-1)
-            sums.append(torch.stack([measure(outputs, taught).double().sum(), agreeing.double().sum()]))
-        if callback is not None:
-            callback(block)
-    return torch.stack(sums), teacher.moments(taught)

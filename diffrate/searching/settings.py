@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
@@ -68,29 +67,31 @@ def option(default: Any, help: str, accepted: Any = None, flag: str | None = "",
     return field(default=default, metadata=known)
 
 
-keyword = partial(option, flag=None)
+def keyword(help: str, default: Any = None, accepted: Any = None) -> Any:
+    """An option that the command line has no flag for."""
+    return option(default, help, accepted, flag=None)
+
+
+POSITIVE = Range(0, above=True)
 
 
 @dataclass(frozen=True)
 class SearchSettings:
     """What the user chooses of a search (paper, section 4.1). What each option is, its `help` says."""
 
-    target_flops: float | None = keyword(None, "the budget in multiply-accumulates of an image")
-    share: float | None = keyword(None, "or as a share of those of the dense model")
-    target_speedup: float | None = keyword(None, "or how many times as fast as dense")
-    target_latency: float | None = keyword(None, "or seconds of an image")
+    target_flops: float | None = keyword("the budget in multiply-accumulates of an image")
+    share: float | None = keyword("or as a share of those of the dense model")
+    target_speedup: float | None = keyword("or how many times as fast as dense")
+    target_latency: float | None = keyword("or seconds of an image")
     latency: LatencyTable | None = keyword(
-        None,
         "what schedules take, of `measure_latency`, for the batch size, precision and mode that a speed is asked for; "
         "by default measured with its defaults",
-        "LatencyTable",
+        accepted="LatencyTable",
     )
     epochs: int = option(1, "times that the images are gone through", Range(1))
-    learning_rate: float = option(
-        0.01, "learning rate of the rates, at the start", Range(0, above=True), flag="--arch-lr"
-    )
+    learning_rate: float = option(0.01, "learning rate of the rates, at the start", POSITIVE, "--arch-lr")
     least_learning_rate: float | None = option(
-        None, "and in the last step, default a tenth of that", Range(0), flag="--arch-min-lr"
+        None, "and in the last step, default a tenth of that", Range(0), "--arch-min-lr"
     )
     granularity: int | None = option(None, "tokens between the candidates of a count")
     method: str = option(
@@ -98,26 +99,23 @@ class SearchSettings:
         "learn rates by gradient (the paper, default of its models and beside flags of its own), or try schedules at "
         "hard counts on calibration images (default of all others)",
         METHODS,
-        flag="--search",
+        "--search",
         saved=False,
     )
-    minutes: float | None = option(
-        None, "end the search within this time, about", Range(0, above=True), "--minutes M", saved=False
-    )
+    minutes: float | None = option(None, "end the search within this time, about", POSITIVE, "--minutes M", saved=False)
     loss: str = option(
         "labels",
         "hold the compressed model against labels (the paper, default of its models); the dense model's outputs, "
         "default of all others; or its features of every patch: the last two need no labels, and take any folder of "
         "images",
         ("labels", "distill", "tokens"),
-        flag="--search_loss",
+        "--search_loss",
     )
     rule: str | None = option(
         None,
         "which tokens merge into which, in all blocks; default published, as in the paper, but by --search calibrated "
         "what is best in each block (not for the paper's models)",
         RULE_NAMES,
-        "--rule",
     )
     budget: str = option(
         "penalty",
@@ -129,54 +127,64 @@ class SearchSettings:
         "absolute",
         "the penalty in GFLOPs (paper), or as a share of the target; default {default}",
         ("absolute", "relative"),
-        flag="--flops_loss",
+        "--flops_loss",
     )
     flops_weight: float = option(
-        5.0, "weight of the penalty in the loss, default {default:g}", Range(0), flag="--flops_weight"
+        5.0, "weight of the penalty in the loss, default {default:g}", Range(0), "--flops_weight"
     )
     warmup: bool = option(False, "no cost in the first epoch's loss", flag="--warmup_compression_rate")
-    accumulate: int = option(1, "batches an update", Range(1), flag="--accum-steps")
+    accumulate: int = option(1, "batches an update", Range(1), "--accum-steps")
     seed: int = option(0, "of weights, order and augmentation", Range(0, 2**32 - 1))
     multi_label: bool = option(
         False,
         "outputs stand for labels of their own, by a sigmoid each: losses are binary cross-entropies, and scores "
         "mean average precisions",
     )
-    steps: int | None = keyword(None, "updates an epoch, where the loader has no length, or fewer")
-    calibration: Iterable[Any] | None = keyword(None, "what hard counts are tried on, by default `loader`")
-    images: int = keyword(4096, "of these, at most", Range(2))
+    steps: int | None = keyword("updates an epoch, where the loader has no length, or fewer")
+    calibration: Iterable[Any] | None = keyword("what hard counts are tried on, by default `loader`")
+    images: int = keyword("of these, at most", 4096, Range(2))
     work: float | None = keyword(
-        None,
         "of a search at hard counts, in forward passes of the dense model on an image; by default 22,000, or fewer "
         "where there are few images",
-        Range(0, above=True),
+        accepted=POSITIVE,
     )
     criterion: Callable[[Any, Any], Any] | None = keyword(
-        None,
         "loss of logits `[B, K]` against labels; by default cross-entropy with labels smoothed by 0.1, and with "
         "`multi_label` binary cross-entropy. A head with one output has no default",
     )
     mixup: Callable[[Any, Any], tuple[Any, Any]] | None = keyword(
-        None, "mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does"
+        "mixes images and labels of a batch, such as timm's `Mixup`; by default nothing does"
     )
-    start: Schedule | None = keyword(None, "schedule to begin at; by default all candidates alike", "Schedule")
+    start: Schedule | None = keyword("schedule to begin at; by default all candidates alike", accepted="Schedule")
     start_spread: float | None = keyword(
-        None,
         "how wide the candidates around `start` are in play, a deviation as a share of the patches; by default as wide "
         "as the counts of `start` allow",
-        Range(0, above=True),
+        accepted=POSITIVE,
     )
-    device: torch.device | str | None = keyword(None, "where to search and leave the model; by default where it is")
-    precision: torch.dtype | None = keyword(None, "of autocast; by default float16 on a GPU and none elsewhere")
-    trials: Any = keyword(None, "a `CalibrationObserver`, told how a search at hard counts goes on")
-    save_every: int = keyword(10, "steps between checkpoints", Range(1))
+    device: torch.device | str | None = keyword("where to search and leave the model; by default where it is")
+    precision: torch.dtype | None = keyword("of autocast; by default float16 on a GPU and none elsewhere")
+    trials: Any = keyword("a `CalibrationObserver`, told how a search at hard counts goes on")
+    save_every: int = keyword("steps between checkpoints", 10, Range(1))
     notes: Mapping[str, Any] | None = keyword(
-        None, "plain values and tensors that go into the checkpoint beside the search's own"
+        "plain values and tensors that go into the checkpoint beside the search's own"
     )
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check(item, getattr(self, item.name))
+            value, accepted = getattr(self, item.name), item.metadata["accepted"]
+            if accepted is None or (value is None and item.default is None):
+                continue
+            found, words = repr(value), str(accepted)
+            if isinstance(accepted, str):
+                found, words = type(value).__name__, f"a {accepted}"
+                fine = accepted in {kind.__name__ for kind in type(value).__mro__}
+            else:
+                fine = value in accepted
+            if isinstance(accepted, tuple):
+                words = (" or " if len(accepted) == 2 else ", ").join(accepted)
+            if not fine:
+                words += ", or none" if item.default is None else ""
+                raise SearchSettingError(f"{item.name}: found {found}; accepted: {words}")
         least = self.least_learning_rate
         if least is not None and least > self.learning_rate:
             raise SearchSettingError(f"least_learning_rate: found {least!r}; accepted: 0 to learning_rate")
@@ -204,11 +212,7 @@ class SearchSettings:
 
     @property
     def target(self) -> Target:
-        """The one target that it is to meet.
-
-        Raises:
-            SearchSettingError: there are several or none, or it makes no sense.
-        """
+        """The one target to meet; SearchSettingError where there are several or none, or it makes no sense."""
         given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
         if len(given) != 1:
             found = ", ".join(given) or "none"
@@ -239,58 +243,3 @@ FLAGS = {name: flag_of(item) for name, item in OPTIONS.items() if item.metadata[
 def help_of(item: Field[Any]) -> str:
     """What an option is, for people."""
     return item.metadata["help"].format(default=item.default)
-
-
-def settings_of(settings: SearchSettings | None, options: Mapping[str, Any]) -> SearchSettings:
-    """`settings`, or the defaults, with `options` by name.
-
-    Raises:
-        TypeError: there is no such option.
-        SearchSettingError: a value makes no sense.
-    """
-    for name in options:
-        if name not in OPTIONS:
-            raise TypeError(f"{name}: no option of a search; accepted: {', '.join(OPTIONS)}")
-    return replace(settings or SearchSettings(), **options)
-
-
-def _check(item: Field[Any], value: Any) -> None:
-    accepted, found = item.metadata["accepted"], repr(value)
-    if accepted is None or (value is None and item.default is None):
-        return
-    if isinstance(accepted, str):
-        fine, found = accepted in {kind.__name__ for kind in type(value).__mro__}, type(value).__name__
-        words = f"a {accepted}"
-    elif isinstance(accepted, tuple):
-        fine, words = value in accepted, (" or " if len(accepted) == 2 else ", ").join(accepted)
-    else:
-        fine, words = value in accepted, str(accepted)
-    if not fine:
-        or_none = ", or none" if item.default is None else ""
-        raise SearchSettingError(f"{item.name}: found {found}; accepted: {words}{or_none}")
-
-
-@dataclass(frozen=True)
-class Course:
-    """A search as it will run: its settings, its target in multiply-accumulates, its updates an epoch."""
-
-    settings: SearchSettings
-    target: float
-    steps: int
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint says of it, and is held against."""
-        return {**self.settings.record(), "target": self.target, "steps": self.steps}
-
-    def learning_rate(self, epoch: int, step: int) -> float:
-        """Cosine over all steps, from the first rate to the last step's."""
-        chosen = self.settings
-        total = chosen.epochs * self.steps
-        share = (epoch * self.steps + step) / max(1, total - 1)
-        first, last = chosen.learning_rate, chosen.last_rate
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
-
-    def distance(self, flops: Any) -> Any:
-        """How far a cost is from the target, squared (paper, equation 9)."""
-        unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target
-        return ((flops - self.target) / unit) ** 2

@@ -9,20 +9,20 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrate.blocks.masked import BlockPlan
-from diffrate.blocks.rates import Choice, with_gradient_of
-from diffrate.budget import ADVICE, LATENCY, SHARE, SPEEDUP, Budget, BudgetError, Target
+from diffrate.blocks.rates import with_gradient_of
+from diffrate.budget import ADVICE, SHARE, SPEEDUP, WORDS, Budget, BudgetError, Target
 from diffrate.device import made_by_first
-from diffrate.latency.confirm import Again, Confirmed, confirmed, measured_times
+from diffrate.latency.confirm import measured_times
 from diffrate.latency.measure import BATCH_SIZE, measure_latency
-from diffrate.latency.setting import Use, check_table, read_table, setting_of, use_of
+from diffrate.latency.setting import check_table, read_table, setting_of
 from diffrate.latency.table import BlockTimes, LatencyTable
 from diffrate.patch.base import CompressedModel
-from diffrate.schedule import Kept, RuleWork, Schedule, SearchSpace
+from diffrate.schedule import Kept, RuleWork, Schedule
 from diffrate.searching.settings import SearchSettingError
-from diffrate.timing import PairedTimes
+from diffrate.timing import PairedTimes, Use
 
 GAIN = 0.2  # of the value, a step, for each whole excess
 STIFFNESS = 60.0  # an excess of 2 % weighs about as much as the classification loss
@@ -37,26 +37,20 @@ class Multiplier:
     value: float = 0.0
     unit: float = 0.0
 
-    def add(self, rates: Sequence[nn.Parameter], slopes: Sequence[Tensor], excess: float, scale: float) -> None:
-        """Add the cost's part to the gradients of `rates`, which are `scale` times those of the classification loss.
+    def add(self, gradient: Tensor, slope: Tensor, excess: float, scale: float) -> None:
+        """Add the cost's part to the `gradient` of all rates, which is `scale` times that of the classification loss.
 
-        `slopes` are the gradients of the excess, as a share of the target. Gradients that are no numbers are left
-        to the scaler, which passes the step over.
+        `slope` is the gradient of the excess, as a share of the target. Gradients that are no numbers are left to the
+        scaler, which passes the step over.
         """
-        lengths = [torch.cat([part.flatten() for part in parts]).norm() for parts in (_gradients(rates), slopes)]
-        own, other = torch.stack(lengths).tolist()
+        own, other = torch.stack([gradient.norm(), slope.norm()]).tolist()
         unit = own / scale / other if other else math.nan
         if not math.isfinite(unit):
             return
         self.unit = MEMORY * self.unit + (1 - MEMORY) * unit if self.unit else unit
         weight = self.unit * (self.value + STIFFNESS * excess)
         self.value += GAIN * max(-MOST, min(MOST, excess))
-        for gradient, slope in zip(_gradients(rates), slopes, strict=True):
-            gradient.add_(slope, alpha=weight * scale)
-
-
-def _gradients(rates: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [rate.grad for rate in rates if rate.grad is not None]
+        gradient.add_(slope, alpha=weight * scale)
 
 
 SMOOTHED = 16  # tokens to both sides that a slope is taken over: kernels move in steps, and would have none between
@@ -83,19 +77,14 @@ def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool, work: Ru
     fewer = max(1, kept.merged - 1)
     pruning = times.price(Kept(kept.entering, fewer, fewer), sized, work)
     merging = times.price(Kept(kept.entering, kept.entering, fewer), sized, work)
-    prune, merge = _reducing(plan.prune, plan.entering), _reducing(plan.merge, plan.pruned)
+    # The probabilities that a choice keeps fewer than the tokens that are there: the least important one goes.
+    prune = None if plan.prune is None else 1 - plan.prune.survival[plan.entering - 1]
+    merge = None if plan.merge is None else 1 - plan.merge.survival[plan.pruned - 1]
     if prune is None:
         return soft if merge is None else soft + merging * merge
-    return (
-        soft
-        + pruning * (prune if merge is None else 1 - (1 - prune) * (1 - merge))
-        + (0.0 if merge is None else max(0.0, merging - pruning) * merge)
-    )
-
-
-def _reducing(choice: Choice | None, tokens: int) -> Tensor | None:
-    """The probability that a choice keeps fewer than the `tokens` that are there: the least important one goes."""
-    return None if choice is None else 1 - choice.survival[tokens - 1]
+    if merge is None:
+        return soft + pruning * prune
+    return soft + pruning * (1 - (1 - prune) * (1 - merge)) + max(0.0, merging - pruning) * merge
 
 
 def _slope(seconds: Sequence[float], tokens: int) -> float:
@@ -109,23 +98,15 @@ REACH_SECONDS = 2.0
 
 
 def table_for(model: CompressedModel, target: Target, device: torch.device) -> LatencyTable:
-    """The seconds of schedules, measured with the defaults of `measure_latency`.
-
-    Raises:
-        BudgetError: the target is far out of reach.
-    """
+    """The seconds of schedules, measured with the defaults of `measure_latency`; raises as `check_reach`."""
     use = Use(BATCH_SIZE, torch.float32, False, device)
     check_reach(model, [target], use)
     return measure_latency(model, use.batch_size, use.dtype, device=device)
 
 
 def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None) -> Budget:
-    """What a target is for `model`, in reach. One in seconds goes by `table`.
-
-    Raises:
-        SearchSettingError: the table is another model's.
-        BudgetError: it is out of reach.
-    """
+    """What a target is for `model`; one in seconds goes by `table`. BudgetError where it is out of reach,
+    SearchSettingError where the table is another model's."""
     dense = model.dense_schedule()
     if not target.timed:
         budget = Budget(model.flops_at, target.value * (model.flops_at(dense) if target.kind == SHARE else 1))
@@ -142,34 +123,11 @@ def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None
     return budget
 
 
-def confirmed_at(
-    model: CompressedModel,
-    schedule: Schedule,
-    space: SearchSpace,
-    budget: Budget,
-    table: LatencyTable | None,
-    device: torch.device,
-    again: Again | None = None,
-) -> tuple[Schedule, Confirmed | None]:
-    """`schedule` as it is, or, of seconds, as fast as was asked for by measurement, and its speeds.
-
-    `again` finds a better schedule of a corrected budget than by rounding, which is done among the choices of `space`.
-    """
-    if not budget.timed:
-        return schedule, None
-    assert table is not None
-    return confirmed(model, schedule, space, budget, table, use_of(table, device), again)
-
-
 def check_reach(model: CompressedModel, targets: Iterable[Target], use: Use, file: Path | None = None) -> None:
-    """Refuse a speed that the schedule with the fewest tokens is far from, before a table is measured.
+    """BudgetError where a speed is far out of reach of the schedule with the fewest tokens, before a table is measured.
 
     A table takes a minute; this takes a few seconds of runs in turn with the dense model, on the first process. With
-    a table in `file` it takes none: that says precisely what is in reach.
-
-    Raises:
-        BudgetError: names the first of `targets` that is out of reach.
-        LatencyFileError: `file` is none of a table.
+    a table in `file` it takes none: that says precisely what is in reach. Raises as `read_table`, too.
     """
     timed = [target for target in targets if target.timed]
     if not timed:
@@ -187,8 +145,7 @@ def check_reach(model: CompressedModel, targets: Iterable[Target], use: Use, fil
     for target in timed:
         low, high = (1.0, times.ratio) if target.kind == SPEEDUP else (least, dense)
         if not low / REACH <= target.value <= high * REACH:
-            word = " s" if target.kind == LATENCY else ""
             raise BudgetError(
-                f"{target.kind} {target}{word}: accepted: {low:.3g} to {high:.3g}, measured with all tokens and with "
-                f"the fewest ({use.words()}){ADVICE[target.kind]}"
+                f"{target.kind} {target}{WORDS[target.kind]}: accepted: {low:.3g} to {high:.3g}, measured with all "
+                f"tokens and with the fewest ({use.words()}){ADVICE[target.kind]}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import all_sum, autocast, placement_of
+from diffrate.device import Placement, all_sum, autocast, placement_of
 from diffrate.evaluation import images_of, modes_kept
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier
 from diffrate.patch.plain_vit import CompressedVit
@@ -20,42 +20,27 @@ LEAST_SPREAD = 1e-9  # of outputs, as a share of their mean square: one image al
 
 
 def divergence(outputs: Tensor, taught: Tensor) -> Tensor:
-    """How far logits `[B, K]`, or those of all positions `[B, N0, K]`, are from the dense model's, per image, `[B]`.
-
-    The cross-entropy of the dense outputs, less their own entropy: 0 where nothing was lost
-    (Kullback and Leibler's divergence); its mean over positions where there are any.
-    """
+    """Kullback and Leibler's divergence of logits `[B, K]` from the dense model's, `[B]`; of those of all positions
+    `[B, N0, K]`, its mean over positions. In the measures below, too."""
     dense = taught.float().log_softmax(-1)
     return _an_image((dense.exp() * (dense - outputs.float().log_softmax(-1))).sum(-1).clamp(min=0))
 
 
 def sigmoid_divergence(outputs: Tensor, taught: Tensor) -> Tensor:
-    """The same of outputs that each stand for a label of their own, a mean over them, `[B]`.
-
-    The binary cross-entropy against the dense model's sigmoids, less their own entropy.
-    """
+    """The same of outputs that each stand for a label of their own: binary cross-entropy against the dense model's
+    sigmoids, less their own entropy, a mean over labels, `[B]`."""
     dense, found = taught.float(), outputs.float()
     with_label = dense.sigmoid() * (F.logsigmoid(dense) - F.logsigmoid(found))
     without = (-dense).sigmoid() * (F.logsigmoid(-dense) - F.logsigmoid(-found))
     return _an_image((with_label + without).mean(-1).clamp(min=0))
 
 
-def squared_error(outputs: Tensor, taught: Tensor) -> Tensor:
-    """How far the numbers of a head with one output, `[B, 1]` or `[B, N0, 1]`, are from the dense model's, squared,
-    `[B]`: to be divided by the variance of those (`spread_of`)."""
-    return _an_image((outputs.float() - taught.float()).square().mean(-1))
-
-
 def angle(outputs: Tensor, taught: Tensor) -> Tensor:
-    """How far features `[B, C]`, or those of all positions `[B, N0, C]`, are from the dense model's, per image, `[B]`.
-
-    One less the cosine, its mean over positions where there are any.
-    """
+    """One less the cosine between features `[B, C]`, or those of all positions, and the dense model's, `[B]`."""
     return _an_image(1 - F.cosine_similarity(outputs.float(), taught.float(), dim=-1))
 
 
 def _an_image(apart: Tensor) -> Tensor:
-    """`[B]` as it is, and of positions `[B, N0]` their mean."""
     return apart if apart.ndim == 1 else apart.mean(1)
 
 
@@ -68,14 +53,12 @@ def spread_of(moments: Tensor) -> float:
 
 
 class Teacher:
-    """The dense model, held against itself compressed: by its outputs (`distill`), or by its patches' features
+    """The dense model, to compare it compressed with: by its outputs (`distill`), or by its patches' features
     (`tokens`).
 
-    multi_label: outputs are sigmoids' and not a softmax's. A head with one output is held by squared errors, which
-    count relative to the variance of the dense outputs.
-
-    Raises:
-        UnsupportedModelError: features are asked for, and the model's family has none for every patch.
+    multi_label: outputs are sigmoids' and not a softmax's. A head with one output is compared by squared errors, which
+    count relative to the variance of the dense outputs. of_outputs: whether outputs are compared, not features.
+    UnsupportedModelError where the model's family has no features of every patch.
     """
 
     def __init__(self, model: CompressedModel, loss: str = "distill", multi_label: bool = False) -> None:
@@ -91,17 +74,16 @@ class Teacher:
             )
 
     def taught(self, images: Tensor) -> Tensor:
-        """What the dense model makes of images; without gradients."""
+        """The dense model's outputs or features of images; without gradients."""
         with torch.no_grad():
             return self.at(images, self.model.dense_schedule())
 
     def apart(self, outputs: Tensor, taught: Tensor) -> Tensor:
         """How far outputs are from what was `taught`, per image, `[B]`; squared errors not yet relative."""
-        if not self.of_outputs:
-            return angle(outputs, taught)
-        if self.multi_label:
-            return sigmoid_divergence(outputs, taught)
-        return (squared_error if self.relative(taught) else divergence)(outputs, taught)
+        if self.relative(taught):
+            return _an_image((outputs.float() - taught.float()).square().mean(-1))
+        measure = sigmoid_divergence if self.multi_label else divergence
+        return (measure if self.of_outputs else angle)(outputs, taught)
 
     def relative(self, taught: Tensor) -> bool:
         """Whether `apart` is to be divided by the variance of what was taught."""
@@ -115,14 +97,45 @@ class Teacher:
         return torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
 
     def searching(self, images: Tensor, cost: PlannedCost | None = None) -> tuple[Tensor, Tensor]:
-        """How far a step of the search is from that, a mean that carries gradients, and its expected cost."""
+        """The mean of `apart` in a step of the search, with gradients, and the expected cost."""
         outputs, spent = self.step(images, cost)
         taught = self.taught(images)
         apart = self.apart(outputs, taught).mean()
         return apart / spread_of(self.moments(taught)) if self.relative(taught) else apart, spent
 
 
-@torch.no_grad()
+@torch.inference_mode()
+def means_over(
+    teacher: Teacher,
+    loader: Iterable[Any],
+    place: Placement,
+    precision: torch.dtype | None,
+    shape: tuple[int, int],
+    sums_of: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[list[list[float]], int]:
+    """Means over the images of all processes, rows of the given shape that begin with a loss, and their number.
+
+    sums_of: from images to sums of these figures, and to the dense model's outputs. ValueError where there is no batch.
+    """
+    sums = torch.zeros(shape, dtype=torch.float64, device=place.device)
+    moments, count = sums.new_zeros(3), sums.new_zeros(())
+    with modes_kept(teacher.model):
+        teacher.model.eval()
+        for batch in loader:
+            images = images_of(batch, place)
+            with autocast(place.device, precision):
+                found, taught = sums_of(images)
+            sums += found
+            moments += teacher.moments(taught)
+            count += len(images)
+    total = int(all_sum(count))
+    if total == 0:
+        raise ValueError("loader: found no batch; accepted: batches of images")
+    means = all_sum(sums) / total
+    means[:, 0] /= spread_of(moments)
+    return means.tolist(), total
+
+
 def losses_at(
     model: CompressedModel,
     schedules: Sequence[Schedule],
@@ -132,26 +145,14 @@ def losses_at(
 ) -> list[float]:
     """How far the outputs of `model` at each of the `schedules` are from the dense ones, a mean over all images.
 
-    The batches are as `split_batch` takes them; labels are not looked at.
-
-    Raises:
-        ValueError: there is no batch.
+    The batches are as `split_batch` takes them; labels are not used. ValueError where there is no batch.
     """
-    teacher, place = Teacher(model, multi_label=multi_label), placement_of(model)
-    sums = torch.zeros(len(schedules) + 1, dtype=torch.float64, device=place.device)
-    moments = torch.zeros(3, dtype=torch.float64, device=place.device)
-    with modes_kept(model):
-        model.eval()
-        for batch in loader:
-            images = images_of(batch, place)
-            with autocast(place.device, precision):
-                dense = teacher.taught(images)
-                found = [teacher.at(images, schedule) for schedule in schedules]
-            rows = [teacher.apart(outputs, dense).sum() for outputs in found]
-            sums += torch.stack([*rows, rows[0].new_tensor(len(images))]).double()
-            moments += teacher.moments(dense)
-    *totals, count = all_sum(sums).tolist()
-    if count == 0:
-        raise ValueError("loader: found no batch; accepted: batches of images")
-    spread = spread_of(moments)
-    return [total / count / spread for total in totals]
+    teacher = Teacher(model, multi_label=multi_label)
+
+    def sums_of(images: Tensor) -> tuple[Tensor, Tensor]:
+        taught = teacher.taught(images)
+        rows = [teacher.apart(teacher.at(images, schedule), taught).sum() for schedule in schedules]
+        return torch.stack(rows)[:, None], taught
+
+    rows, _ = means_over(teacher, loader, placement_of(model), precision, (len(schedules), 1), sums_of)
+    return [loss for (loss,) in rows]

@@ -1,8 +1,8 @@
 """The trials of the search at hard counts: schedules on the budget, on calibration images, tokens really dropped.
 
 A surrogate (`moves.Surrogate`) learns from all that was measured, and says which schedules near the best ones to
-try next, on a few images each. In phases the best one so far becomes the reference that others are held
-against, on images drawn afresh. No gradient is computed, and nothing is known of what is budgeted."""
+try next, on a few images each. In phases the best one so far becomes the reference that others are compared
+with, on images drawn afresh. No gradient is computed, and a cost may be of FLOPs or of seconds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from diffrate.searching.settings import SearchSettingError
 
 CHUNKS = 24  # of images in a phase
 PHASES = 5
-LOOKS = 6  # chunks on which starts, and the best of a phase, are compared
-FIRST, SECOND = 72, 20  # schedules drawn at random before the surrogate is asked; those that are looked at again
+LOOKS = 6  # chunks that starts, and the best of a phase, are compared on
+FIRST, SECOND = 72, 20  # schedules drawn at random before the surrogate is asked; those that are measured again
 GLANCE = 0.5  # of a chunk, for a first look
 TOGETHER = 8  # schedules that are chosen at a time
-NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate looks at, for each that it chooses
+NEW, FAR, KEPT, GENERATIONS = 16, 6, 16, 3  # schedules that the surrogate predicts, for each that it chooses
 SCALED_EVERY = 10  # rounds
 DARING = 1.0  # how many deviations better than the mean a schedule is hoped to be, as they are drawn
 PATIENCE = 0.4  # of the work, without a better schedule
@@ -56,8 +56,8 @@ class Trials:
 
     felt, seen: of the calibration. measured: counts, how much worse than the first reference as a share of its loss,
     the variance of that. looks: the chunks of this phase that each of the counts was measured on.
-    offset: the reference's own place on that scale. scale: the first reference's loss. known: the chunks that the
-    reference was measured on. improved: the work at the last better schedule. exhausted: nothing is left to look at.
+    offset: the reference's own value on that scale. scale: the first reference's loss. known: the chunks that the
+    reference was measured on. improved: the work at the last better schedule. exhausted: nothing is left to measure.
     """
 
     work: float
@@ -72,7 +72,7 @@ class Trials:
     scale: float = 0.0
     order: list[int] = field(default_factory=list)
     looks: dict[Counts, list[int]] = field(default_factory=dict)
-    draw: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    draw: Draw = ([], [])
     known: list[int] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     best: float = 0.0
@@ -115,27 +115,23 @@ class CalibratedSearch:
         """The best schedules that were found, the best first.
 
         `after` is called after each round, with a record and all that is needed to go on; it may raise to end the
-        search.
-
-        Raises:
-            SearchSettingError: the first schedules all come to the same loss.
-            ValueError: none of `starts` can be brought onto the budget.
+        search. SearchSettingError where the first schedules all come to the same loss, ValueError where none of
+        `starts` can be brought onto the budget.
         """
-        begun, before = self.clock.now(), self.calibration.work
-        if not self.trials.measured:
+        begun, before, trials = self.clock.now(), self.calibration.work, self.trials
+        if not trials.measured:
             self._begin(starts)
         while True:
             if self.calibration.work > before:  # from here on with all that is computed between trials
                 self.pace = (self.calibration.work - before) / max(1e-9, self.clock.now() - begun)
             self._fit_in()
-            if self._over():
-                break
+            quiet = self.calibration.work - trials.improved
+            if self._spent() or trials.exhausted or quiet > PATIENCE * self.limit:
+                return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
             self._round()
             counts, value = self._best(1)[0]
-            loss, trials = max(0.0, self.trials.scale * (1 + value)), self.state()
-            schedule, measured = self.moves.schedule(counts), len(trials.measured)
-            after(TrialRecord(schedule, loss, trials.work, trials.seconds, measured), trials)
-        return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
+            loss, schedule, trials = max(0.0, trials.scale * (1 + value)), self.moves.schedule(counts), self.state()
+            after(TrialRecord(schedule, loss, trials.work, trials.seconds, len(trials.measured)), trials)
 
     def state(self) -> Trials:
         """What there is to go on from."""
@@ -146,17 +142,17 @@ class CalibratedSearch:
 
     def _begin(self, starts: list[Schedule]) -> None:
         """The best start becomes the reference; schedules drawn around it are the first to be measured."""
-        rng, trials = self._rng(), self.trials
-        fitted = [counts for start in starts if (counts := self.moves.fitted(start, rng)) is not None]
+        rng, trials, moves = Random(step_seed(self.seed, 0)), self.trials, self.moves
+        fitted = [counts for start in starts if (counts := moves.fitted(start, rng)) is not None]
         if not fitted:
             raise ValueError("starts: none of them can be brought onto the budget")
-        first = self.calibration.drawn(LOOKS, rng)
-        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first.images[0]) * world())
-        index = torch.cat(first.images[: max(1, int(looks)) if self.clock.limited else LOOKS])
+        first, _ = self.calibration.drawn(LOOKS, rng)
+        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first[0]) * world())
+        index = torch.cat(first[: max(1, int(looks)) if self.clock.limited else LOOKS])
         losses: list[float] = []
         for counts in fitted:
             if not losses or self._in_time(BEGUN[0]):
-                losses.append(self.calibration.mean(self.moves.schedule(counts), index))
+                losses.append(self.calibration.mean(moves.schedule(counts), index))
         trials.scale = max(min(losses), 1e-12)
         best = fitted[int(np.argmin(losses))]
         self._redraw(best, rng)
@@ -165,7 +161,13 @@ class CalibratedSearch:
             for _ in range(2 if counts != best else 0):
                 if self._in_time(BEGUN[1]):
                     self._measure(counts, rng)
-        found = [self._first(trial, best, fitted, rng) for trial in range(FIRST)]
+        found = []
+        for trial in range(FIRST):  # one near a start in three, else of a few steps
+            self.clock.now()
+            drawn = moves.stepped(rng) if trial % 3 else moves.changed(rng.choice([best, *fitted]), rng)
+            if trial % 3 == 0 and drawn:
+                drawn = moves.changed(drawn, rng) or drawn
+            found.append(drawn)
         for counts in dict.fromkeys(counts for counts in found if counts is not None):
             if self._in_time(BEGUN[2]):
                 self._measure(counts, rng, part=GLANCE)
@@ -181,44 +183,37 @@ class CalibratedSearch:
         trials.improved = self.calibration.work
         self._fit()
 
-    def _first(self, trial: int, best: Counts, fitted: list[Counts], rng: Random) -> Counts | None:
-        """A schedule to begin with: one near a start in three, else of a few steps."""
-        self.clock.now()
-        if trial % 3:
-            return self.moves.stepped(rng)
-        near = self.moves.changed(rng.choice([best, *fitted]), rng)
-        return near and (self.moves.changed(near, rng) or near)
-
     def _round(self) -> None:
         """Measure what the surrogate hopes for; at the end of a phase, change the reference."""
-        trials = self.trials
+        trials, calibration = self.trials, self.calibration
         trials.round += 1
-        rng = self._rng()
+        seed = step_seed(self.seed, trials.round)  # of its own: a search goes on as if it had not stopped
+        rng = Random(seed)
         if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
-            self._fit(step_seed(self.seed, trials.round))
+            self._fit(seed)
         hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
         trials.exhausted = not hoped and not self._spent()
         for counts in hoped:
             if not self._spent():
                 self._measure(counts, rng)
         self._fit()
-        looked_at = len(self.calibration.images)  # by the dense model
+        looked_at = len(calibration.images)  # by the dense model
         span = max(1.0, self.limit - looked_at)
-        if not self._spent() and self.calibration.work - looked_at > (trials.phase + 1) / PHASES * span:
+        if not self._spent() and calibration.work - looked_at > (trials.phase + 1) / PHASES * span:
             trials.phase += 1
             self._change(rng)
         leader = self._best(1)[0][1]
         if leader < trials.best - BETTER:
-            trials.best, trials.improved = leader, self.calibration.work
+            trials.best, trials.improved = leader, calibration.work
 
     def _change(self, rng: Random) -> None:
         """Compare the leaders on fresh images; the best of them is the next reference."""
         before = self.trials.reference
-        leaders = [counts for counts, _ in self._best(4)]
+        leaders = [counts for counts, _ in self._best(4) if counts != before]
         self._redraw(before, rng, self.trials.offset)
         for chunk in range(min(LOOKS, len(self.reference))):
             for counts in leaders:
-                if counts != before and not self._spent():
+                if not self._spent():
                     self._measure(counts, rng, chunk)
         self._fit()
         leader = self._best(1)[0][0]
@@ -229,8 +224,7 @@ class CalibratedSearch:
                 break
             self._measure(leader, rng, chunk)
         self._fit()
-        leader, value = self._best(1)[0]
-        self.trials.offset = value
+        leader, self.trials.offset = self._best(1)[0]
         self._refer(leader)
 
     def _hoped(self, leaders: list[Counts], rng: Random) -> list[Counts]:
@@ -247,7 +241,7 @@ class CalibratedSearch:
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
                 if pool:
-                    mean, deviation = self.surrogate.predict(self._features(pool))
+                    mean, deviation = self.surrogate.predict(self.moves.features(pool))
                     pool = [pool[index] for index in np.argsort(mean - daring * deviation, kind="stable")[:KEPT]]
             # The same images have no more to tell of the same counts.
             unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
@@ -273,21 +267,20 @@ class CalibratedSearch:
         trials.measured.append((counts, float(value) + trials.offset, float(variance) + 1e-6))
 
     def _unseen(self, counts: Counts) -> list[int]:
-        """The chunks of this phase that say more of `counts`; none of the reference, which all are held against."""
+        """The chunks of this phase on which `counts` were not measured; none for the reference."""
         if counts == self.trials.reference:
             return []
         seen = self.trials.looks.get(counts, [])
         return [chunk for chunk in range(len(self.reference)) if chunk not in seen]
 
     def _redraw(self, counts: Counts, rng: Random, offset: float = 0.0) -> None:
-        draw = self.calibration.drawn(CHUNKS, rng)
-        self.trials.draw, self.trials.order, self.trials.offset = (draw.images, draw.weights), [], offset
-        self.trials.looks = {}
+        trials = self.trials
+        trials.draw, trials.order, trials.looks, trials.offset = self.calibration.drawn(CHUNKS, rng), [], {}, offset
         self._refer(counts)
 
     def _refer(self, counts: Counts) -> None:
         self.trials.reference = counts
-        self.reference = Reference(self.calibration, self.moves.schedule(counts), Draw(*self.trials.draw))
+        self.reference = Reference(self.calibration, self.moves.schedule(counts), self.trials.draw)
 
     def _fit(self, seed: int | None = None) -> None:
         """Fit the surrogate to each schedule's mean over all looks and the variance of that; with a seed, its scales,
@@ -300,23 +293,16 @@ class CalibratedSearch:
             weight = 1 / max(variance, usual)
             sums[counts] = sums.get(counts, np.zeros(2)) + np.array([weight, weight * value])
         weights, weighed = np.array(list(sums.values())).T
-        known = self._features(list(sums)), weighed / weights, 1 / weights
+        known = self.moves.features(list(sums)), weighed / weights, 1 / weights
         if seed is not None:
             self.surrogate.choose_scales(*known, seed=seed)
         self.surrogate.fit(*known)
 
-    def _features(self, counts: list[Counts]) -> np.ndarray:
-        return np.stack([self.moves.features(one) for one in counts])
-
     def _best(self, count: int) -> list[tuple[Counts, float]]:
         """The measured schedules that are surely good, with what the surrogate makes of them."""
         tried = list(dict.fromkeys(counts for counts, _, _ in self.trials.measured))
-        mean, deviation = self.surrogate.predict(self._features(tried))
+        mean, deviation = self.surrogate.predict(self.moves.features(tried))
         return [(tried[index], float(mean[index])) for index in np.argsort(mean + deviation, kind="stable")[:count]]
-
-    def _over(self) -> bool:
-        quiet = self.calibration.work - self.trials.improved
-        return self._spent() or self.trials.exhausted or quiet > PATIENCE * self.limit
 
     def _spent(self) -> bool:
         return self.calibration.work >= self.limit or not self._in_time(1.0)
@@ -329,7 +315,3 @@ class CalibratedSearch:
         """Make the work what is left of the time suffices for."""
         if self.clock.limited:
             self.limit = min(self.most, self.calibration.work + self.pace * max(0.0, self.end - self.clock.now()))
-
-    def _rng(self) -> Random:
-        """Of this round alone, so that a search goes on as if it had not stopped."""
-        return Random(step_seed(self.seed, self.trials.round))

@@ -21,7 +21,6 @@ import main
 from diffrate.budget import meets_budget
 from diffrate.schedule import find_schedule
 from diffrate.searching.gradient import Search
-from diffrate.searching.settings import Course
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, end_while_held_up, ran_once, write_image
 from tests.forked import with_torch
@@ -190,14 +189,14 @@ def test_warmup_leaves_the_cost_out_of_the_first_epoch(cli: Cli, image_folder: P
 def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Course.distance
+    original = Search._distance
     calls: list[int] = []
 
-    def breaks(course: Course, flops: torch.Tensor) -> torch.Tensor:
+    def breaks(search: Search, cost: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return original(course, flops) * (float("nan") if len(calls) == 5 else 1)
+        return original(search, cost) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(Course, "distance", breaks)
+    monkeypatch.setattr(Search, "_distance", breaks)
     code, _, err = cli(*words(image_folder, tmp_path / "out", "--epochs", 2))
     assert code == 2
     assert "the loss is " in err

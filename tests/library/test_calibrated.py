@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from pathlib import Path
 from random import Random
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import diffrate
 from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.device import placement_of
-from diffrate.searching.calibration import Calibration, Reference
+from diffrate.searching.calibration import Calibration, Clock, Reference
 from diffrate.searching.hard_counts import _chosen
 from diffrate.searching.moves import Moves, Surrogate
 from diffrate.searching.settings import SearchSettingError
@@ -61,7 +62,8 @@ def uniform_of(model: diffrate.CompressedModel, share: float) -> dict[str, diffr
 def calibration(model: diffrate.CompressedModel, count: int = 24) -> Calibration:
     model.eval()
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    return Calibration(Teacher(model), images, placement_of(model), None)
+    clock = Clock(torch.device("cpu"), math.inf, lambda: False, saved=False)
+    return Calibration(Teacher(model), images, None, clock, whole=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +85,7 @@ def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: s
             model.check(schedule)
             assert meets_budget(model.flops_at(schedule), moves.target)
             assert moves.counts(schedule) == counts  # what really happens
-            assert len(moves.features(counts)) == len(moves.groups())
+            assert moves.features([counts]).shape == (1, len(moves.groups()))
             assert set(schedule.rule_names) <= set(rules)
     if pool == "token" and found[0] is not None:  # of the last block nothing but the class token is read
         assert found[0][: moves.choices][-2:] == (1, 1)
@@ -127,8 +129,8 @@ def test_going_on_from_the_block_where_schedules_part_changes_nothing(pool: str)
     late = moves.schedule((*counts[:-4], counts[-4], *[1 + (pool == "avg")] * 3))
     before = held.work
     mean, variance = reference.difference(late, 1)
-    whole = held.losses(late, reference.draw.images[1]) - held.losses(start, reference.draw.images[1])
-    weighted = reference.draw.weights[1] * whole
+    whole = held.losses(late, reference.images[1])[0] - held.losses(start, reference.images[1])[0]
+    weighted = reference.weights[1] * whole
     assert mean == pytest.approx(float(weighted.mean()), abs=1e-6)
     assert variance > 0
     plain = held.work
@@ -145,7 +147,7 @@ def test_losses_are_those_of_a_model_at_the_schedule() -> None:
         dense, _ = _at(model, model.dense_schedule(), held)
         logits, _ = _at(model, schedule, held)
     expected = torch.nn.functional.kl_div(logits.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1)
-    torch.testing.assert_close(held.losses(schedule, held.whole()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(held.losses(schedule, torch.arange(len(held.images)))[0], expected, atol=1e-5, rtol=0)
 
 
 def _at(model: diffrate.CompressedModel, schedule: diffrate.Schedule, held: Calibration) -> Any:
@@ -159,8 +161,7 @@ def test_images_on_which_more_is_lost_are_drawn_more_often_and_count_less() -> N
     held.felt, held.seen = torch.arange(40.0), torch.ones(40)
     often, total = torch.zeros(40), torch.zeros(40)
     for _ in range(300):
-        draw = held.drawn(24, rng)
-        index, weights = torch.cat(draw.images), torch.cat(draw.weights)
+        index, weights = map(torch.cat, held.drawn(24, rng))
         often.index_add_(0, index, torch.ones(len(index)))
         total.index_add_(0, index, weights)
     assert often[30:].sum() > 1.35 * often[:10].sum()
@@ -247,7 +248,7 @@ class SlowClock:
 
         def passes(held: Calibration, images: int, share: float) -> None:
             worked(held, images, share)
-            self.seconds += images * share / self.pace * (self.slower if hasattr(held, "seen") else 1.0)
+            self.seconds += images * share / self.pace * (1.0 if share == 1.0 else self.slower)
 
         monkeypatch.setattr(Calibration, "_worked", passes)
         monkeypatch.setattr("diffrate.searching.calibration.time.monotonic", lambda: self.seconds)

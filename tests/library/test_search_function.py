@@ -22,7 +22,7 @@ import models
 from diffrate.budget import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.gradient import paced
-from diffrate.searching.settings import Course, SearchSettingError, SearchSettings
+from diffrate.searching.settings import SearchSettingError, SearchSettings
 from diffrate.searching.teacher import losses_at
 
 Batch = tuple[Tensor, Tensor]
@@ -585,9 +585,8 @@ def test_a_model_without_a_block_to_reduce_in_is_refused() -> None:
 
 
 def test_minutes_are_steps_that_fit() -> None:
-    course = Course(SearchSettings(epochs=3), 1.0, steps=10)
-    fitting = [paced(course, seconds, a_step=0.5) for seconds in (0.1, 2.0, 5.0, 11.0, 100.0)]
-    assert [(one.settings.epochs, one.steps) for one in fitting] == [(1, 1), (1, 4), (1, 10), (2, 10), (3, 10)]
+    fitting = [paced(3, 10, seconds, a_step=0.5) for seconds in (0.1, 2.0, 5.0, 11.0, 100.0)]
+    assert fitting == [(1, 1), (1, 4), (1, 10), (2, 10), (3, 10)]
 
 
 def test_minutes_and_batches_that_come_once() -> None:
