@@ -16,9 +16,9 @@ from diffrate.blocks.reduction import (
     add_by_index,
     add_by_product,
     keep_tokens,
-    match,
     merge_tokens,
     most_important,
+    most_similar,
 )
 from diffrate.blocks.tokens import TokenState, follow
 
@@ -203,8 +203,10 @@ def test_fine_tuning_and_large_maps_go_by_fused_attention(monkeypatch: pytest.Mo
 
 def test_position_zero_is_never_a_destination() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]])
-    destination, along = match(x, kept=2, spared=1)
-    assert destination.tolist() == [[1]]
+    merged = merge_in_order(TokenState(x).traced(), 2, 1, cosine_sizes=False)
+    assert merged.origin is not None
+    assert merged.origin.tolist() == [[0, 1, 1]]
+    _, along = most_similar(x[:, 2:], x[:, 1:2])
     torch.testing.assert_close(along / x[:, 2:].norm(dim=-1), F.cosine_similarity(x[:, 2], x[:, 1])[None])
 
 

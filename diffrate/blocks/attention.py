@@ -6,8 +6,7 @@ times, by adding `log(size)` to its scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,18 +28,11 @@ class Heads(NamedTuple):
     value: Tensor
     scale: float
 
-    def asking(self, tokens: int | None) -> Heads:
-        """The same, with the queries of the first `tokens` alone; of all for None."""
-        return self if tokens is None else replaced(self, query=self.query[:, :, :tokens])
 
-
-def size_bias(size: Tensor | None) -> Tensor | None:
-    """`log(size)` per key, `[B, 1, 1, N]`; None while all sizes are 1."""
-    return None if size is None else size.log()[:, None, None, :]
-
-
-def add_bias(bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
-    """The bias of keys `[B, 1, 1, N]` and that of pairs `[B or 1, H, Q, N]` together; None for neither."""
+def size_bias(size: Tensor | None, pairs: Tensor | None = None) -> Tensor | None:
+    """What is added to the scores: `log(size)` per key, `[B, 1, 1, N]`, and a bias of `pairs` `[B or 1, H, Q, N]`; None
+    for nothing."""
+    bias = None if size is None else size.log()[:, None, None, :]
     if bias is None or pairs is None:
         return pairs if bias is None else bias
     return bias + pairs
@@ -64,42 +56,40 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
     """
     if queries and not _maps_pay(heads):
         return attend(heads, bias, dropout), first_tokens_attention(heads, bias, queries)
-    parts = list(parts_of(heads.key, _map_elements(heads)))
 
     def drop(weights: Tensor) -> Tensor:
         return F.dropout(weights, dropout) if dropout > 0 else weights
 
+    parts = parts_of(heads.key, _map_elements(heads))
     if len(parts) == 1:
         return attend_with_map(heads, bias, drop, queries)
-    mixed, importance = [], []
+    found = []
     for part in parts:
         few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
         own = bias if bias is None or bias.shape[0] == 1 else bias[part]
-        attended, received = attend_with_map(few, own, drop, queries)
-        mixed.append(attended)
-        importance.append(received)
-    return torch.cat(mixed), torch.cat(importance)
+        found.append(attend_with_map(few, own, drop, queries))
+    mixed, importance = map(torch.cat, zip(*found, strict=True))
+    return mixed, importance
 
 
 def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> Tensor:
     """The attention of the first `queries` tokens to all, the mean over them and over heads: `[B, N]`."""
     rows = []
-    for row in (slice(start, start + 1) for start in range(queries)):
-        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, row]
-        rows.append(row_importance(heads, heads.query[:, :, row], own))
+    for first in range(queries):
+        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, first : first + 1]
+        rows.append(_row_importance(heads, heads.query[:, :, first : first + 1], own))
     return rows[0] if queries == 1 else torch.stack(rows).mean(0)
 
 
-def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
+def _row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
     """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
     if alone(query) and not autocasts(query.device.type):
         return _full_scores(replaced(heads, query=query), bias).softmax(dim=-1).mean(dim=0)
     # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
     # product first copies them, heads apart.
     key, query = heads.key, query * heads.scale
-    parts = [
-        (key[part] * query[part]).sum(-1, dtype=size_dtype(query)) for part in parts_of(key, key.shape[1:].numel())
-    ]
+    elements, precise = key.shape[1:].numel(), size_dtype(query)
+    parts = [(key[part] * query[part]).sum(-1, dtype=precise) for part in parts_of(key, elements)]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     return (scores if bias is None else scores + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
@@ -116,12 +106,9 @@ def _maps_pay(heads: Heads) -> bool:
     query = heads.query
     if query.device.type != "cpu" or query.requires_grad or in_graph() or autocasts("cpu"):
         return False
-    return _map_elements(heads) <= IMAGE_ELEMENTS and (query.dtype == size_dtype(query) or not _has_matrix_unit())
-
-
-@cache
-def _has_matrix_unit() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    if _map_elements(heads) > IMAGE_ELEMENTS:
+        return False
+    return query.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
 
 
 def attend_with_map(
@@ -158,12 +145,10 @@ def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
 
 
-def parts_of(key: Tensor, elements: int) -> Iterator[slice]:
+def parts_of(key: Tensor, elements: int) -> list[slice]:
     """The images of `key` in parts whose maps or products, `elements` of each image, fit a CPU's cache, or a share of a
     GPU's memory; in one part for a graph that is compiled or exported, which is for batches of any size."""
-    batch = key.shape[0]
     if in_graph():
-        return iter([slice(None)])
-    held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
-    size = max(1, held // elements)
-    return (slice(start, start + size) for start in range(0, max(1, batch), size))
+        return [slice(None)]
+    size = max(1, (CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS) // elements)
+    return [slice(start, start + size) for start in range(0, max(1, key.shape[0]), size)]

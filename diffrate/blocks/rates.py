@@ -81,7 +81,7 @@ def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
     """
     with torch.autocast(logits.device.type, enabled=False):
         candidates = patches - granularity * torch.arange(logits.shape[-1], device=logits.device)
-        return (_probabilities(logits) * candidates).sum(-1)
+        return (logits.to(size_dtype(logits)).softmax(-1) * candidates).sum(-1)
 
 
 def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefix: int) -> Tensor:
@@ -91,7 +91,7 @@ def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefi
     so that its probability is a cumulative sum, and no loop over candidates is needed.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        cumulative = _probabilities(logits).cumsum(-1)
+        cumulative = logits.to(size_dtype(logits)).softmax(-1).cumsum(-1)
         token = torch.arange(patches, device=logits.device)
         keeping = (patches - token + granularity - 1) // granularity  # how many candidates keep it
         survival = cumulative[:, keeping - 1]
@@ -151,10 +151,6 @@ def schedule_of(state: Tensor, space: SearchSpace) -> Schedule:
     if not all(0 <= number < len(RULE_NAMES) for number in numbers):
         raise ValueError(f"rules in the state dict: found {numbers}; accepted: 0 to {len(RULE_NAMES) - 1}")
     return make_schedule(rows[0] if kinds > 1 else None, rows[kinds - 1], [RULE_NAMES[number] for number in numbers])
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.to(size_dtype(logits)).softmax(-1)
 
 
 class CompressionState(nn.Module):
@@ -220,12 +216,12 @@ class CompressionState(nn.Module):
 
     def draw(self) -> dict[int, dict[str, Choice]]:
         """The choices of every searchable block at the present logits."""
-        drawn: dict[int, dict[str, Choice]] = {block: {} for block in self.space.searchable}
-        for kind in self.space.kinds:
-            choices = draw(self._of_kind(kind), self.patches, self.granularity[kind], self.space.prefix)
-            for block, choice in zip(self.space.searchable, choices, strict=True):
-                drawn[block][kind] = choice
-        return drawn
+        rows = [
+            draw(self._of_kind(kind), self.patches, self.granularity[kind], self.space.prefix)
+            for kind in self.space.kinds
+        ]
+        chosen = (dict(zip(self.space.kinds, choices, strict=True)) for choices in zip(*rows, strict=True))
+        return dict(zip(self.space.searchable, chosen, strict=True))
 
     @torch.no_grad()
     def expected_schedule(self) -> Schedule:
@@ -250,11 +246,10 @@ class CompressionState(nn.Module):
     @torch.no_grad()
     def expected_counts(self) -> list[float]:
         """The expected counts before rounding, one per choice in the order of `logits`."""
-        counts = (
-            float(expectation(rate, self.patches, self.granularity[kind]))
+        return [
+            float(expectation(rate, self.patches, self.granularity[kind])) + self.space.prefix
             for (_, kind), rate in zip(self.space.choices, self.logits(), strict=True)
-        )
-        return [count + self.space.prefix for count in counts]
+        ]
 
     @torch.no_grad()
     def expectations(self) -> list[float]:
@@ -284,10 +279,7 @@ class CompressionState(nn.Module):
         Raises:
             ValueError: another number of blocks, or counts of another kind of model.
         """
-        if state.numel() == 0:
-            self.schedule = None
-            return
-        self.schedule = schedule_of(state, self.space)
+        self.schedule = schedule_of(state, self.space) if state.numel() else None
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *given: Any

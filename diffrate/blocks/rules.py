@@ -16,6 +16,7 @@ from diffrate.blocks.attention import Heads
 from diffrate.blocks.reduction import (
     AttentionTimesValue,
     Mean,
+    Pairing,
     RandomImportance,
     ReductionRule,
     add_up,
@@ -33,7 +34,7 @@ from diffrate.schedule import Kept
 
 
 @dataclass(frozen=True)
-class HalvesIntoHalves:
+class HalvesIntoHalves(Pairing):
     """One half of the patches are sources, the other half destinations. The sources whose most similar destination is
     most similar merge into it (Bolya et al., "Token Merging: Your ViT but faster", ICLR 2023, section 3).
 
@@ -105,7 +106,7 @@ class HalvesIntoHalves:
 
 
 @dataclass(frozen=True)
-class HighestEnergy:
+class HighestEnergy(Pairing):
     """The tokens of the highest energy, which many others are similar to, are sources and destinations in turn; each
     source merges into its most similar destination (Tran et al., "Accelerating transformers with spectrum-preserving
     token merging", NeurIPS 2024, equations 3 and 4).
@@ -141,10 +142,9 @@ class HighestEnergy:
 
 def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor, mean: Mean) -> TokenState:
     """All tokens in the order `index` `[B, N]`, the last ones merged into those at `destination` `[B, S]` of it."""
-    x = gathered(state.x, index)
+    x, kept = gathered(state.x, index), index.shape[1] - destination.shape[1]
     if x.ndim == 2:
         destination, cosine = destination[0], cosine[0]
-    kept = x.shape[-2] - destination.shape[-1]
     return joined(state, index, kept, x, destination, cosine if mean.cosine_sizes else None, mean)
 
 
@@ -152,7 +152,7 @@ def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Which of `targets` `[B, T, C]` each of `sources` `[B, S, C]` is most similar to, and their cosine: `[B, S]`."""
     precise = size_dtype(sources)
     sources, targets = sources.to(precise), targets.to(precise)
-    nearest, along = most_similar(sources, targets, length_of(targets))
+    nearest, along = most_similar(sources, targets)
     return nearest, along / length_of(sources)
 
 
