@@ -74,24 +74,21 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
 
 def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> Tensor:
     """The attention of the first `queries` tokens to all, the mean over them and over heads: `[B, N]`."""
-    rows = []
+    key, rows = heads.key, []
     for first in range(queries):
+        query = heads.query[:, :, first : first + 1]
         own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, first : first + 1]
-        rows.append(_row_importance(heads, heads.query[:, :, first : first + 1], own))
+        if alone(query) and not autocasts(query.device.type):
+            rows.append(_full_scores(replaced(heads, query=query), own).softmax(dim=-1).mean(dim=0))
+            continue
+        # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
+        # product first copies them, heads apart.
+        query = query * heads.scale
+        images, precise = parts_of(key, key.shape[1:].numel()), size_dtype(query)
+        parts = [(key[part] * query[part]).sum(-1, dtype=precise) for part in images]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows.append((scores if own is None else scores + own[:, :, 0]).softmax(dim=-1).mean(dim=1))
     return rows[0] if queries == 1 else torch.stack(rows).mean(0)
-
-
-def _row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
-    """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
-    if alone(query) and not autocasts(query.device.type):
-        return _full_scores(replaced(heads, query=query), bias).softmax(dim=-1).mean(dim=0)
-    # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
-    # product first copies them, heads apart.
-    key, query = heads.key, query * heads.scale
-    elements, precise = key.shape[1:].numel(), size_dtype(query)
-    parts = [(key[part] * query[part]).sum(-1, dtype=precise) for part in parts_of(key, elements)]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (scores if bias is None else scores + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
 
 def _map_elements(heads: Heads) -> int:
@@ -119,25 +116,23 @@ def attend_with_map(
     Scores and weights are in float32 at least: in half precision importances tie.
     """
     images = heads.query.shape[:2]
-    weights = _scores(heads, bias).softmax(dim=-1)
+    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
+        scores = _full_scores(heads, bias)
+    else:
+        key = heads.key.flatten(0, 1).transpose(-2, -1)
+        scores = torch.bmm(heads.query.flatten(0, 1) * heads.scale, key).to(size_dtype(heads.query))
+        if bias is not None:
+            scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
+    weights = scores.softmax(dim=-1)
     asking = weights.unflatten(0, images)
     importance = (asking[:, :, :queries] if queries else asking).sum(dim=(1, 2))
     mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
     return mixed.unflatten(0, images), importance
 
 
-def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
-    """Scores of all pairs with the bias, `[B * H, Q, N]`, in float32 at least."""
-    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
-        return _full_scores(heads, bias)
-    query, key = heads.query.flatten(0, 1), heads.key.flatten(0, 1).transpose(-2, -1)
-    scores = torch.bmm(query * heads.scale, key).to(size_dtype(query))
-    return scores if bias is None else (scores.unflatten(0, heads.query.shape[:2]) + bias).flatten(0, 1)
-
-
 def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
-    """The same with products in float32 at least, and scale and bias within them: passes of their own over the map, or
-    over queries, take longer."""
+    """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
+    them: passes of their own over the map, or over queries, take longer."""
     images, precise = heads.query.shape[:2], size_dtype(heads.query)
     query, key = heads.query.flatten(0, 1).to(precise), heads.key.flatten(0, 1).to(precise).transpose(-2, -1)
     if bias is None:

@@ -127,11 +127,7 @@ def is_read(block: nn.Module) -> bool:
 
 
 def check_block(block: nn.Module, where: str) -> None:
-    """Refuse a block of an unknown kind, or with parts that would be passed over.
-
-    Raises:
-        UnsupportedModelError: names the kind or the parts.
-    """
+    """Refuse a block of an unknown kind, or with parts that would be passed over, with an UnsupportedModelError."""
     form: BlockForm = _known(FORMS, block, where)
     attention, name = getattr(block, form.attention), f"{where}.{form.attention}"
     projection: Projection = _known(PROJECTIONS, attention, name)
@@ -157,11 +153,7 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
 
 
 def check_methods(module: nn.Module, where: str) -> None:
-    """Refuse a module whose methods were replaced: what is read by its parts never calls them.
-
-    Raises:
-        UnsupportedModelError: names them.
-    """
+    """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called."""
     kind = type(module)
     found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
     # Changed in the class, for all modules:
@@ -232,7 +224,7 @@ def attended(
             mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
         else:
             mixed = attend(heads, bias, dropout)
-        return mixed, Seen(received, heads) if removing else None
+        return mixed, (received, heads) if removing else None
 
     return attention_branch(block, positions, state, read, mix)
 

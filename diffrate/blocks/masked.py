@@ -164,10 +164,10 @@ def _importance(
         first = slice(queries)
         rows = (softmax[:, :, first] * mask[:, None, None] + spread[:, :, first]) / total[:, :, first]
         return rows.mean((1, 2))
-    voice = asking[:, None, :, None] / total
-    received = (softmax.transpose(-2, -1) @ voice).squeeze(-1) * mask[:, None]
-    heard = (received + (hidden * voice).squeeze(-1) + (spread * voice).sum(-2)).mean(1)
-    return heard / asking.sum(-1, keepdim=True)
+    share = asking[:, None, :, None] / total
+    received = (softmax.transpose(-2, -1) @ share).squeeze(-1) * mask[:, None]
+    received = (received + (hidden * share).squeeze(-1) + (spread * share).sum(-2)).mean(1)
+    return received / asking.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,7 @@ class Choice(NamedTuple):
 
 
 def candidate_count(patches: int, granularity: int) -> int:
-    """How many kept patch counts `patches, patches - g, ...` there are down to 1.
-
-    Raises:
-        RateError: a granularity below 1.
-    """
+    """How many kept patch counts `patches, patches - g, ...` there are down to 1; a RateError for steps below 1."""
     if granularity < 1:
         raise RateError(f"granularity: found {granularity}; accepted: from 1 to {patches}")
     return (patches + granularity - 1) // granularity
@@ -182,11 +178,7 @@ class CompressionState(nn.Module):
             rate.requires_grad_(schedule is None)
 
     def set_granularity(self, prune: int, merge: int) -> None:
-        """Choose among counts these steps apart: fresh rate logits, where the old ones were if there are any.
-
-        Raises:
-            RateError: a step below 1.
-        """
+        """Choose among counts these steps apart, by fresh rate logits on the same device; a RateError for a step below 1."""
         self.granularity = {"prune": prune, "merge": merge}
         device = next((rate.device for rate in self.parameters()), None)
         for block, kind in self.space.choices:
@@ -274,11 +266,7 @@ class CompressionState(nn.Module):
         return torch.tensor(rows, dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the counts of another model of the same shape.
-
-        Raises:
-            ValueError: another number of blocks, or counts of another kind of model.
-        """
+        """Take over the counts of another model of the same shape; raises as `schedule_of`."""
         self.schedule = schedule_of(state, self.space) if state.numel() else None
 
     def _load_from_state_dict(

@@ -7,7 +7,6 @@ A new importance, pairing or mean is a class here, with the attributes of the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,10 +115,10 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean:
     if kept <= spared:
         return keep_tokens(state, index[:, :kept])
     x = gathered(state.x, index)
-    precise = x.to(size_dtype(x))
-    sources = precise.narrow(-2, kept, x.shape[-2] - kept)
-    nearest, along = most_similar(sources, precise.narrow(-2, spared, kept - spared))
-    cosine = along / length_of(sources) if mean.cosine_sizes else None
+    precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
+    candidates = precise.narrow(-2, spared, kept - spared)
+    nearest, along = most_similar(precise.narrow(-2, kept, leaving), candidates)
+    cosine = along / length_of(precise.narrow(-2, kept, leaving)) if mean.cosine_sizes else None
     return joined(state, index, kept, x, nearest + spared, cosine, mean)
 
 
@@ -185,12 +184,9 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type in ("cpu", "meta")
 
 
-class Seen(NamedTuple):
-    """What a rule may go by, of the attention before a reduction: the attention `[B, N]` that tokens receive, None
-    where the rule does not ask for it, and keys and values of all heads."""
-
-    attention: Tensor | None
-    heads: Heads
+# What a rule may go by: the attention `[B, N]` that tokens receive before a reduction, None where the rule does not ask
+# for it, and keys and values of all heads.
+Seen = tuple[Tensor | None, Heads]
 
 
 @dataclass(frozen=True)
@@ -290,14 +286,6 @@ class ReductionRule:
 
     def reduced(self, state: TokenState, seen: Seen, kept: Kept) -> TokenState:
         """What is left of `state` of `kept.entering` tokens, given what was `seen` of their attention."""
-        importance = None
-        if seen.attention is not None:
-            importance = self.importance.of(seen.attention, seen.heads)[:, self.prefix :]
-        return self.pairing.reduce(state, importance, seen.heads, kept, self.prefix, self.mean)
-
-
-def published_rule(prefix: int, class_tokens: int) -> ReductionRule:
-    """The paper's rule for models with so many tokens in front, of which the first stand for the whole image."""
-    return ReductionRule(
-        prefix, ReceivedAttention(class_tokens), IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True)
-    )
+        attention, heads = seen
+        importance = None if attention is None else self.importance.of(attention, heads)[:, self.prefix :]
+        return self.pairing.reduce(state, importance, heads, kept, self.prefix, self.mean)

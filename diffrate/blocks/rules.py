@@ -57,7 +57,7 @@ class HalvesIntoHalves(Pairing):
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
         """The prefix, the destinations, and the sources that did not merge."""
-        keys = _mean_keys(heads) if self.keys else None
+        keys = heads.key.mean(dim=1, dtype=size_dtype(heads.key)) if self.keys else None
         if kept.pruned < kept.entering:
             assert importance is not None
             index = most_important(importance, kept.pruned, prefix)
@@ -126,7 +126,7 @@ class HighestEnergy(Pairing):
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
         """The prefix, the destinations, and the tokens of lower energy."""
-        keys = _mean_keys(heads)[:, prefix:]
+        keys = heads.key.mean(dim=1, dtype=size_dtype(heads.key))[:, prefix:]
         patches, count = keys.shape[1], kept.entering - kept.merged
         unit = keys / length_of(keys).unsqueeze(-1)
         cosine = full_product(unit, unit.transpose(1, 2))
@@ -156,12 +156,8 @@ def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, along / length_of(sources)
 
 
-def _mean_keys(heads: Heads) -> Tensor:
-    """Keys, the mean over heads: `[B, N, D]`."""
-    return heads.key.mean(dim=1, dtype=size_dtype(heads.key))
-
-
-Named = Callable[[ReductionRule, float], ReductionRule]  # from the published rule and the depth of the block, 0 to 1
+# From the published rule, and the depth of the block: its number as a share of the model's blocks.
+Named = Callable[[ReductionRule, float], ReductionRule]
 BY_SIZE, COSINE_SIZES = Mean(by_size=True), Mean(cosine_sizes=True)
 AVERSION, SMALL_AVERSION = 0.2, 0.1  # as measured best
 
@@ -189,8 +185,3 @@ NAMED: Mapping[str, Named] = {
     "pitome": lambda rule, depth: replace(rule, pairing=HighestEnergy(0.9 - 0.9 * depth), mean=BY_SIZE),
     "random": lambda rule, depth: replace(rule, importance=RandomImportance(rule.importance.queries)),
 }
-
-
-def named_rule(name: str, published: ReductionRule, block: int, blocks: int) -> ReductionRule:
-    """The rule called `name` in a block of a model of so many, whose rule by the paper is `published`."""
-    return NAMED[name](published, block / blocks)

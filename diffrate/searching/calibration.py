@@ -220,7 +220,7 @@ class Calibration:
             if self.resumable:
                 entry = model.enter(images)
                 start, state = known or (0, model.prepared(entry.state, schedule))
-                states = model.run_from(entry, schedule, start, state)
+                states = model.run_each(model.steps(entry, schedule)[start:], state)
                 outputs = model.classify(states[-1])
             else:
                 start, states = 0, []

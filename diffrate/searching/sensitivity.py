@@ -146,12 +146,12 @@ def _batch_sums(
     measure = teacher.apart if model.has_head() else angle
     entry = model.enter(images)
     state = model.prepared(entry.state, candidates[0].schedule)  # followed where anything is removed, in any block
-    entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
+    entering = [state, *model.run_each(model.steps(entry, model.dense_schedule()), state)]
     taught = model.classify(entering[-1]).float()
     sums = []
     for block, group in groupby(candidates, key=lambda candidate: candidate.block):
         for candidate in group:
-            left = model.run_from(entry, candidate.schedule, block, entering[block])[-1]
+            left = model.run(model.steps(entry, candidate.schedule)[block:], entering[block])
             outputs = model.classify(left).float()
             agreeing = outputs.argmax(-1) == taught.argmax(-1)
             sums.append(torch.stack([measure(outputs, taught).double().sum(), agreeing.double().sum()]))
