@@ -212,11 +212,8 @@ def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -
 def search_block(
     block: Any, positions: Positions, rule: ReductionRule, state: TokenState, plan: BlockPlan, read: int | None
 ) -> TokenState:
-    """Run one block of the search on `state`, whose mask is `[B, N]`.
-
-    With `read` nothing but that many first tokens is read of what it leaves: the others need no
-    reduction, which would come too late to be seen, and no MLP.
-    """
+    """Run one block of the search on `state`, whose mask is `[B, N]`. With `read` nothing but that many first tokens is
+    read of what it leaves: the others need no reduction, which would come too late to be seen, and no MLP."""
 
     def step(state: TokenState, read: int | None) -> TokenState:
         def mix(attention: Any, heads: Heads, pairs: Tensor | None) -> tuple[Tensor, tuple[Tensor, Heads]]:

@@ -95,11 +95,8 @@ def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefi
 
 
 def draw(logits: Tensor, patches: int, granularity: int, prefix: int) -> list[Choice]:
-    """The choices `[R]` of logits `[R, K]`. Reads the counts from the device, once for all.
-
-    Raises:
-        RateError: the logits are no numbers.
-    """
+    """The choices `[R]` of logits `[R, K]`; a RateError where those are no numbers. Reads all counts from the device at
+    once."""
     expected = ste_ceil(expectation(logits, patches, granularity)) + prefix
     survival = survival_probabilities(logits, patches, granularity, prefix)
     counts = expected.tolist()
@@ -139,11 +136,10 @@ def schedule_of(state: Tensor, space: SearchSpace) -> Schedule:
     Raises:
         ValueError: another number of blocks, or counts of another kind of model, or no rules.
     """
-    rows, expected = state.tolist(), [len(space.kinds), len(space.limits)]
-    kinds = expected[0]
-    if state.ndim != 2 or state.shape[1] != expected[1] or not kinds <= len(rows) <= kinds + 1:
-        raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {expected}")
-    numbers = rows[kinds] if len(rows) > kinds else [0] * expected[1]
+    rows, kinds, blocks = state.tolist(), len(space.kinds), len(space.limits)
+    if state.ndim != 2 or state.shape[1] != blocks or not kinds <= len(rows) <= kinds + 1:
+        raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {[kinds, blocks]}")
+    numbers = rows[kinds] if len(rows) > kinds else [0] * blocks
     if not all(0 <= number < len(RULE_NAMES) for number in numbers):
         raise ValueError(f"rules in the state dict: found {numbers}; accepted: 0 to {len(RULE_NAMES) - 1}")
     return make_schedule(rows[0] if kinds > 1 else None, rows[kinds - 1], [RULE_NAMES[number] for number in numbers])
@@ -178,7 +174,7 @@ class CompressionState(nn.Module):
             rate.requires_grad_(schedule is None)
 
     def set_granularity(self, prune: int, merge: int) -> None:
-        """Choose among counts these steps apart, by fresh rate logits on the same device; a RateError for a step below 1."""
+        """Choose among counts these steps apart, by fresh rate logits on the same device; refuses one below 1."""
         self.granularity = {"prune": prune, "merge": merge}
         device = next((rate.device for rate in self.parameters()), None)
         for block, kind in self.space.choices:
@@ -223,11 +219,8 @@ class CompressionState(nn.Module):
 
     @torch.no_grad()
     def start_at(self, schedule: Schedule, spread: float | None = None) -> None:
-        """Set the logits so that the expected counts, rounded up, are those of `schedule`.
-
-        They are those of `flattest_logits`: the flattest distribution leaves the search the most freedom. Counts
-        beyond the candidates' range go to its ends.
-        """
+        """Set the logits so that the expected counts, rounded up, are those of `schedule`, by `flattest_logits`: the
+        flattest distribution leaves the search the most freedom. Counts out of the candidates' range go to its ends."""
         rows = {"prune": schedule.prune, "merge": schedule.merge}
         for (block, kind), rate in zip(self.space.choices, self.logits(), strict=True):
             counts = rows[kind]

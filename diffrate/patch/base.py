@@ -214,17 +214,13 @@ class CompressedModel(nn.Module):
         return replaced(state, size=state.sizes())
 
     def forward_blocks(self, images: Tensor) -> list[TokenState]:
-        """The tokens of images `[B, 3, H, W]` after each compressible block, with their origins.
-
-        `classify` makes logits of the last.
-        """
+        """The tokens of images `[B, 3, H, W]` after each compressible block, with their origins. `classify` makes
+        logits of the last."""
         return self.run_blocks(self.enter(images, TokenState.traced))
 
     def enter(self, images: Tensor, follow: Callable[[TokenState], TokenState] | None = None) -> Entry:
         """What enters the first compressible block, of images `[B, 3, H, W]`, with tokens traced as `follow` says.
-
-        Raises as `check_input`.
-        """
+        Raises as `check_input`."""
         self.check_input(images)
         x, positions = self.embed(images)
         tokens, expected = x.shape[1], self.compression.space.limits[0]
