@@ -148,9 +148,9 @@ def sliced_pass(model: diffrate.CompressedModel, images: Tensor, schedule: Sched
     """Logits of images `[B, 3, H, W]` where each block keeps its first tokens, as many as `schedule` leaves it."""
     entry = model.enter(images)
     state = model.prepared(entry.state, schedule)
-    for block, positions, _, kept, read in model.steps(entry, schedule):
+    for block, positions, rule, kept, read in model.steps(entry, schedule):
         whole = Kept(kept.entering, kept.entering, kept.entering)
-        state, _ = attended(block, positions, model.rule, state, whole, read)
+        state, _ = attended(block, positions, rule, state, whole, read)
         state = state._replace(x=mlp_branch(block, state.x[:, : kept.merged]))
     return model.classify(state)
 

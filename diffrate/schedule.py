@@ -96,11 +96,8 @@ def make_schedule(
         ScheduleError: a field is no sequence, or holds something that is not an integer, or no rule.
     """
     counts = _integers(merge, MERGE_FIELD, where)
-    return Schedule(
-        None if prune is None else _integers(prune, PRUNE_FIELD, where),
-        counts,
-        rules=None if rules is None else _names(rules, len(counts), where),
-    )
+    pruned = None if prune is None else _integers(prune, PRUNE_FIELD, where)
+    return Schedule(pruned, counts, rules=None if rules is None else _names(rules, len(counts), where))
 
 
 def fields_of(schedule: Schedule) -> dict[str, Any]:
@@ -150,10 +147,9 @@ def scale_schedule(
     """
 
     def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
-        blocks = zip(counts, old_limits, new_limits, strict=True)
         return tuple(
             max(least, class_token + round((count - class_token) * (new - class_token) / (old - class_token)))
-            for count, old, new in blocks
+            for count, old, new in zip(counts, old_limits, new_limits, strict=True)
         )
 
     prune = None if schedule.prune is None else scaled(schedule.prune)
