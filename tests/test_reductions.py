@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from diffrate.blocks import attention
 from diffrate.blocks.attention import Heads, first_tokens_attention, size_bias
 from diffrate.blocks.reduction import (
-    SIZE_FLOOR,
+    LEAST_SIZE,
     Mean,
     add_by_index,
     add_by_product,
@@ -66,7 +66,7 @@ def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data:
     for image in range(batch):
         features, size = merge_by_hand(state.x[image], state.size[image], kept, weigh)
         torch.testing.assert_close(merged.x[image], features)
-        torch.testing.assert_close(merged.size[image], size.clamp(min=SIZE_FLOOR))
+        torch.testing.assert_close(merged.size[image], size.clamp(min=LEAST_SIZE))
 
 
 @given(SHAPES, st.data())

@@ -124,8 +124,8 @@ def attend_with_map(
         if bias is not None:
             scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
     weights = scores.softmax(dim=-1)
-    asking = weights.unflatten(0, images)
-    importance = (asking[:, :, :queries] if queries else asking).sum(dim=(1, 2))
+    rows = weights.unflatten(0, images)
+    importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
     mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
     return mixed.unflatten(0, images), importance
 

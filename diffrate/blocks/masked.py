@@ -37,7 +37,7 @@ from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReductionRule, 
 from diffrate.blocks.tokens import TokenState, follow, followed, replaced, size_dtype, take
 from diffrate.schedule import Kept
 
-SEARCH_SIZE_FLOOR = 1.0  # the published search clamps sizes here, which inference does not
+LEAST_SEARCH_SIZE = 1.0  # the published search clamps sizes here, which inference does not
 EPSILON = 1e-6
 
 
@@ -63,8 +63,8 @@ def masked_attention(
         rows = None if bias is None else bias[:, 0, 0].to(dtype)
         items = (query.to(dtype), key.to(dtype), value.to(dtype))
         table = None if pairs is None else pairs.detach().to(dtype)
-        asking = torch.ones_like(mask) if masked_queries else (mask > 0).to(mask.dtype)
-        masks = (mask.to(dtype), asking.to(dtype))
+        querying = torch.ones_like(mask) if masked_queries else (mask > 0).to(mask.dtype)
+        masks = (mask.to(dtype), querying.to(dtype))
         mixed, importance = _MaskedAttention.apply(*items, rows, *masks, table, scale, queries)
     return mixed.to(value.dtype), importance
 
@@ -81,7 +81,7 @@ class _MaskedAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         mask: Tensor,
-        asking: Tensor,
+        querying: Tensor,
         pairs: Tensor | None,
         scale: float,
         queries: int,
@@ -107,7 +107,7 @@ class _MaskedAttention(torch.autograd.Function):
             everywhere = value[part].sum(-2, keepdim=True)
             mixed[part] = (product[..., :-1] + hidden * value[part, :, :rows] + spread * everywhere) / total
             totals[part] = total
-            importance[part] = _importance(softmax, mask[part], asking[part], hidden, spread, total, queries)
+            importance[part] = _importance(softmax, mask[part], querying[part], hidden, spread, total, queries)
             inverses[part], positions[part] = inverse, highest
             maps.append(softmax)
         ctx.save_for_backward(query, key, value, mask, mixed, totals, inverses, positions, *maps)
@@ -155,7 +155,7 @@ class _MaskedAttention(torch.autograd.Function):
 
 
 def _importance(
-    softmax: Tensor, mask: Tensor, asking: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, queries: int
+    softmax: Tensor, mask: Tensor, querying: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, queries: int
 ) -> Tensor:
     """The mean over heads of the weights' first rows, or of all that are queries: `[b, N]`."""
     if queries == 1:  # itself always seen
@@ -164,10 +164,10 @@ def _importance(
         first = slice(queries)
         rows = (softmax[:, :, first] * mask[:, None, None] + spread[:, :, first]) / total[:, :, first]
         return rows.mean((1, 2))
-    share = asking[:, None, :, None] / total
+    share = querying[:, None, :, None] / total
     received = (softmax.transpose(-2, -1) @ share).squeeze(-1) * mask[:, None]
     received = (received + (hidden * share).squeeze(-1) + (spread * share).sum(-2)).mean(1)
-    return received / asking.sum(-1, keepdim=True)
+    return received / querying.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, spared: int, mean:
         merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
     if mean.cosine_sizes:
         similarity = along / length_of(moving)
-        source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
+        source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=LEAST_SEARCH_SIZE)
     size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)
     size = size.scatter(1, sources, source_size)
     origin = state.origin

@@ -46,8 +46,8 @@ def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
 
 
 # Negative cosines can bring a similarity-weighted size to 0 or below, and its logarithm to NaN. The
-# floor lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
-SIZE_FLOOR = 1e-30
+# bound lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
+LEAST_SIZE = 1e-30
 
 
 def length_of(x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def joined(
         leaves = weights.narrow(-1, kept, x.shape[-2] - kept)
         return add_up(weights.narrow(-1, 0, kept), destination, leaves if factor is None else leaves * factor)
 
-    sizes = added(whole) if cosine is None else added(whole, cosine).clamp(min=SIZE_FLOOR)
+    sizes = added(whole) if cosine is None else added(whole, cosine).clamp(min=LEAST_SIZE)
     weights = whole if mean.by_size else ones
     if mean.by_size and size is not None:
         precise = precise * size.unsqueeze(-1)
