@@ -147,11 +147,11 @@ def caformer(
         UnsupportedModelError: `model` is not a MetaFormer of two convolution and two attention stages.
         RateError: a granularity below 1.
     """
-    timm_model: Any = model
-    _check_caformer(timm_model)
+    _check_caformer(model)
     size = as_size(input_size)
     grids = _grids(model, size)
-    third, fourth = (len(stage.blocks) for stage in timm_model.stages[2:])
+    stages: Any = model.stages
+    third, fourth = len(stages[2].blocks), len(stages[3].blocks)
     if third < 3:
         raise UnsupportedModelError(f"found {third} blocks in stage 3; accepted: three at least")
     if prod(grids[2]) < 2:
@@ -161,24 +161,28 @@ def caformer(
     granularity = (prune_granularity, merge_granularity)
     compress(model, space, granularity, rule=RULE, image_size=size, grids=grids, return_flop=return_flop)
     model.__class__ = CompressedCaformer
-    if isinstance(timm_model.head.fc, MlpHead):
-        timm_model.head.fc.norm.eps = ORIGINAL_HEAD_EPS
-    return timm_model
+    assert isinstance(model, CompressedCaformer)
+    if isinstance(model.head.fc, MlpHead):
+        norm: Any = model.head.fc.norm
+        norm.eps = ORIGINAL_HEAD_EPS
+    return model
 
 
-def _check_caformer(model: Any) -> None:
+def _check_caformer(model: nn.Module) -> None:
     if type(model) is not MetaFormer:
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm MetaFormer not yet patched")
-    mixers = tuple(type(stage.blocks[0].token_mixer) for stage in model.stages)
+    stages: Any = model.stages
+    mixers = tuple(type(stage.blocks[0].token_mixer) for stage in stages)
     if mixers != MIXERS:
         found = ", ".join(mixer.__name__ for mixer in mixers)
         raise UnsupportedModelError(f"found stages of {found}; accepted: SepConv, SepConv, Attention, Attention")
-    if not isinstance(model.head.fc, MlpHead | nn.Identity):
-        raise UnsupportedModelError(f"head.fc: found {type(model.head.fc).__name__}; accepted: MlpHead, or none")
+    head: Any = model.head
+    if not isinstance(head.fc, MlpHead | nn.Identity):
+        raise UnsupportedModelError(f"head.fc: found {type(head.fc).__name__}; accepted: MlpHead, or none")
     check_methods(model, "model")
     for index in (2, 3):
-        check_methods(model.stages[index], f"stages.{index}")
-        for position, block in enumerate(model.stages[index].blocks):
+        check_methods(stages[index], f"stages.{index}")
+        for position, block in enumerate(stages[index].blocks):
             check_block(block, f"stages.{index}.blocks.{position}")
 
 
