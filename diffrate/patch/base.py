@@ -89,8 +89,8 @@ class CompressedModel(nn.Module):
 
     def recomputes(self) -> bool:
         """Whether activations inside the compressible blocks are computed again for the backward pass
-        (`set_grad_checkpointing`, which timm notes on the model or on its stages)."""
-        return any(getattr(part, "grad_checkpointing", False) for part in (self, *self.containers()))
+        (`set_grad_checkpointing`)."""
+        return bool(getattr(self, "grad_checkpointing", False))
 
     def has_head(self) -> bool:
         """Whether there are logits to compare with labels: a pooling, and a classifier."""

@@ -45,6 +45,9 @@ class CompressedCaformer(CompressedModel, MetaFormer):
     def attention_blocks(self) -> Sequence[nn.Module]:
         return [*self.stages[2].blocks, *self.stages[3].blocks]
 
+    def recomputes(self) -> bool:
+        return self.stages[2].grad_checkpointing  # timm sets that of all stages
+
     @property
     def token_grid(self) -> tuple[int, int]:
         return self.grids[2]
