@@ -36,7 +36,7 @@ from diffrate.blocks.block import attended, mlp_branch
 from diffrate.device import machine_name
 from diffrate.files.runtimes import INPUT, OUTPUT
 from diffrate.schedule import GRANULARITY, Kept, Schedule, find_schedule, make_schedule
-from diffrate.timing import Run, Use, precision_name, time_within
+from diffrate.timing import Use, precision_name, time_within
 from sample import MODEL as SAMPLE
 from utils import UsageError
 
@@ -148,9 +148,9 @@ def sliced_pass(model: diffrate.CompressedModel, images: Tensor, schedule: Sched
     """Logits of images `[B, 3, H, W]` where each block keeps its first tokens, as many as `schedule` leaves it."""
     entry = model.enter(images)
     state = model.prepared(entry.state, schedule)
-    for block, positions, kept, read in model.steps(entry, schedule):
+    for block, positions, rule, kept, read in model.steps(entry, schedule):
         whole = Kept(kept.entering, kept.entering, kept.entering)
-        state, _ = attended(block, positions, model.rule, state, whole, read)
+        state, _ = attended(block, positions, rule, state, whole, read)
         state = state._replace(x=mlp_branch(block, state.x[:, : kept.merged]))
     return model.classify(state)
 
@@ -174,21 +174,15 @@ def onnx_rows(setting: Setting) -> Iterator[Row]:
         if provider not in sessions[-1].get_providers():  # it falls back to the CPU without an error
             sys.exit(f"absent: onnxruntime {onnxruntime.__version__} cannot load {provider}")
     for batch in setting.batch_sizes:
-        images = torch.randn(batch, 3, *subject.input_size).numpy()
-        runs = [_bound(session, images, setting.device.type) for session in sessions]
+        images, runs = torch.randn(batch, 3, *subject.input_size).numpy(), []
+        for session in sessions:  # images lie on the device, and the logits stay there
+            binding = session.io_binding()
+            binding.bind_ortvalue_input(INPUT, onnxruntime.OrtValue.ortvalue_from_numpy(images, setting.device.type, 0))
+            binding.bind_output(OUTPUT, setting.device.type, 0)
+            runs.append(partial(session.run_with_iobinding, binding))
         times = time_within(runs[0], runs[1], setting.seconds, torch.device("cpu"))  # sessions wait for the GPU
         use = Use(batch, torch.float32, False, setting.device)
         yield speed_row(subject, times, use) | {"mode": f"onnxruntime, {provider}"}
-
-
-def _bound(session: Any, images: Any, device: str) -> Run:
-    """What runs a session on images that lie on the device, where the logits stay."""
-    from onnxruntime import OrtValue
-
-    binding = session.io_binding()
-    binding.bind_ortvalue_input(INPUT, OrtValue.ortvalue_from_numpy(images, device, 0))
-    binding.bind_output(OUTPUT, device, 0)
-    return lambda: session.run_with_iobinding(binding)
 
 
 def subject_of(name: str, gflops: float) -> Subject:
@@ -200,7 +194,7 @@ def subject_of(name: str, gflops: float) -> Subject:
 def run_part(part: Part, seconds: float, scratch: Path) -> Row:
     """The results of a part within `seconds`, with a line for each of its commands that failed."""
     more = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4", "XDG_CACHE_HOME": str(scratch)}
-    options: dict[str, Any] = {"cwd": PROJECT, "env": {**os.environ, **more}, "start_new_session": True}
+    options: dict[str, Any] = {"cwd": PROJECT, "env": os.environ | more, "start_new_session": True}
     begun, running, codes = time.monotonic(), [], []
     outputs = [scratch / f"{part.name}{index}.txt" for index in range(len(part.commands))]
     try:
@@ -296,13 +290,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     try:
         if args.table is not None:
-            print("\n".join(_table_of(args.table)))
+            try:
+                lines = table(json.loads(args.table.read_text(encoding="utf-8")))
+            except UNREADABLE as error:
+                found = f"--table {args.table}: found {first_line(error)}"
+                raise UsageError(f"{found}; accepted: a file that --out left") from error
+            print("\n".join(lines))
         elif args.rows:
             lock, kind, *graph = args.rows
-            of = {"reductions": reduction_rows, "onnx": onnx_rows}.get(
-                kind, partial(speeds, lock=lock, mode=kind, graph=graph)
-            )
-            for row in of(SETTINGS[args.device]):
+            timed = partial(speeds, lock=lock, mode=kind, graph=graph)
+            for row in {"reductions": reduction_rows, "onnx": onnx_rows}.get(kind, timed)(SETTINGS[args.device]):
                 print(json.dumps(row), flush=True)
         elif args.out.is_dir() or not args.out.absolute().parent.is_dir():
             raise UsageError(f"--out {args.out}: accepted: the name of a file in a folder that is there")
@@ -312,13 +309,6 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _table_of(path: Path) -> list[str]:
-    try:
-        return table(json.loads(path.read_text(encoding="utf-8")))
-    except UNREADABLE as error:
-        raise UsageError(f"--table {path}: found {first_line(error)}; accepted: a file that --out left") from error
 
 
 if __name__ == "__main__":

@@ -138,11 +138,7 @@ class Subject:
     seed: int
 
     def dense(self) -> nn.Module:
-        """The plain timm model.
-
-        Raises:
-            InputSizeError: its patches do not tile the input.
-        """
+        """The plain timm model; an InputSizeError where its patches do not tile the input."""
         torch.manual_seed(self.seed)
         return models.create(self.entry, self.input_size)
 
@@ -150,7 +146,6 @@ class Subject:
         """The patched model, at the schedule if there is one, else searching."""
         model = diffrate.patch.vit(self.dense(), self.granularity, self.granularity)
         if self.schedule is not None:
-            model.check(self.schedule)
             model.schedule = self.schedule
         return model
 
@@ -259,22 +254,20 @@ def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Settin
             log.info("%d pixels left out: %s", side, error)
             continue
         for batch_size in setting.batch_sizes:
-            for row in rows_in_turn(_shares(sized, batch_size, setting), batch_size, setting):
+            use = Use(batch_size, setting.dtypes[0], False, setting.device)
+            sides = [_side_of(sized, share, use) for share in (1.0, *SHARES)]
+            for row in rows_in_turn(sides, batch_size, setting):
                 yield {"model": subject.entry.name, "input_size": side} | row
 
 
-def _shares(subject: Subject, batch_size: int, setting: Setting) -> list[Side]:
-    """All tokens, in the plain model, and each share of them."""
-    use, sides = Use(batch_size, setting.dtypes[0], False, setting.device), []
-    for share in (1.0, *SHARES):
-        model = subject.compressed()
-        space = model.compression.space
-        schedule = share_schedule(space, share)
-        model.schedule = schedule
-        about = {"tokens": space.tokens, "tokens_kept": schedule.merge[space.searchable[0]], "kept_share": share}
-        run = forward_pass(subject.dense() if share == 1 else model, subject.input_size, use)
-        sides.append(Side(about, precision_name(use.dtype), model.flops(), run))
-    return sides
+def _side_of(subject: Subject, share: float, use: Use) -> Side:
+    """The model with a share of its tokens; with all of them the plain one."""
+    model = subject.compressed()
+    space = model.compression.space
+    model.schedule = schedule = share_schedule(space, share)
+    about = {"tokens": space.tokens, "tokens_kept": schedule.merge[space.searchable[0]], "kept_share": share}
+    run = forward_pass(subject.dense() if share == 1 else model, subject.input_size, use)
+    return Side(about, precision_name(use.dtype), model.flops(), run)
 
 
 def share_schedule(space: SearchSpace, share: float) -> Schedule:
@@ -311,11 +304,8 @@ class File(NamedTuple):
 
 
 def open_file(path: Path) -> File:
-    """Load an exported file on as many threads as torch takes, and see how long that takes.
-
-    Raises:
-        ExportError: it is none, or a package is missing.
-    """
+    """Load an exported file on as many threads as torch takes, and see how long that takes; an ExportError where it is
+    none, or a package is missing."""
     import_module(target_of(path).runtime)  # not the file's to wait for
     start = time.perf_counter()
     loaded = load_exported(path, torch.get_num_threads())

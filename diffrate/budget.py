@@ -94,11 +94,7 @@ class Budget:
         return cost if self.kind == LATENCY else cost / 1e9
 
     def check(self, space: SearchSpace) -> None:
-        """Refuse a target out of reach.
-
-        Raises:
-            BudgetError: gives the range that is in reach.
-        """
+        """Refuse a target out of reach, with a BudgetError that gives the range in reach."""
         least, most = self.cost(space.fewest()), self.cost(space.dense())
         if not least <= self.target <= most:
             low, high = sorted((self.of(least), self.of(most)))
@@ -108,13 +104,31 @@ class Budget:
         """The schedule of a falling family of counts, `counts_at` 0 to `end`, that meets the target, none below
         `least`.
 
+        Bisection finds the two neighbours around the target; where one step of the family changes several counts at
+        once, they change one after the other.
+
         Raises:
             BudgetError: no whole counts meet it.
         """
-        best = assemble(_nearest_counts(counts_at, end, lambda counts: self.cost(assemble(counts)), self.target, least))
-        if not meets_budget(self.cost(best), self.target):
-            raise BudgetError(f"{self}: the nearest schedule has {self.of(self.cost(best)):.4g}")
-        return best
+
+        def whole(share: float) -> list[int]:
+            return [max(least, math.ceil(count - 1e-9)) for count in counts_at(share)]
+
+        def cost(counts: Sequence[int]) -> float:
+            return self.cost(assemble(counts))
+
+        low, high = 0.0, end  # cost above the target at `low`, unless that is the end; below at `high`
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(whole(middle)) > self.target else (low, middle)
+        above, below = whole(low), whole(high)
+        steps = [above[:position] + below[position:] for position in range(len(above) + 1)]
+        best = min(steps, key=lambda counts: abs(cost(counts) - self.target))
+        best = list(accumulate(best, min))  # the running minimum, so that every single change has an effect
+        best = _polish(best, (least, max(whole(0))), cost, self.target)
+        if not meets_budget(cost(best), self.target):
+            raise BudgetError(f"{self}: the nearest schedule has {self.of(cost(best)):.4g}")
+        return assemble(best)
 
     def rounded(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
         """The schedule nearest to `expected` counts, one per choice, that meets the target, without reductions that
@@ -123,32 +137,29 @@ class Budget:
         Raises:
             BudgetError: no whole counts meet it.
         """
-        schedule = self._nearest(expected, space)
+        schedule = self._scaled(expected, space)
         for _ in range(len(expected)):
             counts = choices_of(schedule, space)
             thrifty = without_waste(counts, space, self.cost)
             if thrifty == counts:
                 break
             try:
-                schedule = self._nearest(thrifty, space)
+                schedule = self._scaled(thrifty, space)
             except BudgetError:  # the reductions that are left do not meet the target: take the schedule before
                 break
         return schedule
 
-    def _nearest(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
-        """The schedule nearest to `expected` counts that meets the target.
+    def _scaled(self, expected: Sequence[float], space: SearchSpace) -> Schedule:
+        """`expected` counts scaled to meet the target, towards all tokens or the fewest, every one by the same share of
+        its way: so the blocks keep their order relative to each other, and every budget is reached."""
 
-        The counts are scaled towards all tokens or towards the fewest, every one by the same share of its way: so the
-        blocks keep their order relative to each other, and every budget is reached.
-        """
-
-        def scaled(share: float) -> list[float]:
+        def counts_at(share: float) -> list[float]:
             """From all tokens (0) over the expected ones (1) to the fewest (2)."""
             if share <= 1:
                 return [space.tokens + share * (count - space.tokens) for count in expected]
             return [count + (share - 1) * (space.least - count) for count in expected]
 
-        return self.fitted(scaled, 2.0, space.schedule, space.least)
+        return self.fitted(counts_at, 2.0, space.schedule, space.least)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.of(self.target):g}{WORDS[self.kind]}"
@@ -163,10 +174,15 @@ def choices_of(schedule: Schedule, space: SearchSpace) -> list[int]:
 def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list[int]:
     """The counts with every reduction switched off that costs more than it saves, the worst first: a choice alone, or
     both of a block, where one without the other would cost as much."""
-    best = list(accumulate(counts, min))
+    best, width = list(accumulate(counts, min)), len(space.kinds)
     least = cost(space.schedule(best))
     while True:
-        trials = _switched_off(best, space)
+        trials = []
+        for choice in range(len(best)):
+            before = space.tokens if choice == 0 else best[choice - 1]
+            for end in sorted({choice + 1} if choice % width else {choice + 1, choice + width}):
+                trials.append([*best[:choice], *[before] * (end - choice), *best[end:]])
+        trials = [trial for trial in trials if trial != best]
         costs = [cost(space.schedule(trial)) for trial in trials]
         if not costs or min(costs) >= least:
             return best
@@ -174,54 +190,16 @@ def without_waste(counts: Sequence[int], space: SearchSpace, cost: Cost) -> list
         best = trials[costs.index(least)]
 
 
-def _switched_off(counts: list[int], space: SearchSpace) -> list[list[int]]:
-    """The counts with one choice that keeps all that are there, or with all choices of a block."""
-    width, trials = len(space.kinds), []
-    for choice in range(len(counts)):
-        before = space.tokens if choice == 0 else counts[choice - 1]
-        for end in sorted({choice + 1} if choice % width else {choice + 1, choice + width}):
-            trial = [*counts[:choice], *[before] * (end - choice), *counts[end:]]
-            if trial != counts:
-                trials.append(trial)
-    return trials
-
-
 def meets_budget(found: float, target: float) -> bool:
     """Whether a cost is inside the band around its target."""
     return target * (1 - BELOW) <= found <= target * (1 + ABOVE)
 
 
-def _nearest_counts(
-    counts_at: Callable[[float], list[float]],
-    end: float,
-    cost: Callable[[Sequence[int]], float],
-    target: float,
-    least: int,
-) -> list[int]:
-    """The whole counts of `Budget.fitted` whose cost is nearest to `target`.
-
-    Bisection finds the two neighbours around the target; where one step of the family changes several counts at once,
-    they change one after the other.
-    """
-
-    def whole(share: float) -> list[int]:
-        return [max(least, math.ceil(count - 1e-9)) for count in counts_at(share)]
-
-    low, high = 0.0, end  # cost above the target at `low`, unless that is the end; below at `high`
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(whole(middle)) > target else (low, middle)
-    above, below = whole(low), whole(high)
-    steps = [above[:position] + below[position:] for position in range(len(above) + 1)]
-    best = min(steps, key=lambda counts: abs(cost(counts) - target))
-    best = list(accumulate(best, min))  # the running minimum, so that every single change has an effect
-    return _polish(best, (least, max(whole(0))), cost, target)
-
-
 def _polish(
     counts: list[int], limits: tuple[int, int], cost: Callable[[Sequence[int]], float], target: float
 ) -> list[int]:
-    """Change one or two counts by one while that brings the cost nearer to a target outside the band."""
+    """Change one or two counts by one, within `limits`, while that brings the cost nearer to a target outside the
+    band."""
 
     def distance(candidate: list[int]) -> tuple[float, float]:
         """How far outside the band, and, the same there, how far from the target."""
@@ -229,26 +207,20 @@ def _polish(
         outside = max(0.0, target * (1 - BELOW) - found, found - target * (1 + ABOVE))
         return outside, abs(found - target)
 
+    def neighbours(of: list[int]) -> list[list[int]]:
+        changes = ((at, count + step) for at, count in enumerate(of) for step in (-1, 1))
+        return [[*of[:at], count, *of[at + 1 :]] for at, count in changes if limits[0] <= count <= limits[1]]
+
     best = counts
     while not meets_budget(cost(best), target):
-        single = _neighbours(best, limits)
+        single = neighbours(best)
         nearest = min(single, key=distance)
         if distance(nearest) >= distance(best):
-            nearest = min((pair for one in single for pair in _neighbours(one, limits)), key=distance)
+            nearest = min((pair for one in single for pair in neighbours(one)), key=distance)
         if distance(nearest) >= distance(best):
             break
         best = nearest
     return best
-
-
-def _neighbours(counts: list[int], limits: tuple[int, int]) -> list[list[int]]:
-    least, most = limits
-    return [
-        [*counts[:position], count + step, *counts[position + 1 :]]
-        for position, count in enumerate(counts)
-        for step in (-1, 1)
-        if least <= count + step <= most
-    ]
 
 
 PEERS = ("tome", "pitome")  # baselines by the names of their rules

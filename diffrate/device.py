@@ -44,15 +44,12 @@ def generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-_CPUS = Path("/proc/cpuinfo")
-
-
 def machine_name(device: torch.device) -> str:
     """The name of the GPU, or of the CPU with the instruction set that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = _CPUS.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # elsewhere than on Linux
         lines = []
     names = sorted({line.partition(":")[2].strip() for line in lines if line.startswith("model name")})
@@ -93,9 +90,9 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autoc
 def errors_alone(*names: str) -> Iterator[None]:
     """Let the loggers of these names log errors alone, inside the block."""
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
-        for logger in levels:
-            logger.setLevel(logging.ERROR)
         yield
     finally:
         for logger, level in levels.items():
@@ -117,22 +114,15 @@ def compile_model(model: nn.Module) -> Any:
 
 
 class FixedBatch(nn.Module):
-    """A compressed model that always sees `batch_size` images: a smaller batch is filled up.
-
-    A compiled model would be compiled once more for the last batch of a data set, which takes longer
-    than the batch.
-    """
+    """A compressed model that always sees `batch_size` images: a smaller batch is filled up, which takes less time than
+    compiling once more for the last batch of a data set."""
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         super().__init__()
         self.model, self.batch_size = model, batch_size
 
     def forward(self, images: Tensor, return_flop: bool = False) -> Tensor:
-        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size.
-
-        Raises:
-            ValueError: `return_flop` is set, which a filled-up batch has no cost for.
-        """
+        """Logits `[B, K]` of images `[B, 3, H, W]`, B up to the batch size, without a cost (a ValueError)."""
         if return_flop:
             raise ValueError("return_flop=True: accepted: False, the cost of a filled-up batch means nothing")
         count = len(images)
@@ -165,17 +155,16 @@ def made_by_first(make: Callable[[], Made]) -> Made:
     """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
     if not _joined():
         return make()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # what is made, or the error
     if rank() == 0:
         try:
-            outcome = [make(), None]
+            outcome[0] = make()
         except Exception as error:
-            outcome = [None, error]
+            outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
-    made, error = outcome
-    if error is not None:
-        raise error
-    return made
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def all_parts(part: Any) -> list[Any]:

@@ -56,11 +56,7 @@ def images_of(batch: Any, place: Placement) -> Tensor:
 
 
 def require_batches(loader: Any) -> None:
-    """Refuse what batches cannot come from.
-
-    Raises:
-        ValueError: it is neither iterable nor a loader with `batches_from`.
-    """
+    """Refuse what is neither iterable nor a loader with `batches_from`, with a ValueError."""
     if not any(hasattr(loader, name) for name in ("__iter__", "__getitem__", "batches_from")):
         raise ValueError(
             f"loader: found {type(loader).__name__}; accepted: a DataLoader, a list, any iterable of batches"
@@ -131,7 +127,15 @@ class Tally:
         # Loss, top-1 hits, top-5 hits, images, and how many of them are kept.
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.kept: list[Tensor] = []
-        self.average_precision = _average_precision() if multi_label else None
+        self.average_precision: Any = None
+        if multi_label:
+            try:
+                self.average_precision = import_module("sklearn.metrics").average_precision_score
+            except ImportError as error:
+                raise ScoresError(
+                    "multi_label: found no scikit-learn; accepted: after pip install scikit-learn, or "
+                    "diffrate[multilabel]"
+                ) from error
 
     @property
     def loss(self) -> float:
@@ -168,11 +172,7 @@ class Tally:
         return self._scores(self.sums, [self._rows()])
 
     def shared(self) -> Scores:
-        """Of the batches of all processes.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Of the batches of all processes; a ValueError where there is none."""
         sums = all_sum(self.sums.clone())
         if sums[3] == 0:
             raise ValueError("loader: found no batch; accepted: batches of images and labels")
@@ -203,11 +203,7 @@ class Tally:
 
 
 def class_indices(labels: Any, logits: Tensor) -> Tensor:
-    """Labels `[B]`, class indices for logits `[B, K]`, on the device of the logits.
-
-    Raises:
-        ScoresError: they are other values, or of another shape.
-    """
+    """Labels `[B]`, class indices for logits `[B, K]`, on the device of the logits; a ScoresError for any others."""
     accepted = f"class indices [{len(logits)}], integers from 0 to {logits.shape[-1] - 1}"
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
     if not whole or labels.shape != logits.shape[:1]:
@@ -221,11 +217,7 @@ def class_indices(labels: Any, logits: Tensor) -> Tensor:
 
 def multi_hot(labels: Any, logits: Tensor) -> Tensor:
     """Labels `[B, K]`, or class indices `[B]` as one-hot, in float64 on the device of the logits `[B, K]`; for one
-    output, `[B]` are its labels.
-
-    Raises:
-        ScoresError: they have another shape, or are other indices.
-    """
+    output, `[B]` are its labels. A ScoresError for any others."""
     if isinstance(labels, Tensor) and labels.ndim == 1:
         if logits.shape[1] == 1:
             return _numbers(labels, logits)
@@ -249,20 +241,6 @@ def _described(labels: Any) -> str:
     if isinstance(labels, Tensor):
         return f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
     return "none" if labels is None else f"a {type(labels).__name__}"
-
-
-def _average_precision() -> Any:
-    """The function of scikit-learn, which nothing else needs.
-
-    Raises:
-        ScoresError: scikit-learn is missing.
-    """
-    try:
-        return import_module("sklearn.metrics").average_precision_score
-    except ImportError as error:
-        raise ScoresError(
-            "multi_label: found no scikit-learn; accepted: after pip install scikit-learn, or diffrate[multilabel]"
-        ) from error
 
 
 def evaluate(

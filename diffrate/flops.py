@@ -6,7 +6,7 @@ in the paper: softmax, normalisation, activations, biases, and what pruning and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,25 +30,18 @@ class BlockShape:
 
 
 @dataclass(frozen=True)
-class PoolShape:
-    """What pooling costs: `token` for each patch token that is left, and `fixed`. Means are not counted."""
-
-    token: int = 0
-    fixed: int = 0
-
-
-@dataclass(frozen=True)
 class VitShape:
     """What the cost of a ViT depends on.
 
     embedding: multiply-accumulates of making the tokens of one image, and what else it costs once.
     blocks: all that there are, in order.
-    left_out: the first tokens that pooling does not look at.
+    pooling: multiply-accumulates for each token that is left but the first `left_out`, and for an image. Means are not
+        counted.
     """
 
     embedding: int
     blocks: tuple[BlockShape, ...]
-    pool: PoolShape = PoolShape()
+    pooling: tuple[int, int] = (0, 0)
     left_out: int = 0
 
 
@@ -77,17 +70,13 @@ def blocks_flops(shapes: Iterable[BlockShape], counts: Iterable[tuple[Count, Cou
 
 def vit_flops(shape: VitShape, head: int, counts: Iterable[tuple[Count, Count]]) -> Count | int:
     """A whole ViT whose head costs `head`."""
-    counts = list(counts)
-    _, last = counts[-1]
-    pooling = (last - shape.left_out) * shape.pool.token if shape.pool.token else 0
-    return shape.embedding + blocks_flops(shape.blocks, counts) + pooling + shape.pool.fixed + head
+    counts, (each, once) = list(counts), shape.pooling
+    pooling = (counts[-1][1] - shape.left_out) * each if each else 0
+    return shape.embedding + blocks_flops(shape.blocks, counts) + pooling + once + head
 
 
 def caformer_flops(
-    stages: tuple[StageShape, ...],
-    classes: int,
-    kernel: int,
-    counts: Iterable[tuple[Count, Count]],
+    stages: Sequence[StageShape], classes: int, kernel: int, counts: Iterable[tuple[Count, Count]]
 ) -> Count | int:
     """A whole CAFormer; `counts` are those of stage 3. The head counts `8 C K`, as published.
 
@@ -99,9 +88,7 @@ def caformer_flops(
         # Two pointwise convolutions and a depthwise one at twice the width; an MLP of ratio 4.
         separable = 4 * stage.tokens * stage.width**2 + 2 * kernel**2 * stage.tokens * stage.width
         total += stage.depth * (separable + 8 * stage.tokens * stage.width**2)
-    third_block, fourth_block = (
-        BlockShape(4 * stage.width**2, 2 * stage.width, 8 * stage.width**2) for stage in (third, fourth)
-    )
+    third_block, fourth_block = (BlockShape(4 * s.width**2, 2 * s.width, 8 * s.width**2) for s in (third, fourth))
     whole = [(fourth.tokens, fourth.tokens)] * fourth.depth
     total += blocks_flops([fourth_block] * fourth.depth, whole) + 8 * fourth.width * classes
     return total + blocks_flops([third_block] * third.depth, counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -42,9 +41,18 @@ def make_visualization(
     where a model has register or distillation tokens.
 
     Raises:
-        VisualizationError: the image has another number of patches than the tokens.
+        VisualizationError: `source` has another shape, or another number of tokens than the image has patches.
     """
-    origin = _as_origin(source)
+    origin = source
+    if source.ndim == 3 and len(source) == 1:
+        strongest = source[0].max(dim=0)
+        origin = torch.where(strongest.values > 0, strongest.indices, PRUNED)
+    elif source.ndim == 2 and len(source) == 1:
+        origin = source[0]
+    elif source.ndim != 1:
+        raise VisualizationError(
+            f"source of {list(source.shape)}: accepted: [N0], [1, N0] or [1, K, N0], one image at a time"
+        )
     origin = origin[int(class_token) :]
     grid = (image.height // patch_size, image.width // patch_size)
     if grid[0] * grid[1] != len(origin):
@@ -73,18 +81,36 @@ def draw_groups(image: Image.Image, groups: Groups) -> Image.Image:
     image, and pruned patches are dimmed and hatched. Lines separate groups. Neighbouring regions
     never share a colour, and the same groups always get the same ones.
     """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    patch_of_pixel = (np.arange(side) * count // side for side, count in zip(pixels.shape, groups.shape, strict=False))
+    picture = np.array(image.convert("RGB"), dtype=np.float64)
+    patch_of_pixel = (np.arange(side) * count // side for side, count in zip(picture.shape, groups.shape, strict=False))
     spread = groups[np.ix_(*patch_of_pixel)]
-    picture = _dim(_tint(pixels, spread, groups), spread == PRUNED)
-    picture[_outlines(spread)] = 255
+
+    merged = np.bincount(groups[groups >= 0], minlength=1) > 1
+    table: Any = np.array([color_of(number) for number in group_colors(groups)] or [(0.0, 0.0, 0.0)])
+    tinted = (spread >= 0) & merged[np.maximum(spread, 0)]
+    picture[tinted] = (1 - TINT) * picture[tinted] + TINT * table[spread[tinted]]
+
+    grey = DIM * picture.mean(axis=2, keepdims=True)
+    rows, columns = np.indices(spread.shape)
+    hatched = (rows + columns) % HATCH == 0  # diagonal lines, which show in grey print too
+    shaded = np.where(hatched[..., None], grey + 60, grey)
+    picture = np.where(spread[..., None] == PRUNED, shaded, picture)
+
+    lines = np.zeros(spread.shape, dtype=bool)  # on the near side of each border, broader in larger pictures
+    for reach in range(1, 1 + max(1, min(spread.shape) // PIXELS_A_LINE)):
+        lines[:-reach] |= spread[:-reach] != spread[reach:]
+        lines[:, :-reach] |= spread[:, :-reach] != spread[:, reach:]
+    picture[lines] = 255
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
 def group_colors(groups: Groups) -> list[int]:
     """A colour number per group such that groups with a common edge differ: greedy, largest first."""
     neighbours: list[set[int]] = [set() for _ in range(int(groups.max()) + 1)]
-    for first, second in _edges(groups):
+    beside = ((groups[:-1], groups[1:]), (groups[:, :-1], groups[:, 1:]))
+    pairs = np.concatenate([np.stack([one.ravel(), other.ravel()], axis=1) for one, other in beside])
+    touching = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs >= 0).all(axis=1)]
+    for first, second in touching.tolist():
         neighbours[first].add(second)
         neighbours[second].add(first)
     sizes = np.bincount(groups[groups >= 0], minlength=len(neighbours))
@@ -103,52 +129,3 @@ def color_of(number: int) -> Pixels:
     towards = 255.0 * (turn % 2)  # light and dark in turn, ever nearer to the end
     share = 1 - 0.6 ** ((turn + 1) // 2)
     return PALETTE[position] * (1 - share) + towards * share
-
-
-def _as_origin(source: Tensor) -> Tensor:
-    if source.ndim == 3 and len(source) == 1:
-        strongest = source[0].max(dim=0)
-        return torch.where(strongest.values > 0, strongest.indices, PRUNED)
-    if source.ndim == 2 and len(source) == 1:
-        return source[0]
-    if source.ndim != 1:
-        raise VisualizationError(
-            f"source of {list(source.shape)}: accepted: [N0], [1, N0] or [1, K, N0], one image at a time"
-        )
-    return source
-
-
-def _tint(pixels: Pixels, spread: Groups, groups: Groups) -> Pixels:
-    """Regions of several patches in their colour, shaded by the image below."""
-    merged = np.bincount(groups[groups >= 0], minlength=1) > 1
-    table: Any = np.array([color_of(number) for number in group_colors(groups)] or [(0.0, 0.0, 0.0)])
-    tinted = (spread >= 0) & merged[np.maximum(spread, 0)]
-    picture = pixels.copy()
-    picture[tinted] = (1 - TINT) * pixels[tinted] + TINT * table[spread[tinted]]
-    return picture
-
-
-def _dim(picture: Pixels, pruned: npt.NDArray[np.bool_]) -> Pixels:
-    """Pruned areas dark and without colour, with diagonal lines that show in grey print too."""
-    grey = DIM * picture.mean(axis=2, keepdims=True)
-    rows, columns = np.indices(pruned.shape)
-    lines = (rows + columns) % HATCH == 0
-    shaded = np.where(lines[..., None], grey + 60, grey)
-    return np.where(pruned[..., None], shaded, picture)
-
-
-def _outlines(spread: Groups) -> npt.NDArray[np.bool_]:
-    """The pixels on the near side of each border between two groups, more of them in larger pictures."""
-    lines = np.zeros(spread.shape, dtype=bool)
-    for reach in range(1, 1 + max(1, min(spread.shape) // PIXELS_A_LINE)):
-        lines[:-reach] |= spread[:-reach] != spread[reach:]
-        lines[:, :-reach] |= spread[:, :-reach] != spread[:, reach:]
-    return lines
-
-
-def _edges(groups: Groups) -> Sequence[tuple[int, int]]:
-    """Pairs of groups that touch along an edge of two patches."""
-    beside = ((groups[:-1], groups[1:]), (groups[:, :-1], groups[:, 1:]))
-    pairs = np.concatenate([np.stack([one.ravel(), other.ravel()], axis=1) for one, other in beside])
-    touching = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs >= 0).all(axis=1)]
-    return [(int(first), int(second)) for first, second in np.unique(touching, axis=0)]

@@ -96,11 +96,8 @@ def make_schedule(
         ScheduleError: a field is no sequence, or holds something that is not an integer, or no rule.
     """
     counts = _integers(merge, MERGE_FIELD, where)
-    return Schedule(
-        None if prune is None else _integers(prune, PRUNE_FIELD, where),
-        counts,
-        rules=None if rules is None else _names(rules, len(counts), where),
-    )
+    pruned = None if prune is None else _integers(prune, PRUNE_FIELD, where)
+    return Schedule(pruned, counts, rules=None if rules is None else _names(rules, len(counts), where))
 
 
 def fields_of(schedule: Schedule) -> dict[str, Any]:
@@ -150,10 +147,9 @@ def scale_schedule(
     """
 
     def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
-        blocks = zip(counts, old_limits, new_limits, strict=True)
         return tuple(
             max(least, class_token + round((count - class_token) * (new - class_token) / (old - class_token)))
-            for count, old, new in blocks
+            for count, old, new in zip(counts, old_limits, new_limits, strict=True)
         )
 
     prune = None if schedule.prune is None else scaled(schedule.prune)
@@ -178,6 +174,7 @@ def read_schedules(path: Path) -> dict[str, Any]:
     Raises:
         ScheduleError: the file is missing, not JSON, or not of that shape.
     """
+    accepted = "accepted: an object of models, each an object of targets"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -185,15 +182,12 @@ def read_schedules(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ScheduleError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
-        raise ScheduleError(
-            f"{path}: nested too deeply; accepted: an object of models, each an object of targets"
-        ) from error
+        raise ScheduleError(f"{path}: nested too deeply; {accepted}") from error
     except json.JSONDecodeError as error:
-        raise ScheduleError(
-            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; accepted: JSON"
-        ) from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ScheduleError(f"{path}: {where}: {error.msg}; accepted: JSON") from error
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise ScheduleError(f"{path}: accepted: an object of models, each an object of targets")
+        raise ScheduleError(f"{path}: {accepted}")
     return table
 
 
@@ -222,10 +216,8 @@ def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = 
     if not isinstance(fields, dict) or MERGE_FIELD not in fields:
         raise ScheduleError(f"{where}{MERGE_FIELD}: found none; accepted: an array of counts")
     schedule = make_schedule(fields.get(PRUNE_FIELD), fields[MERGE_FIELD], fields.get(RULES_FIELD), where)
-    if TOKENS_FIELD not in fields:
-        return schedule
-    tokens = fields[TOKENS_FIELD]
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2:
+    tokens = fields.get(TOKENS_FIELD)
+    if TOKENS_FIELD in fields and (type(tokens) is not int or tokens < 2):
         raise ScheduleError(f"{where}{TOKENS_FIELD}: found {tokens!r}; accepted: a whole number from 2")
     return replace(schedule, tokens=tokens)
 
@@ -262,21 +254,15 @@ def _number(text: str) -> float | None:
 
 
 def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
-    if isinstance(values, str):
-        try:
-            values = json.loads(values)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ScheduleError(f"{where}{name}: found {values[:SHOWN]!r}; accepted: an array of counts") from error
     try:
-        items = list(values)
-    except TypeError as error:
-        raise ScheduleError(f"{where}{name}: found {values!r}; accepted: an array of counts") from error
-    counts = []
+        items = list(json.loads(values) if isinstance(values, str) else values)
+    except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        found = repr(values[:SHOWN] if isinstance(values, str) else values)
+        raise ScheduleError(f"{where}{name}: found {found}; accepted: an array of counts") from error
     for block, value in enumerate(items):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise ScheduleError(f"{where}{name}[{block}]: found {value!r}; accepted: whole numbers")
-        counts.append(operator.index(value))
-    return tuple(counts)
+    return tuple(map(operator.index, items))
 
 
 def _names(values: Any, blocks: int, where: str) -> tuple[str, ...] | None:

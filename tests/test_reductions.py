@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from diffrate.blocks import attention
 from diffrate.blocks.attention import Heads, first_tokens_attention, size_bias
 from diffrate.blocks.reduction import (
-    SIZE_FLOOR,
+    LEAST_SIZE,
     Mean,
     add_by_index,
     add_by_product,
     keep_tokens,
-    match,
     merge_tokens,
     most_important,
+    most_similar,
 )
 from diffrate.blocks.tokens import TokenState, follow
 
@@ -66,7 +66,7 @@ def test_merge_equals_the_rule_token_by_token(shape: tuple[int, int, int], data:
     for image in range(batch):
         features, size = merge_by_hand(state.x[image], state.size[image], kept, weigh)
         torch.testing.assert_close(merged.x[image], features)
-        torch.testing.assert_close(merged.size[image], size.clamp(min=SIZE_FLOOR))
+        torch.testing.assert_close(merged.size[image], size.clamp(min=LEAST_SIZE))
 
 
 @given(SHAPES, st.data())
@@ -203,8 +203,10 @@ def test_fine_tuning_and_large_maps_go_by_fused_attention(monkeypatch: pytest.Mo
 
 def test_position_zero_is_never_a_destination() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]])
-    destination, along = match(x, kept=2, spared=1)
-    assert destination.tolist() == [[1]]
+    merged = merge_in_order(TokenState(x).traced(), 2, 1, cosine_sizes=False)
+    assert merged.origin is not None
+    assert merged.origin.tolist() == [[0, 1, 1]]
+    _, along = most_similar(x[:, 2:], x[:, 1:2])
     torch.testing.assert_close(along / x[:, 2:].norm(dim=-1), F.cosine_similarity(x[:, 2], x[:, 1])[None])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import diffrate
-from diffrate.blocks.rules import NAMED, named_rule
+from diffrate.blocks.rules import NAMED
 from diffrate.blocks.tokens import TokenState
 from diffrate.schedule import (
     RULE_NAMES,
@@ -39,11 +39,11 @@ def test_each_rule_has_one_row_in_both_tables() -> None:
     assert list(NAMED) == list(RULES)
     published = model_of().rule
     for name, work in RULES.items():
-        rule = named_rule(name, published, 3, 6)
+        rule = NAMED[name](published, 3 / 6)
         assert rule.pairing.by_importance == work.ranks, name
         assert (rule.importance.queries == 0) == work.received, name
         assert (type(rule.pairing) is not type(published.pairing)) == work.halves, name
-    assert named_rule("published", published, 3, 6) is published
+    assert NAMED["published"](published, 3 / 6) is published
 
 
 def halves_by_loop(x: Tensor, size: Tensor, importance: Tensor, going: int, prefix: int, name: str) -> Tensor:
@@ -80,7 +80,7 @@ def test_halves_merge_as_a_loop_says(name: str, batch: int) -> None:
     x = torch.randn(batch, 17, 8, dtype=torch.float64, generator=generator)
     size = torch.randint(1, 5, (batch, 17), generator=generator).double()
     importance = torch.rand(batch, 17, dtype=torch.float64, generator=generator)
-    rule = named_rule(name, model.rule, 1, 6)
+    rule = NAMED[name](model.rule, 1 / 6)
     kept = Kept(17, 17, 11)
     state = TokenState(x, size).traced()
     left = rule.pairing.reduce(state, importance[:, 1:], None, kept, 1, rule.mean)  # type: ignore[arg-type]

@@ -6,8 +6,7 @@ times, by adding `log(size)` to its scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,18 +28,11 @@ class Heads(NamedTuple):
     value: Tensor
     scale: float
 
-    def asking(self, tokens: int | None) -> Heads:
-        """The same, with the queries of the first `tokens` alone; of all for None."""
-        return self if tokens is None else replaced(self, query=self.query[:, :, :tokens])
 
-
-def size_bias(size: Tensor | None) -> Tensor | None:
-    """`log(size)` per key, `[B, 1, 1, N]`; None while all sizes are 1."""
-    return None if size is None else size.log()[:, None, None, :]
-
-
-def add_bias(bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
-    """The bias of keys `[B, 1, 1, N]` and that of pairs `[B or 1, H, Q, N]` together; None for neither."""
+def size_bias(size: Tensor | None, pairs: Tensor | None = None) -> Tensor | None:
+    """What is added to the scores: `log(size)` per key, `[B, 1, 1, N]`, and a bias of `pairs` `[B or 1, H, Q, N]`; None
+    for nothing."""
+    bias = None if size is None else size.log()[:, None, None, :]
     if bias is None or pairs is None:
         return pairs if bias is None else bias
     return bias + pairs
@@ -64,44 +56,39 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
     """
     if queries and not _maps_pay(heads):
         return attend(heads, bias, dropout), first_tokens_attention(heads, bias, queries)
-    parts = list(parts_of(heads.key, _map_elements(heads)))
 
     def drop(weights: Tensor) -> Tensor:
         return F.dropout(weights, dropout) if dropout > 0 else weights
 
+    parts = parts_of(heads.key, _map_elements(heads))
     if len(parts) == 1:
         return attend_with_map(heads, bias, drop, queries)
-    mixed, importance = [], []
+    found = []
     for part in parts:
         few = Heads(heads.query[part], heads.key[part], heads.value[part], heads.scale)
         own = bias if bias is None or bias.shape[0] == 1 else bias[part]
-        attended, received = attend_with_map(few, own, drop, queries)
-        mixed.append(attended)
-        importance.append(received)
-    return torch.cat(mixed), torch.cat(importance)
+        found.append(attend_with_map(few, own, drop, queries))
+    mixed, importance = map(torch.cat, zip(*found, strict=True))
+    return mixed, importance
 
 
 def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> Tensor:
     """The attention of the first `queries` tokens to all, the mean over them and over heads: `[B, N]`."""
-    rows = []
-    for row in (slice(start, start + 1) for start in range(queries)):
-        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, row]
-        rows.append(row_importance(heads, heads.query[:, :, row], own))
+    key, rows = heads.key, []
+    for first in range(queries):
+        query = heads.query[:, :, first : first + 1]
+        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, first : first + 1]
+        if alone(query) and not autocasts(query.device.type):
+            rows.append(_full_scores(replaced(heads, query=query), own).softmax(dim=-1).mean(dim=0))
+            continue
+        # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
+        # product first copies them, heads apart.
+        query = query * heads.scale
+        images, precise = parts_of(key, key.shape[1:].numel()), size_dtype(query)
+        parts = [(key[part] * query[part]).sum(-1, dtype=precise) for part in images]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows.append((scores if own is None else scores + own[:, :, 0]).softmax(dim=-1).mean(dim=1))
     return rows[0] if queries == 1 else torch.stack(rows).mean(0)
-
-
-def row_importance(heads: Heads, query: Tensor, bias: Tensor | None) -> Tensor:
-    """The attention of one `query` `[B, H, 1, D]` to all tokens, heads averaged: `[B, N]`."""
-    if alone(query) and not autocasts(query.device.type):
-        return _full_scores(replaced(heads, query=query), bias).softmax(dim=-1).mean(dim=0)
-    # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
-    # product first copies them, heads apart.
-    key, query = heads.key, query * heads.scale
-    parts = [
-        (key[part] * query[part]).sum(-1, dtype=size_dtype(query)) for part in parts_of(key, key.shape[1:].numel())
-    ]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (scores if bias is None else scores + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
 
 def _map_elements(heads: Heads) -> int:
@@ -116,12 +103,9 @@ def _maps_pay(heads: Heads) -> bool:
     query = heads.query
     if query.device.type != "cpu" or query.requires_grad or in_graph() or autocasts("cpu"):
         return False
-    return _map_elements(heads) <= IMAGE_ELEMENTS and (query.dtype == size_dtype(query) or not _has_matrix_unit())
-
-
-@cache
-def _has_matrix_unit() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    if _map_elements(heads) > IMAGE_ELEMENTS:
+        return False
+    return query.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
 
 
 def attend_with_map(
@@ -132,25 +116,23 @@ def attend_with_map(
     Scores and weights are in float32 at least: in half precision importances tie.
     """
     images = heads.query.shape[:2]
-    weights = _scores(heads, bias).softmax(dim=-1)
-    asking = weights.unflatten(0, images)
-    importance = (asking[:, :, :queries] if queries else asking).sum(dim=(1, 2))
+    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
+        scores = _full_scores(heads, bias)
+    else:
+        key = heads.key.flatten(0, 1).transpose(-2, -1)
+        scores = torch.bmm(heads.query.flatten(0, 1) * heads.scale, key).to(size_dtype(heads.query))
+        if bias is not None:
+            scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
+    weights = scores.softmax(dim=-1)
+    rows = weights.unflatten(0, images)
+    importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
     mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
     return mixed.unflatten(0, images), importance
 
 
-def _scores(heads: Heads, bias: Tensor | None) -> Tensor:
-    """Scores of all pairs with the bias, `[B * H, Q, N]`, in float32 at least."""
-    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
-        return _full_scores(heads, bias)
-    query, key = heads.query.flatten(0, 1), heads.key.flatten(0, 1).transpose(-2, -1)
-    scores = torch.bmm(query * heads.scale, key).to(size_dtype(query))
-    return scores if bias is None else (scores.unflatten(0, heads.query.shape[:2]) + bias).flatten(0, 1)
-
-
 def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
-    """The same with products in float32 at least, and scale and bias within them: passes of their own over the map, or
-    over queries, take longer."""
+    """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
+    them: passes of their own over the map, or over queries, take longer."""
     images, precise = heads.query.shape[:2], size_dtype(heads.query)
     query, key = heads.query.flatten(0, 1).to(precise), heads.key.flatten(0, 1).to(precise).transpose(-2, -1)
     if bias is None:
@@ -158,12 +140,10 @@ def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
 
 
-def parts_of(key: Tensor, elements: int) -> Iterator[slice]:
+def parts_of(key: Tensor, elements: int) -> list[slice]:
     """The images of `key` in parts whose maps or products, `elements` of each image, fit a CPU's cache, or a share of a
     GPU's memory; in one part for a graph that is compiled or exported, which is for batches of any size."""
-    batch = key.shape[0]
     if in_graph():
-        return iter([slice(None)])
-    held = CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS
-    size = max(1, held // elements)
-    return (slice(start, start + size) for start in range(0, max(1, batch), size))
+        return [slice(None)]
+    size = max(1, (CACHED_ELEMENTS if key.device.type == "cpu" else HELD_ELEMENTS) // elements)
+    return [slice(start, start + size) for start in range(0, max(1, key.shape[0]), size)]

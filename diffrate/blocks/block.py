@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
-from diffrate.blocks.attention import add_bias, attend, attend_and_rank, attend_with_map, size_bias
+from diffrate.blocks.attention import Heads, attend, attend_and_rank, attend_with_map, size_bias
 from diffrate.blocks.heads import PROJECTIONS, Positions, Projection, projection_of
 from diffrate.blocks.reduction import ReductionRule, Seen
 from diffrate.blocks.tokens import TokenState, replaced
@@ -47,11 +47,6 @@ class BlockForm:
     after2: Path = ("ls2", "drop_path2")
     skip1: Path = ()
     skip2: Path = ()
-
-    def parts(self) -> set[str]:
-        """All names that the block's paths know."""
-        paths = (self.before1, self.after1, self.before2, self.after2, self.skip1, self.skip2)
-        return {"mlp", self.attention}.union(*paths)
 
 
 _PLAIN = BlockForm()
@@ -132,15 +127,12 @@ def is_read(block: nn.Module) -> bool:
 
 
 def check_block(block: nn.Module, where: str) -> None:
-    """Refuse a block of an unknown kind, or with parts that would be passed over.
-
-    Raises:
-        UnsupportedModelError: names the kind or the parts.
-    """
+    """Refuse a block of an unknown kind, or with parts that would be passed over, with an UnsupportedModelError."""
     form: BlockForm = _known(FORMS, block, where)
     attention, name = getattr(block, form.attention), f"{where}.{form.attention}"
     projection: Projection = _known(PROJECTIONS, attention, name)
-    for module, parts, place in ((block, form.parts(), where), (attention, projection.parts, name)):
+    known = {"mlp", form.attention}.union(form.before1, form.after1, form.before2, form.after2, form.skip1, form.skip2)
+    for module, parts, place in ((block, known, where), (attention, projection.parts, name)):
         own = (*module.named_children(), *module.named_parameters(recurse=False))
         unknown = [part for part, _ in own if part not in parts]
         if unknown:
@@ -161,11 +153,7 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
 
 
 def check_methods(module: nn.Module, where: str) -> None:
-    """Refuse a module whose methods were replaced: what is read by its parts never calls them.
-
-    Raises:
-        UnsupportedModelError: names them.
-    """
+    """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called."""
     kind = type(module)
     found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
     # Changed in the class, for all modules:
@@ -185,7 +173,9 @@ def fixed_block(
     """
 
     def step(state: TokenState, read: int | None) -> TokenState:
-        state = reduced(rule, *attended(block, positions, rule, state, kept, read), kept)
+        state, seen = attended(block, positions, rule, state, kept, read)
+        if seen is not None:
+            state = rule.reduced(state, seen, kept)
         return replaced(state, x=mlp_branch(block, state.x))
 
     return with_hooks(block, state, read, step)
@@ -217,18 +207,12 @@ def removes(kept: Kept, read: int | None) -> bool:
 def attended(
     block: Any, positions: Positions, rule: ReductionRule, state: TokenState, kept: Kept, read: int | None
 ) -> tuple[TokenState, Seen | None]:
-    """The first part of a block: the tokens after attention, the first `read` alone if that says so, and where some
-    are to go what the rule goes by."""
-    seen: Seen | None = None
+    """The first part of a block: the tokens after attention, as of `attention_branch`, and what the rule goes by where
+    some are to go."""
     removing = removes(kept, read)
-    ranking = removing and rule.ranks(kept)
 
-    def mix(attention: Any, entering: Tensor) -> Tensor:
-        nonlocal seen
-        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
-        pairs = positions.pairs(state.place)
-        bias = add_bias(size_bias(state.size), pairs if read is None or pairs is None else pairs[:, :, :read])
-        drop = attention.attn_drop
+    def mix(attention: Any, heads: Heads, pairs: Tensor | None) -> tuple[Tensor, Seen | None]:
+        bias, drop = size_bias(state.size, pairs), attention.attn_drop
         dropout = getattr(drop, "p", 0.0) if attention.training else 0.0
         received: Tensor | None = None
         if has_hooks(drop):  # which are there to see the maps, each head's
@@ -236,21 +220,13 @@ def attended(
             mixed, received = attend_with_map(
                 heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rule.importance.queries
             )
-        elif ranking:
+        elif removing and rule.ranks(kept):
             mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
         else:
             mixed = attend(heads, bias, dropout)
-        if removing:
-            seen = Seen(received, heads)
-        return mixed
+        return mixed, (received, heads) if removing else None
 
-    x = attention_branch(block, state.x, mix)
-    return (replaced(state, x=x) if read is None else TokenState(x)), seen
-
-
-def reduced(rule: ReductionRule, state: TokenState, seen: Seen | None, kept: Kept) -> TokenState:
-    """The second part: the tokens that are left by `rule`, all where nothing was `seen` to go by."""
-    return state if seen is None else rule.reduced(state, seen, kept)
+    return attention_branch(block, positions, state, read, mix)
 
 
 def mlp_branch(block: Any, x: Tensor) -> Tensor:
@@ -260,16 +236,31 @@ def mlp_branch(block: Any, x: Tensor) -> Tensor:
     return through(block, form.skip2, x) + y
 
 
-def attention_branch(block: Any, x: Tensor, mix: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """The residual stream after attention, `[B, Q, C]`, of tokens `x` `[B, N, C]`.
+def attention_branch(
+    block: Any,
+    positions: Positions,
+    state: TokenState,
+    read: int | None,
+    mix: Callable[[Any, Heads, Tensor | None], tuple[Tensor, Any]],
+) -> tuple[TokenState, Any]:
+    """The tokens after attention, the first `read` alone if that says so, and what `mix` gives beside.
 
-    `mix(attention, entering)` gives the heads' output `[B, H, Q, V]` for what enters the attention, `[B, N, C]`.
+    `mix(attention, heads, pairs)` gives the heads' output `[B, H, Q, V]` for queries, keys and values, and the bias of
+    pairs of positions `[B or 1, H, Q, N]` or None.
     """
-    form = form_of(block)
+    form, beside = form_of(block), None
     attention = getattr(block, form.attention)
+    projection = projection_of(attention)
 
     def run(entering: Tensor) -> Tensor:
-        return projection_of(attention).join(attention, mix(attention, entering), entering)
+        nonlocal beside
+        heads, pairs = positions.turn(projection.split(attention, entering), state.place), positions.pairs(state.place)
+        if read is not None:
+            heads = replaced(heads, query=heads.query[:, :, :read])
+            pairs = None if pairs is None else pairs[:, :, :read]
+        mixed, beside = mix(attention, heads, pairs)
+        return projection.join(attention, mixed, entering)
 
-    y = through(block, form.after1, called(attention, through(block, form.before1, x), run))
-    return through(block, form.skip1, x[:, : y.shape[1]]) + y
+    y = through(block, form.after1, called(attention, through(block, form.before1, state.x), run))
+    x = through(block, form.skip1, state.x[:, : y.shape[1]]) + y
+    return (replaced(state, x=x) if read is None else TokenState(x)), beside

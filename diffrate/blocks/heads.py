@@ -35,7 +35,15 @@ class Projection:
     def split(self, attention: Any, x: Tensor) -> Heads:
         """Queries, keys and values of `x` `[B, N, C]`."""
         if attention.qkv is not None:
-            heads = (_in_heads(item, attention.num_heads) for item in _fused(attention, x).chunk(3, dim=-1))
+            if getattr(attention, "q_bias", None) is None:
+                fused = attention.qkv(x)
+            else:  # biases of queries and values are parameters beside
+                bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+                plain = (
+                    type(attention.qkv) is nn.Linear
+                )  # else such as an adapter, which its weight alone does not show
+                fused = F.linear(x, attention.qkv.weight, bias) if plain else attention.qkv(x) + bias
+            heads = (_in_heads(item, attention.num_heads) for item in fused.chunk(3, dim=-1))
             return _normalised(attention, *heads)
         width = attention.q_proj.out_features // attention.num_heads
         projected = (getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
@@ -75,19 +83,14 @@ class Differential(Projection):
         return 3 * attention.proj.in_features
 
     def join(self, attention: Any, mixed: Tensor, x: Tensor) -> Tensor:
+        plus, minus = attention.lambda_a, attention.lambda_b
+        if plus is None:
+            plus = (attention.lambda_q1 * attention.lambda_k1).sum(-1).float()
+            minus = (attention.lambda_q2 * attention.lambda_k2).sum(-1).float()
+        share = plus.exp() - minus.exp() + attention.lambda_init  # lambda in the paper, its equation 2
         first, second = mixed.unflatten(1, (-1, 2)).unbind(2)
-        difference = first - _share_taken(attention).type_as(mixed) * second
+        difference = first - share.type_as(mixed) * second
         return super().join(attention, attention.sub_norm(difference) * (1 - attention.lambda_init), x)
-
-
-def _share_taken(attention: Any) -> Tensor:
-    """How much of the second map is taken off, lambda in the paper (its equation 2)."""
-    if attention.lambda_a is not None:
-        first, second = attention.lambda_a, attention.lambda_b
-    else:
-        first = (attention.lambda_q1 * attention.lambda_k1).sum(-1).float()
-        second = (attention.lambda_q2 * attention.lambda_k2).sum(-1).float()
-    return first.exp() - second.exp() + attention.lambda_init
 
 
 PROJECTIONS: dict[type[nn.Module], Projection] = dict.fromkeys(
@@ -104,16 +107,6 @@ else:
 def projection_of(attention: nn.Module) -> Projection:
     """How an attention of a known type projects."""
     return PROJECTIONS[type(attention)]
-
-
-def _fused(attention: Any, x: Tensor) -> Tensor:
-    """Queries, keys and values side by side, `[B, N, 3 H D]`: biases of queries and values may be parameters beside."""
-    if getattr(attention, "q_bias", None) is None:
-        return attention.qkv(x)
-    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-    if type(attention.qkv) is not nn.Linear:  # such as an adapter, which its weight alone does not show
-        return attention.qkv(x) + bias
-    return F.linear(x, attention.qkv.weight, bias)
 
 
 def _in_heads(x: Tensor, heads: int) -> Tensor:
@@ -176,11 +169,3 @@ class PairBias(Positions):
 
 
 NO_POSITIONS = Positions()
-
-
-def with_prefix(table: Tensor, prefix: int) -> Tensor:
-    """A table of sines and cosines `[..., N, 2 D]` with `prefix` tokens in front that are not turned."""
-    if not prefix:
-        return table
-    sines, cosines = torch.zeros_like(table[..., :prefix, :]).chunk(2, dim=-1)
-    return torch.cat([torch.cat([sines, cosines + 1], dim=-1), table], dim=-2)

@@ -22,7 +22,6 @@ A few images are treated at a time, so that on a CPU their maps stay in the cach
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +31,13 @@ from torch.nn import functional as F
 
 from diffrate.blocks.attention import Heads, parts_of, size_bias
 from diffrate.blocks.block import UnsupportedModelError, attention_branch, has_hooks, mlp_branch, with_hooks
-from diffrate.blocks.heads import Positions, projection_of
+from diffrate.blocks.heads import Positions
 from diffrate.blocks.rates import Choice, ste_leaving
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReductionRule, after_prefix, length_of, most_similar
 from diffrate.blocks.tokens import TokenState, follow, followed, replaced, size_dtype, take
 from diffrate.schedule import Kept
 
-SEARCH_SIZE_FLOOR = 1.0  # the published search clamps sizes here, which inference does not
+LEAST_SEARCH_SIZE = 1.0  # the published search clamps sizes here, which inference does not
 EPSILON = 1e-6
 
 
@@ -64,8 +63,8 @@ def masked_attention(
         rows = None if bias is None else bias[:, 0, 0].to(dtype)
         items = (query.to(dtype), key.to(dtype), value.to(dtype))
         table = None if pairs is None else pairs.detach().to(dtype)
-        asking = torch.ones_like(mask) if masked_queries else (mask > 0).to(mask.dtype)
-        masks = (mask.to(dtype), asking.to(dtype))
+        querying = torch.ones_like(mask) if masked_queries else (mask > 0).to(mask.dtype)
+        masks = (mask.to(dtype), querying.to(dtype))
         mixed, importance = _MaskedAttention.apply(*items, rows, *masks, table, scale, queries)
     return mixed.to(value.dtype), importance
 
@@ -82,7 +81,7 @@ class _MaskedAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         mask: Tensor,
-        asking: Tensor,
+        querying: Tensor,
         pairs: Tensor | None,
         scale: float,
         queries: int,
@@ -96,7 +95,10 @@ class _MaskedAttention(torch.autograd.Function):
         totals, inverses = torch.empty_like(query[..., :1]), torch.empty_like(query[..., :1])
         positions, maps = torch.empty_like(totals, dtype=torch.int64), []
         for part in parts_of(key, heads * rows * tokens):
-            softmax = _softmax(query[part], key[part], scale, bias if bias is None else bias[part], pairs)
+            scores = (query[part] @ key[part].transpose(-2, -1)).mul_(scale)
+            if bias is not None:
+                scores += bias[part, None, None]
+            softmax = (scores if pairs is None else scores.add_(pairs)).softmax(-1)
             inverse, highest = softmax.max(-1, keepdim=True)  # 1 / S, and where E is 1
             hidden = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * hides[part]  # d (1 - m)
             product = softmax @ visible[part]
@@ -105,7 +107,7 @@ class _MaskedAttention(torch.autograd.Function):
             everywhere = value[part].sum(-2, keepdim=True)
             mixed[part] = (product[..., :-1] + hidden * value[part, :, :rows] + spread * everywhere) / total
             totals[part] = total
-            importance[part] = _importance(softmax, mask[part], asking[part], hidden, spread, total, queries)
+            importance[part] = _importance(softmax, mask[part], querying[part], hidden, spread, total, queries)
             inverses[part], positions[part] = inverse, highest
             maps.append(softmax)
         ctx.save_for_backward(query, key, value, mask, mixed, totals, inverses, positions, *maps)
@@ -152,17 +154,8 @@ class _MaskedAttention(torch.autograd.Function):
         return *grads, to_bias, columns - diagonals, None, None, None, None
 
 
-def _softmax(query: Tensor, key: Tensor, scale: float, bias: Tensor | None, pairs: Tensor | None) -> Tensor:
-    scores = (query @ key.transpose(-2, -1)).mul_(scale)
-    if bias is not None:
-        scores += bias[:, None, None]
-    if pairs is not None:
-        scores += pairs
-    return scores.softmax(-1)
-
-
 def _importance(
-    softmax: Tensor, mask: Tensor, asking: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, queries: int
+    softmax: Tensor, mask: Tensor, querying: Tensor, hidden: Tensor, spread: Tensor, total: Tensor, queries: int
 ) -> Tensor:
     """The mean over heads of the weights' first rows, or of all that are queries: `[b, N]`."""
     if queries == 1:  # itself always seen
@@ -171,10 +164,10 @@ def _importance(
         first = slice(queries)
         rows = (softmax[:, :, first] * mask[:, None, None] + spread[:, :, first]) / total[:, :, first]
         return rows.mean((1, 2))
-    voice = asking[:, None, :, None] / total
-    received = (softmax.transpose(-2, -1) @ voice).squeeze(-1) * mask[:, None]
-    heard = (received + (hidden * voice).squeeze(-1) + (spread * voice).sum(-2)).mean(1)
-    return heard / asking.sum(-1, keepdim=True)
+    share = querying[:, None, :, None] / total
+    received = (softmax.transpose(-2, -1) @ share).squeeze(-1) * mask[:, None]
+    received = (received + (hidden * share).squeeze(-1) + (spread * share).sum(-2)).mean(1)
+    return received / querying.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -219,46 +212,46 @@ def plan_search(drawn: dict[int, dict[str, Choice]], blocks: int, tokens: int) -
 def search_block(
     block: Any, positions: Positions, rule: ReductionRule, state: TokenState, plan: BlockPlan, read: int | None
 ) -> TokenState:
-    """Run one block of the search on `state`, whose mask is `[B, N]`.
+    """Run one block of the search on `state`, whose mask is `[B, N]`. With `read` nothing but that many first tokens is
+    read of what it leaves: the others need no reduction, which would come too late to be seen, and no MLP."""
 
-    With `read` nothing but that many first tokens is read of what it leaves: the others need no
-    reduction, which would come too late to be seen, and no MLP.
-    """
-    return with_hooks(block, state, read, partial(_search_step, block, positions, rule, plan))
+    def step(state: TokenState, read: int | None) -> TokenState:
+        def mix(attention: Any, heads: Heads, pairs: Tensor | None) -> tuple[Tensor, tuple[Tensor, Heads]]:
+            if has_hooks(attention.attn_drop):
+                raise UnsupportedModelError("attn_drop: found hooks; accepted: none in a search, whose map is another")
+            assert state.mask is not None
+            ranking = rule.importance
+            queries = ranking.queries if read is None else read  # there nothing goes by it
+            bias = size_bias(state.size)
+            mixed, received = masked_attention(heads, bias, state.mask, queries, pairs, ranking.masked_queries)
+            return mixed, (ranking.of(received, heads), heads)
+
+        after, (importance, heads) = attention_branch(block, positions, state, read, mix)
+        if read is None and plan.merged < plan.entering:
+            if isinstance(rule.pairing, IntoMostSimilarKept):
+                after = _reduce(after, importance, rule, rule.pairing.spared, plan)
+            else:
+                after = _reduce_in_order(after, importance, heads, rule, plan)
+        return replaced(after, x=mlp_branch(block, after.x))
+
+    return with_hooks(block, state, read, step)
 
 
-def _search_step(
-    block: Any, positions: Positions, rule: ReductionRule, plan: BlockPlan, state: TokenState, read: int | None
-) -> TokenState:
-    mask = state.mask
-    assert mask is not None
-    importance, heads = mask, None
-
-    def mix(attention: Any, entering: Tensor) -> Tensor:
-        nonlocal importance, heads
-        if has_hooks(attention.attn_drop):
-            raise UnsupportedModelError("attn_drop: found hooks; accepted: none in a search, whose map is another")
-        heads = positions.turn(projection_of(attention).split(attention, entering), state.place).asking(read)
-        pairs = positions.pairs(state.place)
-        pairs = pairs if pairs is None else pairs[:, :, :read]
-        queries = rule.importance.queries if read is None else read  # there nothing goes by it
-        mixed, received = masked_attention(
-            heads, size_bias(state.size), mask, queries, pairs, rule.importance.masked_queries
-        )
-        importance = rule.importance.of(received, heads)
-        return mixed
-
-    x = attention_branch(block, state.x, mix)
-    if read is not None:
-        return TokenState(mlp_branch(block, x))
-    state = replaced(state, x=x)
-    if plan.merged < plan.entering:
-        if isinstance(rule.pairing, IntoMostSimilarKept):
-            state = _reduce(state, importance, rule, rule.pairing.spared, plan)
-        else:
-            assert heads is not None
-            state = _reduce_in_order(state, importance, heads, rule, plan)
-    return replaced(state, x=mlp_branch(block, state.x))
+def _reduce(state: TokenState, importance: Tensor, rule: ReductionRule, spared: int, plan: BlockPlan) -> TokenState:
+    """As the published search does it: tokens stay in place, and sources merge into all that are kept."""
+    assert state.mask is not None
+    ranked = importance.masked_fill(state.mask == 0, -1)[:, rule.prefix :].argsort(dim=1, descending=True)
+    order = after_prefix(ranked, rule.prefix)  # removed tokens last
+    if plan.prune is not None and plan.pruned < plan.entering:
+        state = _pruned(state, order, plan.prune, plan.entering)
+    if plan.merge is None or plan.merged == plan.pruned:
+        return state
+    if plan.merged > spared:
+        state = _merge(state, order, plan, spared, rule.mean)
+    elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
+        stays = (state.origin[:, :, None] == order[:, None, : plan.merged]).any(-1)
+        state = replaced(state, origin=torch.where(stays, state.origin, -1))
+    return _masked(state, order, plan.merge, plan.pruned)
 
 
 def _reduce_in_order(
@@ -270,10 +263,10 @@ def _reduce_in_order(
     if plan.prune is not None and plan.pruned < plan.entering:
         ranked = after_prefix(importance[:, rule.prefix : plan.entering].argsort(dim=1, descending=True), rule.prefix)
         order = torch.cat([ranked, everywhere[:, plan.entering :]], dim=1)
-        state, importance = _moved_to(state, order, state.x, state.sizes()), take(importance, order)
+        x, sizes, importance = take(state.x, order), take(state.sizes(), order), take(importance, order)
         heads = replaced(heads, key=heads.key.gather(2, order[:, None, :, None].expand_as(heads.key)))
-        assert state.mask is not None
-        state = _prune(state, _remove(state.mask, everywhere, plan.prune, plan.entering))
+        state = _moved_to(state, order, x, sizes, order.argsort(dim=1))
+        state = _pruned(state, everywhere, plan.prune, plan.entering)
     if plan.merge is None or plan.merged == plan.pruned:
         return state
     there, sizes = slice(plan.pruned), state.sizes()
@@ -289,61 +282,32 @@ def _reduce_in_order(
     x = torch.cat([left.x, take(state.x, order[:, plan.merged :])], dim=1)
     sizes = torch.cat([left.sizes(), take(sizes, order[:, plan.merged :])], dim=1)
     to = torch.cat([left.origin, everywhere[:, plan.pruned :]], dim=1)
-    state = _moved_to(state, order, x, sizes, to)
-    assert state.mask is not None
-    return replaced(state, mask=_remove(state.mask, everywhere, plan.merge, plan.pruned))
+    return _masked(_moved_to(state, order, x, sizes, to), everywhere, plan.merge, plan.pruned)
 
 
-def _moved_to(state: TokenState, order: Tensor, x: Tensor, sizes: Tensor, to: Tensor | None = None) -> TokenState:
-    """`state` with its tokens in the `order` `[B, N]`. Without `to`, which says where each token went, features `x` and
-    `sizes` come in the old order, else in the new one."""
+def _moved_to(state: TokenState, order: Tensor, x: Tensor, sizes: Tensor, to: Tensor) -> TokenState:
+    """`state` with its tokens in the `order` `[B, N]`, in which `x` and `sizes` come; token i went to `to[:, i]`."""
     assert state.mask is not None
-    if to is None:
-        x, sizes = take(x, order), take(sizes, order)
-        to = order.argsort(dim=1)
     place = None if state.place is None else take(state.place, order)
     after = TokenState(x, sizes, take(state.mask, order), place=place, last=state.last, origin=state.origin)
     return after if state.origin is None else followed(state, after, to)
 
 
-def _reduce(state: TokenState, importance: Tensor, rule: ReductionRule, spared: int, plan: BlockPlan) -> TokenState:
+def _masked(state: TokenState, order: Tensor, choice: Choice, current: int) -> TokenState:
+    """`state` masked by a choice among the `current` tokens that are still there, the first of `order` `[B, N]`."""
     assert state.mask is not None
-    order = _order(importance, state.mask, rule.prefix)
-    if plan.prune is not None and plan.pruned < plan.entering:
-        state = _prune(state, _remove(state.mask, order, plan.prune, plan.entering))
-    if plan.merge is not None and plan.merged < plan.pruned:
-        if plan.merged > spared:
-            state = _merge(state, order, plan, spared, rule.mean)
-        elif state.origin is not None:  # no destination is left: merging into the spared tokens prunes
-            kept = order[:, : plan.merged]
-            stays = (state.origin[:, :, None] == kept[:, None]).any(-1)
-            state = replaced(state, origin=torch.where(stays, state.origin, -1))
-        assert state.mask is not None
-        state = replaced(state, mask=_remove(state.mask, order, plan.merge, plan.pruned))
-    return state
-
-
-def _order(importance: Tensor, mask: Tensor, prefix: int) -> Tensor:
-    """Tokens `[B, N]` by falling importance `[B, N]`: the prefix first and as it is, removed ones last."""
-    importance = importance.masked_fill(mask == 0, -1)[:, prefix:]
-    return after_prefix(importance.argsort(dim=1, descending=True), prefix)
-
-
-def _remove(mask: Tensor, order: Tensor, choice: Choice, current: int) -> Tensor:
-    """The mask `[B, N]` after a choice among the `current` tokens that are still there."""
+    mask, first = state.mask, order[:, :current]
     surviving = choice.mask()[:current].to(mask.dtype).expand(len(mask), current)
-    places = order[:, :current]
-    return mask.scatter(1, places, mask.gather(1, places) * surviving)
+    return replaced(state, mask=mask.scatter(1, first, mask.gather(1, first) * surviving))
 
 
-def _prune(state: TokenState, mask: Tensor) -> TokenState:
-    """`state` with a new mask; input tokens whose token is gone were pruned."""
-    assert state.mask is not None
-    masked = replaced(state, mask=mask)
-    if state.last is None:
+def _pruned(state: TokenState, order: Tensor, choice: Choice, current: int) -> TokenState:
+    """As `_masked`; input tokens whose token is gone were pruned."""
+    masked = _masked(state, order, choice, current)
+    if state.mask is None or masked.mask is None or state.last is None:
         return masked
-    stay = torch.arange(mask.shape[1], device=mask.device)
-    return followed(state, masked, torch.where((state.mask > 0) & (mask == 0), -1, stay))
+    stay = torch.arange(masked.mask.shape[1], device=masked.mask.device)
+    return followed(state, masked, torch.where((state.mask > 0) & (masked.mask == 0), -1, stay))
 
 
 def _merge(state: TokenState, order: Tensor, plan: BlockPlan, spared: int, mean: Mean) -> TokenState:
@@ -351,12 +315,10 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, spared: int, mean:
 
     A source's weighted size is clamped before it is added, and is what the source keeps (quirks).
     """
-    x, tokens = state.x, state.x.shape[1]
-    sources = order[:, plan.merged : plan.pruned]
-    kept = order[:, spared : plan.merged]
+    x, tokens, precise = state.x, state.x.shape[1], size_dtype(state.x)
+    sources, kept = order[:, plan.merged : plan.pruned], order[:, spared : plan.merged]
     moving, candidates = take(x, sources), take(x, kept)
-    precise = size_dtype(x)
-    nearest, along = most_similar(moving.to(precise), candidates.to(precise), length_of(candidates))
+    nearest, along = most_similar(moving.to(precise), candidates.to(precise))
     destination = kept.gather(1, nearest)
     goes_to = F.one_hot(destination, tokens).transpose(1, 2)  # [B, N, S]
     features, sizes = goes_to.to(x.dtype), state.sizes()
@@ -368,7 +330,7 @@ def _merge(state: TokenState, order: Tensor, plan: BlockPlan, spared: int, mean:
         merged = (x + features @ moving) / (1 + features.sum(-1, keepdim=True))
     if mean.cosine_sizes:
         similarity = along / length_of(moving)
-        source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=SEARCH_SIZE_FLOOR)
+        source_size = (source_size * similarity.to(source_size.dtype)).clamp(min=LEAST_SEARCH_SIZE)
     size = sizes + (goes_to.to(sizes.dtype) @ source_size.unsqueeze(-1)).squeeze(-1)
     size = size.scatter(1, sources, source_size)
     origin = state.origin

@@ -64,11 +64,7 @@ class Choice(NamedTuple):
 
 
 def candidate_count(patches: int, granularity: int) -> int:
-    """How many kept patch counts `patches, patches - g, ...` there are down to 1.
-
-    Raises:
-        RateError: a granularity below 1.
-    """
+    """How many kept patch counts `patches, patches - g, ...` there are down to 1; a RateError for steps below 1."""
     if granularity < 1:
         raise RateError(f"granularity: found {granularity}; accepted: from 1 to {patches}")
     return (patches + granularity - 1) // granularity
@@ -81,7 +77,7 @@ def expectation(logits: Tensor, patches: int, granularity: int) -> Tensor:
     """
     with torch.autocast(logits.device.type, enabled=False):
         candidates = patches - granularity * torch.arange(logits.shape[-1], device=logits.device)
-        return (_probabilities(logits) * candidates).sum(-1)
+        return (logits.to(size_dtype(logits)).softmax(-1) * candidates).sum(-1)
 
 
 def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefix: int) -> Tensor:
@@ -91,7 +87,7 @@ def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefi
     so that its probability is a cumulative sum, and no loop over candidates is needed.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        cumulative = _probabilities(logits).cumsum(-1)
+        cumulative = logits.to(size_dtype(logits)).softmax(-1).cumsum(-1)
         token = torch.arange(patches, device=logits.device)
         keeping = (patches - token + granularity - 1) // granularity  # how many candidates keep it
         survival = cumulative[:, keeping - 1]
@@ -99,11 +95,8 @@ def survival_probabilities(logits: Tensor, patches: int, granularity: int, prefi
 
 
 def draw(logits: Tensor, patches: int, granularity: int, prefix: int) -> list[Choice]:
-    """The choices `[R]` of logits `[R, K]`. Reads the counts from the device, once for all.
-
-    Raises:
-        RateError: the logits are no numbers.
-    """
+    """The choices `[R]` of logits `[R, K]`; a RateError where those are no numbers. Reads all counts from the device at
+    once."""
     expected = ste_ceil(expectation(logits, patches, granularity)) + prefix
     survival = survival_probabilities(logits, patches, granularity, prefix)
     counts = expected.tolist()
@@ -143,18 +136,13 @@ def schedule_of(state: Tensor, space: SearchSpace) -> Schedule:
     Raises:
         ValueError: another number of blocks, or counts of another kind of model, or no rules.
     """
-    rows, expected = state.tolist(), [len(space.kinds), len(space.limits)]
-    kinds = expected[0]
-    if state.ndim != 2 or state.shape[1] != expected[1] or not kinds <= len(rows) <= kinds + 1:
-        raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {expected}")
-    numbers = rows[kinds] if len(rows) > kinds else [0] * expected[1]
+    rows, kinds, blocks = state.tolist(), len(space.kinds), len(space.limits)
+    if state.ndim != 2 or state.shape[1] != blocks or not kinds <= len(rows) <= kinds + 1:
+        raise ValueError(f"kept counts in the state dict: found {list(state.shape)}; accepted: {[kinds, blocks]}")
+    numbers = rows[kinds] if len(rows) > kinds else [0] * blocks
     if not all(0 <= number < len(RULE_NAMES) for number in numbers):
         raise ValueError(f"rules in the state dict: found {numbers}; accepted: 0 to {len(RULE_NAMES) - 1}")
     return make_schedule(rows[0] if kinds > 1 else None, rows[kinds - 1], [RULE_NAMES[number] for number in numbers])
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.to(size_dtype(logits)).softmax(-1)
 
 
 class CompressionState(nn.Module):
@@ -186,11 +174,7 @@ class CompressionState(nn.Module):
             rate.requires_grad_(schedule is None)
 
     def set_granularity(self, prune: int, merge: int) -> None:
-        """Choose among counts these steps apart: fresh rate logits, where the old ones were if there are any.
-
-        Raises:
-            RateError: a step below 1.
-        """
+        """Choose among counts these steps apart, by fresh rate logits on the same device; refuses one below 1."""
         self.granularity = {"prune": prune, "merge": merge}
         device = next((rate.device for rate in self.parameters()), None)
         for block, kind in self.space.choices:
@@ -220,12 +204,12 @@ class CompressionState(nn.Module):
 
     def draw(self) -> dict[int, dict[str, Choice]]:
         """The choices of every searchable block at the present logits."""
-        drawn: dict[int, dict[str, Choice]] = {block: {} for block in self.space.searchable}
-        for kind in self.space.kinds:
-            choices = draw(self._of_kind(kind), self.patches, self.granularity[kind], self.space.prefix)
-            for block, choice in zip(self.space.searchable, choices, strict=True):
-                drawn[block][kind] = choice
-        return drawn
+        rows = [
+            draw(self._of_kind(kind), self.patches, self.granularity[kind], self.space.prefix)
+            for kind in self.space.kinds
+        ]
+        chosen = (dict(zip(self.space.kinds, choices, strict=True)) for choices in zip(*rows, strict=True))
+        return dict(zip(self.space.searchable, chosen, strict=True))
 
     @torch.no_grad()
     def expected_schedule(self) -> Schedule:
@@ -235,11 +219,8 @@ class CompressionState(nn.Module):
 
     @torch.no_grad()
     def start_at(self, schedule: Schedule, spread: float | None = None) -> None:
-        """Set the logits so that the expected counts, rounded up, are those of `schedule`.
-
-        They are those of `flattest_logits`: the flattest distribution leaves the search the most freedom. Counts
-        beyond the candidates' range go to its ends.
-        """
+        """Set the logits so that the expected counts, rounded up, are those of `schedule`, by `flattest_logits`: the
+        flattest distribution leaves the search the most freedom. Counts out of the candidates' range go to its ends."""
         rows = {"prune": schedule.prune, "merge": schedule.merge}
         for (block, kind), rate in zip(self.space.choices, self.logits(), strict=True):
             counts = rows[kind]
@@ -250,11 +231,10 @@ class CompressionState(nn.Module):
     @torch.no_grad()
     def expected_counts(self) -> list[float]:
         """The expected counts before rounding, one per choice in the order of `logits`."""
-        counts = (
-            float(expectation(rate, self.patches, self.granularity[kind]))
+        return [
+            float(expectation(rate, self.patches, self.granularity[kind])) + self.space.prefix
             for (_, kind), rate in zip(self.space.choices, self.logits(), strict=True)
-        )
-        return [count + self.space.prefix for count in counts]
+        ]
 
     @torch.no_grad()
     def expectations(self) -> list[float]:
@@ -279,15 +259,8 @@ class CompressionState(nn.Module):
         return torch.tensor(rows, dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the counts of another model of the same shape.
-
-        Raises:
-            ValueError: another number of blocks, or counts of another kind of model.
-        """
-        if state.numel() == 0:
-            self.schedule = None
-            return
-        self.schedule = schedule_of(state, self.space)
+        """Take over the counts of another model of the same shape; raises as `schedule_of`."""
+        self.schedule = schedule_of(state, self.space) if state.numel() else None
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *given: Any

@@ -7,7 +7,6 @@ A new importance, pairing or mean is a class here, with the attributes of the ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,8 +46,8 @@ def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
 
 
 # Negative cosines can bring a similarity-weighted size to 0 or below, and its logarithm to NaN. The
-# floor lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
-SIZE_FLOOR = 1e-30
+# bound lies far below what cancellation of float32 sizes leaves, so that no finite result changes.
+LEAST_SIZE = 1e-30
 
 
 def length_of(x: Tensor) -> Tensor:
@@ -56,15 +55,13 @@ def length_of(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=size_dtype(x)).clamp(min=1e-12)
 
 
-def most_similar(sources: Tensor, candidates: Tensor, candidate_length: Tensor) -> tuple[Tensor, Tensor]:
+def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Which candidate each source is most similar to by their cosine, and the cosine times the source's own length,
-    which makes no difference to that: both `[..., S]`.
-
-    They come as features, `[..., S, C]` and `[..., K, C]` in float32 at least, with the candidates' length.
+    which makes no difference to that: both `[..., S]`, of features `[..., S, C]` and `[..., K, C]` in float32 at least.
     """
     # Of the candidates, which are many, the products are divided by their length, not the features.
     products = full_product(sources, candidates.transpose(-2, -1))
-    along, nearest = (products / candidate_length.unsqueeze(-2)).max(dim=-1)
+    along, nearest = (products / length_of(candidates).unsqueeze(-2)).max(dim=-1)
     return nearest, along
 
 
@@ -109,31 +106,20 @@ def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor
         return torch.baddbmm(start, goes_to.to(start.dtype), values)
 
 
-def match(x: Tensor, kept: int, spared: int) -> tuple[Tensor, Tensor]:
-    """For each token from position `kept` on: its destination, and their cosine times the token's own length, both
-    `[..., N - kept]`.
-
-    The destination is the most similar of the first `kept` tokens of `x` `[..., N, C]`, the first
-    `spared` left out: nothing is merged into class tokens and registers.
-    """
-    candidates = x.narrow(-2, spared, kept - spared)
-    nearest, along = most_similar(x.narrow(-2, kept, x.shape[-2] - kept), candidates, length_of(candidates))
-    return nearest + spared, along
-
-
 def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean: Mean) -> TokenState:
-    """The tokens at the first `kept` of `index` `[B, K]`, each but the first `spared` averaged with those at
-    the later ones that are most similar to it; all other tokens are pruned.
+    """The tokens at the first `kept` of `index` `[B, K]`, each but the first `spared` (nothing is merged into class
+    tokens and registers) averaged with those at the later ones that are most similar to it; all others are pruned.
 
     Where none but spared tokens are kept there is no destination, and the later ones are pruned.
     """
     if kept <= spared:
         return keep_tokens(state, index[:, :kept])
     x = gathered(state.x, index)
-    precise = x.to(size_dtype(x))
-    destination, along = match(precise, kept, spared)
-    cosine = along / length_of(precise.narrow(-2, kept, x.shape[-2] - kept)) if mean.cosine_sizes else None
-    return joined(state, index, kept, x, destination, cosine, mean)
+    precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
+    candidates = precise.narrow(-2, spared, kept - spared)
+    nearest, along = most_similar(precise.narrow(-2, kept, leaving), candidates)
+    cosine = along / length_of(precise.narrow(-2, kept, leaving)) if mean.cosine_sizes else None
+    return joined(state, index, kept, x, nearest + spared, cosine, mean)
 
 
 def gathered(values: Tensor, index: Tensor) -> Tensor:
@@ -149,43 +135,32 @@ def joined(
     """The tokens at the first `kept` of `index` `[B, K]`, each averaged with those at the later ones that go to it.
 
     `x` are the features at `index`, as `gathered`; `destination` and `cosine` `[..., K - kept]` are the position that
-    each later one goes to, and how similar the two are.
+    each later one goes to, and how similar the two are. `x` may be overwritten, unless a backward pass asks for it.
     """
-    staying = index[:, :kept]
     size = None if state.size is None else gathered(state.size, index)
-    features, size = averaged(x, size, kept, destination, cosine, mean)
-    if x.ndim == 2:
-        features, size, destination = features[None], size[None], destination[None]
-    place = None if state.place is None else take(state.place, staying)
-    merged = TokenState(features, size, place=place)
-    if state.origin is None:
-        return merged
-    stay = torch.arange(kept, device=index.device).expand_as(staying)
-    return moved(state, merged, index, torch.cat([stay, destination], dim=1))
-
-
-def averaged(
-    x: Tensor, size: Tensor | None, kept: int, destination: Tensor, cosine: Tensor | None, mean: Mean
-) -> tuple[Tensor, Tensor]:
-    """The first `kept` tokens of `x` `[..., N, C]` with the later ones that go to them, and their sizes `[..., kept]`.
-
-    `size` `[..., N]` is None while all stand for one. `x` may be overwritten, unless a backward pass asks for it.
-    """
-    precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
+    precise = x.to(size_dtype(x))
     ones = precise.new_ones(precise.shape[:-1])
     whole = ones if size is None else size
 
     def added(weights: Tensor, factor: Tensor | None = None) -> Tensor:
-        leaves = weights.narrow(-1, kept, leaving)
+        leaves = weights.narrow(-1, kept, x.shape[-2] - kept)
         return add_up(weights.narrow(-1, 0, kept), destination, leaves if factor is None else leaves * factor)
 
-    sizes = added(whole) if cosine is None else added(whole, cosine).clamp(min=SIZE_FLOOR)
+    sizes = added(whole) if cosine is None else added(whole, cosine).clamp(min=LEAST_SIZE)
     weights = whole if mean.by_size else ones
     if mean.by_size and size is not None:
         precise = precise * size.unsqueeze(-1)
     total = sizes if weights is whole and cosine is None else added(weights)
-    features = add_features(precise, destination, kept) / total.unsqueeze(-1)
-    return features.to(x.dtype), sizes
+    features = (add_features(precise, destination, kept) / total.unsqueeze(-1)).to(x.dtype)
+    if x.ndim == 2:
+        features, sizes, destination = features[None], sizes[None], destination[None]
+    staying = index[:, :kept]
+    place = None if state.place is None else take(state.place, staying)
+    merged = TokenState(features, sizes, place=place)
+    if state.origin is None:
+        return merged
+    stay = torch.arange(kept, device=index.device).expand_as(staying)
+    return moved(state, merged, index, torch.cat([stay, destination], dim=1))
 
 
 def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
@@ -209,12 +184,9 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type in ("cpu", "meta")
 
 
-class Seen(NamedTuple):
-    """What a rule may go by, of the attention before a reduction: the attention `[B, N]` that tokens receive, None
-    where the rule does not ask for it, and keys and values of all heads."""
-
-    attention: Tensor | None
-    heads: Heads
+# What a rule may go by: the attention `[B, N]` that tokens receive before a reduction, None where the rule does not ask
+# for it, and keys and values of all heads.
+Seen = tuple[Tensor | None, Heads]
 
 
 @dataclass(frozen=True)
@@ -238,7 +210,6 @@ class RandomImportance(ReceivedAttention):
     """Any tokens go: a baseline. Drawn from torch's generator."""
 
     def of(self, attention: Tensor, heads: Heads) -> Tensor:
-        """As of `ReceivedAttention`."""
         return torch.rand_like(attention)
 
 
@@ -249,7 +220,6 @@ class AttentionTimesValue(ReceivedAttention):
     EMNLP 2024)."""
 
     def of(self, attention: Tensor, heads: Heads) -> Tensor:
-        """As of `ReceivedAttention`."""
         return attention * torch.linalg.vector_norm(heads.value, dim=(1, 3), dtype=attention.dtype)
 
 
@@ -265,34 +235,30 @@ class Mean:
     cosine_sizes: bool = False
 
 
-class Pairing(Protocol):
+class Pairing:
     """Which tokens merge into which."""
 
     @property
     def by_importance(self) -> bool:
         """Whether merging asks for importance; pruning does anyway."""
-        ...
+        return True
 
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
         """What is left of `state` at the counts `kept`; `importance` `[B, N - prefix]` is that of all tokens but the
         first `prefix`, None where neither pruning nor pairing asks for it."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class IntoMostSimilarKept:
+class IntoMostSimilarKept(Pairing):
     """The least important tokens merge, each into the most similar of those that are kept (paper, section 3.2).
 
     spared: the first tokens by importance, the prefix at least, that none is merged into.
     """
 
     spared: int
-
-    @property
-    def by_importance(self) -> bool:
-        return True
 
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
@@ -320,14 +286,6 @@ class ReductionRule:
 
     def reduced(self, state: TokenState, seen: Seen, kept: Kept) -> TokenState:
         """What is left of `state` of `kept.entering` tokens, given what was `seen` of their attention."""
-        importance = None
-        if seen.attention is not None:
-            importance = self.importance.of(seen.attention, seen.heads)[:, self.prefix :]
-        return self.pairing.reduce(state, importance, seen.heads, kept, self.prefix, self.mean)
-
-
-def published_rule(prefix: int, class_tokens: int) -> ReductionRule:
-    """The paper's rule for models with so many tokens in front, of which the first stand for the whole image."""
-    return ReductionRule(
-        prefix, ReceivedAttention(class_tokens), IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True)
-    )
+        attention, heads = seen
+        importance = None if attention is None else self.importance.of(attention, heads)[:, self.prefix :]
+        return self.pairing.reduce(state, importance, heads, kept, self.prefix, self.mean)

@@ -16,6 +16,7 @@ from diffrate.blocks.attention import Heads
 from diffrate.blocks.reduction import (
     AttentionTimesValue,
     Mean,
+    Pairing,
     RandomImportance,
     ReductionRule,
     add_up,
@@ -33,7 +34,7 @@ from diffrate.schedule import Kept
 
 
 @dataclass(frozen=True)
-class HalvesIntoHalves:
+class HalvesIntoHalves(Pairing):
     """One half of the patches are sources, the other half destinations. The sources whose most similar destination is
     most similar merge into it (Bolya et al., "Token Merging: Your ViT but faster", ICLR 2023, section 3).
 
@@ -56,7 +57,7 @@ class HalvesIntoHalves:
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
         """The prefix, the destinations, and the sources that did not merge."""
-        keys = _mean_keys(heads) if self.keys else None
+        keys = heads.key.mean(dim=1, dtype=size_dtype(heads.key)) if self.keys else None
         if kept.pruned < kept.entering:
             assert importance is not None
             index = most_important(importance, kept.pruned, prefix)
@@ -105,7 +106,7 @@ class HalvesIntoHalves:
 
 
 @dataclass(frozen=True)
-class HighestEnergy:
+class HighestEnergy(Pairing):
     """The tokens of the highest energy, which many others are similar to, are sources and destinations in turn; each
     source merges into its most similar destination (Tran et al., "Accelerating transformers with spectrum-preserving
     token merging", NeurIPS 2024, equations 3 and 4).
@@ -125,7 +126,7 @@ class HighestEnergy:
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
         """The prefix, the destinations, and the tokens of lower energy."""
-        keys = _mean_keys(heads)[:, prefix:]
+        keys = heads.key.mean(dim=1, dtype=size_dtype(heads.key))[:, prefix:]
         patches, count = keys.shape[1], kept.entering - kept.merged
         unit = keys / length_of(keys).unsqueeze(-1)
         cosine = full_product(unit, unit.transpose(1, 2))
@@ -141,10 +142,9 @@ class HighestEnergy:
 
 def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor, mean: Mean) -> TokenState:
     """All tokens in the order `index` `[B, N]`, the last ones merged into those at `destination` `[B, S]` of it."""
-    x = gathered(state.x, index)
+    x, kept = gathered(state.x, index), index.shape[1] - destination.shape[1]
     if x.ndim == 2:
         destination, cosine = destination[0], cosine[0]
-    kept = x.shape[-2] - destination.shape[-1]
     return joined(state, index, kept, x, destination, cosine if mean.cosine_sizes else None, mean)
 
 
@@ -152,16 +152,12 @@ def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Which of `targets` `[B, T, C]` each of `sources` `[B, S, C]` is most similar to, and their cosine: `[B, S]`."""
     precise = size_dtype(sources)
     sources, targets = sources.to(precise), targets.to(precise)
-    nearest, along = most_similar(sources, targets, length_of(targets))
+    nearest, along = most_similar(sources, targets)
     return nearest, along / length_of(sources)
 
 
-def _mean_keys(heads: Heads) -> Tensor:
-    """Keys, the mean over heads: `[B, N, D]`."""
-    return heads.key.mean(dim=1, dtype=size_dtype(heads.key))
-
-
-Named = Callable[[ReductionRule, float], ReductionRule]  # from the published rule and the depth of the block, 0 to 1
+# From the published rule, and the depth of the block: its number as a share of the model's blocks.
+Named = Callable[[ReductionRule, float], ReductionRule]
 BY_SIZE, COSINE_SIZES = Mean(by_size=True), Mean(cosine_sizes=True)
 AVERSION, SMALL_AVERSION = 0.2, 0.1  # as measured best
 
@@ -189,8 +185,3 @@ NAMED: Mapping[str, Named] = {
     "pitome": lambda rule, depth: replace(rule, pairing=HighestEnergy(0.9 - 0.9 * depth), mean=BY_SIZE),
     "random": lambda rule, depth: replace(rule, importance=RandomImportance(rule.importance.queries)),
 }
-
-
-def named_rule(name: str, published: ReductionRule, block: int, blocks: int) -> ReductionRule:
-    """The rule called `name` in a block of a model of so many, whose rule by the paper is `published`."""
-    return NAMED[name](published, block / blocks)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrate.blocks.block import attended, mlp_branch, reduced, removes
+from diffrate.blocks.block import attended, mlp_branch, removes
+from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import replaced
 from diffrate.budget import BaselineError, Budget, BudgetError, baseline_schedule
 from diffrate.device import generators_kept, made_by_first, placement_of
@@ -195,7 +196,7 @@ def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progres
     """Timed runs, in rounds that begin with a run without reductions."""
     side = copy.deepcopy(model).eval().requires_grad_(False).to(use.device, use.dtype)
     images = torch.randn(use.batch_size, *input_size(side)).to(use.device, use.dtype)
-    parts, rng = (attended, reduced, mlp_branch), Random(0)
+    parts, rng = (attended, ReductionRule.reduced, mlp_branch), Random(0)
     if use.compiled:  # for any number of tokens: a graph for each would take minutes
         parts = tuple(torch.compile(part, dynamic=True) for part in parts)
     schedules, dense = probing_schedules(side.compression.space.every_block(), rng), side.dense_schedule()

@@ -15,7 +15,7 @@ from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.masked import BlockPlan, plan_search, search_block
 from diffrate.blocks.rates import CompressionState
 from diffrate.blocks.reduction import ReductionRule
-from diffrate.blocks.rules import named_rule
+from diffrate.blocks.rules import NAMED
 from diffrate.blocks.tokens import TokenState, in_graph, replaced
 from diffrate.flops import Count
 from diffrate.patch.shapes import channels_of
@@ -32,15 +32,9 @@ class Entry(NamedTuple):
     positions: Sequence[Positions]
 
 
-class Step(NamedTuple):
-    """A compressible block, what its attention knows of positions, how it lets tokens go, what happens to the tokens in
-    it, and how many first tokens are all that is read of what it leaves; None for all."""
-
-    block: nn.Module
-    positions: Positions
-    rule: ReductionRule
-    kept: Kept
-    read: int | None
+# A compressible block, what its attention knows of positions, how it lets tokens go, what happens to the tokens in it,
+# and how many first tokens are all that is read of what it leaves; None for all.
+Step = tuple[nn.Module, Positions, ReductionRule, Kept, int | None]
 
 
 class CompressedModel(nn.Module):
@@ -122,10 +116,8 @@ class CompressedModel(nn.Module):
         return None
 
     def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
-        """`state` before the first block, with what `classify` asks to be followed: nothing, by default.
-
-        At a fixed schedule, or in search for None.
-        """
+        """`state` before the first block, at a schedule or in search for None, with what `classify` asks to be
+        followed: nothing, by default."""
         return state
 
     @property
@@ -156,11 +148,7 @@ class CompressedModel(nn.Module):
         self.schedule = make_schedule(prune, merge)
 
     def check(self, schedule: Schedule, where: str = "") -> None:
-        """Refuse a schedule that this model cannot run; `where` it comes from starts the message.
-
-        Raises:
-            ScheduleError: as on setting `schedule`.
-        """
+        """Refuse a schedule that this model cannot run, with a ScheduleError that starts with `where` it comes from."""
         space = self.compression.space
         check_schedule(schedule, space.limits, space.prunes, where, space.least)
 
@@ -226,22 +214,14 @@ class CompressedModel(nn.Module):
         return replaced(state, size=state.sizes())
 
     def forward_blocks(self, images: Tensor) -> list[TokenState]:
-        """The tokens of images `[B, 3, H, W]` after each compressible block, with their origins.
-
-        `classify` makes logits of the last.
-        """
+        """The tokens of images `[B, 3, H, W]` after each compressible block, with their origins. `classify` makes
+        logits of the last."""
         return self.run_blocks(self.enter(images, TokenState.traced))
 
     def enter(self, images: Tensor, follow: Callable[[TokenState], TokenState] | None = None) -> Entry:
-        """What enters the first compressible block, of images `[B, 3, H, W]`; `follow` is how tokens are traced.
-
-        Raises:
-            TypeError: the images are no tensor.
-            ValueError: they have no four dimensions, or make another grid of tokens than the model was patched for.
-            UnsupportedModelError: parts of the model were replaced since it was patched.
-        """
-        self.check_parts()
-        self.check_grid(images)
+        """What enters the first compressible block, of images `[B, 3, H, W]`, with tokens traced as `follow` says.
+        Raises as `check_input`."""
+        self.check_input(images)
         x, positions = self.embed(images)
         tokens, expected = x.shape[1], self.compression.space.limits[0]
         if tokens != expected:  # of stems that round a size otherwise than they say
@@ -251,65 +231,57 @@ class CompressedModel(nn.Module):
         looked_up = any(table is not NO_POSITIONS for table in positions)
         return Entry(state.placed() if looked_up else state, positions)
 
-    def check_parts(self) -> None:
-        """Refuse what was changed since the model was patched, and would be passed over; a graph has no such check.
+    def check_input(self, images: Tensor) -> None:
+        """Refuse images that the model does not take, and parts that were changed since it was patched and would be
+        passed over. A graph checks the shape alone.
 
         Raises:
-            UnsupportedModelError: names it.
+            TypeError: the images are no tensor.
+            ValueError: they have no four dimensions, or make another grid of tokens than the model was patched for.
+            UnsupportedModelError: parts of the model were replaced.
         """
-        if in_graph():
-            return
-        blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
-        if len(blocks) != expected:
-            raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {expected}, as when it was patched")
-        for number, block in enumerate(blocks):
-            if not is_read(block):
-                check_block(block, f"blocks.{number}")
-        if any(map(has_hooks, self.containers())):
-            raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
-
-    def check_grid(self, images: Tensor) -> None:
-        """Refuse images of another grid of tokens, as `enter` does."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images: found {type(images).__name__}; accepted: a tensor [B, channels, H, W]")
         if images.ndim != 4:
             raise ValueError(f"images: found the shape {list(images.shape)}; accepted: [B, channels, H, W]")
+        _, found, height, width = images.shape
         if not in_graph():
+            blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
+            if len(blocks) != expected:
+                accepted = f"{expected}, as when it was patched"
+                raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {accepted}")
+            for number, block in enumerate(blocks):
+                if not is_read(block):
+                    check_block(block, f"blocks.{number}")
+            if any(map(has_hooks, self.containers())):
+                raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
             channels = channels_of(self)
-            if images.shape[1] != channels or not images.is_floating_point():
-                found = f"{images.shape[1]} channels of {str(images.dtype).removeprefix('torch.')}"
-                raise ValueError(f"images: found {found}; accepted: {channels} channels of floats")
-        height, width = images.shape[-2:]
-        grid = self.grid_at((height, width))
-        if grid != self.token_grid:
-            sizes = f"{[height, width]} make {list(grid)} tokens"
-            raise ValueError(f"images of {sizes}; accepted: {list(self.token_grid)}")
+            if found != channels or not images.is_floating_point():
+                dtype = str(images.dtype).removeprefix("torch.")
+                raise ValueError(f"images: found {found} channels of {dtype}; accepted: {channels} channels of floats")
+        grid, expected = self.grid_at((height, width)), self.token_grid
+        if grid != expected:
+            made = f"{[height, width]} make {list(grid)} tokens"
+            raise ValueError(f"images of {made}; accepted: {list(expected)}")
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
         """All tokens after each of the first `end` compressible blocks, or after each."""
-        return self._run_each(self.steps(entry, self.schedule, whole=True)[:end], entry.state)
-
-    def run_from(self, entry: Entry, schedule: Schedule, start: int, state: TokenState) -> list[TokenState]:
-        """The tokens after each compressible block from number `start` on at `schedule`, where `state` enters that one.
-
-        `classify` makes logits of the last, of which only what it reads is left. The blocks before are to have left
-        what `schedule` says, of `prepared` tokens.
-        """
-        return self._run_each(self.steps(entry, schedule)[start:], state)
+        return self.run_each(self.steps(entry, self.schedule, whole=True)[:end], entry.state)
 
     def steps(self, entry: Entry, schedule: Schedule, whole: bool = False) -> list[Step]:
         """What the compressible blocks do at `schedule`, in order: on the way to `classify`, or leaving all tokens
         with `whole`."""
         blocks = self.compressible_blocks()
         reads = [*[None] * (len(blocks) - 1), None if whole else self.read]
-        return list(map(Step, blocks, entry.positions, self.rules_at(schedule.rules), self.counts_at(schedule), reads))
+        rules, counts = self.rules_at(schedule.rules), self.counts_at(schedule)
+        return list(zip(blocks, entry.positions, rules, counts, reads, strict=True))
 
     def rules_at(self, names: Sequence[str] | None) -> list[ReductionRule]:
         """How each compressible block lets tokens go, by the `names` of a schedule."""
         blocks = len(self.compressible_blocks())
         if names is None:
             return [self.rule] * blocks
-        return [named_rule(names[block], self.rule, block, blocks) for block in range(blocks)]
+        return [NAMED[name](self.rule, block / blocks) for block, name in enumerate(names[:blocks])]
 
     def run(self, steps: Iterable[Step], state: TokenState) -> TokenState:
         """The tokens after the last of the `steps`, where `state` enters the first."""
@@ -317,8 +289,8 @@ class CompressedModel(nn.Module):
             state = self._recomputed(fixed_block, block, positions, rule, state, kept, read)
         return state
 
-    def _run_each(self, steps: Iterable[Step], state: TokenState) -> list[TokenState]:
-        """The tokens after each of the `steps`."""
+    def run_each(self, steps: Iterable[Step], state: TokenState) -> list[TokenState]:
+        """The tokens after each of the `steps`, where `state` enters the first."""
         states = [state]
         for step in steps:
             states.append(self.run([step], states[-1]))
@@ -326,7 +298,7 @@ class CompressedModel(nn.Module):
 
     def _recomputed(self, step: Callable[..., TokenState], *given: Any) -> TokenState:
         """`step(*given)`, whose activations are not kept for the backward pass where the model recomputes them."""
-        if self.recomputes() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.recomputes():
             return checkpoint(step, *given, use_reentrant=False)
         return step(*given)
 
@@ -346,11 +318,7 @@ class CompressedModel(nn.Module):
 
 
 def compress(model: Any, space: SearchSpace, granularity: tuple[int, int], **facts: Any) -> None:
-    """Give `model`, whose class is a compressed one already, what compression adds: its state, and `facts`.
-
-    Raises:
-        RateError: a granularity below 1.
-    """
+    """Give `model`, whose class is a compressed one already, what compression adds: its state, and `facts`."""
     state = CompressionState(space, *granularity).to(next(model.parameters()).device)
     model.add_module("compression", state)
     for name, value in facts.items():
@@ -358,11 +326,7 @@ def compress(model: Any, space: SearchSpace, granularity: tuple[int, int], **fac
 
 
 def require_patched(model: object) -> None:
-    """Refuse what was not patched.
-
-    Raises:
-        UnsupportedModelError: says so.
-    """
+    """Refuse what was not patched, with an UnsupportedModelError."""
     if not isinstance(model, CompressedModel):
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a model after diffrate.patch.vit(model)")
 

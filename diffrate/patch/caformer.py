@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 from timm.models._features import feature_take_indices
@@ -14,7 +15,7 @@ from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
 from diffrate.flops import Count, StageShape, caformer_flops
-from diffrate.patch.base import CompressedModel, Entry, Step, compress
+from diffrate.patch.base import CompressedModel, Entry, compress
 from diffrate.patch.features import as_map, restore
 from diffrate.patch.shapes import Size, as_size
 from diffrate.schedule import GRANULARITY, MERGE_FIELD, Kept, Schedule, ScheduleError, SearchSpace
@@ -56,27 +57,31 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
     def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
         """Origins, to restore the grid before stage 4, unless nothing is removed."""
-        whole = schedule is not None and min(schedule.merge[: len(self.stages[2].blocks)]) == _area(self.grids[2])
+        whole = schedule is not None and min(schedule.merge[: len(self.stages[2].blocks)]) == prod(self.grids[2])
         return state if whole else state.traced()
 
     def check(self, schedule: Schedule, where: str = "") -> None:
         super().check(schedule, where)
-        third = len(self.stages[2].blocks)
-        for block, (count, limit) in enumerate(zip(schedule.merge, self.compression.space.limits, strict=True)):
-            if block >= third and count != limit:
+        for block in range(len(self.stages[2].blocks), len(schedule.merge)):
+            count, limit = schedule.merge[block], self.compression.space.limits[block]
+            if count != limit:
                 raise ScheduleError(
                     f"{where}{MERGE_FIELD}[{block}]: found {count}; accepted: {limit}, stage 4 is never compressed"
                 )
 
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
         kernel = self.stages[0].blocks[0].token_mixer.dwconv.kernel_size[0]
-        return caformer_flops(_stage_shapes(self), self.num_classes, kernel, counts)
+        shapes = [
+            StageShape(prod(grid), into.out_channels, into.in_channels, into.kernel_size[0], len(stage.blocks))
+            for grid, into, stage in zip(self.grids, _convolutions(self), self.stages, strict=True)
+        ]
+        return caformer_flops(shapes, self.num_classes, kernel, counts)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
-        return self._third_tokens(self.stages[1](self.stages[0](self.stem(images)))), self.no_positions()
+        return self._tokens(2, self.stages[1](self.stages[0](self.stem(images)))), self.no_positions()
 
     def classify(self, state: TokenState) -> Tensor:
-        return self.forward_head(self._fourth_stage(self._third_map(state)))
+        return self.forward_head(self._fourth_stage(as_map(restore(state), self.grids[2])))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Features `[B, C, rows, columns]` of images `x` `[B, 3, H, W]`, as timm's: those of stage 4.
@@ -109,29 +114,23 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """What each stage leaves of images `[B, 3, H, W]`."""
-        self.check_parts()
-        self.check_grid(x)
-        maps = [self.stages[0](self.stem(x))]
-        maps.append(self.stages[1](maps[0]))
-        state = TokenState(self._third_tokens(maps[1])).remembered()
-        maps.append(self._third_map(self.run_blocks(Entry(state, self.no_positions()))[-1]))
-        return [*maps, self._fourth_stage(maps[2])]
+        self.check_input(x)
+        first = self.stages[0](self.stem(x))
+        second = self.stages[1](first)
+        state = TokenState(self._tokens(2, second)).remembered()
+        third = as_map(restore(self.run_blocks(Entry(state, self.no_positions()))[-1]), self.grids[2])
+        return [first, second, third, self._fourth_stage(third)]
 
-    def _third_tokens(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, C]` that enter the blocks of stage 3, of what stage 2 left."""
-        return self.stages[2].downsample(x).flatten(2).transpose(1, 2)
-
-    def _third_map(self, state: TokenState) -> Tensor:
-        """What stage 3 leaves, at its grid."""
-        return as_map(restore(state), self.grids[2])
+    def _tokens(self, stage: int, x: Tensor) -> Tensor:
+        """Tokens `[B, N, C]` that enter the blocks of a stage, of what the stage before left."""
+        return self.stages[stage].downsample(x).flatten(2).transpose(1, 2)
 
     def _fourth_stage(self, x: Tensor) -> Tensor:
         """What stage 4 makes of what stage 3 left, `[B, C, rows, columns]`: it is never compressed."""
-        fourth = self.stages[3]
-        x = fourth.downsample(x).flatten(2).transpose(1, 2)
+        x = self._tokens(3, x)
         whole = Kept(x.shape[1], x.shape[1], x.shape[1])
-        state = self.run((Step(block, NO_POSITIONS, self.rule, whole, None) for block in fourth.blocks), TokenState(x))
-        return as_map(state.x, self.grids[3])
+        steps = [(block, NO_POSITIONS, self.rule, whole, None) for block in self.stages[3].blocks]
+        return as_map(self.run(steps, TokenState(x)).x, self.grids[3])
 
 
 def caformer(
@@ -158,9 +157,9 @@ def caformer(
     third, fourth = len(stages[2].blocks), len(stages[3].blocks)
     if third < 3:
         raise UnsupportedModelError(f"found {third} blocks in stage 3; accepted: three at least")
-    if _area(grids[2]) < 2:
+    if prod(grids[2]) < 2:
         raise UnsupportedModelError(f"input_size: found {input_size}; accepted: two tokens at least in stage 3")
-    limits = (_area(grids[2]),) * third + (_area(grids[3]),) * fourth
+    limits = (prod(grids[2]),) * third + (prod(grids[3]),) * fourth
     space = SearchSpace(limits, searchable=tuple(range(1, third - 1)), prunes=False, prefix=0)
     granularity = (prune_granularity, merge_granularity)
     compress(model, space, granularity, rule=RULE, image_size=size, grids=grids, return_flop=return_flop)
@@ -190,13 +189,6 @@ def _check_caformer(model: nn.Module) -> None:
             check_block(block, f"stages.{index}.blocks.{position}")
 
 
-def _stage_shapes(model: CompressedCaformer) -> tuple[StageShape, ...]:
-    return tuple(
-        StageShape(_area(grid), into.out_channels, into.in_channels, into.kernel_size[0], len(stage.blocks))
-        for grid, into, stage in zip(model.grids, _convolutions(model), model.stages, strict=True)
-    )
-
-
 def _convolutions(model: Any) -> list[nn.Conv2d]:
     """The convolution into each stage."""
     return [model.stem.conv, *(stage.downsample.conv for stage in list(model.stages)[1:])]
@@ -213,7 +205,3 @@ def _grids(model: nn.Module, size: Size) -> tuple[Size, ...]:
         size = (rows, columns)
         grids.append(size)
     return tuple(grids)
-
-
-def _area(grid: Size) -> int:
-    return grid[0] * grid[1]

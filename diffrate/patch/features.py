@@ -9,7 +9,6 @@ import torch
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
-from diffrate.blocks.attention import Heads
 from diffrate.blocks.tokens import TokenState, size_dtype, standing
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
@@ -17,11 +16,9 @@ POOLS = ("token", "avg", "avgmax", "max", "map")
 
 def pooled(model: Any, state: TokenState, left_out: int) -> Tensor:
     """`[B, C]` of the normalised tokens in `state`, as `model.global_pool` says, the first `left_out` unseen."""
-    if model.global_pool == "token":
-        return state.x[:, 0]
     if model.global_pool == "map":
         return attention_pool(model.attn_pool, state, left_out)
-    if state.x.shape[1] == left_out:  # nothing else is left: the class token has seen the image
+    if model.global_pool == "token" or state.x.shape[1] == left_out:  # all others are gone: the class token saw them
         return state.x[:, 0]
     if model.global_pool == "max":
         return highest_of(state, left_out)
@@ -56,40 +53,29 @@ def attention_pool(pool: AttentionPoolLatent, state: TokenState, left_out: int) 
     x = state.x[:, left_out:]
     key, value = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     latent = pool.q(pool.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
-    heads = Heads(pool.q_norm(latent), pool.k_norm(key), value, pool.scale)
-    mixed = pool.proj_drop(pool.proj(_weighed(heads, state, left_out).transpose(1, 2).flatten(2)))
-    if pool.mlp is not None:
-        mixed = mixed + pool.mlp(pool.norm(mixed))
-    return mixed[:, 0] if pool.pool == "token" else mixed.mean(1)
-
-
-def _weighed(heads: Heads, state: TokenState, left_out: int) -> Tensor:
-    """Attention `[B, H, L, D]` of a few queries to all tokens, each as often as its size and mask say."""
-    scores = (heads.query * heads.scale) @ heads.key.transpose(-2, -1)
+    scores = (pool.q_norm(latent) * pool.scale) @ pool.k_norm(key).transpose(-2, -1)
     shares = scores.to(size_dtype(scores)).softmax(-1)
     weights = [weight[:, None, None, left_out:] for weight in (state.size, state.mask) if weight is not None]
     if weights:
         shares = shares * (weights[0] if len(weights) == 1 else weights[0] * weights[1])
         shares = shares / shares.sum(-1, keepdim=True)
-    return shares.to(heads.value.dtype) @ heads.value
+    mixed = pool.proj_drop(pool.proj((shares.to(value.dtype) @ value).transpose(1, 2).flatten(2)))
+    if pool.mlp is not None:
+        mixed = mixed + pool.mlp(pool.norm(mixed))
+    return mixed[:, 0] if pool.pool == "token" else mixed.mean(1)
 
 
 def pool_parts(model: Any) -> list[str]:
     """What `pooled` does not handle of the model's pooling, for a message; nothing where it handles all."""
-    found = []
     pool: nn.Module | None = getattr(model, "attn_pool", None)
     if model.global_pool and model.global_pool not in POOLS:
-        found.append(f"global_pool={model.global_pool!r}")
-    elif (model.global_pool == "map") != (pool is not None):
-        found.append("attn_pool")
-    elif isinstance(pool, AttentionPoolLatent):
-        if pool.pos_embed is not None:
-            found.append("attn_pool.pos_embed")
-        if pool.pool not in ("token", "avg"):
-            found.append(f"attn_pool.pool={pool.pool!r}")
-    elif pool is not None:
-        found.append(type(pool).__name__)
-    return found
+        return [f"global_pool={model.global_pool!r}"]
+    if (model.global_pool == "map") != (pool is not None):
+        return ["attn_pool"]
+    if not isinstance(pool, AttentionPoolLatent):
+        return [] if pool is None else [type(pool).__name__]
+    found = [] if pool.pos_embed is None else ["attn_pool.pos_embed"]
+    return found if pool.pool in ("token", "avg") else [*found, f"attn_pool.pool={pool.pool!r}"]
 
 
 def restore(state: TokenState) -> Tensor:

@@ -6,7 +6,8 @@ A family is a subclass beside timm's class that states its differences; see `tim
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from timm.layers.patch_embed import PatchEmbed
 from timm.models._features import feature_take_indices
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 
 from diffrate.blocks.block import UnsupportedModelError, check_block, check_methods
 from diffrate.blocks.heads import Positions
-from diffrate.blocks.rates import CompressionState
-from diffrate.blocks.reduction import published_rule
+from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.flops import Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel, PlannedCost, compress
@@ -28,7 +28,7 @@ from diffrate.patch.shapes import (
     block_shape,
     channels_of,
     configured_size,
-    pool_shape,
+    pooling_flops,
     stem_flops,
     weights,
 )
@@ -94,8 +94,7 @@ class CompressedVit(CompressedModel, _Vit):
 
     def tokens_at(self, size: Size) -> int:
         """Tokens of an image of `size`, prefix included."""
-        rows, columns = self.grid_at(size)
-        return rows * columns + self.num_prefix_tokens
+        return prod(self.grid_at(size)) + self.num_prefix_tokens
 
     def head_weights(self) -> int:
         """Weights of the classifier: each is used once an image, or once a position where there is no pooling."""
@@ -120,8 +119,7 @@ class CompressedVit(CompressedModel, _Vit):
         space, self.shape = _described(self, self.image_size)
         before = self.compression
         if space != before.space:  # other blocks may be searched now
-            granularity = (before.granularity["prune"], before.granularity["merge"])
-            self.compression = CompressionState(space, *granularity).to(next(self.parameters()).device)
+            compress(self, space, (before.granularity["prune"], before.granularity["merge"]))
             if before.schedule is not None:
                 self.schedule = before.schedule
 
@@ -175,26 +173,23 @@ class CompressedVit(CompressedModel, _Vit):
             raise ValueError(f"output_fmt: found {output_fmt!r}; accepted: 'NCHW' or 'NLC'")
         taken, highest = feature_take_indices(len(self.compressible_blocks()), indices)
         states = self.run_blocks(self.enter(x, TokenState.remembered), highest + 1 if stop_early else None)
-        pairs = [self._intermediate(restore(states[index]), norm, output_fmt) for index in taken]
+        tokens = [self.norm(restore(states[i])) if norm else restore(states[i]) for i in taken]
+        prefix = self.num_prefix_tokens
+        prefixes, maps = ([one[:, part] for one in tokens] for part in (slice(prefix), slice(prefix, None)))
+        if output_fmt == "NCHW":
+            maps = [as_map(patches, self.token_grid).contiguous() for patches in maps]
         last = None if intermediates_only else self.norm(restore(states[-1]))
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        maps = [patches for patches, _ in pairs]
+        with_prefix = return_prefix_tokens and prefix > 0
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
-            found |= {"image_intermediates_prefix": [prefix for _, prefix in pairs]} if with_prefix else {}
+            found |= {"image_intermediates_prefix": prefixes} if with_prefix else {}
             return found if last is None else found | {"image_features": last}
-        left = pairs if with_prefix else maps
+        left = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
         return left if last is None else (last, left)
 
     def _features(self, images: Tensor, schedule: Schedule) -> Tensor:
         entry = self.enter(images, TokenState.remembered)
         return self.norm(restore(self.run(self.steps(entry, schedule, whole=True), entry.state)))
-
-    def _intermediate(self, x: Tensor, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor]:
-        """Patch features in the format, and those of the prefix tokens, of tokens `[B, N0, C]`."""
-        x = self.norm(x) if norm else x
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        return (as_map(patches, self.token_grid).contiguous() if output_fmt == "NCHW" else patches), prefix
 
     def has_head(self) -> bool:
         return bool(self.global_pool) and super().has_head()
@@ -211,19 +206,18 @@ class CompressedVit(CompressedModel, _Vit):
         return self.head(self.head_drop(self.fc_norm(features)))
 
 
+Vit = TypeVar("Vit", bound=CompressedVit)
+
+
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask, is_causal: found a mask; accepted: none, tokens are compressed for whole images")
 
 
 def patch_vit(
-    model: Any,
-    compressed: type[CompressedVit],
-    granularity: tuple[int, int],
-    input_size: Size | None = None,
-    return_flop: bool = True,
-) -> None:
-    """Turn `model`, in place, into a `compressed`, for images of `input_size` where it takes any.
+    model: Any, kind: type[Vit], granularity: tuple[int, int], input_size: Size | None = None, return_flop: bool = True
+) -> Vit:
+    """Turn `model`, in place, into a compressed one of `kind`, for images of `input_size` where it takes any.
 
     The search leaves the first block whole; also the last one where all that it leaves is read.
     `granularity` is that of pruning and of merging.
@@ -233,24 +227,23 @@ def patch_vit(
         RateError: a granularity below 1.
     """
     original = type(model)
-    model.__class__ = compressed  # the family's methods say what there is to know
+    model.__class__ = kind  # the family's methods say what there is to know
     try:
         _check_parts(model)
         size = _image_size(model, input_size)
         space, shape = _described(model, size)
-        rule = published_rule(model.num_prefix_tokens, model.class_tokens())
+        prefix, importance = model.num_prefix_tokens, ReceivedAttention(model.class_tokens())
+        rule = ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True))
         compress(model, space, granularity, rule=rule, image_size=size, shape=shape, return_flop=return_flop)
     except Exception:
         model.__class__ = original  # nothing half-patched is left behind
         raise
+    return model
 
 
 def _image_size(model: CompressedVit, wanted: Size | None) -> Size:
-    """Height and width of the images that `model` is for; None are `wanted` where it may choose.
-
-    Raises:
-        UnsupportedModelError: it does not take the wanted ones.
-    """
+    """Height and width of the images that `model` is for: its own, or those `wanted`, which are refused where it does
+    not take them."""
     own = getattr(model.stem, "img_size", None)
     height, width = configured_size(model) if own is None else own
     usual, any_size = (height, width), own is None or getattr(model, "dynamic_img_size", False)
@@ -259,8 +252,7 @@ def _image_size(model: CompressedVit, wanted: Size | None) -> Size:
     found = f"input_size: found {_sides(wanted)}"
     if not any_size:
         raise UnsupportedModelError(f"{found}; accepted: {_sides(usual)}, which the model is built for")
-    rows, columns = model.grid_at(wanted)
-    if rows * columns < LEAST_PATCHES:
+    if prod(model.grid_at(wanted)) < LEAST_PATCHES:
         raise UnsupportedModelError(f"{found}; accepted: {LEAST_PATCHES} patches at least")
     patch = as_size(model.stem.patch_size, "patch_size")  # 1 after a convolutional stem
     if not model.stem.dynamic_img_pad and any(side % step for side, step in zip(wanted, patch, strict=True)):
@@ -273,11 +265,7 @@ def _sides(size: Size) -> str:
 
 
 def _check_parts(model: CompressedVit) -> None:
-    """Refuse a model with parts that are not handled.
-
-    Raises:
-        UnsupportedModelError: names them.
-    """
+    """Refuse a model with parts that are not handled, by their names."""
     refused = pool_parts(model)
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
         refused.append("patch_drop")
@@ -290,11 +278,7 @@ def _check_parts(model: CompressedVit) -> None:
 
 
 def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]:
-    """What there is to choose in a model, and what its cost depends on.
-
-    Raises:
-        UnsupportedModelError: it has too few blocks.
-    """
+    """What there is to choose in a model, and what its cost depends on. Refuses one with too few blocks."""
     depth, prefix, left_out = len(model.blocks), model.num_prefix_tokens, model.left_out()
     whole = {0} if model.read is not None else {0, depth - 1}
     searchable = tuple(block for block in range(depth) if block not in whole)
@@ -304,5 +288,5 @@ def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]
     unseen = model.global_pool == "map" and left_out == prefix
     least = prefix + int(unseen or not model.class_tokens())
     space = SearchSpace((model.tokens_at(size),) * depth, searchable, prunes=True, prefix=prefix, least=least)
-    blocks = tuple(block_shape(block) for block in model.blocks)
-    return space, VitShape(model.embedding_flops(size), blocks, pool_shape(model), left_out)
+    blocks = tuple(map(block_shape, model.blocks))
+    return space, VitShape(model.embedding_flops(size), blocks, pooling_flops(model), left_out)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffrate.blocks.block import UnsupportedModelError, form_of
 from diffrate.blocks.heads import projection_of
-from diffrate.flops import BlockShape, PoolShape
+from diffrate.flops import BlockShape
 
 DEFAULT_INPUT = (3, 224, 224)
 Size = tuple[int, int]
@@ -42,11 +42,7 @@ def input_size(model: Any) -> tuple[int, int, int]:
 
 
 def as_size(size: Any, name: str = "input_size") -> Size:
-    """Height and width in pixels, of both or of one side; `name` stands for them in messages.
-
-    Raises:
-        UnsupportedModelError: `size` is neither.
-    """
+    """Height and width in pixels, of both or of one side; an UnsupportedModelError, for `name`, for anything else."""
     try:
         sides = [operator.index(side) for side in (size if isinstance(size, list | tuple) else (size, size))]
     except TypeError:
@@ -67,14 +63,15 @@ def block_shape(block: nn.Module) -> BlockShape:
     )
 
 
-def pool_shape(model: Any) -> PoolShape:
-    """What the pooling of a ViT costs: that of attention pooling, in which each latent query sees all tokens."""
+def pooling_flops(model: Any) -> tuple[int, int]:
+    """Multiply-accumulates of attention pooling, in which each latent query sees all tokens: for each token, and for an
+    image. None of other poolings."""
     pool = getattr(model, "attn_pool", None)
     if not isinstance(pool, AttentionPoolLatent):
-        return PoolShape()
+        return 0, 0
     width = pool.num_heads * pool.head_dim
     queries = sum(weights(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
-    return PoolShape(token=weights(pool.kv) + 2 * width * pool.latent_len, fixed=queries * pool.latent_len)
+    return weights(pool.kv) + 2 * width * pool.latent_len, queries * pool.latent_len
 
 
 def stem_flops(stem: nn.Module, channels: int, size: tuple[int, int]) -> int:

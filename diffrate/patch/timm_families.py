@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.blocks.heads import NO_POSITIONS, PairBias, Positions, Rotary, with_prefix
+from diffrate.blocks.heads import NO_POSITIONS, PairBias, Positions, Rotary
 from diffrate.blocks.tokens import TokenState
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.caformer import caformer
@@ -67,8 +65,10 @@ class RotaryVit(CompressedVit):
         """
         if angles is None:
             return self.no_positions()
-        table = with_prefix(angles, self.num_prefix_tokens)
-        tables = list(table) if table.ndim == 4 else [table] * len(self.blocks)
+        if self.num_prefix_tokens:
+            sines, cosines = torch.zeros_like(angles[..., : self.num_prefix_tokens, :]).chunk(2, dim=-1)
+            angles = torch.cat([torch.cat([sines, cosines + 1], dim=-1), angles], dim=-2)
+        tables = list(angles) if angles.ndim == 4 else [angles] * len(self.blocks)
         # timm reads the layout off the attention, too: the rotary module does not always have it.
         halves = (bool(getattr(block.attn, "rotate_half", False)) for block in self.blocks)
         return [Rotary(own, half) for own, half in zip(tables, halves, strict=True)]
@@ -127,24 +127,16 @@ class CompressedRelPos(CompressedVit, VisionTransformerRelPos):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.shared_rel_pos is None:
-            return x, [PairBias(partial(_bias, block.attn.rel_pos)) for block in self.blocks]
-        shared = _bias(self.shared_rel_pos)
+            return x, [PairBias(lambda own=block.attn.rel_pos: own.get_bias()[0]) for block in self.blocks]
+        shared = self.shared_rel_pos.get_bias()[0]
         return x, [PairBias(lambda: shared)] * len(self.blocks)
 
     def embedding_flops(self, size: Size) -> int:
-        """The networks that make biases are counted here: they run once for all tokens."""
-        return super().embedding_flops(size) + sum(map(_network_flops, self._makers()))
-
-
-def _bias(maker: Any) -> Tensor:
-    """The bias of all pairs of positions, `[H, N0, N0]`."""
-    return maker.get_bias()[0]
-
-
-def _network_flops(maker: Any) -> int:
-    """Multiply-accumulates of making biases: a network runs on each distance that there is, a table costs nothing."""
-    coordinates = getattr(maker, "rel_coords_log", None)
-    return 0 if coordinates is None else coordinates.shape[:-1].numel() * weights(maker.mlp)
+        """The networks that make biases are counted here: they run once, on each distance that there is. Tables cost
+        nothing."""
+        networks = (maker for maker in self._makers() if hasattr(maker, "rel_coords_log"))
+        biases = sum(maker.rel_coords_log.shape[:-1].numel() * weights(maker.mlp) for maker in networks)
+        return super().embedding_flops(size) + biases
 
 
 class CompressedNaFlex(RotaryVit, NaFlexVit):
@@ -175,12 +167,7 @@ class CompressedNaFlex(RotaryVit, NaFlexVit):
 
 
 def published_vit(model: Any, pool: str, granularity: tuple[int, int]) -> CompressedVisionTransformer:
-    """Patch a timm VisionTransformer with a class token alone in front, which pools by `pool`, in place.
-
-    Raises:
-        UnsupportedModelError: `model` is another.
-        RateError: a granularity below 1.
-    """
+    """Patch a timm VisionTransformer with a class token alone in front, which pools by `pool`; refuse any other."""
     if type(model) is not VisionTransformer:
         raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm VisionTransformer not yet patched")
     refused = {
@@ -193,9 +180,7 @@ def published_vit(model: Any, pool: str, granularity: tuple[int, int]) -> Compre
     found = [name for name, is_there in refused.items() if is_there]
     if found:
         raise UnsupportedModelError(f"found {', '.join(found)}; accepted: a plain ViT with global_pool={pool!r}")
-    patch_vit(model, CompressedVisionTransformer, granularity)
-    assert isinstance(model, CompressedVisionTransformer)
-    return model
+    return patch_vit(model, CompressedVisionTransformer, granularity)
 
 
 def deit(
@@ -226,16 +211,14 @@ def mae(
     return published_vit(model, "avg", (prune_granularity, merge_granularity))
 
 
-PLAIN: Mapping[type[nn.Module], type[CompressedVit]] = MappingProxyType(
-    {
-        VisionTransformer: CompressedVisionTransformer,
-        VisionTransformerDistilled: CompressedDistilled,
-        Eva: CompressedEva,
-        Beit: CompressedBeit,
-        VisionTransformerRelPos: CompressedRelPos,
-        NaFlexVit: CompressedNaFlex,
-    }
-)
+PLAIN: Mapping[type[nn.Module], type[CompressedVit]] = {
+    VisionTransformer: CompressedVisionTransformer,
+    VisionTransformerDistilled: CompressedDistilled,
+    Eva: CompressedEva,
+    Beit: CompressedBeit,
+    VisionTransformerRelPos: CompressedRelPos,
+    NaFlexVit: CompressedNaFlex,
+}
 
 
 def families() -> tuple[type[nn.Module], ...]:
@@ -268,6 +251,4 @@ def vit(
     if kind not in PLAIN:
         accepted = ", ".join(sorted(known.__name__ for known in families()))
         raise UnsupportedModelError(f"found {kind.__name__}; accepted: a model of timm not yet patched, {accepted}")
-    patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), size, return_flop)
-    assert isinstance(model, CompressedModel)
-    return model
+    return patch_vit(model, PLAIN[kind], (prune_granularity, merge_granularity), size, return_flop)

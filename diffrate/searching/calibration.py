@@ -176,7 +176,7 @@ class Calibration:
             if self.resumable:
                 entry = model.enter(there)
                 state = model.prepared(entry.state, schedule) if state is None else state
-                states = model.run_from(entry, schedule, start, state)
+                states = model.run_each(model.steps(entry, schedule)[start:], state)
                 outputs = model.classify(states[-1])
             else:
                 outputs = self.teacher.at(there, schedule)

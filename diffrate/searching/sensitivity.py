@@ -95,12 +95,12 @@ def sensitivity(
         entry = model.enter(images)
         first = next(iter(candidates.values()))
         state = model.prepared(entry.state, first)  # followed where anything is removed, in any block
-        entering = [state, *model.run_from(entry, model.dense_schedule(), 0, state)]
+        entering = [state, *model.run_each(model.steps(entry, model.dense_schedule()), state)]
         taught, sums = model.classify(entering[-1]).float(), []
         classes = teacher.of_outputs and not multi_label and not teacher.relative(taught)
         for block, group in groupby(candidates, key=lambda candidate: candidate[0]):
             for candidate in group:
-                left = model.run_from(entry, candidates[candidate], block, entering[block])[-1]
+                left = model.run(model.steps(entry, candidates[candidate])[block:], entering[block])
                 outputs = model.classify(left).float()
                 loss = teacher.apart(outputs, taught).double().sum()
                 agreeing = (outputs.argmax(-1) == taught.argmax(-1)).double().sum()
