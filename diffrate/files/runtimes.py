@@ -29,7 +29,7 @@ DATA = ".data"  # what the name of the file with the weights ends in, where they
 METADATA = "metadata.json"  # among the extra files of `.pt2`
 WEIGHTS = ".bin"  # in place of the suffix `.xml`
 SECTION = "diffrate"  # of the runtime information of `.xml`
-Logits = Callable[[Tensor], Tensor]  # of float32 images `[B, C, H, W]` on the CPU, float32 logits `[B, K]`
+Answer = Callable[[Tensor], Tensor]  # float32 logits `[B, K]` of float32 images `[B, C, H, W]`, on the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, op
     onnx.checker.check_model(path)
 
 
-def run_onnx(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+def run_onnx(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
     """What runs the file, and what it says of itself."""
     import onnxruntime
 
@@ -117,7 +117,7 @@ def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> 
     torch.export.save(program, path, extra_files={METADATA: json.dumps(entries)})
 
 
-def run_pt2(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+def run_pt2(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
     """As `run_onnx`; torch has its number of threads for the whole process."""
     extra = {METADATA: ""}
     with errors_alone("torch.export", "torch._export"):  # what is wrong with a file, the error says
@@ -145,7 +145,7 @@ def write_openvino(program: ExportedProgram, entries: dict[str, str], path: Path
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def run_openvino(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+def run_openvino(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
     """As `run_onnx`, for each single request in turn."""
     import openvino
 
@@ -167,7 +167,7 @@ class Kind(NamedTuple):
     """A kind of file: `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`."""
 
     write: Callable[..., None]
-    run: Callable[[Path, int | None], tuple[Logits, Mapping[str, str]]]
+    run: Callable[[Path, int | None], tuple[Answer, Mapping[str, str]]]
 
 
 KINDS: Mapping[str, Kind] = {
@@ -180,7 +180,7 @@ KINDS: Mapping[str, Kind] = {
 class Loaded(NamedTuple):
     """An exported file that is ready to run, and what it says of its model."""
 
-    logits: Logits
+    logits: Answer
     metadata: Metadata
 
 
@@ -192,9 +192,8 @@ def load_exported(path: Path, threads: int | None = None) -> Loaded:
     """
     target = target_of(path)
     if not path.is_file():
-        raise ExportError(
-            f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; accepted: an exported file"
-        )
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ExportError(f"{path}: found {found}; accepted: an exported file")
     try:
         logits, entries = KINDS[path.suffix].run(path, threads)
     except Exception as error:  # each runtime has errors of its own
