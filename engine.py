@@ -291,15 +291,9 @@ def build_mixup(mixing: Mixing, classes: int) -> Mixup | None:
     """Mixup and cutmix, None when both are off."""
     if not mixing.mixes:
         return None
-    return Mixup(
-        mixup_alpha=mixing.mixup,
-        cutmix_alpha=mixing.cutmix,
-        prob=mixing.probability,
-        switch_prob=mixing.switch_probability,
-        mode=mixing.mode,
-        label_smoothing=mixing.smoothing,
-        num_classes=classes,
-    )
+    chances = {"prob": mixing.probability, "switch_prob": mixing.switch_probability}
+    targets = {"label_smoothing": mixing.smoothing, "num_classes": classes}
+    return Mixup(mixing.mixup, mixing.cutmix, mode=mixing.mode, **chances, **targets)
 
 
 def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: int) -> Optimizer:
@@ -317,23 +311,14 @@ def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: in
 
 def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, seed: int) -> Scheduler | None:
     """Stepped on updates, so that the rate falls within epochs too and ends at its minimum."""
-    warmup = settings.warmup_epochs
-    if warmup is None:
-        warmup = 5 if settings.epochs > 5 else 0
-    return create_scheduler_v2(
-        optimizer,
-        sched=settings.schedule,
-        num_epochs=settings.epochs,
-        warmup_epochs=warmup,
-        min_lr=settings.least_learning_rate,
-        warmup_lr=settings.warmup_learning_rate,
-        noise_seed=seed,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-        # timm's own training script has these, and its function others.
-        decay_epochs=30,
-        decay_milestones=[30, 60],
-    )[0]
+    usual = 5 if settings.epochs > 5 else 0
+    warmup = usual if settings.warmup_epochs is None else settings.warmup_epochs
+    epochs = {"num_epochs": settings.epochs, "warmup_epochs": warmup}
+    rates = {"min_lr": settings.least_learning_rate, "warmup_lr": settings.warmup_learning_rate}
+    updates = {"step_on_epochs": False, "updates_per_epoch": steps}
+    decays = {"decay_epochs": 30, "decay_milestones": [30, 60]}  # as in timm's own training script
+    options = {**epochs, **rates, **updates, **decays}
+    return create_scheduler_v2(optimizer, sched=settings.schedule, noise_seed=seed, **options)[0]
 
 
 def dense_copy(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
@@ -450,8 +435,9 @@ class Reporter(diffrate.Observer, CalibrationObserver):
 
     def on_plan(self, images: int, work: float, speed: float) -> None:
         self.work = work
-        passes, time = f"up to {work:.0f} forward passes of the dense model", f"about {work / speed / 60:.1f} minutes"
-        log.info("calibrated search: %d images, %s, %s at %.0f images/s", images, passes, time, speed)
+        passes = f"up to {work:.0f} forward passes of the dense model"
+        took = f"about {work / speed / 60:.1f} minutes at {speed:.0f} images/s"
+        log.info("calibrated search: %d images, %s, %s", images, passes, took)
 
     def on_trials(self, record: TrialRecord) -> None:
         figures = {"work": record.work, "loss": record.loss, "seconds": record.seconds}
