@@ -14,19 +14,7 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 from timm.layers.helpers import to_2tuple
-from timm.models import (
-    get_arch_name,
-    get_arch_pretrained_cfgs,
-    get_deprecated_models,
-    is_model,
-    list_pretrained,
-    load_model_config_from_hf,
-    model_entrypoint,
-    parse_model_name,
-    register_model,
-    resolve_pretrained_cfg,
-    split_model_name_tag,
-)
+from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg, split_model_name_tag
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -118,10 +106,10 @@ def register(entry: ModelEntry) -> None:
             load_weights(model, official_file(entry))
         return model
 
-    if not is_model(entry.name):
+    if not timm.is_model(entry.name):
         build.__name__ = build.__qualname__ = entry.name
         setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
-        register_model(build)
+        timm.models.register_model(build)
 
 
 for _entry in ZOO.values():
@@ -152,15 +140,15 @@ def full_name(name: str) -> str:
     Raises:
         UnknownModelError: timm has no such model, or no such tag of it; or it is a file.
     """
-    spelled = name if is_model(name) else name.replace("-", "_")
-    known = is_model(spelled)
+    spelled = name if timm.is_model(name) else name.replace("-", "_")
+    known = timm.is_model(spelled)
     if Path(name).suffix in WEIGHTS or (not known and Path(name).is_file()):
         raise UnknownModelError(
             f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
             "(--list-models), or no --model where --save left the file"
         )
     architecture, tag = split_model_name_tag(spelled)
-    current = get_deprecated_models().get(architecture, architecture) if known else None
+    current = timm.models.get_deprecated_models().get(architecture, architecture) if known else None
     if current is None:
         instead = "accepted: the names of --list-models"
         if "/" in name:
@@ -181,15 +169,15 @@ def _entry_of_timm(name: str) -> ModelEntry:
     """The entry of a name that timm takes."""
     try:
         with downloading(name):
-            source, identifier = parse_model_name(name)
+            source, identifier = timm.models.parse_model_name(name)
             options: dict[str, Any] = {}
             if not source:
                 architecture, tag = split_model_name_tag(identifier)
                 config = tag or None
             else:
-                read = load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
+                read = timm.models.load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
                 config, architecture, options = read(identifier)
-                if not is_model(architecture):
+                if not timm.is_model(architecture):
                     raise ValueError(f"its architecture {architecture!r} is none of timm's")
             config = resolve_pretrained_cfg(architecture, config).to_dict()
     except Exception as error:  # no network, repository, file or architecture: an error of its own each
@@ -227,11 +215,11 @@ def supported_names(
     yield from (name for name in ZOO if fnmatchcase(name, pattern))
     tags: dict[str, list[str]] = {}
     for name in timm.list_models(pattern, include_tags=True):  # a pattern without a tag is for all tags, as in timm
-        tags.setdefault(get_arch_name(name), []).append(name)
-    pretrained = set(list_pretrained())
+        tags.setdefault(timm.models.get_arch_name(name), []).append(name)
+    pretrained = set(timm.list_pretrained())
     for architecture, names in tags.items():
         # Most of timm's files have none of the kinds, and the zoo's own names, which have come already, are in none.
-        module = sys.modules[model_entrypoint(architecture).__module__]
+        module = sys.modules[timm.model_entrypoint(architecture).__module__]
         known = any(getattr(module, kind.__name__, None) is kind for kind in kinds)
         if known and _is_accepted(architecture, accepts):
             yield from [name for name in names if name in pretrained] or [architecture]

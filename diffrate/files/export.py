@@ -69,7 +69,7 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
     if found.shape != expected.shape:
         raise ExportError(f"logits of the file: found {list(found.shape)}; accepted: {list(expected.shape)}")
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-    differences = (found - expected).abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
+    differences = _largest(found - expected)
     ties = torch.zeros(len(images), dtype=torch.bool)
     generator = torch.Generator()
     for index in (differences > limit).nonzero()[:, 0]:
@@ -99,10 +99,8 @@ def fresh_images(live: Answer, size: tuple[int, int, int], outside: nn.Module, s
             found.append(images)
         if len(found) == wanted:
             return torch.cat(found)
-    raise ExportError(
-        f"found {len(found)} of {wanted} images on which the live model answers alike when they change a "
-        "little; accepted: a model that does"
-    )
+    alike = f"{len(found)} of {wanted} images on which the live model answers alike when they change a little"
+    raise ExportError(f"found {alike}; accepted: a model that does")
 
 
 def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -110,9 +108,9 @@ def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[
     return (images * (1 + NUDGE * torch.randn(images.shape, generator=generator)) for _ in range(times))
 
 
-def _largest(difference: Tensor) -> float:
-    """The largest absolute value; that of anything undefined is infinite."""
-    return float(difference.abs().nan_to_num(nan=torch.inf).max())
+def _largest(differences: Tensor) -> Tensor:
+    """The largest absolute value of each image, `[B]`; that of anything undefined is infinite."""
+    return differences.abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
 
 
 @dataclass(frozen=True)

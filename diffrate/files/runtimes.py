@@ -47,7 +47,7 @@ class Metadata(Header):
     precision: str
 
     def entries(self) -> dict[str, str]:
-        """JSON for each field, and for the format's name."""
+        """The fields and the format's name, as JSON each."""
         return {name: json.dumps(value) for name, value in {FORMAT_FIELD: FORMAT, **asdict(self)}.items()}
 
     @classmethod
@@ -69,24 +69,17 @@ class Metadata(Header):
 
 
 def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, opset: int = LEAST_OPSET) -> None:
-    """Write `program` with `entries` as metadata, in the operators of `opset`, weights beside it in `path`.data where
-    protobuf has no room."""
+    """Write `program` with `entries` as metadata, by the operators of `opset`; weights that protobuf has no room for go
+    to `path`.data."""
     import onnx
     from onnxscript import optimizer
 
     # What torch's exporter says of itself: its own deprecations, and of packages that it does not need.
     modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
     with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
-        made: Any = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            custom_translation_table=translations(opset),
-            optimize=False,
-        )
+        names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+        operators = {"opset_version": opset, "custom_translation_table": translations(opset)}
+        made: Any = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, **names, **operators)
         optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
         made.optimize()
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
@@ -104,12 +97,9 @@ def run_onnx(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[st
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
-
-    return logits, session.get_modelmeta().custom_metadata_map
+    session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    said = session.get_modelmeta().custom_metadata_map
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]), said
 
 
 def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
@@ -155,16 +145,13 @@ def run_openvino(path: Path, threads: int | None = None) -> tuple[Answer, Mappin
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     request = core.compile_model(model, "CPU", options).create_infer_request()
-
-    def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(request.infer([images.numpy()])[0].copy())
-
     said: Any = model.get_rt_info(SECTION).value if model.has_rt_info(SECTION) else {}
-    return logits, {name: str(item) for name, item in said.items()}
+    texts = {name: str(item) for name, item in said.items()}
+    return lambda images: torch.from_numpy(request.infer([images.numpy()])[0].copy()), texts
 
 
 class Kind(NamedTuple):
-    """A kind of file: `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`."""
+    """How a kind of file is written, from a program, entries, a path and for `.onnx` an opset; and how it is run."""
 
     write: Callable[..., None]
     run: Callable[[Path, int | None], tuple[Answer, Mapping[str, str]]]
