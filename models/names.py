@@ -227,10 +227,9 @@ def supported_names(
 
 def _is_accepted(architecture: str, accepts: Callable[[nn.Module], bool]) -> bool:
     """Whether a model without storage is accepted: with few blocks, or whole where timm builds none with few."""
-    with shapes_alone():
-        for depth in (DEPTH, None):
-            # Families of stages have no depth, and some models fix how many blocks are of a kind.
-            with suppress(Exception):
-                if accepts(timm.create_model(architecture, depth=depth)):
-                    return True
+    for depth in (DEPTH, None):
+        # Families of stages have no depth, and some models fix how many blocks are of a kind.
+        with suppress(Exception), shapes_alone():
+            if accepts(timm.create_model(architecture, depth=depth)):
+                return True
     return False

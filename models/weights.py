@@ -215,10 +215,9 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
     """The tensors of an archive as timm reads them into `model`, at an input of `size`, and a note on positions that
     were interpolated for it."""
     if not hasattr(model, "load_pretrained"):
-        raise CheckpointError(
-            f"checkpoint {path}: timm's {type(model).__name__} reads no {NUMPY} files; "
-            "accepted: a file of torch.save with plain tensors, or safetensors"
-        )
+        accepted = "a file of torch.save with plain tensors, or safetensors"
+        kind = type(model).__name__
+        raise CheckpointError(f"checkpoint {path}: timm's {kind} reads no {NUMPY} files; accepted: {accepted}")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"checkpoint {path}: found no NumPy archive; accepted: one of numpy.savez")
     try:
@@ -264,9 +263,8 @@ def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_a
     expected = model.state_dict().keys()
     if not state.keys() & expected:
         names, accepted = (", ".join(list(keys)[:SHOWN]) for keys in (found, expected))
-        raise CheckpointError(
-            f"checkpoint {name} does not fit the model: found {names}, ...; accepted: {accepted}, ..."
-        )
+        told = f"found {names}, ...; accepted: {accepted}, ..."
+        raise CheckpointError(f"checkpoint {name} does not fit the model: {told}")
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
@@ -290,9 +288,8 @@ def _convert(tensors: StateDict, model: nn.Module, name: str) -> StateDict:
             modules.insert(0, own)
     function: Any = next((getattr(module, CONVERTER) for module in modules if hasattr(module, CONVERTER)), None)
     if function is None:
-        raise CheckpointError(
-            f"{type(model).__name__}: timm has no {CONVERTER} for it; accepted: a model for which it has"
-        )
+        kind = type(model).__name__
+        raise CheckpointError(f"{kind}: timm has no {CONVERTER} for it; accepted: a model for which it has")
     # What timm's builders give their converters beyond the tensors and the model.
     wanted: dict[str, Any] = {"adapt_layer_scale": True}  # DeiT III's names, which no other model has
     if any(word in architecture for word in BILINEAR):
@@ -306,10 +303,8 @@ def _convert(tensors: StateDict, model: nn.Module, name: str) -> StateDict:
     except KeyError as error:
         raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
     except UNREADABLE as error:
-        raise CheckpointError(
-            f"checkpoint {name} does not fit the model: timm does not read it as weights of {kinds[0].__name__} "
-            f"({first_line(error)})"
-        ) from error
+        told = f"timm does not read it as weights of {kinds[0].__name__} ({first_line(error)})"
+        raise CheckpointError(f"checkpoint {name} does not fit the model: {told}") from error
 
 
 def _architecture(model: nn.Module) -> str:

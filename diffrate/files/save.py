@@ -276,22 +276,22 @@ def _structure(model: CompressedModel) -> dict[str, Any]:
 
 
 def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not those of `model`, or other counts than the header's."""
+    """Refuse tensors that are not those of `model`, or other counts than the header's.
+
+    All floating types are one, since a model may be in any.
+    """
     expected = dict(model.named_buffers()) | model.state_dict()
-    for name in expected | tensors:
-        found, accepted = (_shown(state.get(name)) for state in (tensors, expected))
+    ours, theirs = (
+        {name: f"{'floating' if item.is_floating_point() else item.dtype} {list(item.shape)}" for name, item in state}
+        for state in (expected.items(), tensors.items())
+    )
+    for name in ours | theirs:
+        found, accepted = theirs.get(name, "nothing"), ours.get(name, "nothing")
         if found != accepted:
             raise SavedModelError(f"{name}: found {found}; accepted: {accepted}")
     found, accepted = tensors[COUNTS].tolist(), expected[COUNTS].tolist()
     if found != accepted:
         raise SavedModelError(f"{COUNTS}: found {found}; accepted: {accepted}, as in the header")
-
-
-def _shown(tensor: Tensor | None) -> str:
-    """Shape and type of a tensor; all floating types are one, since a model may be in any."""
-    if tensor is None:
-        return "nothing"
-    return f"{'floating' if tensor.is_floating_point() else tensor.dtype} {list(tensor.shape)}"
 
 
 def _fill(model: CompressedModel, tensors: dict[str, Tensor], device: torch.device | str) -> None:
