@@ -9,7 +9,7 @@ import os
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from diffrate.atomic import first_line
 from diffrate.device import generators_kept, seed_everything
-from sample import ARCHIVE as SAMPLE_ARCHIVE
-from sample import unpack_sample
+from sample import ARCHIVE, unpack_sample
 from samplers import SeededOrder
 
 IMAGENET_CLASSES = 1000
@@ -36,6 +36,7 @@ TURNED = range(2, 9)  # EXIF orientations that are not upright
 # Formats of which Pillow gives grey pictures as 32-bit integers that fill 16 bits.
 SCALED_TO_16_BITS = ("PNG", "PPM")
 
+Labelled = tuple[list[tuple[str, int]], list[str]]  # files with their labels, and the names of the classes
 Transform = Callable[[Image.Image], Tensor]
 log = logging.getLogger(__name__)
 
@@ -60,20 +61,19 @@ def build_dataset(
     transform: Transform,
     head: int | None = None,
     names: Sequence[str] | None = None,
-    sample: Path = SAMPLE_ARCHIVE,
     upright: bool = False,
 ) -> LabelledDataset:
     """The `train` or `val` split of the data set `name`; only that split is opened.
 
     `head` is the number of classes of a model that was trained before, and `names` are its outputs'
     where they are known; labels are then its outputs. Without it the data decide how many there are.
-    SAMPLE without a `root` is the archive `sample`, unpacked on first use. `upright` turns pictures as EXIF says,
+    SAMPLE without a `root` is the archive that ships, unpacked on first use. `upright` turns pictures as EXIF says,
     which published accuracies do not.
 
     Raises:
         DataError: the data are missing, in another layout, or do not fit `head`.
     """
-    folder = _folder(name, root, sample)
+    folder = _folder(name, root)
     if name in IN_FOLDERS:
         return ImageFiles(*_class_folders(folder / split, head, names), transform, upright)
     dataset: LabelledDataset
@@ -100,7 +100,7 @@ def build_images(name: str, root: str | Path | None, transform: Transform, uprig
     """
     if name not in IN_FOLDERS:
         return build_dataset(name, root, "train", transform, upright=upright)
-    folder = _folder(name, root, SAMPLE_ARCHIVE)
+    folder = _folder(name, root)
     train = folder / "train"
     if not train.is_dir() and (folder / "val").is_dir():
         raise DataError(f"--data-path {folder}: val/ and no folder train/; accepted: both, or images without splits")
@@ -147,7 +147,7 @@ def load_image(path: str | Path, upright: bool = True) -> Image.Image:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers let through what damaged files make them stumble over
-        raise DataError(f"image {path}: cannot be read ({_reason(error)}); accepted: a whole image file") from error
+        raise DataError(f"image {path}: cannot be read ({first_line(error)}); accepted: a whole image file") from error
     if not upright or orientation not in TURNED:
         return picture
     picture.info.clear()  # the rest of the EXIF may be damaged
@@ -157,8 +157,11 @@ def load_image(path: str | Path, upright: bool = True) -> Image.Image:
 
 def turned_images(dataset: LabelledDataset) -> tuple[int, int]:
     """How many of the first images of `dataset` lie on a side or are mirrored by their EXIF, and of how many."""
-    looked_at = min(LOOKED_AT, len(dataset))
-    return sum(_is_turned(_name(dataset, index)) for index in range(looked_at)), looked_at
+    looked_at, turned = min(LOOKED_AT, len(dataset)), 0
+    for index in range(looked_at):
+        with suppress(Exception), _opened(_name(dataset, index)) as image:  # reading it will tell
+            turned += image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
+    return turned, looked_at
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
@@ -197,7 +200,8 @@ class Samples(Dataset[Any]):
                 raise
             return None, [_name(self.dataset, index)]
         except Exception as error:  # a transform's, of whatever kind
-            said = f"{type(error).__name__} ({_reason(error)})"
+            kind = type(error).__name__
+            said = f"{kind} ({(str(error) or kind).splitlines()[0]})"
             raise DataError(f"image {_name(self.dataset, index)}: {said} while it was read") from error
 
 
@@ -236,10 +240,11 @@ class ImageLoader(DataLoader[Any]):
                 self.unreadable.update(dict.fromkeys(files))
                 if batch is not None:
                     yield batch
-        except DataError as error:
-            raise DataError(_last_line(error)) from error
         except (RuntimeError, OSError, TypeError, ValueError, MemoryError) as error:
-            raise DataError(f"loading: {_last_line(error)}") from error
+            line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            if "Traceback" in str(error):  # of a loader process, message last
+                line = line.split(f"{DataError.__name__}: ", 1)[-1]
+            raise DataError(line if isinstance(error, DataError) else f"loading: {line}") from error
 
     def batches_from(self, epoch: int, batch: int) -> Iterator[Any]:
         """The batches of `epoch` from number `batch` on, without reading those before."""
@@ -277,11 +282,9 @@ def label_outputs(classes: Sequence[str], head: int, folder: str, names: Sequenc
     raise DataError(f"--data-path {folder} has {len(classes)} classes, the checkpoint's head {head}")
 
 
-def _inaturalist(root: Path, split: str, year: int) -> tuple[list[tuple[str, int]], list[str]]:
-    """Samples and classes of iNaturalist as the competition ships it: `val2018.json` beside its images.
-
-    Labels are the category ids in order; only the index of the split asked for is read.
-    """
+def _inaturalist(root: Path, split: str, year: int) -> Labelled:
+    """One split of iNaturalist as the competition ships it, by its index beside the images, such as `val2018.json`;
+    labels are the category ids in order."""
     index = root / f"{split}{year}.json"
     try:
         content = json.loads(index.read_text())
@@ -296,14 +299,11 @@ def _inaturalist(root: Path, split: str, year: int) -> tuple[list[tuple[str, int
         raise DataError(f"{index}: not an iNaturalist index ({error!r})".replace("\n", " ")) from error
 
 
-def _class_folders(
-    root: Path, head: int | None, names: Sequence[str] | None
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """Samples and classes of one split in ImageFolder's layout, `<class>/<image>`; labels are a model's outputs."""
+def _class_folders(root: Path, head: int | None, names: Sequence[str] | None) -> Labelled:
+    """One split in ImageFolder's layout, `<class>/<image>`; labels are a model's outputs."""
     if not root.is_dir():
-        raise DataError(
-            f"--data-path {root.parent}: no folder {root.name}/; accepted: train/ and val/ of class folders"
-        )
+        accepted = "train/ and val/ of class folders"
+        raise DataError(f"--data-path {root.parent}: no folder {root.name}/; accepted: {accepted}")
     try:
         classes = [name for name in find_classes(root)[0] if not name.startswith(".")]
         if not classes:
@@ -328,27 +328,20 @@ def _is_image(root: str, path: str) -> bool:
 
 
 def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _eight_bits(image, path).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    picture = Image.new("RGB", layer.size, "white")
-    picture.paste(layer, mask=layer)
-    return picture
-
-
-def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """A grey picture of 16-bit integers, or floats from 0 to 1, in 8 bits; Pillow itself would cut them off at 255.
-
-    Raises:
-        DataError: integers of no known range, or floats outside of theirs.
-    """
-    values, floats = np.asarray(image), image.mode == "F"
+    """A picture in RGB, 8 bits a colour: on white where it is transparent, scaled where it is of 16-bit integers or of
+    floats from 0 to 1, which Pillow itself would cut off at 255."""
+    floats = image.mode == "F"
+    if not (floats or image.mode.startswith("I")):
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        layer = image.convert("RGBA")
+        picture = Image.new("RGB", layer.size, "white")
+        picture.paste(layer, mask=layer)
+        return picture
+    values, most = np.asarray(image), 1 if floats else 65535
     known = floats or image.mode != "I" or image.format in SCALED_TO_16_BITS
-    most = 1 if floats else 65535
     if image.format == "TIFF" and not floats:
-        most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # type: ignore[attr-defined]  # 12 of 16 bits there are, too
+        most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # type: ignore[attr-defined]  # some use 12 of 16
     if not (known and values.min() >= 0 and values.max() <= most):  # also where there is one that is no number
         kind = "floats" if floats else "integers"
         accepted = "8 or 16 bits, or floats from 0 to 1"
@@ -356,7 +349,7 @@ def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     pixels = np.rint(values / most * 255).astype(np.uint8)
     if "transparency" in image.info:  # the one grey that stands for it
         pixels[values == image.info["transparency"]] = 255
-    return Image.fromarray(pixels)
+    return Image.fromarray(pixels).convert("RGB")
 
 
 @contextmanager
@@ -378,27 +371,19 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def _is_turned(path: str) -> bool:
-    try:
-        with _opened(path) as image:
-            return image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
-    except Exception:  # no file, or one that reading it will tell of
-        return False
-
-
 def _readable(samples: Sequence[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
     """A batch of the samples that there are, None of none, and the files that are left out."""
     there = [sample for sample, _ in samples if sample is not None]
     return default_collate(there) if there else None, [file for _, files in samples for file in files]
 
 
-def _folder(name: str, root: str | Path | None, archive: Path) -> Path:
-    """`data_root`, or what `archive` unpacks to."""
+def _folder(name: str, root: str | Path | None) -> Path:
+    """`data_root`, or the sample's folder."""
     folder = data_root(name, root)
     try:
-        return unpack_sample(archive) if folder is None else folder
+        return unpack_sample(ARCHIVE) if folder is None else folder
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise DataError(f"sample {archive}: cannot be unpacked beside itself ({_reason(error)})") from error
+        raise DataError(f"sample {ARCHIVE}: cannot be unpacked beside itself ({first_line(error)})") from error
 
 
 def _name(dataset: Any, index: Any) -> str:
@@ -407,13 +392,3 @@ def _name(dataset: Any, index: Any) -> str:
         dataset, index = dataset.dataset, dataset.indices[index]
     samples = getattr(dataset, "samples", None)
     return str(index) if samples is None else str(samples[index][0])
-
-
-def _last_line(error: Exception) -> str:
-    """The message alone: a loader process wraps it in its traceback, message last."""
-    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return last.split(f"{DataError.__name__}: ", 1)[-1] if "Traceback" in str(error) else last
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

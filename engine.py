@@ -60,14 +60,11 @@ def evaluate(
     """`diffrate.evaluate` with progress; `between` is called after each batch.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError, ScoresError: an image cannot be read, or its label does not fit the head.
         NonFiniteLossError: the loss is not finite.
-        ScoresError: as `diffrate.evaluate`.
     """
-    show = shown_scores(loader, runtime, between)
-    scores = diffrate.evaluate(
-        model, loader, multi_label=multi_label, device=runtime.device, precision=runtime.amp, callback=show
-    )
+    options = {"multi_label": multi_label, "device": runtime.device, "precision": runtime.amp}
+    scores = diffrate.evaluate(model, loader, **options, callback=shown_scores(loader, runtime, between))
     if not math.isfinite(scores.loss):
         raise diffrate.NonFiniteLossError(
             f"the loss is {scores.loss} on the validation images; accepted: weights, and a precision, that give numbers"
@@ -99,8 +96,8 @@ class Training:
     """The training of a model's weights at its fixed rates: its recipe, its position, and its checkpoints.
 
     teacher: the dense model, frozen, where its outputs count beside the labels. flags: what the training was started
-    with, for its checkpoints. They are `checkpoint.pth`, the last with all that is needed to go on, and
-    `model_best.pth`, the weights of the best top-1, both in the output folder.
+    with, for its checkpoints: in the output folder `checkpoint.pth`, the last, with all that is needed to go on, and
+    `model_best.pth`, the weights of the best top-1.
 
     Raises:
         UsageError: an optimizer that timm does not know, or cannot make here.
@@ -150,7 +147,8 @@ class Training:
             while at["epoch"] < self.settings.epochs:
                 if at["step"] < len(self.train):  # else it was stopped while it was scored
                     self._train_epoch(signals)
-                record = {"train_loss": at["losses"] / at["step"], "train_lr": self.learning_rate}
+                rate = self.optimizer.param_groups[0]["lr"]  # of the last update
+                record = {"train_loss": at["losses"] / at["step"], "train_lr": rate}
                 scores = self._score(self.scored, signals)
                 if self.ema is not None:
                     record["ema_acc1"] = self._score(self.ema.module, signals).acc1
@@ -171,16 +169,10 @@ class Training:
             log.info("%s  best %.3f", scores.line(flops), at["best"])
         return self.model if self.ema is None else self.ema.module
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the last update."""
-        return self.optimizer.param_groups[0]["lr"]
-
     def save(self) -> None:
         """Write `checkpoint.pth`."""
-        optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
-        rest = {"optimizer": optimizer, "scaler": scaler, "position": self.position}
-        self.runtime.save(self._weights() | rest, LAST)
+        states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        self.runtime.save(self._weights() | states | {"position": self.position}, LAST)
         self.saved = time.monotonic()
 
     def restore(self, path: Path) -> None:
@@ -202,8 +194,7 @@ class Training:
         log.info("going on from %s at epoch %d, step %d", path, self.position["epoch"], self.position["step"])
 
     def _train_epoch(self, signals: StopSignals) -> None:
-        """Train what is left of an epoch. Each step draws from a seed of its own, so that a resumed training draws
-        the same."""
+        """Train what is left of an epoch. Each step has a seed of its own: a resumed training draws the same."""
         at, processes, steps = self.position, self.runtime.processes, len(self.train)
         epoch, left = at["epoch"], steps - at["step"]
         self.trained.train()
@@ -221,24 +212,21 @@ class Training:
                     f"the loss is {mean} at epoch {epoch}, step {step}; try a lower --lr or --amp off"
                 )
             with self.changing:
-                self._update()
+                if self.settings.clip_grad is not None:
+                    self.scaler.unscale_(self.optimizer)
+                    dispatch_clip_grad(self.trained.parameters(), self.settings.clip_grad)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
                 if self.ema is not None:
                     self.ema.update(self.model, step=epoch * steps + step)
                 at.update(step=step + 1, losses=at["losses"] + mean)
             if stop or time.monotonic() - self.saved > SAVE_SECONDS:
                 self.save()
-            progress.advance(lambda: f"loss {at['losses'] / at['step']:.4f}  lr {self.learning_rate:.2e}")
+            rate = self.optimizer.param_groups[0]["lr"]
+            progress.advance(lambda rate=rate: f"loss {at['losses'] / at['step']:.4f}  lr {rate:.2e}")
             if stop:
                 progress.close()
                 raise StopRequestedError(f"stopped at epoch {epoch}, step {at['step']}: go on with --resume")
-
-    def _update(self) -> None:
-        """Change the weights by the gradients that are there."""
-        if self.settings.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.trained.parameters(), self.settings.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
 
     def _stop_late(self) -> str:
         """Save as after the last step, in the middle of another; nothing changes from here on."""
@@ -252,30 +240,27 @@ class Training:
         def stop() -> None:
             if signals.requested:
                 self.save()
-                raise StopRequestedError(
-                    f"stopped while epoch {self.position['epoch']} was scored: go on with --resume"
-                )
+                epoch = self.position["epoch"]
+                raise StopRequestedError(f"stopped while epoch {epoch} was scored: go on with --resume")
 
         return evaluate(model, self.val, self.runtime, stop)
 
     def _weights(self) -> dict[str, Any]:
-        kept, flags = self.model.get_kept_num(), dict(self.flags)
-        content = {"mode": FINETUNE, "model": self.model.state_dict(), "kept": kept, "flags": flags}
-        return content if self.ema is None else content | {"model_ema": self.ema.module.state_dict()}
+        averaged = {} if self.ema is None else {"model_ema": self.ema.module.state_dict()}
+        model, kept = self.model.state_dict(), self.model.get_kept_num()
+        return {"mode": FINETUNE, "model": model, "kept": kept, "flags": dict(self.flags), **averaged}
 
 
 def _train_step(model: nn.Module, training: Training, images: Tensor, labels: Tensor) -> Tensor:
     """Gradients of the weights of `model` for one update; the loss, detached."""
-    device = training.runtime.device
+    device, teacher = training.runtime.device, training.teacher
     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     if training.mixup is not None:
         images, labels = training.mixup(images, labels)
-    taught = None
     with training.runtime.autocast():
         logits = model(images, return_flop=False)
-        if training.teacher is not None:
-            with torch.no_grad():
-                taught = training.teacher(images, return_flop=False)
+        with torch.no_grad():
+            taught = None if teacher is None else teacher(images, return_flop=False)
     loss = training.criterion(logits.float(), labels)
     if taught is not None:
         loss = distilled(loss, logits, taught, training.settings.distill or 0.0)
@@ -285,8 +270,8 @@ def _train_step(model: nn.Module, training: Training, images: Tensor, labels: Te
 
 
 def distilled(loss: Tensor, outputs: Tensor, taught: Tensor, weight: float) -> Tensor:
-    """The labels' `loss`, and at `weight`, from 0 to 1, the divergence of logits `[B, K]` from those of the teacher:
-    that of Hinton et al. (2015) at a temperature of 1."""
+    """The labels' `loss`, and at `weight`, from 0 to 1, the divergence of logits `[B, K]` from the teacher's, as Hinton
+    et al. (2015) at a temperature of 1."""
     return (1 - weight) * loss + weight * divergence(outputs.float(), taught.float()).mean()
 
 
@@ -306,15 +291,9 @@ def build_mixup(mixing: Mixing, classes: int) -> Mixup | None:
     """Mixup and cutmix, None when both are off."""
     if not mixing.mixes:
         return None
-    return Mixup(
-        mixup_alpha=mixing.mixup,
-        cutmix_alpha=mixing.cutmix,
-        prob=mixing.probability,
-        switch_prob=mixing.switch_probability,
-        mode=mixing.mode,
-        label_smoothing=mixing.smoothing,
-        num_classes=classes,
-    )
+    chances = {"prob": mixing.probability, "switch_prob": mixing.switch_probability}
+    targets = {"label_smoothing": mixing.smoothing, "num_classes": classes}
+    return Mixup(mixing.mixup, mixing.cutmix, mode=mixing.mode, **chances, **targets)
 
 
 def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: int) -> Optimizer:
@@ -326,37 +305,26 @@ def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: in
     try:
         return create_optimizer_v2(model, opt=name, momentum=settings.momentum, **rates)
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # it needs a GPU, or a momentum
-        raise UsageError(
-            f"--opt {name}: {first_line(error)}; accepted: one that runs here, at this --momentum"
-        ) from error
+        accepted = "one that runs here, at this --momentum"
+        raise UsageError(f"--opt {name}: {first_line(error)}; accepted: {accepted}") from error
 
 
 def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, seed: int) -> Scheduler | None:
     """Stepped on updates, so that the rate falls within epochs too and ends at its minimum."""
-    warmup = settings.warmup_epochs
-    if warmup is None:
-        warmup = 5 if settings.epochs > 5 else 0
-    return create_scheduler_v2(
-        optimizer,
-        sched=settings.schedule,
-        num_epochs=settings.epochs,
-        warmup_epochs=warmup,
-        min_lr=settings.least_learning_rate,
-        warmup_lr=settings.warmup_learning_rate,
-        noise_seed=seed,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-        # timm's own training script has these, and its function others.
-        decay_epochs=30,
-        decay_milestones=[30, 60],
-    )[0]
+    usual = 5 if settings.epochs > 5 else 0
+    warmup = usual if settings.warmup_epochs is None else settings.warmup_epochs
+    epochs = {"num_epochs": settings.epochs, "warmup_epochs": warmup}
+    rates = {"min_lr": settings.least_learning_rate, "warmup_lr": settings.warmup_learning_rate}
+    updates = {"step_on_epochs": False, "updates_per_epoch": steps}
+    decays = {"decay_epochs": 30, "decay_milestones": [30, 60]}  # as in timm's own training script
+    options = {**epochs, **rates, **updates, **decays}
+    return create_scheduler_v2(optimizer, sched=settings.schedule, noise_seed=seed, **options)[0]
 
 
 def dense_copy(model: diffrate.CompressedModel) -> diffrate.CompressedModel:
     """`model` with the same weights and all tokens kept: frozen, and in evaluation mode."""
     dense = copy.deepcopy(model)
-    schedule = dense.dense_schedule()
-    dense.schedule = schedule
+    dense.schedule = dense.dense_schedule()
     return dense.requires_grad_(False).eval()
 
 
@@ -377,8 +345,8 @@ def read_training(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        where = f"--resume {path}: cannot be read ({first_line(error)})"
-        raise UsageError(f"{where}; accepted: the {LAST} of --finetune") from error
+        reason = first_line(error)
+        raise UsageError(f"--resume {path}: cannot be read ({reason}); accepted: the {LAST} of --finetune") from error
     found = content.get("mode", "weights alone") if isinstance(content, dict) else type(content).__name__
     if found != FINETUNE or "position" not in content:
         what = "weights alone" if found == FINETUNE else found
@@ -452,20 +420,14 @@ class Reporter(diffrate.Observer, CalibrationObserver):
         self.show(tally)
 
     def on_epoch(self, record: diffrate.EpochRecord) -> None:
-        counts = fields_of(record.schedule)
-        figures = {
-            "train_loss": record.loss,
-            "train_flops_loss": record.flops_loss,
-            **self._costs("train_", record.expected_flops),
-            "lr": record.learning_rate,
-        }
-        scores = {"gflops": record.flops / 1e9} if record.scores is None else record.scores.record(record.flops)
-        self.runtime.record({"mode": "search", "epoch": record.epoch, **figures, **scores, **counts})
+        counts, scores = fields_of(record.schedule), record.scores
+        losses = {"train_loss": record.loss, "train_flops_loss": record.flops_loss}
+        costs = self._costs("train_", record.expected_flops) | {"lr": record.learning_rate}
+        figures = {"gflops": record.flops / 1e9} if scores is None else scores.record(record.flops)
+        self.runtime.record({"mode": "search", "epoch": record.epoch, **losses, **costs, **figures, **counts})
         log_counts(counts)
-        if record.scores is not None:
-            log.info(record.scores.line(record.flops))
-        else:
-            log.info("* loss %#.3g flops %.3f", record.loss, record.flops / 1e9)
+        loss = f"* loss {record.loss:#.3g} flops {record.flops / 1e9:.3f}"
+        log.info(loss if scores is None else scores.line(record.flops))
         folder = self.runtime.output_dir
         if record.best and folder is not None and self.runtime.writes:
             with (folder / LAST).open("rb") as last, whole_file(folder / BEST) as best:
@@ -473,21 +435,17 @@ class Reporter(diffrate.Observer, CalibrationObserver):
 
     def on_plan(self, images: int, work: float, speed: float) -> None:
         self.work = work
-        log.info(
-            "calibrated search: %d images, up to %.0f forward passes of the dense model, about %.1f minutes at %.0f "
-            "images/s",
-            *(images, work, work / speed / 60, speed),
-        )
+        passes = f"up to {work:.0f} forward passes of the dense model"
+        took = f"about {work / speed / 60:.1f} minutes at {speed:.0f} images/s"
+        log.info("calibrated search: %d images, %s, %s", images, passes, took)
 
     def on_trials(self, record: TrialRecord) -> None:
         figures = {"work": record.work, "loss": record.loss, "seconds": record.seconds}
         self.runtime.append({"search": CALIBRATED, "stage": "trials"} | figures, WORK)
         if record.seconds - self.logged >= LOG_SECONDS:
             self.logged = record.seconds
-            log.info(
-                "Calibrate: [%.0f/%.0f]  %d schedules  loss %#.3g  %.0f s",
-                *(record.work, self.work, record.trials, record.loss, record.seconds),
-            )
+            done = f"[{record.work:.0f}/{self.work:.0f}]  {record.trials} schedules"
+            log.info("Calibrate: %s  loss %#.3g  %.0f s", done, record.loss, record.seconds)
 
     def _describe(self) -> str:
         """Means of the epoch so far."""
@@ -503,31 +461,25 @@ class Reporter(diffrate.Observer, CalibrationObserver):
 
 
 def log_counts(counts: Mapping[str, Any], before: str = "") -> None:
-    """A line for the kept counts of pruning and of merging, and for the rules, where a schedule has them; each begins
-    with `before`."""
+    """A line for each of a schedule's fields that is not None, which begins with `before`."""
     for name, values in counts.items():
         if values is not None:
             log.info("%s%s %s", before, name, values)
 
 
 def log_calibrated(found: Calibrated, runtime: Runtime) -> float:
-    """Log what each stage took, and whose schedule was chosen; its loss on the images held back.
-
-    The losses of uniform schedules are recorded, too.
-    """
+    """Log what each stage took, and whose schedule was chosen; its loss on the images held back."""
     for stage in found.stages:
         log.info("took: %-17s %6.0f forward passes of the dense model, %.1f s", stage.name, stage.work, stage.seconds)
     best: dict[str, float] = {}
     for name, loss in found.losses:
         best[name] = min(loss, best.get(name, loss))
     log.info("on images held back: %s", ", ".join(f"{name} {loss:#.3g}" for name, loss in best.items()))
+    reason = ""
     if len(found.alike) > 1:
-        log.info(
-            "chosen: %s, the simplest of %s: their losses differ by less than the noise of measurement (%#.3g)",
-            *(found.chosen, ", ".join(found.alike), found.noise),
-        )
-    else:
-        log.info("chosen: %s", found.chosen)
+        noise = f"their losses differ by less than the noise of measurement ({found.noise:#.3g})"
+        reason = f", the simplest of {', '.join(found.alike)}: {noise}"
+    log.info("chosen: %s%s", found.chosen, reason)
     for name, loss in best.items():
         if name.startswith(UNIFORM):
             stage = name.removeprefix(UNIFORM).strip()

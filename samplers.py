@@ -19,9 +19,9 @@ class SeededOrder(Sampler[tuple[int, int]]):
     """The indices of a training order, each with a seed for its augmentation; call `set_epoch` before each epoch.
 
     With `repeated`, three views of an image follow each other, on different processes where there are several
-    (repeated augmentation, Hoffer et al. 2020, as in DeiT's recipe). The seed depends on the run's seed, epoch and
-    position among all processes alone: a run repeats whatever the number of processes, and goes on in the middle of an
-    epoch as if it had not stopped.
+    (repeated augmentation, Hoffer et al. 2020). The seed depends on the run's seed, epoch and position among all
+    processes alone: a run repeats whatever the number of processes, and goes on within an epoch as if it had not
+    stopped.
     """
 
     def __init__(self, dataset: Dataset[Any], rank: int, world: int, repeated: bool, seed: int) -> None:

@@ -74,5 +74,5 @@ def _pictures(settings: Settings, entry: ModelEntry) -> torch.Tensor:
     log.info("comparing on %d images of %s", len(images), path)
     if not settings.run.export_normalize:
         return images
-    mean, std = Normalization(entry.mean, entry.std).columns()
-    return images * std + mean  # the file does what the transform has done
+    normalization = Normalization(entry.mean, entry.std)
+    return images * normalization.std + normalization.mean  # the file does what the transform has done

@@ -23,6 +23,8 @@ UNREADABLE = (
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message without the file's name, or the error's type where it has none."""
+    if type(error).__name__ == "LocalEntryNotFoundError":  # the hub's, whose message is a paragraph of advice
+        return "no connection, and nothing in the cache"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if str(error).startswith("Weights only load failed"):  # torch goes on to advise loading whatever is there

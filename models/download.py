@@ -13,10 +13,11 @@ from urllib.parse import urlparse
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.utils import LocalEntryNotFoundError, disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 
+from diffrate.atomic import first_line
 from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights
 
 # torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
@@ -26,12 +27,11 @@ log = logging.getLogger("progress")  # --quiet silences it
 
 
 def official_file(entry: ModelEntry, bar: bool = True) -> Path:
-    """The official weights of an entry of the zoo as a local file, downloaded on first use, with a progress bar
-    or a log line.
+    """The official weights of an entry of the zoo as a local file, downloaded on first use.
 
     Raises:
-        CheckpointError: no source could be reached; the message names each source tried and the
-            path where the file may be put by hand.
+        CheckpointError: there are none, or no source can be reached; the message names each source, and the path where
+            the file may be put by hand.
     """
     if isinstance(entry.weights, Path):
         return entry.weights
@@ -74,7 +74,7 @@ def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
     try:
         with downloading(source, bar):
             return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # every source fails in its own way
+    except Exception as error:
         remedy = "bring it into the Hugging Face cache (HF_HOME)" if source.startswith(HUB_SITE) else "connect"
         raise CheckpointError(
             f"cannot load the weights of {name}: tried {source} ({first_line(error)}). "
@@ -84,44 +84,34 @@ def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
 
 @contextmanager
 def downloading(source: str, bar: bool = True) -> Iterator[None]:
-    """Show a bar for downloads inside, or without `bar` log one line. A silent server times out, and the hub does not
-    warn on each retry."""
+    """Show a bar for downloads inside, or without `bar` log one line. A silent server times out."""
     if not bar:
         log.info("downloading %s", source)
         disable_progress_bars()
-    before = socket.getdefaulttimeout(), hub_logging.get_verbosity()
-    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub takes none
-    hub_logging.set_verbosity_error()
+    timeout, verbosity = socket.getdefaulttimeout(), hub_logging.get_verbosity()
+    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub has no argument for it
+    hub_logging.set_verbosity_error()  # else the hub warns on each retry
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before[0])
-        hub_logging.set_verbosity(before[1])
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, LocalEntryNotFoundError):
-        return "no connection, and nothing in the cache"
-    if str(error).startswith("Weights only load failed"):  # torch goes on to advise loading whatever is there
-        return "not plain tensors"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        socket.setdefaulttimeout(timeout)
+        hub_logging.set_verbosity(verbosity)
 
 
 def _kept_at(file: str) -> Path:
-    """Where a download is kept, and a file fetched by hand is looked for (`TORCH_HOME` moves it)."""
+    """The path of a download, and of a file put there by hand (`TORCH_HOME` moves it)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def _downloaded(source: str, target: Path, bar: bool) -> Path:
-    """`target`, downloaded if it is not there; or a repository's file in the hub's own cache."""
+    """`target`, downloaded if it is missing, or a repository's file in the hub's own cache."""
     if target.is_file():
         return target
     with downloading(source, bar):
         if source.startswith(HUB_SITE):
             return Path(huggingface_hub.hf_hub_download(source.removeprefix(HUB_SITE), "model.safetensors"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        found = HASH_IN_NAME.search(target.name)
+        digest = HASH_IN_NAME.search(target.name)
         # Writes to a temporary file first, and renames when the hash agrees.
-        torch.hub.download_url_to_file(source, str(target), hash_prefix=found and found.group(1), progress=bar)
+        torch.hub.download_url_to_file(source, str(target), hash_prefix=digest and digest[1], progress=bar)
     return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,31 +13,20 @@ from typing import Any
 import timm
 import torch
 from timm.data.config import resolve_data_config
-from timm.models import (
-    get_arch_name,
-    get_arch_pretrained_cfgs,
-    get_deprecated_models,
-    is_model,
-    list_pretrained,
-    load_model_config_from_hf,
-    model_entrypoint,
-    parse_model_name,
-    register_model,
-    resolve_pretrained_cfg,
-    split_model_name_tag,
-)
+from timm.layers.helpers import to_2tuple
+from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg, split_model_name_tag
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from models.download import downloading, first_line, official_file
+from diffrate.atomic import first_line
+from models.download import downloading, official_file
 from models.weights import load_weights
 from models.zoo import HUB_SITE, INPUTS, ZOO, InputSizeError, ModelEntry, Size, UnknownModelError, find
 
 HUB = "hf-hub:"
 SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
 CLOSE = 3  # names that a refusal suggests
-CHANNELS = 3
 DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
 WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".npz")  # how files of weights end
 # What fills a tensor in place when a model is built, most of the time that it takes without storage.
@@ -47,7 +36,7 @@ FILLING = frozenset(["uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_",
 def create(entry: ModelEntry, input_size: int | Size | None = None, **options: Any) -> nn.Module:
     """The dense timm model of an entry with fresh weights, for images of `input_size`: a side, or rows and columns.
 
-    `options` override the entry's. What the model's inputs are like is in its `pretrained_cfg`.
+    `options` override the entry's. The model's `pretrained_cfg` says what its inputs are like.
 
     Raises:
         InputSizeError: the patches of a ViT do not tile the input, or it is smaller than a convolution.
@@ -55,7 +44,7 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
     # The class count is given always: timm's default for ViT-H has no head.
     options = {"num_classes": entry.num_classes, **entry.options, **options}
     given = options.pop("img_size", entry.input_size)
-    size = _rows_columns(input_size or given)
+    size: Any = to_2tuple(input_size or given)  # rows and columns
     model: Any = timm.create_model(
         entry.architecture,
         pretrained=False,
@@ -87,11 +76,6 @@ class _WithoutFilling(TorchFunctionMode):
         return values[0] if skipped else func(*values, **(named or {}))
 
 
-def _rows_columns(size: int | Sequence[int]) -> Size:
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return rows, columns
-
-
 def _check_size(model: Any, size: Size, own: Size) -> None:
     """Refuse a size that loses pixels, unless it is the model's `own`: some published ones do."""
     flag = f"--input-size {size[0]}" if size[0] == size[1] else f"--input-size {size[0]} {size[1]}"
@@ -102,11 +86,10 @@ def _check_size(model: Any, size: Size, own: Size) -> None:
             raise InputSizeError(f"{flag}: accepted: from {least}, what the first convolution takes")
     # A convolutional stem before the patches leaves one pixel of each.
     embedding = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-    patch = _rows_columns(getattr(embedding, "patch_size", 1))
-    if size != own and (size[0] % patch[0] or size[1] % patch[1]):
-        if patch[0] == patch[1]:
-            raise InputSizeError(f"{flag}: accepted: a multiple of {patch[0]}, the side of a patch")
-        raise InputSizeError(f"{flag}: accepted: multiples of {patch[0]} and {patch[1]}, the sides of a patch")
+    rows, columns = map(int, to_2tuple(getattr(embedding, "patch_size", 1)))
+    if size != own and (size[0] % rows or size[1] % columns):
+        square, oblong = f"a multiple of {rows}, the side", f"multiples of {rows} and {columns}, the sides"
+        raise InputSizeError(f"{flag}: accepted: {square if rows == columns else oblong} of a patch")
 
 
 def register(entry: ModelEntry) -> None:
@@ -123,10 +106,10 @@ def register(entry: ModelEntry) -> None:
             load_weights(model, official_file(entry))
         return model
 
-    if not is_model(entry.name):
+    if not timm.is_model(entry.name):
         build.__name__ = build.__qualname__ = entry.name
         setattr(sys.modules[__name__], entry.name, build)  # timm looks builders up in their module
-        register_model(build)
+        timm.models.register_model(build)
 
 
 for _entry in ZOO.values():
@@ -157,19 +140,22 @@ def full_name(name: str) -> str:
     Raises:
         UnknownModelError: timm has no such model, or no such tag of it; or it is a file.
     """
-    spelled = name if is_model(name) else name.replace("-", "_")
-    known = is_model(spelled)
+    spelled = name if timm.is_model(name) else name.replace("-", "_")
+    known = timm.is_model(spelled)
     if Path(name).suffix in WEIGHTS or (not known and Path(name).is_file()):
         raise UnknownModelError(
             f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
             "(--list-models), or no --model where --save left the file"
         )
     architecture, tag = split_model_name_tag(spelled)
-    current = get_deprecated_models().get(architecture, architecture) if known else None
+    current = timm.models.get_deprecated_models().get(architecture, architecture) if known else None
     if current is None:
-        raise UnknownModelError(
-            f"--model {name}: {'no longer in timm' if known else 'unknown model'}; {_alternatives(name)}"
-        )
+        instead = "accepted: the names of --list-models"
+        if "/" in name:
+            instead = f"accepted: {HUB}{name} for a repository, or the names of --list-models"
+        elif close := get_close_matches(architecture.replace("-", "_"), {*ZOO, *timm.list_models()}, CLOSE):
+            instead = f"nearest: {', '.join(close)}; {instead}"
+        raise UnknownModelError(f"--model {name}: {'no longer in timm' if known else 'unknown model'}; {instead}")
     architecture, own_tag = split_model_name_tag(current)
     tag, configurations = tag or own_tag, get_arch_pretrained_cfgs(architecture)
     full = f"{architecture}.{tag}" if tag else next(iter(configurations), architecture)
@@ -179,31 +165,31 @@ def full_name(name: str) -> str:
     return full
 
 
-def _alternatives(name: str) -> str:
-    """What is accepted instead of an unknown name, after the names nearest to it, if any."""
-    if "/" in name:
-        return f"accepted: {HUB}{name} for a repository, or the names of --list-models"
-    architecture, _ = split_model_name_tag(name)
-    close = get_close_matches(architecture.replace("-", "_"), {*ZOO, *timm.list_models()}, CLOSE)
-    nearest = f"nearest: {', '.join(close)}; " if close else ""
-    return f"{nearest}accepted: the names of --list-models"
-
-
 def _entry_of_timm(name: str) -> ModelEntry:
     """The entry of a name that timm takes."""
     try:
         with downloading(name):
-            architecture, config, options = _resolve(name)
+            source, identifier = timm.models.parse_model_name(name)
+            options: dict[str, Any] = {}
+            if not source:
+                architecture, tag = split_model_name_tag(identifier)
+                config = tag or None
+            else:
+                read = timm.models.load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
+                config, architecture, options = read(identifier)
+                if not timm.is_model(architecture):
+                    raise ValueError(f"its architecture {architecture!r} is none of timm's")
+            config = resolve_pretrained_cfg(architecture, config).to_dict()
     except Exception as error:  # no network, repository, file or architecture: an error of its own each
         raise UnknownModelError(
             f"--model {name}: cannot read its config.json ({first_line(error)}); accepted: a timm model's repository "
             "that can be reached or is in the Hugging Face cache (HF_HOME), or a timm name with --checkpoint FILE"
         ) from error
-    inputs = resolve_data_config({}, pretrained_cfg=config)
+    options, inputs = options or {}, resolve_data_config({}, pretrained_cfg=config)
     channels, rows, columns = inputs["input_size"]
-    if channels != CHANNELS:
-        raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: {CHANNELS}")
-    given: dict[str, Any] = {key: inputs[key] for key in INPUTS} | {key: tuple(inputs[key]) for key in ("mean", "std")}
+    if channels != 3:
+        raise UnknownModelError(f"--model {name}: reads images of {channels} channels; accepted: 3")
+    given: dict[str, Any] = {key: tuple(inputs[key]) if key in ("mean", "std") else inputs[key] for key in INPUTS}
     # Where timm finds the weights, in the order in which it looks.
     file, hub, url = (config.get(key) for key in ("file", "hf_hub_id", "url"))
     return ModelEntry(
@@ -219,23 +205,6 @@ def _entry_of_timm(name: str) -> ModelEntry:
     )
 
 
-def _resolve(name: str) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
-    """The architecture that `name` stands for, its full pretrained configuration, and the model's own arguments.
-
-    Raises:
-        Exception: timm's or the hub's own, for a name that leads nowhere.
-    """
-    source, identifier = parse_model_name(name)
-    if not source:
-        architecture, tag = split_model_name_tag(identifier)
-        return architecture, resolve_pretrained_cfg(architecture, tag or None).to_dict(), {}
-    read = load_model_config_from_hf if source == "hf-hub" else load_model_config_from_path
-    config, architecture, arguments = read(identifier)
-    if not is_model(architecture):
-        raise ValueError(f"its architecture {architecture!r} is none of timm's")
-    return architecture, resolve_pretrained_cfg(architecture, config).to_dict(), arguments or {}
-
-
 def supported_names(
     pattern: str, kinds: Collection[type[nn.Module]], accepts: Callable[[nn.Module], bool]
 ) -> Iterator[str]:
@@ -246,22 +215,21 @@ def supported_names(
     yield from (name for name in ZOO if fnmatchcase(name, pattern))
     tags: dict[str, list[str]] = {}
     for name in timm.list_models(pattern, include_tags=True):  # a pattern without a tag is for all tags, as in timm
-        tags.setdefault(get_arch_name(name), []).append(name)
-    pretrained = set(list_pretrained())
+        tags.setdefault(timm.models.get_arch_name(name), []).append(name)
+    pretrained = set(timm.list_pretrained())
     for architecture, names in tags.items():
         # Most of timm's files have none of the kinds, and the zoo's own names, which have come already, are in none.
-        module = sys.modules[model_entrypoint(architecture).__module__]
+        module = sys.modules[timm.model_entrypoint(architecture).__module__]
         known = any(getattr(module, kind.__name__, None) is kind for kind in kinds)
         if known and _is_accepted(architecture, accepts):
             yield from [name for name in names if name in pretrained] or [architecture]
 
 
 def _is_accepted(architecture: str, accepts: Callable[[nn.Module], bool]) -> bool:
-    """Whether a model without storage is accepted: with few blocks, or whole where that is no model."""
-    with shapes_alone():
-        for depth in (DEPTH, None):
-            # Families of stages have no depth, and some models fix how many blocks are of a kind.
-            with suppress(Exception):
-                if accepts(timm.create_model(architecture, depth=depth)):
-                    return True
+    """Whether a model without storage is accepted: with few blocks, or whole where timm builds none with few."""
+    for depth in (DEPTH, None):
+        # Families of stages have no depth, and some models fix how many blocks are of a kind.
+        with suppress(Exception), shapes_alone():
+            if accepts(timm.create_model(architecture, depth=depth)):
+                return True
     return False

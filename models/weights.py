@@ -6,13 +6,12 @@ import copy
 import inspect
 import logging
 import math
-import pickle
 import re
 import sys
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,21 +23,20 @@ from timm.models import clean_state_dict, is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from models.download import fetch, first_line, official_file, timm_state
+from diffrate.atomic import UNREADABLE as UNREADABLE_BY_TORCH
+from diffrate.atomic import first_line
+from models.download import fetch, official_file, timm_state
 from models.zoo import CheckpointError, ModelEntry, Size
 
 StateDict = dict[str, Tensor]
 SHOWN = 3  # names of each kind in a message
 # What a patched model adds to its state: absent from official files, skipped for dense models.
 COMPRESSION_PREFIX = "compression."
-# The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm CAFormer;
-# original CAFormer. The first that is there says how many classes there are.
+# The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm's CAFormer; the original
+# CAFormer. The first that is there says how many classes there are.
 CLASSIFIERS = ("head.weight", "head_dist.weight", "head.fc.fc2.weight", "head.fc2.weight")
-# What torch, safetensors, NumPy and timm raise on files that are cut short, damaged or something else.
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, AssertionError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
-)
+# The errors of safetensors, NumPy and timm, too, on files that are cut short, damaged or something else.
+UNREADABLE = (*UNREADABLE_BY_TORCH, AssertionError, SafetensorError, zipfile.BadZipFile)
 # Words that tensors stand under, in timm's order, the averaged ones first; then those of BEiT v2 and I-JEPA.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
 POOLING = "attn_pool."  # files have it, and a model may be built without: timm leaves it out, too
@@ -54,8 +52,11 @@ log = logging.getLogger(__name__)
 
 
 class Read(NamedTuple):
-    """Tensors under timm's names and at the input's size, and as they were found; what to call them in messages; a note
-    on where in the file they were, and on each thing that was adapted."""
+    """What a file holds for a model.
+
+    state: tensors under timm's names and at the input's size. found: the same as they stand in the file. name: what
+    messages call them. notes: where in the file they were, and what was adapted.
+    """
 
     state: StateDict
     found: StateDict
@@ -64,7 +65,7 @@ class Read(NamedTuple):
 
 
 class LoadReport(NamedTuple):
-    """What loading did besides copying: the names of fresh tensors, and a note for the log on each thing."""
+    """What loading did besides copying: the names of fresh tensors, and notes for the log."""
 
     reinitialized: tuple[str, ...]
     notes: tuple[str, ...]
@@ -76,12 +77,10 @@ def load_weights(model: nn.Module, path_or_url: str | Path) -> LoadReport:
     Reads what timm's converter of the model's family reads: official files of DeiT and DeiT III, MAE, CAFormer, BEiT,
     EVA, CLIP, DINOv2 and others, timm's own, safetensors, the NumPy archives (`.npz`) of Google's ViTs, and what
     this project saves. A head with another number of classes keeps the model's fresh weights, and position
-    embeddings and tables of relative positions of another size are interpolated; the report and the log say so,
-    and under which word of the file the weights were found.
+    embeddings and tables of relative positions of another size are interpolated; the report and the log say so.
 
     Raises:
-        CheckpointError: the file is missing or unreadable, or does not fit the model, or is for patches of another
-            size.
+        CheckpointError: the file is missing or unreadable, or does not fit the model.
     """
     read = read_file(str(path_or_url), model)
     fresh, notes = fit_state(model, read.state, read.name)
@@ -130,8 +129,8 @@ def read_file(
             made_at = size if size[0] == size[1] else own
         return _converted(*_numpy_tensors(path, copy.deepcopy(model), made_at), model, source, made_at)
     found, notes = _tensors(path, source)
-    theirs, ours = found.get("pos_embed"), dict(model.named_parameters()).get("pos_embed")
     if made_at is None:
+        theirs, ours = found.get("pos_embed"), dict(model.named_parameters()).get("pos_embed")
         made_at = size if theirs is not None and ours is not None and theirs.shape == ours.shape else own
     return _converted(found, notes, model, source, made_at)
 
@@ -165,7 +164,14 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
         why = "there is no head" if headless else "the head has another number of classes"
         notes.append(f"{name}: {why}; {', '.join(fresh)} start fresh")
     found = {key: value for key, value in state.items() if key not in left_out.union(fresh)}
-    _check_fit(name, found, expected, optional.union(fresh))
+    wanted, given = ({key: list(value.shape) for key, value in tensors.items()} for tensors in (expected, found))
+    unchecked = optional.union(fresh)
+    wrong = [key for key in {**given, **wanted} if key not in unchecked and given.get(key) != wanted.get(key)]
+    if wrong:
+        wrong.sort(key=lambda key: (key not in wanted, key not in given))  # other shapes, missing, unexpected
+        rows = [f"{key} expected {wanted.get(key, 'nothing')} found {given.get(key, 'nothing')}" for key in wrong]
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise CheckpointError(f"checkpoint {name} does not fit the model: {'; '.join(rows[:SHOWN])}{more}")
     model.load_state_dict(found, strict=False)
     return LoadReport(tuple(fresh), tuple(notes))
 
@@ -176,20 +182,14 @@ def head_classes(state: StateDict) -> int | None:
 
 
 def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
-    """The tensors of a file called `name` under their own names, unwrapped, and a note on where in the file they were.
+    """The tensors of a file called `name` under their own names, unwrapped, and notes on where in the file they were.
 
     Averaged weights (`model_ema`) go before the plain ones when a file has both, as in timm.
-
-    Raises:
-        CheckpointError: the file is cut short, or holds no tensors by name.
     """
     try:
         with safe_globals([Namespace]):  # official files hold their flags
-            content: Any = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            safe = path.suffix == ".safetensors"
+            content: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise CheckpointError(
             f"checkpoint {path}: cannot be read, cut short or not a checkpoint ({first_line(error)}); "
@@ -212,27 +212,23 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
 
 
 def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict, list[str]]:
-    """The tensors of an archive as timm reads them into `model`, at an input of `size`; and a note on positions that
-    were interpolated for it, if any.
-
-    Raises:
-        CheckpointError: the file is damaged, or not one of such a model, or for patches of another size.
-    """
+    """The tensors of an archive as timm reads them into `model`, at an input of `size`, and a note on positions that
+    were interpolated for it."""
     if not hasattr(model, "load_pretrained"):
-        raise CheckpointError(
-            f"checkpoint {path}: timm's {type(model).__name__} reads no {NUMPY} files; "
-            "accepted: a file of torch.save with plain tensors, or safetensors"
-        )
+        accepted = "a file of torch.save with plain tensors, or safetensors"
+        kind = type(model).__name__
+        raise CheckpointError(f"checkpoint {path}: timm's {kind} reads no {NUMPY} files; accepted: {accepted}")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"checkpoint {path}: found no NumPy archive; accepted: one of numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            head, patches, positions = (
+            head, kernel, positions = (
                 next((arrays[name].shape for name in arrays.files if f"/{name}".endswith(f"/{ending}")), ())
                 for ending in ("head/bias", "embedding/kernel", "pos_embedding")
             )
-        if len(patches) == 4:  # rows, columns, channels, width
-            _check_patches(patches[:2], model, str(path))
+        if len(kernel) == 4:
+            rows, columns, channels, width = kernel
+            _check_patches([(width, channels, rows, columns)], model, str(path))
         if size is not None:
             model.set_input_size(img_size=size)
         model.reset_classifier(head[-1] if head else 0)  # read where it has as many classes as the model's
@@ -250,60 +246,39 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
     missing = [name for name, parameter in read.items() if parameter.isnan().any()]
     if missing:
         raise CheckpointError(f"checkpoint {path} does not fit the model: no numbers for {', '.join(missing[:SHOWN])}")
-    own = read.get("pos_embed")
-    notes = []
+    own, notes = read.get("pos_embed"), []
     if own is not None and len(positions) == 3 and positions[1] != own.shape[1]:
         notes = [f"{path}: positions resampled, {list(positions)} to {list(own.shape)}"]
     return {name: value.detach() for name, value in read.items()}, notes
 
 
 def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_at: Size | None) -> Read:
-    """`found` under timm's names and at the input's size of `model`; `name` starts messages.
-
-    Raises:
-        CheckpointError: timm has no converter for this kind of model, or it does not take these tensors, or their
-            patches are of another size; or they give no numbers.
-    """
-    converter, own = _converter(model), _patch_kernel(model)
-    if own is not None:  # whatever the layout, a kernel of patches has the model's width and channels
-        kernels = [value.shape[2:] for value in found.values() if value.ndim == 4 and value.shape[:2] == own.shape[:2]]
-        if kernels and own.shape[2:] not in kernels:
-            _check_patches(kernels[0], model, name)
+    """`found` under timm's names and at the input's size of `model`, trained at `made_at`; `name` starts messages."""
+    _check_patches([value.shape for value in found.values()], model, name)
     if made_at is not None:
         model.pretrained_model_args = {"img_size": made_at}  # where timm looks for the source's size
-    # timm's know nothing of ours, and some look every key up in the model.
+    # timm's converters do not know our tensors, and some look every key up in the model.
     ours = {key: value for key, value in found.items() if key.startswith(COMPRESSION_PREFIX)}
-    theirs = {key: value for key, value in found.items() if key not in ours}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, on how timm interpolates relative positions
-            state = {**converter(theirs, model), **ours}
-    except KeyError as error:
-        raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
-    except UNREADABLE as error:
-        kind = next(base.__name__ for base in type(model).__mro__ if base.__module__.startswith(TIMM))
-        raise CheckpointError(
-            f"checkpoint {name} does not fit the model: timm does not read it as weights of {kind} "
-            f"({first_line(error)})"
-        ) from error
+    state = _convert({key: value for key, value in found.items() if key not in ours}, model, name) | ours
     expected = model.state_dict().keys()
     if not state.keys() & expected:
         names, accepted = (", ".join(list(keys)[:SHOWN]) for keys in (found, expected))
-        raise CheckpointError(
-            f"checkpoint {name} does not fit the model: found {names}, ...; accepted: {accepted}, ..."
-        )
+        told = f"found {names}, ...; accepted: {accepted}, ..."
+        raise CheckpointError(f"checkpoint {name} does not fit the model: {told}")
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
-    return Read(state, found, name, (*notes, *_resampled(found, state, name)))
+    held = {value.untyped_storage().data_ptr() for value in found.values()}
+    made = [key for key in state if key.endswith(POSITIONS) and state[key].untyped_storage().data_ptr() not in held]
+    if made:
+        before = f" {list(found[made[0]].shape)}" if made[0] in found else ""
+        more = f", and {len(made) - 1} more" if len(made) > 1 else ""
+        notes = [*notes, f"{name}: positions resampled, {made[0]}{before} to {list(state[made[0]].shape)}{more}"]
+    return Read(state, found, name, tuple(notes))
 
 
-def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
-    """timm's converter for `model`, as the function that builds its architecture would call it.
-
-    Raises:
-        CheckpointError: timm has none.
-    """
+def _convert(tensors: StateDict, model: nn.Module, name: str) -> StateDict:
+    """`tensors` as timm's converter gives them for `model`, called as by the function that builds its architecture."""
     architecture = _architecture(model)
     kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith(TIMM)]
     modules = [sys.modules[kind.__module__] for kind in kinds]
@@ -313,16 +288,23 @@ def _converter(model: nn.Module) -> Callable[[StateDict, nn.Module], StateDict]:
             modules.insert(0, own)
     function: Any = next((getattr(module, CONVERTER) for module in modules if hasattr(module, CONVERTER)), None)
     if function is None:
-        raise CheckpointError(
-            f"{type(model).__name__}: timm has no {CONVERTER} for it; accepted: a model for which it has"
-        )
+        kind = type(model).__name__
+        raise CheckpointError(f"{kind}: timm has no {CONVERTER} for it; accepted: a model for which it has")
     # What timm's builders give their converters beyond the tensors and the model.
     wanted: dict[str, Any] = {"adapt_layer_scale": True}  # DeiT III's names, which no other model has
     if any(word in architecture for word in BILINEAR):
         aligned = any(word in architecture for word in ALIGNED_CORNERS)
         wanted |= {"interpolation": "bilinear", "antialias": False, "align_corners": aligned}
     options = {name: wanted[name] for name in wanted.keys() & inspect.signature(function).parameters.keys()}
-    return lambda state, target: function(state, target, **options)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on how timm interpolates relative positions
+            return dict(function(tensors, model, **options))
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {name} does not fit the model: unexpected {error.args[0]}") from error
+    except UNREADABLE as error:
+        told = f"timm does not read it as weights of {kinds[0].__name__} ({first_line(error)})"
+        raise CheckpointError(f"checkpoint {name} does not fit the model: {told}") from error
 
 
 def _architecture(model: nn.Module) -> str:
@@ -330,50 +312,20 @@ def _architecture(model: nn.Module) -> str:
     return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
 
 
-def _patch_kernel(model: nn.Module) -> Tensor | None:
-    """What turns patches into tokens, None in a model that has no such convolution."""
-    weight = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.ndim == 4 else None
-
-
-def _check_patches(found: Sequence[int], model: nn.Module, name: str) -> None:
-    """Refuse weights for patches of `found` rows and columns in a model of others, unless it was trained for any.
-
-    Raises:
-        CheckpointError: names both sizes, and timm's model with such patches if there is one.
-    """
-    own, architecture = _patch_kernel(model), _architecture(model)
-    if own is None or own.shape[2:] == tuple(found) or FLEXIBLE in architecture:
+def _check_patches(shapes: Iterable[Sequence[int]], model: nn.Module, name: str) -> None:
+    """Refuse tensors of these shapes for patches of another size than the model's, unless it was trained for any."""
+    architecture, own = _architecture(model), getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(own, nn.Conv2d) or FLEXIBLE in architecture:
         return
-    fitting = re.sub(r"patch\d+", f"patch{found[0]}", architecture)
+    # Whatever the layout, a kernel of patches has the model's width and channels.
+    width, channels, own_rows, own_columns = own.weight.shape
+    kernels = [tuple(shape[2:]) for shape in shapes if len(shape) == 4 and tuple(shape[:2]) == (width, channels)]
+    if not kernels or (own_rows, own_columns) in kernels:
+        return
+    rows, columns = kernels[0]
+    fitting = re.sub(r"patch\d+", f"patch{rows}", architecture)
     instead = f", or --model {fitting}" if is_model(fitting) else ""
-    (rows, columns), (own_rows, own_columns) = found, own.shape[2:]
     raise CheckpointError(
         f"checkpoint {name} does not fit the model: it is for patches of {rows} by {columns} pixels; "
         f"accepted: of {own_rows} by {own_columns}{instead}"
     )
-
-
-def _resampled(found: StateDict, state: StateDict, name: str) -> list[str]:
-    """A note on positions in `state` that are not the file's own in `found`, but interpolated ones, if any."""
-    held = {value.untyped_storage().data_ptr() for value in found.values()}
-    made = [key for key in state if key.endswith(POSITIONS) and state[key].untyped_storage().data_ptr() not in held]
-    if not made:
-        return []
-    first = made[0]
-    came = f" {list(found[first].shape)}" if first in found else ""
-    more = f", and {len(made) - 1} more" if len(made) > 1 else ""
-    return [f"{name}: positions resampled, {first}{came} to {list(state[first].shape)}{more}"]
-
-
-def _check_fit(name: str, found: StateDict, expected: Mapping[str, Tensor], optional: set[str]) -> None:
-    """Refuse tensors of other names or shapes than those `expected`, but for those that are `optional`."""
-    wanted, given = ({key: list(value.shape) for key, value in state.items()} for state in (expected, found))
-    wrong = [key for key in given if key in wanted and key not in optional and given[key] != wanted[key]]
-    wrong += [key for key in wanted if key not in given and key not in optional]
-    wrong += [key for key in given if key not in wanted]
-    if not wrong:
-        return
-    shown = [f"{key} expected {wanted.get(key, 'nothing')} found {given.get(key, 'nothing')}" for key in wrong[:SHOWN]]
-    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    raise CheckpointError(f"checkpoint {name} does not fit the model: {'; '.join(shown)}{more}")

@@ -19,7 +19,7 @@ INPUTS = ("crop_pct", "crop_mode", "mean", "std", "interpolation")
 
 
 class CheckpointError(ValueError):
-    """Weights that cannot be fetched, read or fitted to the model; one line, as that of the next two."""
+    """Weights that cannot be fetched, read or fitted to the model; one line."""
 
 
 class InputSizeError(ValueError):
@@ -31,8 +31,7 @@ class UnknownModelError(ValueError):
 
 
 class OfficialWeights(NamedTuple):
-    """The name that the download is kept under, or a file fetched by hand, and where it is published, in order: URLs
-    and the hub's repositories."""
+    """The file's name once downloaded, and where it is published, in order: URLs and the hub's repositories."""
 
     file: str
     sources: tuple[str, ...]
@@ -43,9 +42,9 @@ class ModelEntry:
     """A model: timm's architecture with `options`, and what its inputs are like.
 
     weights: a file, or as text the URL, folder or repository from which timm's own loader gets those of this name;
-    None where there are no official ones. num_classes: 0 for a model without a head. input_size: rows and columns,
-    in pixels. aliases: timm's names for the same model. config: timm's pretrained configuration, where it is not the
-    one that goes with the architecture. published: whether it is one of the paper's models.
+    None where there are no official ones. num_classes: 0 for a model without a head. aliases: timm's names for the same
+    model. config: timm's pretrained configuration, where it is not the one that goes with the architecture.
+    published: whether it is one of the paper's models.
     """
 
     name: str

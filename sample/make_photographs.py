@@ -14,7 +14,11 @@ import random
 import sys
 from pathlib import Path
 
+import timm
+import torch
 from PIL import Image
+
+import diffrate
 
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
@@ -43,19 +47,6 @@ def cut(photograph: Path, folder: Path, rng: random.Random) -> None:
             square.save(inside / f"{index:03d}.jpg", quality=90)
 
 
-def start(path: Path) -> None:
-    """A ViT with fresh weights, patched, at no reduction."""
-    import timm
-    import torch
-
-    import diffrate
-
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=len(PHOTOGRAPHS), **SHAPE)
-    diffrate.patch.vit(model)
-    diffrate.save(model, path)
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m sample.make_photographs FOLDER")
@@ -65,5 +56,7 @@ if __name__ == "__main__":
     folder, rng = Path(sys.argv[1]), random.Random(0)
     for name in PHOTOGRAPHS:
         cut(Path(package.origin).with_name("data") / name, folder, rng)
-    start(folder / "start.safetensors")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=len(PHOTOGRAPHS), **SHAPE)
+    diffrate.save(diffrate.patch.vit(model), folder / "start.safetensors")
     print(f"{folder}: {len(PHOTOGRAPHS)} classes, {len(PHOTOGRAPHS) * sum(count for _, count, _ in SPLITS):,} squares")

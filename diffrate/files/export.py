@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrate.atomic import first_line
 from diffrate.device import placement_of
 from diffrate.evaluation import modes_kept
-from diffrate.files.graph import Normalization, check_patched, traced
+from diffrate.files.graph import Normalization, traced
 from diffrate.files.header import ExportError, check_destination
-from diffrate.files.runtimes import KINDS, Metadata, load_exported, parts_of, whole_files
-from diffrate.files.save import header_of
+from diffrate.files.runtimes import KINDS, Answer, Metadata, load_exported, parts_of, whole_files
+from diffrate.files.save import check_patched, header_of
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
 from diffrate.timing import precision_name
@@ -30,8 +30,7 @@ TIE_NUDGES = 30  # of an image on which a file answers otherwise
 TRIES = 20  # images drawn for each that is wanted
 LONGEST = 300  # characters of another package's message
 LEAST_IMAGES = 2  # so that batches are not all of one size
-
-Answer = Callable[[Tensor], Tensor]
+Row = Sequence[float] | None  # a number for each channel
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
     if found.shape != expected.shape:
         raise ExportError(f"logits of the file: found {list(found.shape)}; accepted: {list(expected.shape)}")
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-    differences = (found - expected).abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
+    differences = _largest(found - expected)
     ties = torch.zeros(len(images), dtype=torch.bool)
     generator = torch.Generator()
     for index in (differences > limit).nonzero()[:, 0]:
@@ -82,8 +81,8 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
     return Agreement(largest[0], limit, float(same), len(images), source, int(ties.sum()), largest[1])
 
 
-def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalization | None, seed: int) -> Tensor:
-    """Random images for all `BATCHES`, as the file takes them: in [0, 1], or normalised by `outside`.
+def fresh_images(live: Answer, size: tuple[int, int, int], outside: nn.Module, seed: int) -> Tensor:
+    """Random images for all `BATCHES`, as the file takes them: in [0, 1], normalised by `outside`.
 
     Where two tokens are as important to the last bit, which of them goes is left to the order in which a runtime adds
     up: images whose logits change when the last bits of their values do are no test of a file, and others are drawn.
@@ -91,21 +90,17 @@ def fresh_images(live: Answer, size: tuple[int, int, int], outside: Normalizatio
     Raises:
         ExportError: there are no others.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, wanted = torch.Generator().manual_seed(seed), sum(BATCHES)
     found: list[Tensor] = []
-    wanted = sum(BATCHES)
     for _ in range(TRIES * wanted):
-        images = torch.rand(1, *size, generator=generator)
-        images = images if outside is None else outside.apply(images)
+        images = outside(torch.rand(1, *size, generator=generator))
         nudged, logits = list(_nudged(images, NUDGES, generator)), live(images)
         if all(_largest(logits - live(one)) < LIMITS["float32"] / 10 for one in nudged):
             found.append(images)
         if len(found) == wanted:
             return torch.cat(found)
-    raise ExportError(
-        f"found {len(found)} of {wanted} images on which the live model answers alike when they change a "
-        "little; accepted: a model that does"
-    )
+    alike = f"{len(found)} of {wanted} images on which the live model answers alike when they change a little"
+    raise ExportError(f"found {alike}; accepted: a model that does")
 
 
 def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -113,9 +108,9 @@ def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[
     return (images * (1 + NUDGE * torch.randn(images.shape, generator=generator)) for _ in range(times))
 
 
-def _largest(difference: Tensor) -> float:
-    """The largest absolute value; that of anything undefined is infinite."""
-    return float(difference.abs().nan_to_num(nan=torch.inf).max())
+def _largest(differences: Tensor) -> Tensor:
+    """The largest absolute value of each image, `[B]`; that of anything undefined is infinite."""
+    return differences.abs().nan_to_num(nan=torch.inf).flatten(1).amax(1)
 
 
 @dataclass(frozen=True)
@@ -159,19 +154,23 @@ def export(
         ExportError: another suffix, a missing package or folder, a precision that the file does not take, a model that
             is not patched or cannot be traced, a file that would not agree with it or cannot be written.
     """
-    path, precision = Path(path), precision_name(dtype)
-    check_patched(model)
+    check_patched(model, ExportError)
+    path, precision, size = Path(path), precision_name(dtype), input_size(model)
     check_destination(path, precision, opset)
-    _check_images(images, input_size(model))
+    if images is not None and (images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES):
+        accepted = f"[N, {', '.join(map(str, size))}] in torch.float32, N from {LEAST_IMAGES}"
+        raise ExportError(f"images: found {list(images.shape)} in {images.dtype}; accepted: {accepted}")
     metadata = _metadata(model, precision, normalize, name, classes, mean, std)
-    program = traced(model, dtype, _normalization(metadata) if normalize else None)
+    normalization: nn.Module = nn.Identity()
+    if metadata.mean is not None and metadata.std is not None:
+        normalization = Normalization(metadata.mean, metadata.std)
+    program = traced(model, dtype, normalization if normalize else None)
+    options = {} if opset is None else {"opset": opset}
     try:
         with whole_files(path) as scratch:
-            KINDS[path.suffix].write(
-                program, metadata.entries(), scratch, **({} if opset is None else {"opset": opset})
-            )
+            KINDS[path.suffix].write(program, metadata.entries(), scratch, **options)
             del program  # as large as the model
-            agreement = _checked(model, scratch, metadata, seed, images)
+            agreement = _checked(model, scratch, metadata, normalization, seed, images)
     except ExportError:
         raise
     except Exception as error:  # the writers have errors of their own
@@ -179,31 +178,18 @@ def export(
     return Exported(path, metadata, agreement, sum(part.stat().st_size for part in parts_of(path)))
 
 
-def _check_images(images: Tensor | None, size: tuple[int, int, int]) -> None:
-    """Refuse images that do not tell one batch size from another, or that the model does not take."""
-    if images is not None and (images.shape[1:] != size or images.dtype != torch.float32 or len(images) < LEAST_IMAGES):
-        raise ExportError(
-            f"images: found {list(images.shape)} in {images.dtype}; accepted: [N, {', '.join(map(str, size))}] in "
-            f"torch.float32, N from {LEAST_IMAGES}"
-        )
-
-
-def _checked(model: CompressedModel, path: Path, metadata: Metadata, seed: int, images: Tensor | None) -> Agreement:
-    """How the file at `path` compares with `model`, on `images` or on random ones.
-
-    Raises:
-        ExportError: they do not agree.
-    """
-    known, (device, dtype) = _normalization(metadata), placement_of(model)
-    inside, outside = (known, None) if metadata.normalizes else (None, known)
+def _checked(
+    model: CompressedModel, path: Path, metadata: Metadata, normalization: nn.Module, seed: int, images: Tensor | None
+) -> Agreement:
+    """How the file at `path` compares with `model`, on `images` or on random ones; an `ExportError` if it differs."""
+    (device, dtype), source = placement_of(model), "random" if images is None else "given"
+    inside, outside = (normalization, nn.Identity()) if metadata.normalizes else (nn.Identity(), normalization)
 
     def live(images: Tensor) -> Tensor:
-        images = images if inside is None else inside.apply(images)
-        return model(images.to(device, dtype), return_flop=False).float().cpu()
+        return model(inside(images).to(device, dtype), return_flop=False).float().cpu()
 
     with torch.inference_mode(), modes_kept(model):
         model.eval()
-        source = "random" if images is None else "given"
         if images is None:
             images = fresh_images(live, metadata.input_size, outside, seed)
         coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))
@@ -213,40 +199,26 @@ def _checked(model: CompressedModel, path: Path, metadata: Metadata, seed: int, 
     return agreement
 
 
-def _normalization(metadata: Metadata) -> Normalization | None:
-    return None if metadata.mean is None or metadata.std is None else Normalization(metadata.mean, metadata.std)
-
-
 def _metadata(
-    model: Any,
-    precision: str,
-    normalize: bool,
-    name: str | None,
-    classes: Sequence[str] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    model: Any, precision: str, normalize: bool, name: str | None, classes: Sequence[str] | None, mean: Row, std: Row
 ) -> Metadata:
-    """What the file will say of `model`.
-
-    Raises:
-        ExportError: `mean` or `std` are not a number for each channel, or are needed; `classes` not one per output.
-    """
+    """What the file will say of `model`."""
     config, channels = getattr(model, "pretrained_cfg", None) or {}, input_size(model)[0]
-    known = {name: row for name in ("mean", "std") if len(row := config.get(name) or ()) == channels}
-    mean, std = mean or known.get("mean"), std or known.get("std")  # timm keeps three of any
-    if mean is None or std is None:
-        mean = std = None
-    for field, row in (("mean", mean), ("std", std)):
-        if row is not None and len(row) != channels:
-            raise ExportError(f"{field}: found {list(row)}; accepted: {channels} numbers, one per channel")
-    if normalize and mean is None:
-        raise ExportError("normalize: found a model without mean and std; accepted: with mean and std as well")
+    rows: dict[str, Any] = {}
+    for field, given in (("mean", mean), ("std", std)):
+        if given and len(given) != channels:
+            raise ExportError(f"{field}: found {list(given)}; accepted: {channels} numbers, one per channel")
+        row = given or config.get(field) or ()
+        rows[field] = tuple(map(float, row)) if len(row) == channels else None  # timm keeps three of any
+    if None in rows.values():
+        rows = dict.fromkeys(rows)
+        if normalize:
+            raise ExportError("normalize: found a model without mean and std; accepted: with mean and std as well")
     if classes is not None and len(classes) != model.num_classes:
         raise ExportError(f"classes: found {len(classes)} names; accepted: {model.num_classes}, one per output")
     return Metadata(
         **header_of(model),
-        mean=None if mean is None else tuple(map(float, mean)),
-        std=None if std is None else tuple(map(float, std)),
+        **rows,
         model=name or config.get("architecture") or type(model).__name__,
         dense_gflops=model.flops_at(model.dense_schedule()) / 1e9,
         normalizes=normalize,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from diffrate.atomic import first_line
 from diffrate.device import no_warnings_of, placement_of
 from diffrate.files.header import TRACES, ExportError, check_torch
+from diffrate.files.save import check_patched
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
 
@@ -28,6 +29,11 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnxscript
 
     op: Any = onnxscript.opset23 if opset >= ATTENTION_OPSET else onnxscript.opset18
+
+    def side_by_side(heads: Any) -> Any:
+        """`[B, N, H D]` of heads `[B, H, N, D]`."""
+        _, count, tokens, width = heads.shape
+        return op.Reshape(op.Transpose(heads, perm=[0, 2, 1, 3]), op.Constant(value_ints=[-1, tokens, count * width]))
 
     def attention(
         query: Any,
@@ -50,7 +56,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         if bias is not None and bias.shape[2] == 1 and queries != 1:
             bias = op.Expand(bias, op.Constant(value_ints=[1, 1, queries, 1]))
         mixed, *_ = op.Attention(
-            *(_side_by_side(op, item) for item in (query, key, value)),
+            *map(side_by_side, (query, key, value)),
             *([] if bias is None else [bias]),
             q_num_heads=heads,
             kv_num_heads=heads,
@@ -94,10 +100,10 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _by_products(op: Any, query: Any, key: Any, value: Any, bias: Any, scale: float | None) -> Any:
-    """The same as two products, the first of which onnxruntime does with the transposing and the scale.
+    """The same as two products, the first of which onnxruntime fuses with the transposition and the scale.
 
-    It does so with the heads of all images in one axis alone: of keys with axes of their own for both, which come from
-    a transposing, it makes one that takes longer.
+    It does so with the heads of all images in one axis alone: where heads and images have an axis each, it copies the
+    keys once more.
     """
     (heads, queries, width), keys = query.shape[1:], key.shape[2]
     query, key = (
@@ -109,49 +115,35 @@ def _by_products(op: Any, query: Any, key: Any, value: Any, bias: Any, scale: fl
     return op.MatMul(op.Softmax(scores if bias is None else op.Add(scores, bias), axis=-1), value)
 
 
-def _side_by_side(op: Any, heads: Any) -> Any:
-    """`[B, N, H D]` of heads `[B, H, N, D]`."""
-    count, tokens, width = heads.shape[1], heads.shape[2], heads.shape[3]
-    return op.Reshape(op.Transpose(heads, perm=[0, 2, 1, 3]), op.Constant(value_ints=[-1, tokens, count * width]))
+class Normalization(nn.Module):
+    """Normalises images in [0, 1] by `mean` and `std`, a number for each channel."""
 
+    mean: Tensor
+    std: Tensor
 
-class Normalization(NamedTuple):
-    """What images in [0, 1] are normalised with, per channel."""
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def columns(self) -> tuple[Tensor, Tensor]:
-        """Mean and std as images take them, `[C, 1, 1]`."""
-        return torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
-
-    def apply(self, images: Tensor) -> Tensor:
-        """Normalise images in [0, 1]."""
-        mean, std = self.columns()
-        return (images - mean) / std
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` as the model takes them."""
+        return (images - self.mean) / self.std
 
 
 class Logits(nn.Module):
     """Logits `[B, K]` in float32 of images `[B, C, H, W]` in float32, whatever the precision of the weights."""
 
-    mean: Tensor | None
-    std: Tensor | None
-
-    def __init__(self, model: CompressedModel, dtype: torch.dtype, normalization: Normalization | None) -> None:
+    def __init__(self, model: CompressedModel, dtype: torch.dtype, normalization: nn.Module | None) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
-        mean, std = (None, None) if normalization is None else normalization.columns()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.model, self.dtype, self.normalization = model, dtype, normalization or nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """Of the model at its kept counts."""
-        if self.mean is not None:
-            images = (images - self.mean) / self.std  # type: ignore[operator]
-        return self.model(images.to(self.dtype), return_flop=False).float()
+        return self.model(self.normalization(images).to(self.dtype), return_flop=False).float()
 
 
-def traced(model: CompressedModel, dtype: torch.dtype, normalization: Normalization | None) -> ExportedProgram:
+def traced(model: CompressedModel, dtype: torch.dtype, normalization: nn.Module | None) -> ExportedProgram:
     """`model` at its kept counts as a graph on the CPU, with weights in `dtype`; the model itself is not touched.
 
     Raises:
@@ -182,7 +174,7 @@ def plain(model: CompressedModel) -> nn.Module:
     Raises:
         ExportError: `model` is not patched, torch is older than 2.8, or cannot trace it.
     """
-    check_patched(model)
+    check_patched(model, ExportError)
     check_torch("diffrate.plain", TRACES)
     program = traced(model, placement_of(model).dtype, None)
     # torch's own module of the graph has checks of its input inside that do not pickle.
@@ -196,13 +188,3 @@ def plain(model: CompressedModel) -> nn.Module:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.eliminate_dead_code()  # such as types that were asked for while the graph was traced
     return fx.GraphModule(whole, graph, class_name="Plain").eval()
-
-
-def check_patched(model: object) -> None:
-    """Refuse what was not patched.
-
-    Raises:
-        ExportError: says so.
-    """
-    if not isinstance(model, CompressedModel):
-        raise ExportError(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")

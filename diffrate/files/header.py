@@ -58,7 +58,7 @@ class SavedModelError(ValueError):
 
 
 class _Entry(NamedTuple):
-    """The values that an entry of the header takes, in words and as a check, and how it is written."""
+    """Which values an entry of the header takes, in words and as a check; `plain` ones are no JSON."""
 
     accepted: str
     fits: Callable[[Any], Any]
@@ -75,24 +75,21 @@ def _array_of(fits: Callable[[Any], bool], length: int | None = None) -> Callabl
     return lambda value: isinstance(value, list) and len(value) == (length or len(value) or 1) and all(map(fits, value))
 
 
-def _one_of(*words: str) -> _Entry:
-    return _Entry(f"one of {', '.join(words)}", words.__contains__, plain=True)
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | str) or _is_number(value)
-
-
 def is_argument(value: Any) -> bool:
     """Whether a value that JSON gives can be an argument: text, number, truth value or none, or an array of those."""
-    return _is_scalar(value) or _array_of(_is_scalar)(value)
+    items = value if isinstance(value, list) and value else [value]
+    return all(item is None or isinstance(item, bool | str) or _is_number(item) for item in items)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 _is_number = _between(-sys.float_info.max)
 _is_positive = _between(sys.float_info.min)
 _is_count = _between(1, whole=True)
 _SIZE = f"channels, height and width, whole numbers from 1 to {LONGEST}"
-_COUNTS = _Entry("an array of whole numbers from 1", _array_of(_is_count))
+_COUNTS = "an array of whole numbers from 1"
 _ENTRIES: Mapping[str, _Entry] = {
     "architecture": _Entry("the name of a timm model", re.compile(r"\w+").fullmatch, plain=True),
     "arguments": _Entry(
@@ -103,24 +100,21 @@ _ENTRIES: Mapping[str, _Entry] = {
     "input_size": _Entry(_SIZE, _array_of(_between(1, LONGEST, whole=True), 3)),
     "mean": _Entry("an array of numbers", _array_of(_is_number)),
     "std": _Entry("an array of numbers above 0", _array_of(_is_positive)),
-    "interpolation": _one_of(*INTERPOLATIONS),
+    "interpolation": _Entry(f"one of {', '.join(INTERPOLATIONS)}", INTERPOLATIONS.__contains__, plain=True),
     "crop_pct": _Entry("a number above 0", _is_positive),
-    "crop_mode": _one_of(*CROP_MODES)._replace(optional=True),
-    PRUNE_FIELD: _COUNTS._replace(optional=True),
-    MERGE_FIELD: _COUNTS,
+    "crop_mode": _Entry(f"one of {', '.join(CROP_MODES)}", CROP_MODES.__contains__, plain=True, optional=True),
+    PRUNE_FIELD: _Entry(_COUNTS, _array_of(_is_count), optional=True),
+    MERGE_FIELD: _Entry(_COUNTS, _array_of(_is_count)),
     TOKENS_FIELD: _Entry("a whole number from 1", _is_count),
     RULES_FIELD: _Entry("an array of names", _array_of(lambda name: name in RULE_NAMES), optional=True),
     "granularity": _Entry("two whole numbers from 1", _array_of(_is_count, 2)),
     "gflops": _Entry("a number from 0", _between(0)),
     "versions": _Entry(
-        "an object of texts",
-        lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values()),
+        "an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))
     ),
     "return_flop": _Entry("true or false", lambda value: isinstance(value, bool), optional=True),
-    "name": _Entry(
-        "a line of text", lambda value: bool(value.strip()) and value.isprintable(), plain=True, optional=True
-    ),
-    "classes": _Entry("an array of texts", _array_of(lambda text: isinstance(text, str)), optional=True),
+    "name": _Entry("a line of text", lambda value: value.strip() and value.isprintable(), plain=True, optional=True),
+    "classes": _Entry("an array of texts", _array_of(_is_text), optional=True),
 }
 
 
@@ -193,15 +187,24 @@ class About(Header):
         if metadata.get(FORMAT_FIELD) != FORMAT:
             raise _refusal(FORMAT_FIELD, metadata.get(FORMAT_FIELD), repr(FORMAT))
         values = {name: _read(metadata.get(name), name, entry) for name, entry in _ENTRIES.items()}
-        _check_together(values)
-        names = (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD, RULES_FIELD)
-        prune, merge, tokens, rules = (values.pop(name) for name in names)
-        schedule = Schedule(prune and tuple(prune), tuple(merge), tokens, rules and tuple(rules))
+        for name in sorted(values["arguments"].keys() - ARGUMENTS):
+            raise SavedModelError(f"arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
+        channels, classes, outputs = values["input_size"][0], values["classes"], values["num_classes"]
+        lengths = (3,) if channels == 3 else (channels, 3)  # timm keeps three for models of other channels
+        for name in ("mean", "std"):
+            if len(values[name]) not in lengths:
+                raise _refusal(name, metadata[name], " or ".join(f"{length} numbers" for length in lengths))
+        if classes is not None and len(classes) != outputs:
+            raise SavedModelError(f"classes: found {len(classes)} names; accepted: {outputs}, one per output")
+        given = arrays_as_tuples({name: value for name, value in values.items() if value is not None})
+        prune, merge, tokens, rules = (
+            given.pop(name, None) for name in (PRUNE_FIELD, MERGE_FIELD, TOKENS_FIELD, RULES_FIELD)
+        )
+        schedule = Schedule(prune, merge, tokens, rules)
         try:
             check_schedule(schedule, (tokens,) * len(merge), prune is not None)
         except ScheduleError as error:
             raise SavedModelError(str(error)) from error
-        given = arrays_as_tuples({name: value for name, value in values.items() if value is not None})
         return cls(schedule=schedule, **given)
 
 
@@ -210,12 +213,15 @@ def arrays_as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def fetch(reference: str) -> Path:
-    """The file of `hf-hub:USER/NAME[/FILE][@REVISION]` on this machine, downloaded on first use.
+def fetch(path: str | Path) -> Path:
+    """The file at `path`; `hf-hub:USER/NAME[/FILE][@REVISION]` is downloaded on first use.
 
     Raises:
         SavedModelError: the reference is of another form, or the file cannot be had.
     """
+    reference = str(path)
+    if not reference.startswith(PREFIX):
+        return Path(path)
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
@@ -236,12 +242,9 @@ def about(path: str | Path) -> About:
     if not path.is_file():
         raise SavedModelError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; {accepted}")
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata()
+        return About.from_metadata(_metadata(path))
     except (OSError, SafetensorError) as error:
         raise SavedModelError(f"{path}: cannot be read ({first_line(error)}); {accepted}") from error
-    try:
-        return About.from_metadata(metadata or {})
     except SavedModelError as error:
         raise SavedModelError(f"{path}: {error}") from error
 
@@ -249,10 +252,14 @@ def about(path: str | Path) -> About:
 def is_saved_model(path: str | Path) -> bool:
     """Whether a local file was written by `diffrate.save`, of whatever format; damaged or missing ones are not."""
     try:
-        with safe_open(str(Path(path).expanduser()), framework="np") as file:
-            return (file.metadata() or {}).get(FORMAT_FIELD, "").startswith(FORMAT.split()[0])
+        return _metadata(Path(path).expanduser()).get(FORMAT_FIELD, "").startswith(FORMAT.split()[0])
     except (OSError, SafetensorError):
         return False
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
 
 
 def _read(text: str | None, name: str, entry: _Entry) -> Any:
@@ -266,20 +273,6 @@ def _read(text: str | None, name: str, entry: _Entry) -> Any:
     if not entry.fits(value):
         raise _refusal(name, text, entry.accepted)
     return value
-
-
-def _check_together(values: Mapping[str, Any]) -> None:
-    """Refuse arguments that timm is not to get, and entries that do not fit the numbers of channels and of outputs."""
-    for name in sorted(values["arguments"].keys() - ARGUMENTS):
-        raise SavedModelError(f"arguments: found {name!r}; accepted: {', '.join(sorted(ARGUMENTS))}")
-    channels = values["input_size"][0]
-    lengths = (3,) if channels == 3 else (channels, 3)  # timm keeps three for models of other channels
-    for name in ("mean", "std"):
-        if len(values[name]) not in lengths:
-            raise _refusal(name, json.dumps(values[name]), " or ".join(f"{length} numbers" for length in lengths))
-    classes, outputs = values["classes"], values["num_classes"]
-    if classes is not None and len(classes) != outputs:
-        raise SavedModelError(f"classes: found {len(classes)} names; accepted: {outputs}, one per output")
 
 
 def _refusal(name: str, text: str | None, accepted: str) -> SavedModelError:
@@ -325,19 +318,13 @@ def target_of(path: Path) -> Target:
         raise ExportError(f"{path}: found the suffix {path.suffix!r}; accepted: {', '.join(TARGETS)}")
     missing = [name for name in target.packages if find_spec(name) is None]
     if missing:
-        raise ExportError(
-            f"{path}: needs {', '.join(missing)}; accepted: after pip install {' '.join(missing)}, or all of "
-            "requirements-export.txt"
-        )
+        install = f"pip install {' '.join(missing)}, or all of requirements-export.txt"
+        raise ExportError(f"{path}: needs {', '.join(missing)}; accepted: after {install}")
     return target
 
 
 def check_torch(what: str, least: tuple[int, ...]) -> None:
-    """Refuse `what` where torch is older than the version `least`.
-
-    Raises:
-        ExportError: it is.
-    """
+    """Raise an `ExportError` where torch is older than the version `least`, which `what` needs."""
     if tuple(map(int, version("torch").split(".")[:2])) < least:
         raise ExportError(f"{what}: needs torch {'.'.join(map(str, least))}; found {version('torch')}")
 

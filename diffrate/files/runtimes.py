@@ -29,7 +29,7 @@ DATA = ".data"  # what the name of the file with the weights ends in, where they
 METADATA = "metadata.json"  # among the extra files of `.pt2`
 WEIGHTS = ".bin"  # in place of the suffix `.xml`
 SECTION = "diffrate"  # of the runtime information of `.xml`
-Logits = Callable[[Tensor], Tensor]  # of float32 images `[B, C, H, W]` on the CPU, float32 logits `[B, K]`
+Answer = Callable[[Tensor], Tensor]  # float32 logits `[B, K]` of float32 images `[B, C, H, W]`, on the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Metadata(Header):
     precision: str
 
     def entries(self) -> dict[str, str]:
-        """JSON for each field, and for the format's name."""
+        """The fields and the format's name, as JSON each."""
         return {name: json.dumps(value) for name, value in {FORMAT_FIELD: FORMAT, **asdict(self)}.items()}
 
     @classmethod
@@ -69,24 +69,17 @@ class Metadata(Header):
 
 
 def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, opset: int = LEAST_OPSET) -> None:
-    """Write `program` with `entries` as metadata, in the operators of `opset`, weights beside it in `path`.data where
-    protobuf has no room."""
+    """Write `program` with `entries` as metadata, by the operators of `opset`; weights that protobuf has no room for go
+    to `path`.data."""
     import onnx
     from onnxscript import optimizer
 
     # What torch's exporter says of itself: its own deprecations, and of packages that it does not need.
     modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
     with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
-        made: Any = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            custom_translation_table=translations(opset),
-            optimize=False,
-        )
+        names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+        operators = {"opset_version": opset, "custom_translation_table": translations(opset)}
+        made: Any = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, **names, **operators)
         optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
         made.optimize()
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
@@ -97,19 +90,16 @@ def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, op
     onnx.checker.check_model(path)
 
 
-def run_onnx(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+def run_onnx(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
     """What runs the file, and what it says of itself."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
-
-    return logits, session.get_modelmeta().custom_metadata_map
+    session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    said = session.get_modelmeta().custom_metadata_map
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]), said
 
 
 def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
@@ -117,7 +107,7 @@ def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> 
     torch.export.save(program, path, extra_files={METADATA: json.dumps(entries)})
 
 
-def run_pt2(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+def run_pt2(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
     """As `run_onnx`; torch has its number of threads for the whole process."""
     extra = {METADATA: ""}
     with errors_alone("torch.export", "torch._export"):  # what is wrong with a file, the error says
@@ -145,7 +135,7 @@ def write_openvino(program: ExportedProgram, entries: dict[str, str], path: Path
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def run_openvino(path: Path, threads: int | None = None) -> tuple[Logits, Mapping[str, str]]:
+def run_openvino(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
     """As `run_onnx`, for each single request in turn."""
     import openvino
 
@@ -155,19 +145,16 @@ def run_openvino(path: Path, threads: int | None = None) -> tuple[Logits, Mappin
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     request = core.compile_model(model, "CPU", options).create_infer_request()
-
-    def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(request.infer([images.numpy()])[0].copy())
-
     said: Any = model.get_rt_info(SECTION).value if model.has_rt_info(SECTION) else {}
-    return logits, {name: str(item) for name, item in said.items()}
+    texts = {name: str(item) for name, item in said.items()}
+    return lambda images: torch.from_numpy(request.infer([images.numpy()])[0].copy()), texts
 
 
 class Kind(NamedTuple):
-    """A kind of file: `write(program, entries, path)`, of `.onnx` with an opset as well, and `run(path, threads)`."""
+    """How a kind of file is written, from a program, entries, a path and for `.onnx` an opset; and how it is run."""
 
     write: Callable[..., None]
-    run: Callable[[Path, int | None], tuple[Logits, Mapping[str, str]]]
+    run: Callable[[Path, int | None], tuple[Answer, Mapping[str, str]]]
 
 
 KINDS: Mapping[str, Kind] = {
@@ -180,7 +167,7 @@ KINDS: Mapping[str, Kind] = {
 class Loaded(NamedTuple):
     """An exported file that is ready to run, and what it says of its model."""
 
-    logits: Logits
+    logits: Answer
     metadata: Metadata
 
 
@@ -192,9 +179,8 @@ def load_exported(path: Path, threads: int | None = None) -> Loaded:
     """
     target = target_of(path)
     if not path.is_file():
-        raise ExportError(
-            f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; accepted: an exported file"
-        )
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ExportError(f"{path}: found {found}; accepted: an exported file")
     try:
         logits, entries = KINDS[path.suffix].run(path, threads)
     except Exception as error:  # each runtime has errors of its own

@@ -25,9 +25,7 @@ import diffrate
 from diffrate.atomic import first_line, whole_path
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.rates import RateError
-from diffrate.blocks.reduction import ReductionRule
-from diffrate.files import header as hub
-from diffrate.files.header import ARGUMENTS, CROP_MODES, About, SavedModelError, about, arrays_as_tuples, is_argument
+from diffrate.files.header import ARGUMENTS, About, SavedModelError, about, arrays_as_tuples, fetch, is_argument
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import channels_of, input_size
 from diffrate.patch.timm_families import families, vit
@@ -47,15 +45,14 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "embed_dim": lambda model: model.embed_dim,
     "num_heads": lambda model: model.blocks[0].attn.num_heads,
 }
-CONFIG_FIELDS = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+READ_OFF_CONFIG = ("mean", "std", "interpolation", "crop_pct")
 # What passes its input on in evaluation, whatever its rate.
 PASSING = (nn.Identity, nn.Dropout, DropPath)
-# Attributes that only training, first weights, or timm's own attention read; and one that is part of the state.
+# Attributes that only training, first weights, or timm's own attention read.
 UNREAD = {
-    *("training", "grad_checkpointing", "fused_attn", "drop_rate", "distilled_training", "schedule"),
+    *("training", "grad_checkpointing", "fused_attn", "drop_rate", "distilled_training"),
     *("weight_init_mode", "fix_init", "init_values", "head_init_scale"),
 }
-Plain = bool | int | float | str | ReductionRule
 
 
 def save(
@@ -80,7 +77,7 @@ def save(
     _check_alike(model, _rebuilt(described))
     state = dict(model.named_buffers()) | model.state_dict()
     fixed = copy.copy(model.compression)  # the model itself may be in search: it stays without a schedule
-    fixed.schedule = described.schedule
+    fixed._schedule = described.schedule  # and its rate logits go on learning
     state[COUNTS] = fixed.get_extra_state()
     # Copies, since a file takes no two tensors in one storage.
     tensors = {
@@ -105,7 +102,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> CompressedM
         SavedModelError: the file is missing, damaged or not of ours, or is of a model that the timm that
             is installed does not build.
     """
-    path = hub.fetch(str(path)) if str(path).startswith(hub.PREFIX) else Path(path)
+    path = fetch(path)
     described = about(path)
     try:
         with safe_open(path, "pt") as file:  # tensors in the file's own pages
@@ -113,7 +110,12 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> CompressedM
     except (OSError, SafetensorError) as error:
         raise SavedModelError(f"{path}: cannot be read ({first_line(error)})") from error
     try:
-        _check_depth(described, len(tensors))
+        for name in ("depth", "depths"):  # blocks that there are no tensors for would take for ever to build
+            found = described.arguments.get(name, 1)
+            depths = found if isinstance(found, list) else [found]
+            if any(isinstance(depth, int) and not 1 <= depth <= len(tensors) for depth in depths):
+                accepted = f"from 1 to the {len(tensors)} tensors of the file"
+                raise SavedModelError(f"arguments: found {name} {found}; accepted: {accepted}")
         model = _rebuilt(described)
         for name, built in {"num_classes": model.num_classes, "input_size": input_size(model)}.items():
             found = getattr(described, name)
@@ -126,6 +128,12 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> CompressedM
         raise SavedModelError(f"{path}: {error}") from error
     _fill(model, tensors, device)
     return model.eval()
+
+
+def check_patched(model: object, error: type[ValueError]) -> None:
+    """Raise `error` for what `diffrate.patch` has not patched."""
+    if not isinstance(model, CompressedModel):
+        raise error(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")
 
 
 def header_of(model: CompressedModel) -> dict[str, Any]:
@@ -141,8 +149,7 @@ def header_of(model: CompressedModel) -> dict[str, Any]:
 
 def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] | None) -> About:
     """What the file will say of `model`, checked as it will be when it is read."""
-    if not isinstance(model, CompressedModel):
-        raise SavedModelError(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")
+    check_patched(model, SavedModelError)
     if isinstance(classes, str):
         raise SavedModelError(f"classes: found {classes!r}; accepted: a sequence of texts, one per output")
     config: Any = getattr(model, "pretrained_cfg", None) or {}
@@ -157,8 +164,8 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
         architecture=architecture,
         arguments=_constructor_arguments(model, architecture),
         num_classes=model.num_classes,
-        **{name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct")},
-        crop_mode=config.get("crop_mode") or CROP_MODES[0],
+        **{name: config.get(name) for name in READ_OFF_CONFIG},
+        crop_mode=config.get("crop_mode") or About.crop_mode,
         granularity=(model.compression.granularity["prune"], model.compression.granularity["merge"]),
         name=name,
         classes=None if classes is None else tuple(classes),
@@ -170,11 +177,7 @@ def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] |
 def _constructor_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
     """What `timm.create_model` needs beyond the architecture's name to build a model like `model`, as JSON values.
 
-    Whether they are all it takes is for a comparison of the two models to say: what no argument stands for, or one
-    that is no JSON value, is passed over here.
-
-    Raises:
-        SavedModelError: timm builds none like it.
+    Parts that no argument stands for, or one that is no JSON value, are left to `_check_alike`.
     """
     # timm's own get_model_args adds what was not given, which not every architecture takes, and leaves rates out.
     given: Mapping[str, Any] = getattr(model, "_model_args", {})
@@ -209,9 +212,6 @@ def _plain_model(architecture: str, arguments: Mapping[str, Any]) -> Any:
     """timm's model as structure alone, on the meta device: no weights, no draws from a generator.
 
     `arguments` are JSON values; arrays reach timm as tuples, as its own defaults are.
-
-    Raises:
-        SavedModelError: this timm has no such architecture, or cannot build it with these arguments.
     """
     if not timm.is_model(architecture):
         raise SavedModelError(f"architecture: found {architecture!r}; accepted: a model of timm {timm.__version__}")
@@ -220,24 +220,20 @@ def _plain_model(architecture: str, arguments: Mapping[str, Any]) -> Any:
         with torch.device("meta"):
             model: Any = timm.create_model(architecture, pretrained=False, **given)
     except Exception as error:  # each constructor fails in its own way, and all mean: not with these
-        raise SavedModelError(
-            f"arguments: found {dict(arguments)}; accepted: what timm {timm.__version__} "
-            f"builds {architecture} with ({first_line(error)})"
-        ) from error
+        accepted = f"what timm {timm.__version__} builds {architecture} with ({first_line(error)})"
+        raise SavedModelError(f"arguments: found {dict(arguments)}; accepted: {accepted}") from error
     model._model_args = given  # for older timm, so that what was loaded can be saved
     return model
 
 
 def _rebuilt(about: About) -> Any:
-    """The compressed model on the meta device, without weights and schedule.
-
-    Raises:
-        SavedModelError: this timm, or this diffrate, cannot build it.
-    """
+    """The compressed model on the meta device, without weights and schedule."""
     model = _plain_model(about.architecture, about.arguments)
     # Not before it is built: timm would take the images' size for that of the table of positions.
-    config = {name: getattr(about, name) for name in CONFIG_FIELDS}
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config}
+    model.pretrained_cfg = model.default_cfg = {
+        **model.pretrained_cfg,
+        **{name: getattr(about, name) for name in ("num_classes", "input_size", "crop_mode", *READ_OFF_CONFIG)},
+    }
     try:
         with torch.device("meta"):
             return vit(model, *about.granularity, about.input_size[1:], about.return_flop)
@@ -248,22 +244,17 @@ def _rebuilt(about: About) -> Any:
 
 
 def _check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
-    """Refuse a model that computes otherwise than `rebuilt` would with its weights.
+    """Refuse a model that computes otherwise than `rebuilt` would with its weights, by the first part that differs.
 
     Compared are the kinds, settings and shapes of all parts, but for what changes nothing in evaluation.
-
-    Raises:
-        SavedModelError: names the first part that differs.
     """
     ours, theirs = _structure(model), _structure(rebuilt)
     needed = "" if hasattr(model, "_model_args") else f"; create_model of timm {KEEPS_ARGUMENTS} keeps what it is given"
     for part in ours | theirs:
         found, built = ours.get(part, "nothing"), theirs.get(part, "nothing")
         if found != built:
-            architecture = rebuilt.pretrained_cfg["architecture"]
-            raise SavedModelError(
-                f"{part}: found {found}; accepted: {built}, as timm {timm.__version__} builds {architecture}{needed}"
-            )
+            origin = f"as timm {timm.__version__} builds {rebuilt.pretrained_cfg['architecture']}{needed}"
+            raise SavedModelError(f"{part}: found {found}; accepted: {built}, {origin}")
 
 
 def _structure(model: CompressedModel) -> dict[str, Any]:
@@ -275,40 +266,27 @@ def _structure(model: CompressedModel) -> dict[str, Any]:
             continue
         structure[name] = f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})"
         settings = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in UNREAD}
-        facts = {key: _as_list(value) for key, value in settings.items() if _is_plain(value)}
-        tensors = {**module._parameters, **module._buffers}
-        facts |= {key: None if tensor is None else list(tensor.shape) for key, tensor in tensors.items()}
+        facts = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
         # None is like nothing at all: where a part was taken away, timm leaves one or the other.
-        structure |= {f"{name}.{key}".strip("."): value for key, value in facts.items() if value is not None}
+        facts = {key: value for key, value in facts.items() if value is not None and is_argument(value)}
+        tensors = {**module._parameters, **module._buffers}
+        facts |= {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
+        structure |= {f"{name}.{key}".strip("."): value for key, value in facts.items()}
     return structure
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, Plain)
-
-
-def _as_list(value: Any) -> Any:
-    return list(map(_as_list, value)) if isinstance(value, tuple | list) else value
-
-
-def _check_depth(described: About, tensors: int) -> None:
-    """Refuse depths that there are not the tensors for: the blocks of some would take for ever to build."""
-    for name in ("depth", "depths"):
-        found = described.arguments.get(name, 1)
-        depths = found if isinstance(found, list) else [found]
-        if any(isinstance(depth, int) and not 1 <= depth <= tensors for depth in depths):
-            raise SavedModelError(
-                f"arguments: found {name} {found}; accepted: from 1 to the {tensors} tensors of the file"
-            )
-
-
 def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not those of `model`, or other counts than the header's."""
+    """Refuse tensors that are not those of `model`, or other counts than the header's.
+
+    All floating types are one, since a model may be in any.
+    """
     expected = dict(model.named_buffers()) | model.state_dict()
-    for name in expected | tensors:
-        found, accepted = (_shown(state.get(name)) for state in (tensors, expected))
+    ours, theirs = (
+        {name: f"{'floating' if item.is_floating_point() else item.dtype} {list(item.shape)}" for name, item in state}
+        for state in (expected.items(), tensors.items())
+    )
+    for name in ours | theirs:
+        found, accepted = theirs.get(name, "nothing"), ours.get(name, "nothing")
         if found != accepted:
             raise SavedModelError(f"{name}: found {found}; accepted: {accepted}")
     found, accepted = tensors[COUNTS].tolist(), expected[COUNTS].tolist()
@@ -316,18 +294,11 @@ def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor]) -> None:
         raise SavedModelError(f"{COUNTS}: found {found}; accepted: {accepted}, as in the header")
 
 
-def _shown(tensor: Tensor | None) -> str:
-    """Shape and type of a tensor; all floating types are one, since a model may be in any."""
-    if tensor is None:
-        return "nothing"
-    return f"{'floating' if tensor.is_floating_point() else tensor.dtype} {list(tensor.shape)}"
-
-
 def _fill(model: CompressedModel, tensors: dict[str, Tensor], device: torch.device | str) -> None:
     """Replace the tensors of `model` by copies of `tensors` on `device`, with their types.
 
     Copies, since a file may change while the model is in use, and aligns tensors to no more than 8 bytes,
-    where kernels may round otherwise. The counts are Python's integers: they stay where they are.
+    where kernels may round otherwise. The counts, which become Python's integers, stay on the CPU.
     """
     copies = {name: tensor if name == COUNTS else tensor.to(device, copy=True) for name, tensor in tensors.items()}
     state = model.state_dict().keys()

@@ -132,6 +132,7 @@ def test_a_model_in_search_is_saved_with_the_counts_of_its_rates(path: Path, fam
     save(model, path)
     assert model.training
     assert model.compression.schedule is None
+    assert all(rate.requires_grad for rate in model.arch_parameters())
     loaded = load(path)
     assert loaded.compression.schedule is not None
     assert loaded.get_kept_num() == counts
