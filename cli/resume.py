@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cli.settings import Settings, declared, dest_of
 from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
 from diffrate.searching.settings import FLAGS, OPTIONS, flag_of
-from engine import LAST, digest, read_training
+from engine import LAST, digest
 from models.zoo import ModelEntry
 from utils import UsageError
 
@@ -33,16 +32,13 @@ HELD = {
 # The flags from before there was a choice.
 EARLIER = {dest_of(flag): OPTIONS[name].default for name, flag in FLAGS.items()}
 EARLIER |= {"search_transform": PAPER.transform, "exif": False}
-log = logging.getLogger(__name__)
 
 
 def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
     """The checkpoint that `--resume` names; for `auto` the output folder's, None while there is none."""
     resume = settings.run.resume
-    if resume is None:
-        return None
     if resume != AUTO:
-        return Path(resume)
+        return None if resume is None else Path(resume)
     if runtime.output_dir is None:
         raise UsageError("--resume auto needs --output_dir")
     path = runtime.output_dir / LAST
@@ -53,29 +49,17 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
     """The flags that decide how a search goes on: with other values, it is another search."""
     search, use = settings.search, settings.latency
     speed = {"latency_batch": use.batch_size, "latency_precision": use.precision, "compile": use.compile}
-    saved = {FLAGS[name].removeprefix("--"): value for name, value in search.record().items() if name in FLAGS}
     return {
         "model": entry.name,
         "target_flops": target.gflops,
         **{kind: target.value if target.kind == kind else None for kind in (SPEEDUP, LATENCY)},
         **(speed if target.timed else {}),
-        **saved,
+        **{FLAGS[name].removeprefix("--"): value for name, value in search.record().items() if name in FLAGS},
         "batch-size": batch_size,
         "search": search.method,
         "search_transform": settings.recipe.transform,
         "exif": settings.data.exif,
     }
-
-
-def check_search(path: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse the checkpoint of another search than that of `identity`.
-
-    Raises:
-        UsageError: names the flag that differs; or the file is missing, damaged, or of another kind.
-    """
-    content = _read_search(path)
-    _check(path, content, identity)
-    log.info("going on from %s at epoch %d, step %d", path, content["epoch"], content["step"])
 
 
 def training_flags(
@@ -91,18 +75,8 @@ def training_flags(
     """
     flags = {name: value for name, value in settings.run.flags.items() if name in HELD}
     kept = [list(counts or ()) for counts in model.get_kept_num()]
-    started = {} if teacher is None else {STARTED: digest(teacher)}
-    identity = {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
-    return flags | identity | started
-
-
-def check_training(path: Path, flags: Mapping[str, Any]) -> None:
-    """Refuse the checkpoint of another training than that of `flags`.
-
-    Raises:
-        UsageError: as `check_search`.
-    """
-    _check(path, read_training(path), flags)
+    flags |= {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
+    return flags if teacher is None else flags | {STARTED: digest(teacher)}
 
 
 def use_searched(model: diffrate.CompressedModel, settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
@@ -116,35 +90,44 @@ def use_searched(model: diffrate.CompressedModel, settings: Settings, entry: Mod
     path = resume_path(settings, runtime)
     if path is None:
         raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
-    content = _read_search(path)
-    _check(path, content, {"model": entry.name})
+    content = read_search(path)
+    check_flags(path, content, {"model": entry.name})
     schedule = searched_schedule(path)
-    if schedule.tokens is None and not settings.model.scale:  # older files do not say it
-        _check(path, content, {"input_size": settings.run.flags["input_size"]})
     if settings.model.scale:
         schedule = fit_tokens(schedule, model)
+    elif schedule.tokens is None:  # older files do not say it
+        check_flags(path, content, {"input_size": settings.run.flags["input_size"]})
     model.check(schedule, f"--resume {path}: ")
     model.schedule = schedule
 
 
-def _read_search(path: Path) -> dict[str, Any]:
+def read_search(path: Path) -> dict[str, Any]:
+    """The content of a search's checkpoint.
+
+    Raises:
+        UsageError: the file is missing, damaged, or of another kind.
+    """
     try:
         return read_checkpoint(path)
     except diffrate.SearchCheckpointError as error:
         raise UsageError(f"--resume {error}") from error
 
 
-def _check(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_flags(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another run than that of the flags `expected`.
+
+    Raises:
+        UsageError: names the flag that differs.
+    """
     found = content.get("flags", {})
     for name, value in expected.items():
         parsed = dest_of(name)
         made = found.get(name, found.get(parsed, EARLIER.get(parsed)))
-        if made != value and not (name == "model" and _same_model(str(made), value)):
-            called = name if name in (KEPT, STEPS, STARTED) else f"--{name}"
-            raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")
-
-
-def _same_model(made: str, name: str) -> bool:
-    """Whether two names differ in a pretrained tag that one of them does not say."""
-    bare = models.bare_name(name)
-    return models.bare_name(made) == bare and bare in (made, name)
+        if made == value:
+            continue
+        if name == "model":  # the same where one of the two names does not say the pretrained tag of the other
+            bare = models.bare_name(value)
+            if models.bare_name(str(made)) == bare and bare in (made, value):
+                continue
+        called = name if name in (KEPT, STEPS, STARTED) else f"--{name}"
+        raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")

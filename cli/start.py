@@ -34,6 +34,7 @@ PLACES = {
     "eval": ("evaluate", "run"),
     "finetune": ("evaluate", "run_finetune"),
     "baseline": ("evaluate", "run_baseline"),
+    "export": ("evaluate", "run_export"),
     "list_models": ("evaluate", "run_list_models"),
     "sensitivity": ("search", "run_sensitivity"),
 }
