@@ -53,7 +53,7 @@ from engine import LAST, Reporter, build_criterion, build_mixup, evaluate, log_c
 from models import entry_of
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
-from utils import StopSignals, UsageError
+from utils import StopSignals, UsageError, make_output_dir
 
 PART = 512  # images
 log = logging.getLogger(__name__)
@@ -86,10 +86,12 @@ def run(settings: Settings, runtime: Runtime) -> None:
         most = model.compression.patches - 1
         raise UsageError(f"--granularity {settings.model.granularity}: accepted: from 1 to {most}")
     budgets, table = budgets_of(settings, model, runtime)
+    output_dir = runtime.output_dir
+    assert output_dir is not None, "flags make sure of a folder"
     for number, (target, budget) in enumerate(budgets.items(), start=1):
         # Several targets have a folder each for their checkpoints, and one file for their schedules.
         folder = f"{target.kind if target.timed else 'target'}_{target}"
-        inner = runtime.inside(folder) if len(budgets) > 1 else runtime
+        inner = replace(runtime, output_dir=make_output_dir(output_dir / folder)) if len(budgets) > 1 else runtime
         # A huge model needs no second copy for the last.
         one = searched._replace(model=model if number == len(budgets) else copy.deepcopy(model))
         found = _search_one(target, budget, table, one, inner)
