@@ -42,12 +42,7 @@ PASSES = 3
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
-    """Measure what `--benchmark` names, and report it.
-
-    Raises:
-        ScheduleError, InputSizeError, DataError: the schedule, a size or the data do not fit.
-        ExportError, UsageError: a file to time is none, or takes other images than the others.
-    """
+    """Measure what `--benchmark` names, and report it."""
     kind, data, device = settings.run.benchmark, settings.data, runtime.device
     precisions = (settings.run.amp,) if settings.run.amp else ("off", "bf16")
     dtypes = [AMP_DTYPES[name] or torch.float32 for name in precisions]
@@ -95,11 +90,7 @@ def _latency(settings: Settings, entry: ModelEntry, model: diffrate.CompressedMo
 
 
 def _file_rows(settings: Settings, setting: Setting) -> Iterator[Row]:
-    """Time the files that `--benchmark` names beside the model that they were exported from.
-
-    Raises:
-        UsageError: one is of another model than the first, or takes other images.
-    """
+    """Time the files that `--benchmark` names beside the model that they were exported from."""
     files = [speed.open_file(path) for path in map(Path, settings.run.timed)]
     first = files[0].loaded.metadata
     size = settings.model.input_size or first.input_size[1:]
@@ -121,11 +112,7 @@ def _file_rows(settings: Settings, setting: Setting) -> Iterator[Row]:
 
 
 def _subject(settings: Settings) -> Subject:
-    """The model at the schedule of the flags or of the file that `--checkpoint` names; its weights do not matter.
-
-    Raises:
-        ScheduleError: no such schedule, or one that does not fit; before anything is timed.
-    """
+    """The model at the schedule of the flags or of the file that `--checkpoint` names; its weights do not matter."""
     chosen = settings.model
     saved = is_saved_model(chosen.checkpoint)
     entry = chosen_entry(chosen if saved else replace(chosen, checkpoint=FROM_SCRATCH))
@@ -136,11 +123,7 @@ def _subject(settings: Settings) -> Subject:
 
 
 def _images(settings: Settings, entry: ModelEntry) -> Subset[Any]:
-    """The validation images of `--data-path`, or the photographs that ship, over and over; whole batches.
-
-    Raises:
-        DataError: fewer images than two batches.
-    """
+    """The validation images of `--data-path`, or the photographs that ship, over and over; whole batches."""
     data, size, rounds = settings.data, settings.data.batch_size, settings.run.rounds
     dataset: LabelledDataset
     if data.path is None:

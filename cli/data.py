@@ -93,11 +93,7 @@ def _images(
     head: int | None = None,
     names: Sequence[str] | None = None,
 ) -> LabelledDataset:
-    """A split of the data set; without one, the images to search on, whatever their labels.
-
-    Raises:
-        DataError: as `build_dataset` and `build_images`.
-    """
+    """A split of the data set; without one, the images to search on, whatever their labels."""
     data = settings.data
     if split is None:
         return build_images(data.data_set, data.path, transform, data.exif)
@@ -169,18 +165,14 @@ def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime)
 def _loader(
     dataset: Samples, sampler: Iterable[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
 ) -> ImageLoader:
-    """A loader on processes of its own, by default one per core of this process's share.
-
-    Raises:
-        UsageError: far more processes than there are cores, or images of a batch that alone take all memory: asked
-            for it, the system may end the process without a word.
-    """
+    """A loader on processes of its own, by default one per core of this process's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most, workers = WORKERS_A_CORE * cores, settings.data.workers
     if workers is None:
         workers = max(1, cores // runtime.processes.local_world)
     elif workers > most:
         raise UsageError(f"--num_workers {workers}: accepted: 0 to {most} on {cores} cores")
+    # Asked for more memory than there is, the system may end the process without a word.
     size, together = settings.model.input_size, min(batch_size, len(dataset))
     if size is not None and hasattr(os, "sysconf"):
         fitting = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (3 * 4 * size[0] * size[1])

@@ -12,16 +12,7 @@ from torch import nn
 
 import diffrate
 import models
-from cli.data import (
-    check_same_classes,
-    eval_dataset,
-    eval_loader,
-    input_size_of,
-    pictures,
-    train_dataset,
-    train_loader,
-    warn_of_turned,
-)
+from cli import data, results
 from cli.model import (
     Plan,
     Weights,
@@ -37,8 +28,6 @@ from cli.model import (
     trained_model,
 )
 from cli.recipe import with_augmentation, with_rate
-from cli.results import report, save_model, save_schedules
-from cli.resume import check_flags, resume_path, training_flags, use_searched
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import budgets_of, kept_as
 from cli.settings import OFFICIAL, Settings
@@ -60,14 +49,15 @@ log = logging.getLogger(__name__)
 def run(settings: Settings, runtime: Runtime) -> None:
     """Score, report, and with `--save` leave the model in a file."""
     plan, plain, weights, val = trained_model(settings, runtime)
-    warn_of_turned(settings, runtime, val)
+    data.warn_of_turned(settings, runtime, val)
     model = compressed(plain, settings.model, plan, weights)
-    use_searched(model, settings, plan.entry, runtime)
+    results.use_searched(model, settings, plan.entry, runtime)
     classes = output_names(val, model.num_classes, weights)
-    save_model(settings, plan.entry, model, classes, runtime)  # before its weights change precision
+    results.save_model(settings, plan.entry, model, classes, runtime)  # before its weights change precision
     running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
-    loader = eval_loader(val, settings, runtime)
-    report("eval", plan.entry, model, evaluate(running, loader, inside, None, settings.model.multi_label), runtime)
+    loader = data.eval_loader(val, settings, runtime)
+    scores = evaluate(running, loader, inside, multi_label=settings.model.multi_label)
+    results.report("eval", plan.entry, model, scores, runtime)
 
 
 def run_finetune(settings: Settings, runtime: Runtime) -> None:
@@ -76,34 +66,31 @@ def run_finetune(settings: Settings, runtime: Runtime) -> None:
     plan = planned(settings, entry)
     weights = read_weights(settings.model, plan, runtime)
     # The data decide the classes: a head that does not fit starts fresh.
-    train, val = train_dataset(settings, entry), eval_dataset(settings, entry)
-    check_same_classes(train, val)
+    train, val = data.train_dataset(settings, entry), data.eval_dataset(settings, entry)
+    data.check_same_classes(train, val)
     if len(train.classes) == 1:
         raise UsageError(f"--data-path {settings.data.path}: found one class; accepted: two or more, to tell apart")
     fewer = with_augmentation(settings, len(train))
     if fewer != settings:
-        settings, train = fewer, train_dataset(fewer, entry)
-    warn_of_turned(settings, runtime, train, val)
-    loader = train_loader(train, settings, runtime)
+        settings, train = fewer, data.train_dataset(fewer, entry)
+    data.warn_of_turned(settings, runtime, train, val)
+    loader = data.train_loader(train, settings, runtime)
     settings = with_rate(settings, len(train), loader.batch_size or 1, runtime)
     model = _finetuned(settings, plan, weights, len(train.classes)).to(runtime.device)
     teacher = None if settings.training.distill is None else dense_copy(model)
-    flags, resume = training_flags(settings, entry, model, len(loader), teacher), resume_path(settings, runtime)
+    flags = results.training_flags(settings, entry, model, len(loader), teacher)
+    resume = results.resume_path(settings, runtime)
     if resume is not None:
-        check_flags(resume, read_training(resume), flags)
-    training = Training(model, teacher, loader, eval_loader(val, settings, runtime), settings, flags, runtime)
+        results.check_flags(resume, read_training(resume), flags)
+    training = Training(model, teacher, loader, data.eval_loader(val, settings, runtime), settings, flags, runtime)
     if resume is not None:
         training.restore(resume)
-    save_model(settings, entry, training.run(), output_names(val, len(train.classes)), runtime)
+    results.save_model(settings, entry, training.run(), output_names(val, len(train.classes)), runtime)
 
 
 def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -> diffrate.CompressedModel:
-    """The model to train, with a fresh head where the weights have none or the data have other classes.
-
-    Raises:
-        UsageError: a fresh head, where it is to be taught by the dense model.
-    """
-    size, drop_path = input_size_of(settings.model, plan.entry), settings.model.drop_path
+    """The model to train, with a fresh head where the weights have none or the data have other classes."""
+    size, drop_path = data.input_size_of(settings.model, plan.entry), settings.model.drop_path
     model = models.create(plan.entry, size, num_classes=classes, drop_path_rate=drop_path)
     notes: tuple[str, ...] = ("training from scratch",)
     if weights.state is not None:
@@ -127,9 +114,9 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
         model = meta_model(settings.model, entry)  # the schedules alone need neither weights nor images
     else:
         _, plain, _, val = trained_model(settings, runtime)
-        warn_of_turned(settings, runtime, val)
+        data.warn_of_turned(settings, runtime, val)
         model = patched(plain, settings.model).to(runtime.device)
-        loader = eval_loader(val, settings, runtime)
+        loader = data.eval_loader(val, settings, runtime)
     space = model.compression.space.ruled(settings.search.rule or PUBLISHED)
 
     def uniform(budget: Budget, *_: Schedule) -> Schedule:
@@ -146,24 +133,20 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
         else:
             model.schedule = schedule
             scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
-            report(f"baseline {kind}", entry, model, scores, runtime)
+            results.report(f"baseline {kind}", entry, model, scores, runtime)
         if speed is not None:
             log.info(speed.line())
-        save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
+        results.save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
 
 
 def run_export(settings: Settings, runtime: Runtime) -> None:
-    """Write the file that `--export` names, and say how it compares with the model; main process only.
-
-    Raises:
-        DataError: fewer images of `--data-path` than a comparison takes.
-    """
+    """Write the file that `--export` names, and say how it compares with the model; main process only."""
     path, folder, entry = settings.run.export, settings.data.path, chosen_entry(settings.model)
     assert path is not None, "the mode that is asked for"
     model, names = named_model(settings, entry, runtime)
     if not runtime.processes.is_main:
         return
-    images = None if folder is None else pictures(settings, entry, COMPARED)
+    images = None if folder is None else data.pictures(settings, entry, COMPARED)
     if images is not None:
         if len(images) < LEAST_IMAGES:
             raise DataError(f"--data-path {folder}: found {len(images)} images; accepted: {LEAST_IMAGES} or more")
@@ -192,11 +175,7 @@ def run_export(settings: Settings, runtime: Runtime) -> None:
 
 
 def run_list_models(settings: Settings, runtime: Runtime) -> None:
-    """Print a name a line, as they are found.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """Print the names that match, a line each, as soon as each is known."""
     pattern = settings.run.pattern
     assert pattern is not None, "the mode that is asked for"
     if not runtime.processes.is_main:

@@ -18,7 +18,7 @@ from torch import nn
 import diffrate
 import models
 from cli.data import eval_dataset, input_size_of
-from cli.resume import use_searched
+from cli.results import use_searched
 from cli.runtime import Runtime, local_main_first
 from cli.schedules import chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
@@ -149,12 +149,7 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
 
 
 def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weights:
-    """What `--checkpoint` names.
-
-    Raises:
-        CheckpointError: it cannot be fetched or read, or gives no numbers.
-        ScheduleError: it was trained at counts that are none.
-    """
+    """What `--checkpoint` names."""
     source, entry = settings.checkpoint, plan.entry
     if source == FROM_SCRATCH:
         return Weights(None, FROM_SCRATCH)
@@ -180,11 +175,7 @@ def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weigh
 def plain_model(
     settings: ModelSettings, entry: ModelEntry, weights: Weights, classes: int, **options: Any
 ) -> nn.Module:
-    """The plain timm model with `weights`, and as many classes as they have, if any; fresh ones with `classes`.
-
-    Raises:
-        CheckpointError, InputSizeError: the weights, or the input's size, do not fit.
-    """
+    """The plain timm model with `weights`, and as many classes as they have, if any; fresh ones with `classes`."""
     outputs = classes if weights.state is None else weights.head or 0
     model = models.create(entry, input_size_of(settings, entry), num_classes=outputs, **options)
     if weights.state is not None:
@@ -194,11 +185,7 @@ def plain_model(
 
 
 def compressed(model: nn.Module, settings: ModelSettings, plan: Plan, weights: Weights) -> diffrate.CompressedModel:
-    """`model`, patched in place if it is not, at the schedule of the flags, else of its weights, else dense.
-
-    Raises:
-        ScheduleError: no such schedule, or one that does not fit.
-    """
+    """`model`, patched in place if it is not, at the schedule of the flags, else of its weights, else dense."""
     if not isinstance(model, diffrate.CompressedModel):
         model = patched(model, settings)
     schedule, held = plan.schedule or chosen_schedule(settings, plan.entry, model), weights.schedule
@@ -283,11 +270,8 @@ def output_names(data: LabelledDataset, outputs: int, weights: Weights | None = 
 def _trained_at(
     read: models.Read, settings: ModelSettings, plan: Plan, made_at: models.Size | None
 ) -> diffrate.Schedule | None:
-    """The kept counts among a checkpoint's tensors, if any, and the number of input tokens that they are for, if known.
-
-    Raises:
-        ScheduleError: they are none.
-    """
+    """The kept counts among a checkpoint's tensors, if any, with the number of input tokens that they are for, if that
+    is known."""
     held, limits = read.found.get("compression._extra_state"), plan.shapes.compression.space.limits
     if held is None or held.numel() == 0:
         return None

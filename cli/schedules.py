@@ -64,11 +64,7 @@ def schedule_at(
 
 
 def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> list[Schedule]:
-    """All schedules of the file for a model of as many tokens and blocks as `model`; none where it has none.
-
-    Raises:
-        ScheduleError: the file is malformed.
-    """
+    """All schedules of the file for a model of as many tokens and blocks as `model`; none where it has none."""
     file, found = settings.rate_file or PROJECT_RATES, []
     for target in read_schedules(file).get(entry.schedule_key, {}):
         with suppress(diffrate.ScheduleError, ValueError):  # made for another input, or under a name of its own
@@ -106,12 +102,7 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
 def latency_table(
     settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
 ) -> diffrate.LatencyTable:
-    """The seconds of `model` at any schedule, used as the flags say; `targets` are checked before it is measured.
-
-    Raises:
-        BudgetError: a target is far out of reach.
-        LatencyFileError: the file that keeps it cannot be read or written.
-    """
+    """The seconds of `model` at any schedule, used as the flags say; `targets` are checked before it is measured."""
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
     use = Use(settings.batch_size, dtype, settings.compile, runtime.device)
     setting = setting_of(model, use)

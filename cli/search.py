@@ -14,17 +14,7 @@ import torch
 
 import diffrate
 from benchmarks.speed import table as table_of
-from cli.data import (
-    calibration_dataset,
-    check_same_classes,
-    eval_dataset,
-    eval_loader,
-    input_size_of,
-    part_loader,
-    search_dataset,
-    train_loader,
-    warn_of_turned,
-)
+from cli import data, results
 from cli.model import (
     Weights,
     chosen_entry,
@@ -37,8 +27,6 @@ from cli.model import (
     trained_model,
 )
 from cli.recipe import with_recipe
-from cli.results import next_command, record_of, save_model, save_schedules
-from cli.resume import check_flags, read_search, resume_path, search_identity
 from cli.runtime import FOUND, SENSITIVITY, Progress, Runtime
 from cli.schedules import budgets_of, kept_as, schedule_at
 from cli.settings import OFFICIAL, Settings
@@ -99,11 +87,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
 
 
 def _searched(settings: Settings, runtime: Runtime) -> Searched:
-    """The model that the flags name, and its data, as its recipe asks for them.
-
-    Raises:
-        UsageError: the digits that ship do not fit the model.
-    """
+    """The model that the flags name, and its data, as its recipe asks for them."""
     entry = chosen_entry(settings.model)
     settings = with_recipe(settings, entry)
     dropping = {"drop_path_rate": settings.model.drop_path}
@@ -119,22 +103,22 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
         outputs = entry.num_classes if val is None else len(val.classes)
         plain = plain_model(settings.model, entry, weights, outputs, **dropping)
     train, unchanged = (
-        search_dataset(settings, entry, weights.head, weights.classes, augmented) for augmented in (True, False)
+        data.search_dataset(settings, entry, weights.head, weights.classes, augmented) for augmented in (True, False)
     )
     if settings.search.labelled and val is not None:
-        check_same_classes(train, val)
-    warn_of_turned(settings, runtime, train, val)
+        data.check_same_classes(train, val)
+    data.warn_of_turned(settings, runtime, train, val)
     model = patched(plain, settings.model)
-    pixels = 3 * math.prod(input_size_of(settings.model, entry))
+    pixels = 3 * math.prod(data.input_size_of(settings.model, entry))
     return Searched(
         settings,
         entry,
         model,
         weights.classes if val is None else output_names(val, model.num_classes, weights),
-        train_loader(train, settings, runtime),
-        None if val is None else eval_loader(val, settings, runtime),
-        part_loader(unchanged, PART, settings, runtime),
-        part_loader(unchanged, images_that_fit(pixels, settings.search.images), settings, runtime),
+        data.train_loader(train, settings, runtime),
+        None if val is None else data.eval_loader(val, settings, runtime),
+        data.part_loader(unchanged, PART, settings, runtime),
+        data.part_loader(unchanged, images_that_fit(pixels, settings.search.images), settings, runtime),
     )
 
 
@@ -144,7 +128,7 @@ def _validation(settings: Settings, entry: ModelEntry, weights: Weights) -> Labe
     if headless or not has_validation(settings.data.data_set, settings.data.path):
         return None
     try:
-        return eval_dataset(settings, entry, weights.head, weights.classes)
+        return data.eval_dataset(settings, entry, weights.head, weights.classes)
     except DataError as error:
         log.info("no accuracy: %s", error)
         return None
@@ -157,11 +141,11 @@ def _search_one(
     settings, train = searched.settings, searched.train
     assert train.batch_size is not None
     assert runtime.output_dir is not None, "flags make sure of a folder"
-    identity = search_identity(settings, searched.entry, target, train.batch_size)
-    resume, last = resume_path(settings, runtime), runtime.output_dir / LAST
+    identity = results.search_identity(settings, searched.entry, target, train.batch_size)
+    resume, last = results.resume_path(settings, runtime), runtime.output_dir / LAST
     if resume is not None:
-        content = read_search(resume)
-        check_flags(resume, content, identity)
+        content = results.read_search(resume)
+        results.check_flags(resume, content, identity)
         log.info("going on from %s at epoch %d, step %d", resume, content["epoch"], content["step"])
     options = replace(
         _options(searched, resume is None),
@@ -220,7 +204,7 @@ def _leave(target: Target, budget: Budget, found: Found, searched: Searched, run
     settings, entry, model, val = searched.settings, searched.entry, searched.model, searched.val
     schedule, dense, multi_label = found.schedule, model.dense_schedule(), settings.search.multi_label
     gflops = kept_as(target, model, schedule)
-    file = save_schedules(settings, entry, gflops, schedule, runtime)
+    file = results.save_schedules(settings, entry, gflops, schedule, runtime)
     scores = None
     if val is not None:
         reached = found.scores or evaluate(model, val, inner, multi_label=multi_label)
@@ -230,19 +214,19 @@ def _leave(target: Target, budget: Budget, found: Found, searched: Searched, run
     apart = None if found.calibrated is None else log_calibrated(found.calibrated, inner)
     if not settings.search.labelled and (found.calibrated is None or schedule != found.calibrated.schedule):
         apart = losses_at(model, [schedule], searched.part, inner.amp, multi_label)[0]
-    save_model(settings, entry, model, searched.classes, runtime)
+    results.save_model(settings, entry, model, searched.classes, runtime)
     log_counts(fields_of(schedule), "found ")
     flops, whole = model.flops_at(schedule), model.flops_at(dense)
     of_dense = f"{100 * flops / whole:.0f} % of dense"
     if apart is not None:
         log.info("found: loss against dense %#.3g flops %.3f (%s)", apart, flops / 1e9, of_dense)
     if scores is not None:
-        runtime.append(record_of("eval", entry, model, dense, scores[1]), FOUND)
+        runtime.append(results.record_of("eval", entry, model, dense, scores[1]), FOUND)
         # To draw beside it: the uniform schedules of the same budget that the model can run.
         beside = uniform_schedules(model.compression.space, budget)
         uniform = {kind: fields_of(beside[kind]) for kind in ("prune", "merge", "both") if kind in beside}
         more = {"target_gflops": gflops, "uniform": uniform}
-        runtime.append(record_of("found", entry, model, schedule, scores[0]) | more, FOUND)
+        runtime.append(results.record_of("found", entry, model, schedule, scores[0]) | more, FOUND)
         (name, now), (_, before) = (one.ranked for one in scores)
         log.info("dense: %s", scores[1].line(whole))
         log.info("found: %s (%s, %s %+.3f)", scores[0].line(flops), of_dense, name, now - before)
@@ -250,7 +234,7 @@ def _leave(target: Target, budget: Budget, found: Found, searched: Searched, run
         runtime.record({"mode": "speed", "model": entry.name, **asdict(found.speed)})
         log.info(found.speed.line())
     if file is not None:
-        log.info("next: %s", next_command(settings, entry, gflops, file))
+        log.info("next: %s", results.next_command(settings, entry, gflops, file))
 
 
 def run_sensitivity(settings: Settings, runtime: Runtime) -> None:
@@ -258,8 +242,8 @@ def run_sensitivity(settings: Settings, runtime: Runtime) -> None:
     images, entry = settings.run.sensitivity, chosen_entry(settings.model)
     assert images is not None, "the mode that is asked for"
     plan = planned(settings, entry)
-    dataset = calibration_dataset(settings, entry, images)  # before anything is downloaded
-    warn_of_turned(settings, runtime, dataset)
+    dataset = data.calibration_dataset(settings, entry, images)  # before anything is downloaded
+    data.warn_of_turned(settings, runtime, dataset)
     if settings.model.checkpoint == OFFICIAL:
         _check_digits(settings, entry, entry.num_classes)
     weights = read_weights(settings.model, plan, runtime)
@@ -267,7 +251,7 @@ def run_sensitivity(settings: Settings, runtime: Runtime) -> None:
     model = patched(plain_model(settings.model, entry, weights, entry.num_classes), settings.model)
     running, inside = for_inference(model, False, settings.data.batch_size, runtime)
     assert isinstance(running, CompressedModel), "it was not compiled"
-    loader = eval_loader(dataset, settings, inside)
+    loader = data.eval_loader(dataset, settings, inside)
     blocks = len(running.compression.space.searchable)
     progress = Progress(len(loader) * blocks, "Sensitivity", len(dataset), inside)
     found = diffrate.sensitivity(
@@ -288,11 +272,7 @@ def run_sensitivity(settings: Settings, runtime: Runtime) -> None:
 
 
 def _check_digits(settings: Settings, entry: ModelEntry, head: int | None) -> None:
-    """Refuse the digits that ship for a model with another `head`, which was never shown any.
-
-    Raises:
-        UsageError: it has no data of its own.
-    """
+    """Refuse the digits that ship for a model with another `head`, which was never shown any."""
     if settings.data.path is None and entry.name != SAMPLE_MODEL and head != entry_of(SAMPLE_MODEL).num_classes:
         raise UsageError(
             f"--data-path is needed: the digits that ship do not fit {entry.name}; accepted: a folder of images"

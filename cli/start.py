@@ -28,8 +28,8 @@ from diffrate.searching.settings import SearchSettingError
 from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)
-# The file in this folder and its function of modes that are not `run` in a file of their name.
-PLACES = {
+# The file in this folder and its function, of modes that are not `run` in a file of their name.
+FUNCTIONS = {
     "eval": ("evaluate", "run"),
     "finetune": ("evaluate", "run_finetune"),
     "baseline": ("evaluate", "run_baseline"),
@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
     runtime = Runtime(processes, device, amp, asked.print_freq, output_dir, board, bar=bar)
     with process_group(processes, device):
         try:
-            file, function = PLACES.get(asked.mode, (asked.mode, "run"))
+            file, function = FUNCTIONS.get(asked.mode, (asked.mode, "run"))
             getattr(import_module(f"cli.{file}"), function)(settings, runtime)
         finally:
             if runtime.unreadable:
