@@ -20,15 +20,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except (UsageError, SavedModelError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
-    try:
-        from cli.start import explain, run  # torch comes with it, and takes seconds
+    from cli.start import explain, run  # torch comes with it, and takes seconds
 
+    try:
         run(settings)
     except KeyboardInterrupt:
         return STOPPED
     except Exception as error:
-        from cli.start import explain
-
         explained = explain(error)
         if explained is None:
             raise

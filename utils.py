@@ -72,21 +72,20 @@ def stop_in_time() -> None:
     listening, told = socket.socketpair()
     told.setblocking(False)
     signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_end_late, args=(listening, told), daemon=True).start()
 
+    def end_late(told: socket.socket = told) -> None:  # which would be closed with nobody to keep it
+        while listening.recv(1)[0] not in STOPS:
+            pass
+        time.sleep(GRACE + (AFTER_MAIN if os.environ.get("RANK", "0") != "0" else 0.0))
+        with WRITING:
+            stopping = StopSignals.present
+            try:
+                line = "stopped" if stopping is None else stopping.late()
+            except Exception as error:  # as of a full disk
+                line = f"stopped, and nothing could be saved ({error})"
+            leave(STOPPED, line)
 
-def _end_late(listening: socket.socket, told: socket.socket) -> None:
-    """End the process soon after a signal. `told` is kept: the signals write to it."""
-    while listening.recv(1)[0] not in STOPS:
-        pass
-    time.sleep(GRACE + (AFTER_MAIN if os.environ.get("RANK", "0") != "0" else 0.0))
-    with WRITING:
-        stopping = StopSignals.present
-        try:
-            line = "stopped" if stopping is None else stopping.late()
-        except Exception as error:  # as of a full disk
-            line = f"stopped, and nothing could be saved ({error})"
-        leave(STOPPED, line)
+    threading.Thread(target=end_late, daemon=True).start()
 
 
 def leave(code: int, line: str = "") -> NoReturn:
@@ -102,14 +101,12 @@ def leave(code: int, line: str = "") -> NoReturn:
         os._exit(code)
 
 
-def make_output_dir(path: Path | None) -> Path | None:
+def make_output_dir(path: Path) -> Path:
     """`path` as a folder that exists.
 
     Raises:
         UsageError: it cannot be made or written.
     """
-    if path is None:
-        return None
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,15 +20,15 @@ import diffrate
 import models
 from benchmarks import speed
 from benchmarks.speed import Row, Setting, Subject, line, memory_mib, table, write_rows
-from cli.data import eval_dataset, eval_loader, input_size_of
+from cli.data import eval_dataset, eval_loader, input_size_of, view_of
 from cli.model import Weights, chosen_entry, compressed, for_inference, planned
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import latency_table, schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
-from datasets import DataError, ImageLoader
+from cli.transforms import eval_transform
+from datasets import DataError, ImageFiles, ImageLoader, LabelledDataset
 from diffrate.files.header import about, is_saved_model
 from diffrate.latency.measure import OTHER_RULES, random_schedule
-from diffrate.latency.table import BlockTimes
 from diffrate.schedule import PUBLISHED, RULES, Kept
 from diffrate.timing import PairedTimes, time_in_turn
 from models.zoo import ModelEntry
@@ -45,135 +42,101 @@ PASSES = 3
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
-    """Measure what `--benchmark` names.
-
-    Raises:
-        ScheduleError, InputSizeError, DataError: the schedule, a size or the data do not fit.
-        ExportError, UsageError: a file to time is none, or takes other images than the others.
-    """
-    kind = settings.run.benchmark
-    assert kind is not None, "the mode that is asked for"
+    """Measure what `--benchmark` names, and report it."""
+    kind, data, device = settings.run.benchmark, settings.data, runtime.device
+    precisions = (settings.run.amp,) if settings.run.amp else ("off", "bf16")
+    dtypes = [AMP_DTYPES[name] or torch.float32 for name in precisions]
+    modes = (False, True) if settings.run.compile else (False,)
+    setting = Setting(data.batch_sizes or (DEFAULT_BATCH,), dtypes, modes, settings.run.rounds, device)
     if kind == FILES:
-        _exported(settings, runtime)
-    else:
-        MEASURES[kind](settings, _subject(settings), runtime)
-
-
-def _search(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    subject = replace(subject, schedule=None)
-    row = step_row(subject, settings.data.batch_size, settings.run.rounds, runtime.device)
-    _report("benchmark search", [row], runtime)
-
-
-def _scaling(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    (rows, columns), chosen = subject.entry.input_size, settings.model.input_size
-    sizes = [(round(rows * share), round(columns * share)) for share in speed.SIZES] if chosen is None else [chosen]
-    measured = speed.scaling_rows(replace(subject, schedule=None), sizes, _setting(settings, runtime))
-    for exponent in speed.exponents(_report("benchmark scaling", measured, runtime)):
-        log.info(speed.EXPONENT.format_map(exponent))
-
-
-def _loading(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    model = subject.compressed()
-    flops, name = model.flops(), subject.entry.name
-    running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
-    with _images(settings, subject.entry) as dataset:
-        loader = eval_loader(dataset, settings, inside)
+        _report("benchmark files", _file_rows(settings, setting), runtime)
+        return
+    subject = _subject(settings)
+    free = replace(subject, schedule=None)  # of benchmarks that have schedules of their own
+    if kind == "search":
+        _report("benchmark search", [step_row(free, data.batch_size, settings.run.rounds, device)], runtime)
+    elif kind == "scaling":
+        (rows, columns), chosen = subject.entry.input_size, settings.model.input_size
+        sizes = [(round(rows * share), round(columns * share)) for share in speed.SIZES] if chosen is None else [chosen]
+        measured = _report("benchmark scaling", speed.scaling_rows(free, sizes, setting), runtime)
+        for exponent in speed.exponents(measured):
+            log.info(speed.EXPONENT.format_map(exponent))
+    elif kind == "loading":
+        model, name = subject.compressed(), subject.entry.name
+        flops = model.flops()
+        running, inside = for_inference(model, settings.run.compile, data.batch_size, runtime)
+        loader = eval_loader(_images(settings, subject.entry), settings, inside)
         _report("benchmark loading", [loading_row(running, loader, name, flops, inside)], runtime)
+    elif kind == "latency":
+        _latency(settings, subject.entry, free.compressed().to(device), runtime)
+    else:
+        _report("benchmark", speed.speed_rows(subject, setting), runtime)
 
 
-def _speed(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    _report("benchmark", speed.speed_rows(subject, _setting(settings, runtime)), runtime)
-
-
-def _latency(settings: Settings, subject: Subject, runtime: Runtime) -> None:
-    model = replace(subject, schedule=None).compressed().to(runtime.device)
+def _latency(settings: Settings, entry: ModelEntry, model: diffrate.CompressedModel, runtime: Runtime) -> None:
+    """Report the table of seconds, and what it predicts of schedules beside what they take."""
     sizes = settings.data.batch_sizes or (settings.latency.batch_size,)
     times = latency_table(replace(settings.latency, batch_size=sizes[0]), model, runtime)
-    _report("benchmark latency", latency_rows(subject.entry.name, times), runtime)
+    _report("benchmark latency", latency_rows(entry.name, times), runtime)
 
     def report(schedule: diffrate.Schedule, predicted: float, measured: float) -> None:
         gflops = model.flops_at(schedule) / 1e9
         runtime.record({"mode": "latency check", "predicted": predicted, "measured": measured, "gflops": gflops})
         log.info("%.3f GFLOPs: speed-up predicted %.3f, measured %.3f", gflops, predicted, measured)
 
-    rng, known = Random(settings.run.seed), schedules_that_fit(settings.model, subject.entry, model)
+    rng, known = Random(settings.run.seed), schedules_that_fit(settings.model, entry, model)
     schedules = [*known, *(random_schedule(model.compression.space.every_block(), rng) for _ in range(RANDOM))]
     log.info(diffrate.check_predictions(model, times, schedules, callback=report).line())
 
 
-def _exported(settings: Settings, runtime: Runtime) -> None:
+def _file_rows(settings: Settings, setting: Setting) -> Iterator[Row]:
     """Time the files that `--benchmark` names beside the model that they were exported from."""
-    loaded = [speed.open_file(path) for path in settings.run.exported]
-    first = loaded[0].loaded.metadata
+    files = [speed.open_file(path) for path in map(Path, settings.run.timed)]
+    first = files[0].loaded.metadata
     size = settings.model.input_size or first.input_size[1:]
+    for file in files:
+        said, shape = file.loaded.metadata, (first.input_size[0], *size)
+        if said.input_size != shape:
+            found, accepted = (" x ".join(map(str, sides)) for sides in (said.input_size, shape))
+            raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")
+        if models.bare_name(said.model) != models.bare_name(first.model):
+            wrong = f"--benchmark {file.path}: found one of {said.model}"
+            raise UsageError(f"{wrong}; accepted: of {first.model}, as the first")
     chosen = replace(settings.model, name=settings.model.name or first.model, input_size=size)
-    _check_alike(loaded, (first.input_size[0], *size))
     if chosen.load:
         schedule = _subject(replace(settings, model=chosen)).schedule
     else:
-        schedule = min((file.loaded.metadata for file in loaded), key=lambda said: said.gflops).schedule
+        schedule = min((file.loaded.metadata for file in files), key=lambda said: said.gflops).schedule
     subject = Subject(chosen_entry(chosen), size, schedule, chosen.granularity, settings.run.seed)
-    _report("benchmark files", speed.file_rows(subject, loaded, _setting(settings, runtime)), runtime)
-
-
-def _check_alike(files: Sequence[speed.File], size: tuple[int, ...]) -> None:
-    first = files[0].loaded.metadata.model
-    for file in files:
-        said = file.loaded.metadata
-        if said.input_size != size:
-            found, accepted = (" x ".join(map(str, sides)) for sides in (said.input_size, size))
-            raise UsageError(f"--benchmark {file.path}: found images of {found}; accepted: {accepted}, as the others")
-        if models.bare_name(said.model) != models.bare_name(first):
-            raise UsageError(f"--benchmark {file.path}: found one of {said.model}; accepted: of {first}, as the first")
-
-
-MEASURES = {"eval": _speed, "search": _search, "scaling": _scaling, "loading": _loading, "latency": _latency}
+    return speed.file_rows(subject, files, setting)
 
 
 def _subject(settings: Settings) -> Subject:
-    """The model at the schedule of the flags or of the file that `--checkpoint` names; its weights do not matter.
-
-    Raises:
-        ScheduleError: no such schedule, or one that does not fit; before anything is timed.
-    """
+    """The model at the schedule of the flags or of the file that `--checkpoint` names; its weights do not matter."""
     chosen = settings.model
     saved = is_saved_model(chosen.checkpoint)
     entry = chosen_entry(chosen if saved else replace(chosen, checkpoint=FROM_SCRATCH))
-    plan, held = planned(chosen, entry), about(chosen.checkpoint).schedule if saved else None
+    plan, held = planned(settings, entry, reads_data=False), about(chosen.checkpoint).schedule if saved else None
     model = compressed(plan.shapes, chosen, plan, Weights(None, chosen.checkpoint, held))
     schedule = model.compression.current()
     return Subject(entry, input_size_of(chosen, entry), schedule, chosen.granularity, settings.run.seed)
 
 
-def _setting(settings: Settings, runtime: Runtime) -> Setting:
-    names = (settings.run.amp,) if settings.run.amp else ("off", "bf16")
-    dtypes = [AMP_DTYPES[name] or torch.float32 for name in names]
-    modes = (False, True) if settings.run.compile else (False,)
-    return Setting(settings.data.batch_sizes or (DEFAULT_BATCH,), dtypes, modes, settings.run.rounds, runtime.device)
-
-
-@contextmanager
-def _images(settings: Settings, entry: ModelEntry) -> Iterator[Subset[Any]]:
-    """The validation images of `--data-path`, or the photographs that ship, over and over; whole batches.
-
-    Raises:
-        DataError: fewer images than two batches.
-    """
-    data, size = settings.data, settings.data.batch_size
-    with TemporaryDirectory() as folder:
-        if data.path is None:
-            for path in (PROJECT / "figures").glob("*.jpg"):
-                of_class = Path(folder, "val", path.stem)
-                of_class.mkdir(parents=True)
-                shutil.copy(path, of_class)
-            settings = replace(settings, data=replace(data, data_set="IMNET", path=folder))
-        dataset = eval_dataset(settings, entry, None, None)
-        images = size * settings.run.rounds if data.path is None else len(dataset)
-        batches = min(images // size, settings.run.rounds)
-        if batches < 2:
-            raise DataError(f"--batch-size {size}: found {images} images; accepted: two batches at least")
-        yield Subset(dataset, [index % len(dataset) for index in range(batches * size)])
+def _images(settings: Settings, entry: ModelEntry) -> Subset[Any]:
+    """The validation images of `--data-path`, or the photographs that ship, over and over; whole batches."""
+    data, size, rounds = settings.data, settings.data.batch_size, settings.run.rounds
+    dataset: LabelledDataset
+    if data.path is None:
+        files = [(str(path), 0) for path in sorted((PROJECT / "figures").glob("*.jpg"))]
+        dataset = ImageFiles(files, (), eval_transform(view_of(settings, entry)), data.exif)
+        images = size * rounds
+    else:
+        dataset = eval_dataset(settings, entry)
+        images = len(dataset)
+    batches = min(images // size, rounds)
+    if batches < 2:
+        raise DataError(f"--batch-size {size}: found {images} images; accepted: two batches at least")
+    return Subset(dataset, [index % len(dataset) for index in range(batches * size)])
 
 
 def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> list[Row]:
@@ -240,9 +203,15 @@ def latency_rows(name: str, table: diffrate.LatencyTable) -> Iterator[Row]:
     rules takes: removing a tenth of the tokens, without the MLP; None where the kind reduces nothing. rest: outside the
     blocks.
     """
+    priced = {"prune": PUBLISHED, "merge": PUBLISHED, **{rule: rule for rule in OTHER_RULES}}
     for kind, times in enumerate(table.kinds):
         counts = {max(1, round(table.tokens * part / ROWS)) for part in range(1, ROWS + 1)}
         for tokens in sorted(counts, reverse=True):
+            left, prices = tokens - max(1, round(GONE * tokens)), dict.fromkeys(priced)
+            if times.reduction and tokens > 1:
+                for column, rule in priced.items():
+                    kept = Kept(tokens, left if column == "prune" else tokens, left)
+                    prices[column] = 1000 * times.price(kept, False, RULES[rule])
             yield {
                 "model": name,
                 "batch_size": table.batch_size,
@@ -253,19 +222,9 @@ def latency_rows(name: str, table: diffrate.LatencyTable) -> Iterator[Row]:
                 "attention_ms": 1000 * times.plain[tokens],
                 "sized_ms": 1000 * times.sized[tokens],
                 "mlp_ms": 1000 * times.after[tokens if times.read is None else times.read],
-                "prune_ms": _price(times, tokens, merging=False),
-                "merge_ms": _price(times, tokens, merging=True),
-                **{f"{rule}_ms": _price(times, tokens, merging=True, rule=rule) for rule in OTHER_RULES},
+                **{f"{column}_ms": price for column, price in prices.items()},
                 "rest_ms": 1000 * (table.embedding + table.head[0] + table.head[1] * table.tokens),
             }
-
-
-def _price(times: BlockTimes, tokens: int, merging: bool, rule: str = PUBLISHED) -> float | None:
-    """Milliseconds of removing a tenth of the tokens."""
-    if not times.reduction or tokens < 2:
-        return None
-    left = tokens - max(1, round(GONE * tokens))
-    return 1000 * times.price(Kept(tokens, tokens if merging else left, left), False, RULES[rule])
 
 
 def loading_row(model: nn.Module, loader: ImageLoader, name: str, flops: int, runtime: Runtime) -> Row:

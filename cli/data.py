@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from cli.runtime import Runtime, usable_cores
-from cli.settings import DataSettings, ModelSettings, Settings, size_words
+from cli.runtime import Runtime
+from cli.settings import ModelSettings, Settings, size_words
 from cli.transforms import View, eval_transform, train_transform
 from datasets import (
     DataError,
@@ -51,38 +51,23 @@ def eval_dataset(
     settings: Settings, entry: ModelEntry, head: int | None = None, names: Sequence[str] | None = None
 ) -> LabelledDataset:
     """The validation split, labelled for a model with `head` classes, called `names` where that is known."""
-    return _split("val", settings, eval_transform(view_of(settings, entry)), head, names)
+    return _images("val", settings, eval_transform(view_of(settings, entry)), head, names)
 
 
 def train_dataset(settings: Settings, entry: ModelEntry) -> LabelledDataset:
-    """The training split with the augmentation that the flags ask for.
-
-    Raises:
-        UsageError: an augmentation policy that timm does not know.
-        DataError: as `build_dataset`.
-    """
-    return _split("train", settings, train_transform(view_of(settings, entry), settings.augmentation))
+    """The training split with the augmentation that the flags ask for."""
+    return _images("train", settings, train_transform(view_of(settings, entry), settings.augmentation))
 
 
-def calibration_dataset(settings: Settings, entry: ModelEntry, images: int) -> Any:
-    """Up to `images` images to search on, with or without labels, spread evenly, as an evaluation sees them.
-
-    Raises:
-        DataError: as `build_images`.
-    """
-    return _spread(_unlabelled(settings, eval_transform(view_of(settings, entry))), images)
+def calibration_dataset(settings: Settings, entry: ModelEntry, most: int) -> Any:
+    """Up to `most` images to search on, with or without labels, spread evenly, as an evaluation sees them."""
+    return _spread(_images(None, settings, eval_transform(view_of(settings, entry))), most)
 
 
 def pictures(settings: Settings, entry: ModelEntry, most: int) -> torch.Tensor:
-    """Up to `most` images of the validation split, or of a folder without splits, spread evenly, `[N, C, H, W]`.
-
-    Raises:
-        DataError: as `build_dataset` and `build_images`.
-    """
-    if has_validation(settings.data.data_set, settings.data.path):
-        dataset = _spread(eval_dataset(settings, entry), most)
-    else:
-        dataset = calibration_dataset(settings, entry, most)
+    """Up to `most` images of the validation split, or of a folder without splits, spread evenly, `[N, C, H, W]`."""
+    split = "val" if has_validation(settings.data.data_set, settings.data.path) else None
+    dataset = _spread(_images(split, settings, eval_transform(view_of(settings, entry))), most)
     return torch.stack([image for image, _ in dataset])
 
 
@@ -92,29 +77,27 @@ def search_dataset(
     """The images to search on, labelled as `eval_dataset` where the recipe asks for labels, else anyhow.
 
     `augmented` as the recipe says, or else as in evaluation.
-
-    Raises:
-        UsageError, DataError: as `train_dataset`, or there are no images.
     """
     view = view_of(settings, entry)
     if augmented and settings.recipe.transform == "train":
         transform = train_transform(view, settings.augmentation)
     else:
         transform = eval_transform(view, settings.augmentation.hflip if augmented else 0.0)
-    if not settings.search.labelled:
-        return _unlabelled(settings, transform)
-    return _split("train", settings, transform, head, names)
+    return _images("train" if settings.search.labelled else None, settings, transform, head, names)
 
 
-def _split(
-    split: str, settings: Settings, transform: Transform, head: int | None = None, names: Sequence[str] | None = None
+def _images(
+    split: str | None,
+    settings: Settings,
+    transform: Transform,
+    head: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> LabelledDataset:
+    """A split of the data set; without one, the images to search on, whatever their labels."""
     data = settings.data
+    if split is None:
+        return build_images(data.data_set, data.path, transform, data.exif)
     return build_dataset(data.data_set, data.path, split, transform, head, names, upright=data.exif)
-
-
-def _unlabelled(settings: Settings, transform: Transform) -> LabelledDataset:
-    return build_images(settings.data.data_set, settings.data.path, transform, settings.data.exif)
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
@@ -123,11 +106,9 @@ def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:
     Raises:
         DataError: names the first classes that only one split has.
     """
-    differing = sorted(set(train.classes) ^ set(val.classes))
+    differing = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:3])
     if differing:
-        raise DataError(
-            f"train and val differ in classes, first {', '.join(differing[:3])}; accepted: the same in both"
-        )
+        raise DataError(f"train and val differ in classes, first {differing}; accepted: the same in both")
 
 
 def warn_of_turned(settings: Settings, runtime: Runtime, *datasets: LabelledDataset | None) -> None:
@@ -184,8 +165,19 @@ def train_loader(dataset: LabelledDataset, settings: Settings, runtime: Runtime)
 def _loader(
     dataset: Samples, sampler: Iterable[Any], batch_size: int, settings: Settings, runtime: Runtime, drop_last: bool
 ) -> ImageLoader:
-    workers = _workers(settings.data, runtime)
-    _check_memory(min(batch_size, len(dataset)), settings.model.input_size or (0, 0))
+    """A loader on processes of its own, by default one per core of this process's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most, workers = WORKERS_A_CORE * cores, settings.data.workers
+    if workers is None:
+        workers = max(1, cores // runtime.processes.local_world)
+    elif workers > most:
+        raise UsageError(f"--num_workers {workers}: accepted: 0 to {most} on {cores} cores")
+    # Asked for more memory than there is, the system may end the process without a word.
+    size, together = settings.model.input_size, min(batch_size, len(dataset))
+    if size is not None and hasattr(os, "sysconf"):
+        fitting = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (3 * 4 * size[0] * size[1])
+        if together > fitting:
+            raise UsageError(f"--batch-size {together}: accepted: below {fitting} at --input-size {size_words(size)}")
     return ImageLoader(
         dataset,
         runtime.unreadable,
@@ -200,45 +192,16 @@ def _loader(
     )
 
 
-def _check_memory(batch_size: int, size: tuple[int, int]) -> None:
-    """Refuse batches that no memory holds: asked for them, the system may end the process without a word.
-
-    Raises:
-        UsageError: the images of a batch alone take all memory.
-    """
-    if not hasattr(os, "sysconf"):
-        return
-    memory, image = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 3 * 4 * size[0] * size[1]
-    if batch_size * image > memory:
-        at = f"--input-size {size_words(size)}"
-        raise UsageError(f"--batch-size {batch_size}: accepted: below {memory // image} at {at}")
-
-
 def _leave_signals(worker: int) -> None:
     """Leave signals to the whole group of processes to the main process, which saves before it stops."""
+
+    def end_with_parent() -> None:
+        """A process that ends asks its loader processes to stop, and waits for them: that one request counts."""
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process that ends asks its loader processes to stop, and waits for them: that one request counts."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _workers(settings: DataSettings, runtime: Runtime) -> int:
-    """Loader processes of this process: by default one per core of its share.
-
-    Raises:
-        UsageError: far more than there are cores.
-    """
-    cores = usable_cores()
-    if settings.workers is None:
-        return max(1, cores // runtime.processes.local_world)
-    most = WORKERS_A_CORE * cores
-    if settings.workers > most:
-        raise UsageError(f"--num_workers {settings.workers}: accepted: 0 to {most} on {cores} cores")
-    return settings.workers
+        Thread(target=end_with_parent, daemon=True).start()

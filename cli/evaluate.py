@@ -1,5 +1,5 @@
-"""`--eval`, `--finetune`, `--baseline` and `--list-models`: score a model as it is, trained, or at uniform schedules;
-print the names of all models."""
+"""`--eval`, `--finetune`, `--baseline`, `--export` and `--list-models`: score a model as it is, trained, or at uniform
+schedules; write it for another runtime; print the names of all models."""
 
 from __future__ import annotations
 
@@ -7,97 +7,90 @@ import logging
 import os
 import sys
 
+import torch
 from torch import nn
 
 import diffrate
 import models
-from cli.data import (
-    check_same_classes,
-    eval_dataset,
-    eval_loader,
-    input_size_of,
-    train_dataset,
-    train_loader,
-    warn_of_turned,
-)
+from cli import data, results
 from cli.model import (
     Plan,
     Weights,
-    checked_plan,
     chosen_entry,
     compressed,
     for_inference,
     meta_model,
+    named_model,
     output_names,
     patched,
+    planned,
     read_weights,
     trained_model,
 )
 from cli.recipe import with_augmentation, with_rate
-from cli.results import report, save_model, save_schedules
-from cli.resume import check_training, resume_path, training_flags, use_searched
-from cli.runtime import Runtime
+from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import budgets_of, kept_as
 from cli.settings import OFFICIAL, Settings
+from datasets import DataError
 from diffrate.budget import Budget, baseline_schedule
 from diffrate.device import generators_kept
+from diffrate.files.export import LEAST_IMAGES
+from diffrate.files.graph import Normalization
 from diffrate.files.header import is_saved_model
 from diffrate.latency.confirm import confirmed
 from diffrate.schedule import PUBLISHED, Schedule, fields_of
-from engine import Training, dense_copy, evaluate, log_counts
-from models.zoo import ModelEntry
+from engine import Training, dense_copy, evaluate, log_counts, read_training
 from utils import UsageError
 
+COMPARED = 32  # images of --data-path that an exported file is compared on
 log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
     """Score, report, and with `--save` leave the model in a file."""
-    trained = trained_model(settings, runtime)
-    warn_of_turned(settings, runtime, trained.val)
-    model = compressed(trained.model, settings.model, trained.plan, trained.weights)
-    use_searched(model, settings, trained.entry, runtime)
-    save_model(settings, trained.entry, model, trained.classes, runtime)  # before its weights change precision
+    plan, plain, weights, val = trained_model(settings, runtime)
+    data.warn_of_turned(settings, runtime, val)
+    model = compressed(plain, settings.model, plan, weights)
+    results.use_searched(model, settings, plan.entry, runtime)
+    classes = output_names(val, model.num_classes, weights)
+    results.save_model(settings, plan.entry, model, classes, runtime)  # before its weights change precision
     running, inside = for_inference(model, settings.run.compile, settings.data.batch_size, runtime)
-    loader = eval_loader(trained.val, settings, runtime)
-    report("eval", trained.entry, model, evaluate(running, loader, inside, None, settings.model.multi_label), runtime)
+    loader = data.eval_loader(val, settings, runtime)
+    scores = evaluate(running, loader, inside, multi_label=settings.model.multi_label)
+    results.report("eval", plan.entry, model, scores, runtime)
 
 
 def run_finetune(settings: Settings, runtime: Runtime) -> None:
     """Train, score, and leave checkpoints in the output folder, and with `--save` the model in a file."""
     entry = chosen_entry(settings.model)
-    plan = checked_plan(settings, entry)
+    plan = planned(settings, entry)
     weights = read_weights(settings.model, plan, runtime)
     # The data decide the classes: a head that does not fit starts fresh.
-    train, val = train_dataset(settings, entry), eval_dataset(settings, entry)
-    check_same_classes(train, val)
+    train, val = data.train_dataset(settings, entry), data.eval_dataset(settings, entry)
+    data.check_same_classes(train, val)
     if len(train.classes) == 1:
         raise UsageError(f"--data-path {settings.data.path}: found one class; accepted: two or more, to tell apart")
     fewer = with_augmentation(settings, len(train))
     if fewer != settings:
-        settings, train = fewer, train_dataset(fewer, entry)
-    warn_of_turned(settings, runtime, train, val)
-    loader = train_loader(train, settings, runtime)
+        settings, train = fewer, data.train_dataset(fewer, entry)
+    data.warn_of_turned(settings, runtime, train, val)
+    loader = data.train_loader(train, settings, runtime)
     settings = with_rate(settings, len(train), loader.batch_size or 1, runtime)
     model = _finetuned(settings, plan, weights, len(train.classes)).to(runtime.device)
     teacher = None if settings.training.distill is None else dense_copy(model)
-    flags = training_flags(settings, entry, model, len(loader), teacher)
-    resume = resume_path(settings, runtime)
+    flags = results.training_flags(settings, entry, model, len(loader), teacher)
+    resume = results.resume_path(settings, runtime)
     if resume is not None:
-        check_training(resume, flags)
-    training = Training(model, teacher, loader, eval_loader(val, settings, runtime), settings, flags, runtime)
+        results.check_flags(resume, read_training(resume), flags)
+    training = Training(model, teacher, loader, data.eval_loader(val, settings, runtime), settings, flags, runtime)
     if resume is not None:
         training.restore(resume)
-    save_model(settings, entry, training.run(), output_names(val, len(train.classes)), runtime)
+    results.save_model(settings, entry, training.run(), output_names(val, len(train.classes)), runtime)
 
 
 def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -> diffrate.CompressedModel:
-    """The model to train, with a fresh head where the weights have none or the data have other classes.
-
-    Raises:
-        UsageError: a fresh head, where it is to be taught by the dense model.
-    """
-    size, drop_path = input_size_of(settings.model, plan.entry), settings.model.drop_path
+    """The model to train, with a fresh head where the weights have none or the data have other classes."""
+    size, drop_path = data.input_size_of(settings.model, plan.entry), settings.model.drop_path
     model = models.create(plan.entry, size, num_classes=classes, drop_path_rate=drop_path)
     notes: tuple[str, ...] = ("training from scratch",)
     if weights.state is not None:
@@ -112,56 +105,77 @@ def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -
 
 def run_baseline(settings: Settings, runtime: Runtime) -> None:
     """One schedule for each target, and one line of scores where the model has a head."""
-    entry, checkpoint = chosen_entry(settings.model), settings.model.checkpoint
+    entry, checkpoint, kind = chosen_entry(settings.model), settings.model.checkpoint, settings.run.baseline
+    assert kind is not None, "the mode that is asked for"
+    loader = None
     if entry.num_classes == 0 and (checkpoint == OFFICIAL or is_saved_model(checkpoint)):
-        _baseline_without_head(settings, entry, runtime)
-        return
-    kind = settings.run.baseline
-    trained = trained_model(settings, runtime)
-    warn_of_turned(settings, runtime, trained.val)
-    model = patched(trained.model, settings.model).to(runtime.device)
-    loader = eval_loader(trained.val, settings, runtime)
+        if any(target.timed for target in settings.model.targets):
+            raise UsageError(f"--baseline {kind} of a model without a head: accepted: --target_flops")
+        model = meta_model(settings.model, entry)  # the schedules alone need neither weights nor images
+    else:
+        _, plain, _, val = trained_model(settings, runtime)
+        data.warn_of_turned(settings, runtime, val)
+        model = patched(plain, settings.model).to(runtime.device)
+        loader = data.eval_loader(val, settings, runtime)
+    space = model.compression.space.ruled(settings.search.rule or PUBLISHED)
 
-    def again(budget: Budget, *_: Schedule) -> Schedule:
-        return _uniform(settings, model, budget)  # also of a corrected budget
+    def uniform(budget: Budget, *_: Schedule) -> Schedule:
+        return baseline_schedule(kind, space, budget)  # also of a corrected budget
 
     budgets, table = budgets_of(settings, model, runtime)
     for target, budget in budgets.items():
-        first = again(budget)
+        first = uniform(budget)
         with generators_kept():
-            schedule, speed = confirmed(model, first, model.compression.space.every_block(), budget, table, again)
-        model.schedule = schedule
-        scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
-        report(f"baseline {kind}", trained.entry, model, scores, runtime)
+            schedule, speed = confirmed(model, first, model.compression.space.every_block(), budget, table, uniform)
+        if loader is None:
+            log_counts(fields_of(schedule))
+            log.info("* flops %.3f (no head to score with)", model.flops_at(schedule) / 1e9)
+        else:
+            model.schedule = schedule
+            scores = evaluate(model, loader, runtime, multi_label=settings.model.multi_label)
+            results.report(f"baseline {kind}", entry, model, scores, runtime)
         if speed is not None:
             log.info(speed.line())
-        save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
+        results.save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
 
 
-def _baseline_without_head(settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
-    """The schedules alone: they need neither weights nor images."""
-    model = meta_model(settings.model, entry)
-    if any(target.timed for target in settings.model.targets):
-        raise UsageError(f"--baseline {settings.run.baseline} of a model without a head: accepted: --target_flops")
-    for target, budget in budgets_of(settings, model, runtime)[0].items():
-        schedule = _uniform(settings, model, budget)
-        log_counts(fields_of(schedule))
-        log.info("* flops %.3f (no head to score with)", model.flops_at(schedule) / 1e9)
-        save_schedules(settings, entry, kept_as(target, model, schedule), schedule, runtime)
-
-
-def _uniform(settings: Settings, model: diffrate.CompressedModel, budget: Budget) -> Schedule:
-    assert settings.run.baseline is not None, "the mode that is asked for"
-    space = model.compression.space.ruled(settings.search.rule or PUBLISHED)
-    return baseline_schedule(settings.run.baseline, space, budget)
+def run_export(settings: Settings, runtime: Runtime) -> None:
+    """Write the file that `--export` names, and say how it compares with the model; main process only."""
+    path, folder, entry = settings.run.export, settings.data.path, chosen_entry(settings.model)
+    assert path is not None, "the mode that is asked for"
+    model, names = named_model(settings, entry, runtime)
+    if not runtime.processes.is_main:
+        return
+    images = None if folder is None else data.pictures(settings, entry, COMPARED)
+    if images is not None:
+        if len(images) < LEAST_IMAGES:
+            raise DataError(f"--data-path {folder}: found {len(images)} images; accepted: {LEAST_IMAGES} or more")
+        log.info("comparing on %d images of %s", len(images), folder)
+        if settings.run.export_normalize:
+            normalization = Normalization(entry.mean, entry.std)
+            images = images * normalization.std + normalization.mean  # the file does what the transform has done
+    made = diffrate.export(
+        model,
+        path,
+        dtype=AMP_DTYPES.get(settings.run.export_dtype) or torch.float32,
+        normalize=settings.run.export_normalize,
+        opset=settings.run.export_opset,
+        name=entry.name,
+        classes=names or None,
+        mean=entry.mean,
+        std=entry.std,
+        seed=settings.run.seed,
+        images=images,
+    )
+    gflops, agreement = made.metadata.gflops, made.agreement
+    log.info("exported %s: %.3f GFLOPs, %.1f MiB", path, gflops, made.size / 2**20)
+    log.info(agreement.line())
+    figures = {name: getattr(agreement, name) for name in ("difference", "top1", "images", "ties", "tied")}
+    runtime.record({"mode": "export", "model": entry.name, "file": str(path), "gflops": gflops, **figures})
 
 
 def run_list_models(settings: Settings, runtime: Runtime) -> None:
-    """Print a name a line, as they are found.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """Print the names that match, a line each, as soon as each is known."""
     pattern = settings.run.pattern
     assert pattern is not None, "the mode that is asked for"
     if not runtime.processes.is_main:

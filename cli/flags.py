@@ -85,10 +85,8 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         dashed = name.replace("_", "-")
         known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
-        if dashed in known:
-            return known[dashed] + equals + value
         longer = [flag for plain, flag in known.items() if plain.startswith(dashed)]
-        return longer[0] + equals + value if len(longer) == 1 else word
+        return known.get(dashed, longer[0] if len(longer) == 1 else name) + equals + value
 
 
 def _number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], int | float]:
@@ -198,26 +196,20 @@ def check_paths(settings: Settings) -> None:
     elsewhere = checkpoint in (OFFICIAL, FROM_SCRATCH) or checkpoint.startswith(("http://", "https://"))
     if not elsewhere and not Path(checkpoint).is_file():
         raise UsageError(f"checkpoint {checkpoint}: no such file")
-    if data is not None and not Path(data).is_dir():
-        raise UsageError(f"--data-path {data}: no such folder")
-    if run.folder is not None and not run.folder.is_dir():
-        raise UsageError(f"--plot {run.folder}: no such folder")
-    for path in run.exported:
-        if not path.exists():
+    for flag, folder in (("--data-path", data), ("--plot", run.folder)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UsageError(f"{flag} {folder}: no such folder")
+    for path in run.timed if run.benchmark == FILES else ():
+        if not Path(path).exists():
             raise UsageError(f"{path}: found no such file; accepted: an exported file")
-    files = [(f"image {path}", path) for path in run.images]
-    files += [(f"--resume {run.resume}", Path(run.resume))] if run.resume not in (None, "auto") else []
-    for named, path in files:
-        if not path.exists():
-            raise UsageError(f"{named}: cannot be read (no such file); accepted: a file that is there")
+    resumed = [("--resume", run.resume)] if run.resume not in (None, "auto") else []
+    for named, path in [*(("image", path) for path in run.images), *resumed]:
+        if not Path(path).exists():
+            raise UsageError(f"{named} {path}: cannot be read (no such file); accepted: a file that is there")
 
 
 def _model_name(args: argparse.Namespace) -> str | None:
-    """What `--model` says, or the file of `--save` that is given as the checkpoint, or the sample's.
-
-    Raises:
-        UsageError: nothing says it, and the data are not the sample's.
-    """
+    """What `--model` says, or the file of `--save` that is given as the checkpoint, or the sample's."""
     if args.model is not None:
         return args.model
     checkpoint, reason = args.checkpoint or "", ""
@@ -237,11 +229,7 @@ def _model_name(args: argparse.Namespace) -> str | None:
 
 
 def _fill(args: argparse.Namespace, parser: Parser) -> None:
-    """What some flags say of others, and the defaults of a mode; what is left open, the model decides.
-
-    Raises:
-        UsageError: two of them contradict each other.
-    """
+    """What some flags say of others, and the defaults of a mode; what is left open, the model decides."""
     mode = mode_of(args)
     args.data_set = args.data_set or ("SAMPLE" if args.data_path is None else "IMNET")
     args.checkpoint = args.checkpoint or (FROM_SCRATCH if args.finetune else OFFICIAL)
@@ -285,7 +273,7 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
-    # A search may mix nothing, whatever these say: `cli/recipe.py`.
+    # A search may mix nothing, whatever the flags say: `cli/recipe.py`.
     if mode == "finetune" and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
         raise UsageError(f"--batch-size {sizes[0]}: accepted: an even number with --mixup or --cutmix")
     if args.affine is not None:
@@ -365,14 +353,14 @@ def _check_files(args: argparse.Namespace) -> None:
             target_of(Path(name))
     except ExportError as error:
         raise UsageError(f"{flag} {error}") from error
-    if args.save is None:
+    save, targets = args.save, args.target_flops or args.target_speedup or args.target_latency or ()
+    if save is None:
         return
-    targets = args.target_flops or args.target_speedup or args.target_latency or ()
     if len(targets) > 1:
         raise UsageError(f"--save: found {len(targets)} targets; accepted: one")
-    if args.save.suffix != SAVED:
-        raise UsageError(f"--save {args.save}: accepted: a name that ends in {SAVED}")
-    if not args.save.parent.is_dir():
-        raise UsageError(f"--save {args.save}: no folder {args.save.parent}")
-    if args.save.is_dir():
-        raise UsageError(f"--save {args.save}: found a folder; accepted: the name of a file")
+    if save.suffix != SAVED:
+        raise UsageError(f"--save {save}: accepted: a name that ends in {SAVED}")
+    if not save.parent.is_dir():
+        raise UsageError(f"--save {save}: no folder {save.parent}")
+    if save.is_dir():
+        raise UsageError(f"--save {save}: found a folder; accepted: the name of a file")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
 from torch import nn
@@ -18,9 +18,9 @@ from torch import nn
 import diffrate
 import models
 from cli.data import eval_dataset, input_size_of
-from cli.resume import use_searched
+from cli.results import use_searched
 from cli.runtime import Runtime, local_main_first
-from cli.schedules import NamedSchedule, chosen_schedule, fit_tokens
+from cli.schedules import chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
@@ -37,22 +37,20 @@ from utils import UsageError
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What is known before any weights are: which model, its patched shapes, and the schedule that the flags name.
 
-    named: None for none, and for a share of the dense model, which depends on the classes.
+    schedule: None for none, and for a share of the dense model, which depends on the classes.
     """
 
     entry: ModelEntry
     shapes: diffrate.CompressedModel
-    named: NamedSchedule | None
+    schedule: diffrate.Schedule | None
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a checkpoint holds: tensors under timm's names, None for fresh ones; what to call it in messages; the
-    kept counts that it was saved or trained at; the names of its outputs."""
+class Weights(NamedTuple):
+    """What a checkpoint holds: tensors under timm's names, None for fresh ones; its name for messages; the kept counts
+    that it was saved or trained at; the names of its outputs."""
 
     state: models.StateDict | None
     name: str
@@ -70,26 +68,6 @@ class Weights:
         return self.state is not None and self.head is None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A plain model with its weights, and what it was and is evaluated on."""
-
-    plan: Plan
-    model: nn.Module
-    weights: Weights
-    val: LabelledDataset
-
-    @property
-    def entry(self) -> ModelEntry:
-        """Which model it is."""
-        return self.plan.entry
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        """Names of the model's outputs, None where unknown."""
-        return output_names(self.val, self.model.num_classes, self.weights)
-
-
 def chosen_entry(settings: ModelSettings) -> ModelEntry:
     """The model that `--model` names, or that a file of `--save` says it holds.
 
@@ -104,18 +82,14 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
         entry = models.entry_of(settings.name)
         return entry if settings.checkpoint == OFFICIAL else replace(entry, name=models.bare_name(entry.name))
     saved = about(settings.checkpoint)
-    name = saved.name or saved.architecture
-    if settings.name not in (name, saved.architecture) and models.bare_name(
-        models.entry_of(settings.name).name
-    ) != models.bare_name(name):
-        raise UsageError(
-            f"--model {settings.name}: {settings.checkpoint} holds {name}; accepted: {name}, or no --model"
-        )
+    name, asked = saved.name or saved.architecture, settings.name
+    same = asked in (name, saved.architecture)
+    if not same and models.bare_name(models.entry_of(asked).name) != models.bare_name(name):
+        raise UsageError(f"--model {asked}: {settings.checkpoint} holds {name}; accepted: {name}, or no --model")
     channels, *size = saved.input_size
     if channels != 3:
-        raise UsageError(
-            f"{name}: the file's input_size is {list(saved.input_size)}; accepted here: images of 3 channels"
-        )
+        found = list(saved.input_size)
+        raise UsageError(f"{name}: the file's input_size is {found}; accepted here: images of 3 channels")
     published = find(name)
     if published is None:
         key = name
@@ -127,17 +101,19 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
     return replace(published, **inputs, options=arrays_as_tuples(saved.arguments))
 
 
-def planned(settings: ModelSettings, entry: ModelEntry) -> Plan:
-    """The model's shapes, and its schedule.
+def planned(settings: Settings, entry: ModelEntry, reads_data: bool = True) -> Plan:
+    """The model's shapes and its schedule: where the data are there that the mode reads, before any weights are.
 
     Raises:
-        InputSizeError, UsageError: the input's size does not fit, or compression does not take this model.
-        ScheduleError: no such schedule, or one that does not fit.
+        DataError, ScheduleError, UsageError: the data folder or the schedule is not there or does not fit, or
+            compression does not take this model.
     """
-    shapes = meta_model(settings, entry)
+    if reads_data:
+        data_root(settings.data.data_set, settings.data.path)
+    shapes = meta_model(settings.model, entry)
     # What a share means depends on the classes.
-    shared = any(target.kind == SHARE for target in settings.targets)
-    return Plan(entry, shapes, None if shared else chosen_schedule(settings, entry, shapes))
+    shared = any(target.kind == SHARE for target in settings.model.targets)
+    return Plan(entry, shapes, None if shared else chosen_schedule(settings.model, entry, shapes))
 
 
 def meta_model(settings: ModelSettings, entry: ModelEntry) -> diffrate.CompressedModel:
@@ -173,17 +149,16 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
 
 
 def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weights:
-    """What `--checkpoint` names.
-
-    Raises:
-        CheckpointError: it cannot be fetched or read, or gives no numbers.
-        ScheduleError: it was trained at counts that are none.
-    """
+    """What `--checkpoint` names."""
     source, entry = settings.checkpoint, plan.entry
     if source == FROM_SCRATCH:
         return Weights(None, FROM_SCRATCH)
-    header = about(source) if is_saved_model(source) else None
-    made_at = entry.input_size if header is not None else _trained_size(source, entry)
+    header, made_at = None, None  # rows and columns of the images that the weights were trained on, if known
+    if is_saved_model(source):
+        header, made_at = about(source), entry.input_size
+    elif (flags := flags_in(source)) is not None:
+        size = flags.get("input_size") or entry.input_size
+        made_at = (size, size) if isinstance(size, int) else (size[0], size[1])
     with local_main_first(runtime.processes):  # one download for all processes of a machine
         if source == OFFICIAL:
             read = models.read_official(entry, plan.shapes, runtime.bar)
@@ -200,11 +175,7 @@ def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weigh
 def plain_model(
     settings: ModelSettings, entry: ModelEntry, weights: Weights, classes: int, **options: Any
 ) -> nn.Module:
-    """The plain timm model with `weights`, and as many classes as they have, if any; fresh ones with `classes`.
-
-    Raises:
-        CheckpointError, InputSizeError: the weights, or the input's size, do not fit.
-    """
+    """The plain timm model with `weights`, and as many classes as they have, if any; fresh ones with `classes`."""
     outputs = classes if weights.state is None else weights.head or 0
     model = models.create(entry, input_size_of(settings, entry), num_classes=outputs, **options)
     if weights.state is not None:
@@ -213,37 +184,32 @@ def plain_model(
     return model
 
 
-def compressed(
-    model: nn.Module, settings: ModelSettings, plan: Plan, weights: Weights | None = None
-) -> diffrate.CompressedModel:
-    """`model`, patched in place if it is not, at the schedule of the flags, else of its weights, else dense.
-
-    Raises:
-        ScheduleError: no such schedule, or one that does not fit.
-    """
+def compressed(model: nn.Module, settings: ModelSettings, plan: Plan, weights: Weights) -> diffrate.CompressedModel:
+    """`model`, patched in place if it is not, at the schedule of the flags, else of its weights, else dense."""
     if not isinstance(model, diffrate.CompressedModel):
         model = patched(model, settings)
-    named = plan.named or chosen_schedule(settings, plan.entry, model)
-    held = None if weights is None or settings.dense else weights.schedule
-    if named is None and weights is not None and held is not None and not _is_dense(held, model):
-        named = NamedSchedule(fit_tokens(held, model) if settings.scale else held, f"checkpoint {weights.name}: ")
-        model.check(named.schedule, named.where)  # before its cost, which needs one that fits
-        gflops = model.flops_at(named.schedule) / 1e9
-        log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", named.where, gflops)
-    named = named or NamedSchedule(model.dense_schedule(), "")
-    model.check(named.schedule, named.where)
-    model.schedule = named.schedule
+    schedule, held = plan.schedule or chosen_schedule(settings, plan.entry, model), weights.schedule
+    if schedule is None and held is not None and not settings.dense and not _is_dense(held, model):
+        schedule, where = fit_tokens(held, model) if settings.scale else held, f"checkpoint {weights.name}: "
+        model.check(schedule, where)  # before its cost, which needs one that fits
+        gflops = model.flops_at(schedule) / 1e9
+        log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", where, gflops)
+    chosen = schedule or model.dense_schedule()
+    model.schedule = chosen
     return model
 
 
-def trained_model(settings: Settings, runtime: Runtime, **options: Any) -> Trained:
-    """The model with the weights that the flags name; `options` go to timm's constructor.
+def trained_model(
+    settings: Settings, runtime: Runtime, **options: Any
+) -> tuple[Plan, nn.Module, Weights, LabelledDataset]:
+    """The plain model with the weights that the flags name, and what it was and is evaluated on; `options` go to
+    timm's constructor.
 
     Raises:
-        CheckpointError, DataError, ScheduleError, UsageError: one of them is not there or does not fit.
+        UsageError: there is no head, or the digits that ship do not fit it.
     """
     entry = chosen_entry(settings.model)
-    plan = checked_plan(settings, entry)
+    plan = planned(settings, entry)
     if entry.num_classes == 0 and settings.model.checkpoint == OFFICIAL:
         raise _no_head(entry.name)  # before anything is downloaded
     weights = read_weights(settings.model, plan, runtime)
@@ -255,31 +221,15 @@ def trained_model(settings: Settings, runtime: Runtime, **options: Any) -> Train
         if settings.data.path is not None or entry.name == SAMPLE_MODEL:
             raise
         raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name} ({error})") from error
-    return Trained(plan, plain_model(settings.model, entry, weights, len(val.classes), **options), weights, val)
-
-
-def checked_plan(settings: Settings, entry: ModelEntry) -> Plan:
-    """`planned`, where the data are there that the mode needs: before any weights are downloaded or read.
-
-    Raises:
-        DataError, ScheduleError, UsageError: the data folder or the schedule is not there, or the model is
-            none that compression takes.
-    """
-    data_root(settings.data.data_set, settings.data.path)
-    return planned(settings.model, entry)
+    return plan, plain_model(settings.model, entry, weights, len(val.classes), **options), weights, val
 
 
 def named_model(
     settings: Settings, entry: ModelEntry, runtime: Runtime
 ) -> tuple[diffrate.CompressedModel, Sequence[str] | None]:
     """The model that the flags name at its kept counts, of modes that need no labels, and words for its outputs: the
-    weights' classes, else ImageNet's words, or the data's classes; None where unknown.
-
-    Raises:
-        CheckpointError, DataError, ScheduleError, UsageError: the weights, the data or the schedule are not there or
-            do not fit.
-    """
-    plan = planned(settings.model, entry)
+    weights' classes, else ImageNet's words, or the data's classes; None where unknown."""
+    plan = planned(settings, entry, reads_data=False)
     weights = read_weights(settings.model, plan, runtime)
     model = compressed(plain_model(settings.model, entry, weights, entry.num_classes), settings.model, plan, weights)
     use_searched(model, settings, entry, runtime)
@@ -291,7 +241,7 @@ def named_model(
     if outputs == IMAGENET_CLASSES:
         return model, [info.index_to_description(index).split(",")[0] for index in range(outputs)]
     if settings.data.path is not None or entry.name == SAMPLE_MODEL:
-        return model, output_names(eval_dataset(settings, entry, None, None), outputs)
+        return model, output_names(eval_dataset(settings, entry), outputs)
     return model, None
 
 
@@ -317,35 +267,12 @@ def output_names(data: LabelledDataset, outputs: int, weights: Weights | None = 
     return list(data.classes) if len(data.classes) == outputs else None
 
 
-def check_choices(settings: ModelSettings, model: diffrate.CompressedModel) -> None:
-    """Refuse a granularity that leaves a search without choice.
-
-    Raises:
-        UsageError: names the flag and what is accepted.
-    """
-    if min(len(rate) for rate in model.arch_parameters()) < 2:
-        limit = model.compression.patches
-        raise UsageError(f"--granularity {settings.granularity}: accepted: from 1 to {limit - 1}")
-
-
-def _trained_size(source: str, entry: ModelEntry) -> models.Size | None:
-    """Rows and columns of the images of the training that left a file, None where it is no such file."""
-    flags = flags_in(source)
-    if flags is None:
-        return None
-    size = flags.get("input_size") or entry.input_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def _trained_at(
     read: models.Read, settings: ModelSettings, plan: Plan, made_at: models.Size | None
 ) -> diffrate.Schedule | None:
-    """The kept counts among a checkpoint's tensors, if any, and the number of input tokens that they are for, if known.
-
-    Raises:
-        ScheduleError: they are none.
-    """
-    held = read.found.get("compression._extra_state")
+    """The kept counts among a checkpoint's tensors, if any, with the number of input tokens that they are for, if that
+    is known."""
+    held, limits = read.found.get("compression._extra_state"), plan.shapes.compression.space.limits
     if held is None or held.numel() == 0:
         return None
     try:
@@ -353,22 +280,21 @@ def _trained_at(
     except (ScheduleError, ValueError) as error:
         raise ScheduleError(f"checkpoint {read.name}: {error}") from error
     if made_at is not None:
-        same = made_at == input_size_of(settings, plan.entry)
-        shapes = plan.shapes if same else meta_model(replace(settings, input_size=made_at), plan.entry)
-        return replace(schedule, tokens=shapes.compression.space.limits[0])
+        if made_at != input_size_of(settings, plan.entry):
+            limits = meta_model(replace(settings, input_size=made_at), plan.entry).compression.space.limits
+        return replace(schedule, tokens=limits[0])
     theirs, ours = read.found.get("pos_embed"), dict(plan.shapes.named_parameters()).get("pos_embed")
     if theirs is None or ours is None:
         return schedule
     # Some models add positions to class and register tokens, too, and some do not.
-    return replace(schedule, tokens=theirs.shape[1] + plan.shapes.compression.space.limits[0] - ours.shape[1])
+    return replace(schedule, tokens=theirs.shape[1] + limits[0] - ours.shape[1])
 
 
 def _is_dense(schedule: diffrate.Schedule, model: diffrate.CompressedModel) -> bool:
     """Whether it removes nothing, in a model of as many tokens as it was made for."""
     blocks = len(model.compressible_blocks())
-    rows = (schedule.merge[:blocks], (schedule.prune or ())[:blocks])
     tokens = schedule.tokens or model.compression.space.limits[0]
-    return all(count == tokens for row in rows for count in row)
+    return {*schedule.merge[:blocks], *(schedule.prune or ())[:blocks]} <= {tokens}
 
 
 def _no_head(name: str) -> UsageError:

@@ -55,18 +55,16 @@ Record = dict[str, Any]
 def accuracy_figure(records: Sequence[Record]) -> Figure | None:
     """Top-1 against GFLOPs of every model that was scored, a panel per architecture."""
     others = {"mae", "mean_average_precision"}  # scores of heads that have no accuracy
-    by_accuracy = (record for record in records if not others & record.keys())
-    scored = [(record, kind) for record in by_accuracy if (kind := _kind(record)) is not None]
+    scored = [(record, kind) for record in records if not others & record.keys() and (kind := _kind(record))]
     names = sorted({record["model"] for record, _ in scored})
     if not names:
         return None
     figure, panels = _panels(6, names)
     for axes, name in panels:
-        for kind in STYLES:
+        for kind, (color, marker) in STYLES.items():
             here = [record for record, of in scored if of == kind and record["model"] == name]
             points = {record["gflops"]: record["acc1"] for record in here}  # the last counts
             if points:
-                color, marker = STYLES[kind]
                 line = "-" if len(points) > 1 else "none"
                 axes.plot(*zip(*sorted(points.items()), strict=True), line, color=color, marker=marker, label=kind)
         axes.set(title=name, xlabel="GFLOPs (multiply-accumulates)", ylabel="top-1 accuracy in %")
@@ -94,18 +92,16 @@ def kept_tokens_figure(records: Sequence[Record]) -> Figure | None:
 
 def draw_kept_tokens(axes: Axes, kept: Sequence[Kept]) -> None:
     """Tokens that pruning and then merging leaves in each block, between the tokens that enter and leave it."""
-    blocks = range(len(kept))
-    color, marker = STYLES["searched"]
-    axes.plot(blocks, [count.merged for count in kept], color=color, marker=marker, label="after merging")
-    if any(count.pruned < count.entering for count in kept):
-        axes.plot(blocks, [count.pruned for count in kept], ":", color=color, marker="x", label="after pruning")
-    pruned = [(count.pruned, count.entering - count.pruned) for count in kept]
-    merged = [(count.merged, count.pruned - count.merged) for count in kept]
-    for bars, hatch, label in ((pruned, "xx", "pruned"), (merged, "//", "merged")):
-        lows, heights = zip(*bars, strict=True)
-        if any(heights):
-            axes.bar(blocks, heights, 0.5, lows, color="#dddddd", hatch=hatch, edgecolor="#777777", label=label)
-    axes.set(xlabel="block", ylabel="tokens", ylim=(0, 1.05 * kept[0].entering))
+    blocks, (color, marker) = range(len(kept)), STYLES["searched"]
+    entering, pruned, merged = zip(*((count.entering, count.pruned, count.merged) for count in kept), strict=True)
+    axes.plot(blocks, merged, color=color, marker=marker, label="after merging")
+    if pruned != entering:
+        axes.plot(blocks, pruned, ":", color=color, marker="x", label="after pruning")
+    for before, after, hatch, label in ((entering, pruned, "xx", "pruned"), (pruned, merged, "//", "merged")):
+        gone = [more - fewer for more, fewer in zip(before, after, strict=True)]
+        if any(gone):
+            axes.bar(blocks, gone, 0.5, after, color="#dddddd", hatch=hatch, edgecolor="#777777", label=label)
+    axes.set(xlabel="block", ylabel="tokens", ylim=(0, 1.05 * entering[0]))
 
 
 def search_figure(steps: Sequence[Record]) -> Figure | None:
@@ -118,11 +114,8 @@ def search_figure(steps: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(4.5 * (len(kinds) + 1), 4), layout="constrained")
     *panels, cost = figure.subplots(1, len(kinds) + 1)
     for axes, kind in zip(panels, kinds, strict=True):
-        blocks = len(course[0][kind])
-        for block in range(blocks):
-            color = colormaps["viridis"](block / max(1, blocks - 1))
-            counts = [step[kind][block] for step in course]
-            axes.plot(done, counts, color=color)
+        for block, counts in enumerate(zip(*(step[kind] for step in course), strict=True)):
+            axes.plot(done, counts, color=colormaps["viridis"](block / max(1, len(course[0][kind]) - 1)))
             axes.annotate(str(block), (done[-1], counts[-1]), fontsize=7, xytext=(2, 0), textcoords="offset points")
         after = "pruning" if kind == PRUNE_FIELD else "merging"
         axes.set(title=f"expected after {after}, by block", xlabel="step", ylabel="tokens", ylim=(0, None))
@@ -198,20 +191,21 @@ def sensitivity_figure(records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(5 * len(kinds) + 1, 4 * len(names)), layout="constrained")
     for name, row in zip(names, figure.subplots(len(names), len(kinds), squeeze=False), strict=True):
         losses = [LEAST_LOSS, *(r["loss"] for r in latest if r["model"] == name)]
-        floor = max(LEAST_LOSS, min((loss for loss in losses if loss > LEAST_LOSS), default=0) / 2)  # there is no log 0
+        lowest = min((loss for loss in losses if loss > LEAST_LOSS), default=0) / 2
+        bottom = max(LEAST_LOSS, lowest)  # of the axis: there is no log 0
         for axes, kind in zip(row, kinds, strict=True):
             here = [r for r in latest if (r["model"], r["kind"]) == (name, kind)]
             if not here:  # of a model that only merges, beside one that also prunes
                 axes.remove()
                 continue
             for block in sorted({r["block"] for r in here}):
-                points = sorted((r["share"], max(r["loss"], floor)) for r in here if r["block"] == block)
+                points = sorted((r["share"], max(r["loss"], bottom)) for r in here if r["block"] == block)
                 style: Record = {"color": colors[block], "marker": ".", "label": f"block {block}"}
                 (handles[block],) = axes.plot(*zip(*points, strict=True), **style)
                 axes.annotate(str(block), points[0], fontsize=7, xytext=(-4, 0), textcoords="offset points", ha="right")
             axes.set(title=f"{name}, {ALONE[kind]} alone", xlabel="share of the tokens kept", xlim=(0, 1))
-            axes.set(ylabel=f"loss against the dense outputs (bottom: up to {floor:.1g})", yscale="log")
-            axes.set_ylim(floor / 1.2, 1.5 * max(losses))
+            axes.set(ylabel=f"loss against the dense outputs (bottom: up to {bottom:.1g})", yscale="log")
+            axes.set_ylim(bottom / 1.2, 1.5 * max(losses))
             _finish(axes, legend=False)
     shown = [handles[block] for block in blocks if block in handles]
     figure.legend(handles=shown, loc="outside right center", fontsize=8, ncols=1 + (len(shown) - 1) // 24)
@@ -311,11 +305,7 @@ PLOTS = {
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
-    """Draw every plot that the logs in the folder, and in the folders of its targets, have the figures for.
-
-    Raises:
-        UsageError: there is no figure in the folder, or a log that is damaged.
-    """
+    """Draw every plot that the logs in the folder, and in the folders of its targets, have the figures for."""
     folder = settings.run.folder
     assert folder is not None, "the mode that is asked for"
     if not os.access(folder, os.W_OK):

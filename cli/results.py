@@ -1,47 +1,56 @@
-"""What a run leaves behind: scores in the log, schedules in files, the next command to type."""
+"""What a run leaves behind: scores in the log, schedules in files, the next command to type. And going on from it:
+which checkpoint `--resume` names, whether that is this run's, and the schedule of a searched one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import diffrate
-from cli.runtime import FOUND, RATES, Runtime
-from cli.schedules import PROJECT_RATES
-from cli.settings import OFFICIAL, Settings, size_words
-from diffrate.budget import Budget, uniform_schedules
+import models
+from cli.recipe import PAPER
+from cli.runtime import RATES, Runtime
+from cli.schedules import PROJECT_RATES, fit_tokens
+from cli.settings import OFFICIAL, Settings, declared, dest_of, size_words
+from diffrate import CompressedModel, Scores
+from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.schedule import Schedule, fields_of, save_schedule
-from engine import log_counts
+from diffrate.searching.checkpoint import read_checkpoint, searched_schedule
+from diffrate.searching.settings import FLAGS, OPTIONS, flag_of
+from engine import LAST, digest
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
+from utils import UsageError
 
+AUTO = "auto"
+# No flags, but what several come to.
+KEPT, STEPS, STARTED = "kept counts", "updates an epoch", "starting weights"
+OF_A_TRAINING = ("epochs", "granularity", "seed")  # too, of the options of a search
+# The flags that a training goes on with, of those that are not told by what they come to.
+HELD = {
+    dest_of(flag_of(item))
+    for item in declared()
+    if item.metadata["saved"] and (item.name in OF_A_TRAINING or OPTIONS.get(item.name) is not item)
+}
+# The flags from before there was a choice.
+EARLIER = {dest_of(flag): OPTIONS[name].default for name, flag in FLAGS.items()}
+EARLIER |= {"search_transform": PAPER.transform, "exif": False}
 log = logging.getLogger(__name__)
 
 
-def report(
-    mode: str, entry: ModelEntry, compressed: diffrate.CompressedModel, scores: diffrate.Scores, runtime: Runtime
-) -> None:
+def report(mode: str, entry: ModelEntry, compressed: CompressedModel, scores: Scores, runtime: Runtime) -> None:
     """Record the scores of a model at its kept counts, and log the published closing line."""
-    runtime.record(_record(mode, entry, compressed, compressed.compression.current(), scores))
+    runtime.record(record_of(mode, entry, compressed, compressed.compression.current(), scores))
     log.info(scores.line(compressed.flops()))
 
 
 def save_model(
-    settings: Settings,
-    entry: ModelEntry,
-    compressed: diffrate.CompressedModel,
-    classes: Sequence[str] | None,
-    runtime: Runtime,
+    settings: Settings, entry: ModelEntry, compressed: CompressedModel, classes: Sequence[str] | None, runtime: Runtime
 ) -> None:
-    """Leave the model where `--save` says, if it says so; main process only.
-
-    Raises:
-        SavedModelError: it cannot be written.
-    """
+    """Leave the model where `--save` says, if it says so; main process only."""
     path = settings.run.save
     if path is not None and runtime.processes.is_main:
         diffrate.save(compressed, path, name=entry.name, classes=classes)
@@ -53,11 +62,7 @@ def save_schedules(
 ) -> Path | None:
     """Add a schedule to `compression_rate.json` in the output folder, and to the project's when asked.
 
-    Gives the file to load it from, None where it was not saved. Main process only.
-
-    Raises:
-        ScheduleError: a file is malformed or cannot be written.
-    """
+    Gives the file to load it from, None where it was not saved. Main process only."""
     files = [] if runtime.output_dir is None else [runtime.output_dir / RATES]
     if settings.run.save_rates:
         files.append(PROJECT_RATES)
@@ -66,52 +71,8 @@ def save_schedules(
     return files[-1] if files else None
 
 
-def log_found(
-    settings: Settings,
-    entry: ModelEntry,
-    target: float,
-    budget: Budget,
-    compressed: diffrate.CompressedModel,
-    found: diffrate.Found,
-    scores: tuple[diffrate.Scores, diffrate.Scores] | None,
-    file: Path | None,
-    runtime: Runtime,
-    apart: float | None = None,
-) -> None:
-    """The end of a search: schedule, accuracy against dense or the loss against its outputs, the speed if that was
-    asked for, the next command to type.
-
-    target: the GFLOPs under which its schedule is kept. scores: of the schedule and of the dense model; None where
-    there was nothing to score on. apart: how far the outputs are from the dense ones; None where the search did not
-    look at them.
-    """
-    schedule = found.schedule
-    log_counts(fields_of(schedule), "found ")
-    flops, whole = compressed.flops_at(schedule), compressed.flops_at(compressed.dense_schedule())
-    if apart is not None:
-        log.info(
-            "found: loss against dense %#.3g flops %.3f (%.0f %% of dense)", apart, flops / 1e9, 100 * flops / whole
-        )
-    if scores is not None:
-        reached, dense = scores
-        runtime.append(_record("eval", entry, compressed, compressed.dense_schedule(), dense), FOUND)
-        # To draw beside it: the uniform schedules of the same budget that the model can run.
-        beside = uniform_schedules(compressed.compression.space, budget)
-        uniform = {kind: fields_of(beside[kind]) for kind in ("prune", "merge", "both") if kind in beside}
-        more = {"target_gflops": target, "uniform": uniform}
-        runtime.append(_record("found", entry, compressed, schedule, reached) | more, FOUND)
-        (name, now), (_, before) = reached.ranked, dense.ranked
-        log.info("dense: %s", dense.line(whole))
-        log.info("found: %s (%.0f %% of dense, %s %+.3f)", reached.line(flops), 100 * flops / whole, name, now - before)
-    if found.speed is not None:
-        runtime.record({"mode": "speed", "model": entry.name, **asdict(found.speed)})
-        log.info(found.speed.line())
-    if file is not None:
-        log.info("next: %s", next_command(settings, entry, target, file))
-
-
-def _record(
-    mode: str, entry: ModelEntry, compressed: diffrate.CompressedModel, schedule: Schedule, scores: diffrate.Scores
+def record_of(
+    mode: str, entry: ModelEntry, compressed: CompressedModel, schedule: Schedule, scores: Scores
 ) -> dict[str, Any]:
     """A JSON line of the scores at a schedule, with what plots need to know of the model."""
     dense = compressed.flops_at(compressed.dense_schedule())
@@ -138,3 +99,98 @@ def next_command(settings: Settings, entry: ModelEntry, target: float, file: Pat
     if settings.model.input_size is not None:
         words.append(f"--input-size {size_words(settings.model.input_size)}")
     return " ".join(words)
+
+
+def resume_path(settings: Settings, runtime: Runtime) -> Path | None:
+    """The checkpoint that `--resume` names; for `auto` the output folder's, None while there is none."""
+    resume = settings.run.resume
+    if resume != AUTO:
+        return None if resume is None else Path(resume)
+    if runtime.output_dir is None:
+        raise UsageError("--resume auto needs --output_dir")
+    path = runtime.output_dir / LAST
+    return path if path.exists() else None
+
+
+def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch_size: int) -> dict[str, Any]:
+    """The flags that decide how a search goes on: with other values, it is another search."""
+    search, use = settings.search, settings.latency
+    speed = {"latency_batch": use.batch_size, "latency_precision": use.precision, "compile": use.compile}
+    return {
+        "model": entry.name,
+        "target_flops": target.gflops,
+        **{kind: target.value if target.kind == kind else None for kind in (SPEEDUP, LATENCY)},
+        **(speed if target.timed else {}),
+        **{FLAGS[name].removeprefix("--"): value for name, value in search.record().items() if name in FLAGS},
+        "batch-size": batch_size,
+        "search": search.method,
+        "search_transform": settings.recipe.transform,
+        "exif": settings.data.exif,
+    }
+
+
+def training_flags(
+    settings: Settings, entry: ModelEntry, model: CompressedModel, steps: int, teacher: CompressedModel | None
+) -> dict[str, Any]:
+    """The flags that decide how a training goes on, its kept counts and updates an epoch, for its checkpoint.
+
+    With a teacher, the weights that it started from, too: it is made of them again.
+    """
+    flags = {name: value for name, value in settings.run.flags.items() if name in HELD}
+    kept = [list(counts or ()) for counts in model.get_kept_num()]
+    flags |= {"model": entry.name, "batch-size": settings.data.batch_size, KEPT: kept, STEPS: steps}
+    return flags if teacher is None else flags | {STARTED: digest(teacher)}
+
+
+def use_searched(model: CompressedModel, settings: Settings, entry: ModelEntry, runtime: Runtime) -> None:
+    """Give `model` the schedule of the search that `--resume` names, if it names one.
+
+    Raises:
+        UsageError: there is none, or it is damaged or of another model.
+    """
+    if settings.run.resume is None:
+        return
+    path = resume_path(settings, runtime)
+    if path is None:
+        raise UsageError(f"--resume auto: no {LAST} in --output_dir {runtime.output_dir}")
+    content = read_search(path)
+    check_flags(path, content, {"model": entry.name})
+    schedule = searched_schedule(path)
+    if settings.model.scale:
+        schedule = fit_tokens(schedule, model)
+    elif schedule.tokens is None:  # older files do not say it
+        check_flags(path, content, {"input_size": settings.run.flags["input_size"]})
+    model.check(schedule, f"--resume {path}: ")
+    model.schedule = schedule
+
+
+def read_search(path: Path) -> dict[str, Any]:
+    """The content of a search's checkpoint.
+
+    Raises:
+        UsageError: the file is missing, damaged, or of another kind.
+    """
+    try:
+        return read_checkpoint(path)
+    except diffrate.SearchCheckpointError as error:
+        raise UsageError(f"--resume {error}") from error
+
+
+def check_flags(path: Path, content: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another run than that of the flags `expected`.
+
+    Raises:
+        UsageError: names the flag that differs.
+    """
+    found = content.get("flags", {})
+    for name, value in expected.items():
+        parsed = dest_of(name)
+        made = found.get(name, found.get(parsed, EARLIER.get(parsed)))
+        if made == value:
+            continue
+        if name == "model":  # the same where one of the two names does not say the pretrained tag of the other
+            bare = models.bare_name(value)
+            if models.bare_name(str(made)) == bare and bare in (made, value):
+                continue
+        called = name if name in (KEPT, STEPS, STARTED) else f"--{name}"
+        raise UsageError(f"--resume {path}: was made with {called} {made}; accepted: {value}, as in this run")

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,8 @@ from termcolor import colored
 from tqdm import tqdm
 
 from diffrate.atomic import whole_file
-from diffrate.device import autocast, default_precision
-from utils import UsageError, make_output_dir
+from diffrate.device import autocast
+from utils import UsageError
 
 PATIENCE = timedelta(hours=1)  # for a slow download or disk elsewhere; a broken connection shows at once
 
@@ -32,8 +32,7 @@ class LostProcessError(RuntimeError):
     """Another process of the run is gone."""
 
 
-@dataclass(frozen=True)
-class Processes:
+class Processes(NamedTuple):
     """This process among those of the run, and among those of its machine."""
 
     rank: int = 0
@@ -52,19 +51,15 @@ def processes_from_environment(environment: Mapping[str, str] = os.environ) -> P
     Raises:
         UsageError: one of the variables is not a number, or nothing joins the tasks of a SLURM step.
     """
-
-    def number(name: str, default: str) -> int:
-        value = environment.get(name, default)
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    found = {name: environment.get(name, default) for name, default in defaults.items()}
+    for name, value in found.items():
         if not value.isdecimal():
             raise UsageError(f"environment: {name}={value}; accepted: a whole number")
-        return int(value)
-
-    if "WORLD_SIZE" not in environment and number("SLURM_STEP_NUM_TASKS", "1") > 1:  # they would write the same files
-        tasks = environment["SLURM_STEP_NUM_TASKS"]
+    *of_process, tasks = map(int, found.values())
+    if "WORLD_SIZE" not in environment and tasks > 1:  # they would write the same files
         raise UsageError(f"environment: SLURM_STEP_NUM_TASKS={tasks}; accepted: 1, or tasks that run torchrun")
-    return Processes(
-        number("RANK", "0"), number("WORLD_SIZE", "1"), number("LOCAL_RANK", "0"), number("LOCAL_WORLD_SIZE", "1")
-    )
+    return Processes(*of_process)
 
 
 @contextmanager
@@ -102,11 +97,6 @@ def local_main_first(processes: Processes) -> Iterator[None]:
         dist.barrier()
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The files that a run leaves in its output folder.
 LOG = "log.txt"  # a JSON line for each epoch, score and timing
@@ -131,10 +121,6 @@ class Runtime:
     dtype: torch.dtype = torch.float32  # of images, and of weights at rest
     bar: bool = False  # whether progress is a bar on the terminal
     unreadable: dict[str, None] = field(default_factory=dict)  # files left out so far, in order: a set has none
-
-    def inside(self, name: str) -> Runtime:
-        """The same with a folder `name` in the output folder for its own."""
-        return self if self.output_dir is None else replace(self, output_dir=make_output_dir(self.output_dir / name))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as chosen, or none."""
@@ -178,20 +164,14 @@ def resolve_device(name: str, processes: Processes) -> torch.device:
         name = "cuda" if available else "cpu"
     if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII) is None:  # torch knows more, and warns of some
         raise UsageError(f"--device {name}: unknown or not supported; accepted: auto, cpu, cuda, cuda:N")
-    if name.startswith("cuda") and not available:
+    if name == "cpu":
+        return torch.device(name)
+    if not available:
         raise UsageError(f"--device {name}: this machine or this build of torch has no CUDA; accepted: auto, cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        index = processes.local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: no GPU number {index}; accepted: 0 to {torch.cuda.device_count() - 1}")
-        return torch.device("cuda", index)
-    return device
-
-
-def amp_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
-    """What to autocast to: by default float16 on CUDA, as published, and nothing elsewhere."""
-    return default_precision(device) if name is None else AMP_DTYPES[name]
+    index, last = int(name[5:] or processes.local_rank), torch.cuda.device_count() - 1
+    if index > last:
+        raise UsageError(f"--device {name}: no GPU number {index}; accepted: 0 to {last}")
+    return torch.device("cuda", index)
 
 
 def open_board(output_dir: Path | None, is_main: bool) -> Any:
@@ -247,11 +227,6 @@ def setup_logging(output_dir: Path | None, is_main: bool, lines: bool = True) ->
         root.addHandler(file)
     for chatty in ("timm", "torch", "PIL", "httpx", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def bar_fits(quiet: bool) -> bool:
-    """Whether progress is to be a bar: on a terminal, unless `--quiet`."""
-    return not quiet and sys.stdout.isatty() and sys.stderr.isatty()
 
 
 class Progress:

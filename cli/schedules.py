@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import diffrate
@@ -29,49 +29,42 @@ from utils import UsageError
 PROJECT_RATES = PROJECT / "compression_rate.json"
 TARGET_OF_SAMPLE = Target(FLOPS, 0.0242 * 1e9)  # half of the sample model's
 DIGITS = 4  # of a share's GFLOPs, the name of its schedule
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class NamedSchedule:
-    """A schedule, and its source as the start of messages."""
-
-    schedule: Schedule
-    where: str
-
-
-def chosen_schedule(
-    settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel
-) -> NamedSchedule | None:
-    """The schedule that the flags name for `model`, None for none.
-
-    Raises:
-        ScheduleError: no such schedule, a malformed one, or one that does not fit.
-    """
+def chosen_schedule(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> Schedule | None:
+    """The schedule that the flags name for `model`, None for none; raises as `schedule_at`."""
     if not settings.load:
         return None
     target = settings.targets[0] if settings.targets else None
     if target is None and entry.name == SAMPLE_MODEL and settings.rate_file is None:
         target = TARGET_OF_SAMPLE
-    return _find(settings, entry, target, model)
+    return schedule_at(target, "--target_flops", settings, entry, model)
 
 
-def start_schedule(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> NamedSchedule | None:
-    """The schedule that a search of `model` starts from, None for none.
+def schedule_at(
+    target: Target | None, flag: str, settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel
+) -> Schedule:
+    """The schedule in the rate file for `target`, which `flag` gave; scaled to the tokens of `model` if asked for.
 
     Raises:
-        ScheduleError: as `chosen_schedule`.
+        ScheduleError: no such schedule, a malformed one, or one that does not fit.
     """
-    if settings.start is None:
-        return None
-    return _find(settings, entry, settings.start, model, "--init_compression_rate")
+    file, space = settings.rate_file or PROJECT_RATES, model.compression.space
+    schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model), flag)
+    if schedule.tokens is None and max((*schedule.merge, *(schedule.prune or ())), default=0) != space.limits[0]:
+        # The published file and those of earlier versions do not say it: they are for the model's own input size.
+        with models.shapes_alone():
+            own = diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry)))
+        schedule = replace(schedule, tokens=own.compression.space.limits[0])
+    if settings.scale:
+        schedule = fit_tokens(schedule, model)
+    model.check(schedule, f"{file}: {entry.schedule_key}: ")
+    return schedule
 
 
 def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> list[Schedule]:
-    """All schedules of the file for a model of as many tokens and blocks as `model`; none where it has none.
-
-    Raises:
-        ScheduleError: the file is malformed.
-    """
+    """All schedules of the file for a model of as many tokens and blocks as `model`; none where it has none."""
     file, found = settings.rate_file or PROJECT_RATES, []
     for target in read_schedules(file).get(entry.schedule_key, {}):
         with suppress(diffrate.ScheduleError, ValueError):  # made for another input, or under a name of its own
@@ -81,21 +74,6 @@ def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffra
             if tokens == model.compression.space.limits[0]:
                 found.append(schedule)
     return found
-
-
-def targets_of(settings: ModelSettings, model: diffrate.CompressedModel) -> list[Target]:
-    """The targets, shares as GFLOPs; the default is the sample model's.
-
-    Raises:
-        UsageError: two of them are the same.
-    """
-    targets = [
-        target if target.timed else Target(FLOPS, gflops_of(target, model) * 1e9)
-        for target in settings.targets or (TARGET_OF_SAMPLE,)
-    ]
-    if len(set(targets)) < len(targets):
-        raise UsageError(f"--target_flops {' '.join(map(str, settings.targets))}: accepted: each once")
-    return targets
 
 
 def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
@@ -111,34 +89,6 @@ def gflops_of(target: Target, model: diffrate.CompressedModel) -> float:
     return float(f"{rounded - step:.{DIGITS}g}")  # 100 % rounded up is more than there is
 
 
-def _find(
-    settings: ModelSettings,
-    entry: ModelEntry,
-    target: Target | None,
-    model: diffrate.CompressedModel,
-    flag: str = "--target_flops",
-) -> NamedSchedule:
-    """The entry of the file for `target`, the value of `flag`, checked against `model`, and scaled to its tokens if
-    asked for."""
-    file = settings.rate_file or PROJECT_RATES
-    schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model), flag)
-    space = model.compression.space
-    if schedule.tokens is None and max((*schedule.merge, *(schedule.prune or ())), default=0) != space.limits[0]:
-        # Files without it: the published one, and those of earlier searches.
-        schedule = replace(schedule, tokens=_own_tokens(entry))
-    if settings.scale:
-        schedule = fit_tokens(schedule, model)
-    where = f"{file}: {entry.schedule_key}: "
-    model.check(schedule, where)
-    return NamedSchedule(schedule, where)
-
-
-def _own_tokens(entry: ModelEntry) -> int:
-    """Tokens of the model at its own input size."""
-    with models.shapes_alone():
-        return diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry))).compression.space.limits[0]
-
-
 def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
     """`schedule` scaled to the tokens of `model`, where it was made for another number."""
     space, blocks = model.compression.space, len(model.compressible_blocks())
@@ -150,38 +100,22 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
     return scale_schedule(schedule, limits, space.limits, space.prefix, space.least)
 
 
-log = logging.getLogger(__name__)
-
-
 def latency_table(
     settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
 ) -> diffrate.LatencyTable:
-    """The seconds of `model` at any schedule, used as the flags say. Before they are measured, the `targets` are
-    checked.
-
-    Raises:
-        BudgetError: a target is far out of reach.
-        LatencyFileError: the file that keeps it cannot be read or written.
-    """
+    """The seconds of `model` at any schedule, used as the flags say; `targets` are checked before it is measured."""
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
     use = Use(settings.batch_size, dtype, settings.compile, runtime.device)
     setting = setting_of(model, use)
-    file = settings.file or _kept_in(setting)
+    file = settings.file or _cache_file(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
     check_reach(model, targets, use, file)
+    options = {"device": use.device, "compile": use.compiled, "file": file}
     with share("Latency", SECONDS, runtime) as advance:
-        return diffrate.measure_latency(
-            model,
-            use.batch_size,
-            dtype,
-            device=use.device,
-            compile=use.compiled,
-            file=file,
-            progress=advance,
-        )
+        return diffrate.measure_latency(model, use.batch_size, dtype, **options, progress=advance)
 
 
-def _kept_in(setting: dict[str, object]) -> Path | None:
+def _cache_file(setting: dict[str, object]) -> Path | None:
     """The file of a table in the user's cache; None where nothing can be written there."""
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
     try:
@@ -199,11 +133,14 @@ def budgets_of(
 
     Raises:
         BudgetError: a target is out of reach; gives the range that is in reach.
-        LatencyFileError, UsageError: as `latency_table` and `targets_of`.
+        UsageError: two targets come to the same.
     """
-    targets, table = targets_of(settings.model, model), None
-    if any(target.timed for target in targets):
-        table = latency_table(settings.latency, model, runtime, targets)
+    asked = settings.model.targets or (TARGET_OF_SAMPLE,)
+    targets = [target if target.timed else Target(FLOPS, gflops_of(target, model) * 1e9) for target in asked]
+    if len(set(targets)) < len(targets):
+        raise UsageError(f"--target_flops {' '.join(map(str, asked))}: accepted: each once")
+    timed = any(target.timed for target in targets)
+    table = latency_table(settings.latency, model, runtime, targets) if timed else None
     return {target: budget_of(model, target, table) for target in targets}, table
 
 

@@ -159,11 +159,6 @@ class RunSettings:
         """One of `BENCHMARKS`, or that of exported files."""
         return benchmark_of(self.timed)
 
-    @property
-    def exported(self) -> tuple[Path, ...]:
-        """The files to time."""
-        return tuple(map(Path, self.timed)) if self.benchmark == FILES else ()
-
 
 @dataclass(frozen=True)
 class DataSettings:

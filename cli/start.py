@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from importlib import import_module
 
 import torch
@@ -10,11 +11,9 @@ import torch
 import diffrate
 import models
 from cli.runtime import (
+    AMP_DTYPES,
     LostProcessError,
-    Processes,
     Runtime,
-    amp_dtype,
-    bar_fits,
     open_board,
     process_group,
     processes_from_environment,
@@ -24,16 +23,17 @@ from cli.runtime import (
 from cli.settings import Settings
 from datasets import DataError, listed
 from diffrate.budget import BaselineError, BudgetError
-from diffrate.device import seed_everything
+from diffrate.device import default_precision, seed_everything
 from diffrate.searching.settings import SearchSettingError
 from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)
-# The file in this folder and its function of modes that are not `run` in a file of their name.
-PLACES = {
+# The file in this folder and its function, of modes that are not `run` in a file of their name.
+FUNCTIONS = {
     "eval": ("evaluate", "run"),
     "finetune": ("evaluate", "run_finetune"),
     "baseline": ("evaluate", "run_baseline"),
+    "export": ("evaluate", "run_export"),
     "list_models": ("evaluate", "run_list_models"),
     "sensitivity": ("search", "run_sensitivity"),
 }
@@ -62,22 +62,27 @@ INPUT_ERRORS = (
 def run(settings: Settings) -> None:
     """The one mode that the settings ask for."""
     keep_freed_memory()
-    processes = processes_from_environment()
-    runtime = _runtime(settings, processes)
-    with process_group(processes, runtime.device):
+    asked, processes = settings.run, processes_from_environment()
+    device = resolve_device(asked.device, processes)
+    output_dir = None if asked.output_dir is None else make_output_dir(asked.output_dir)
+    bar = processes.is_main and not asked.quiet and sys.stdout.isatty() and sys.stderr.isatty()
+    setup_logging(output_dir, processes.is_main, lines=not bar and not asked.quiet)
+    seed_everything(asked.seed)  # fresh weights are the same in every process
+    board = open_board(output_dir, processes.is_main) if asked.tensorboard else None
+    amp = default_precision(device) if asked.amp is None else AMP_DTYPES[asked.amp]
+    runtime = Runtime(processes, device, amp, asked.print_freq, output_dir, board, bar=bar)
+    with process_group(processes, device):
         try:
-            mode = settings.run.mode
-            file, function = PLACES.get(mode, (mode, "run"))
+            file, function = FUNCTIONS.get(asked.mode, (asked.mode, "run"))
             getattr(import_module(f"cli.{file}"), function)(settings, runtime)
         finally:
             if runtime.unreadable:
                 files = list(runtime.unreadable)
                 log.warning("left out %d images that cannot be read: %s", len(files), listed(files))
-        if settings.run.mode not in WITHOUT_PLOTS and runtime.writes:
+        if asked.mode not in WITHOUT_PLOTS and output_dir is not None and runtime.writes:
             from cli.plot import plot_run  # half a second of matplotlib
 
-            assert runtime.output_dir is not None
-            plot_run(runtime.output_dir)
+            plot_run(output_dir)
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
@@ -85,9 +90,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     if isinstance(error, NAMED_LIKE_FLAGS):
         return f"error: --{line}", 2
-    if isinstance(error, INPUT_ERRORS):
-        return f"error: {line}", 2
-    if line.startswith("loader: found"):  # fewer batches than the library needs: the rest cannot be read
+    # "loader: found" fewer batches than the library needs: the rest cannot be read.
+    if isinstance(error, INPUT_ERRORS) or line.startswith("loader: found"):
         return f"error: {line}", 2
     if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when one dies
         return f"error: loading: {line}", 2
@@ -108,14 +112,3 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, diffrate.StoppedError):
         return f"{line}: go on with --resume" if error.saved else f"{line}, before anything was saved", STOPPED
     return None
-
-
-def _runtime(settings: Settings, processes: Processes) -> Runtime:
-    run = settings.run
-    device = resolve_device(run.device, processes)
-    output_dir = make_output_dir(run.output_dir)
-    bar = processes.is_main and bar_fits(run.quiet)
-    setup_logging(output_dir, processes.is_main, lines=not bar and not run.quiet)
-    seed_everything(run.seed)  # fresh weights are the same in every process
-    board = open_board(output_dir, processes.is_main) if run.tensorboard else None
-    return Runtime(processes, device, amp_dtype(run.amp, device), run.print_freq, output_dir, board, bar=bar)

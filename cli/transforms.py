@@ -53,17 +53,14 @@ def eval_transform(view: View, hflip: float = 0.0) -> transforms.Compose:
     if longest / view.crop_pct > LARGEST_SIDE:
         least = longest / LARGEST_SIDE
         raise UsageError(f"--crop-pct {view.crop_pct:g}: accepted: {least:.3g} to 1 at {longest} pixels")
-    composed: Any = create_transform(
-        view.size,
-        is_training=False,
-        crop_pct=view.crop_pct,
-        crop_mode=view.crop_mode,
-        mean=view.mean,
-        std=view.std,
-        interpolation=view.interpolation,
-    )
+    crop = {"crop_pct": view.crop_pct, "crop_mode": view.crop_mode}
     flips = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
-    return transforms.Compose([*flips, *composed.transforms])
+    return transforms.Compose([*flips, *_timm_steps(view, is_training=False, interpolation=view.interpolation, **crop)])
+
+
+def _timm_steps(view: View, **options: Any) -> list[Any]:
+    composed: Any = create_transform(view.size, mean=view.mean, std=view.std, **options)
+    return list(composed.transforms)
 
 
 def crop_view(photograph: Image.Image, view: View, size: int | tuple[int, int]) -> Image.Image:
@@ -79,27 +76,24 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     Raises:
         UsageError: an augmentation policy that timm does not know.
     """
-    policy, *sections = augmentation.auto_augment.split("-") if augmentation.auto_augment else ("",)
+    policy, *sections = (augmentation.auto_augment or "").split("-")
     for section in sections if policy == "rand" else ():  # timm passes over sections without a number
         if not section.startswith("t") and not re.fullmatch(r"[a-z]+\d+(\.\d*)?", section):
             raise UsageError(f"--aa {augmentation.auto_augment}: found {section!r}; accepted: a name and a number")
     try:
-        composed: Any = create_transform(
-            input_size=view.size,
+        steps = _timm_steps(
+            view,
             is_training=True,
             hflip=augmentation.hflip,
             color_jitter=augmentation.color_jitter,
             auto_augment=augmentation.auto_augment,
             interpolation=augmentation.interpolation,
-            mean=view.mean,
-            std=view.std,
             re_prob=augmentation.erase_probability,
             re_mode=augmentation.erase_mode,
             re_count=augmentation.erase_count,
         )
     except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
         raise UsageError(f"--aa {augmentation.auto_augment}: {error}; accepted: a policy of timm, or none") from error
-    steps = list(composed.transforms)
     for operation in _operations(steps):
         if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
@@ -107,15 +101,9 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
         steps[0] = transforms.RandomCrop(view.size, padding=SMALL_PADDING)
     if augmentation.affine is not None:
         degrees, shift, rescale = augmentation.affine
-        steps.insert(
-            0,
-            transforms.RandomAffine(
-                degrees,
-                translate=(shift, shift),
-                scale=(1 - rescale, 1 + rescale),
-                interpolation=transforms.InterpolationMode.BILINEAR,
-            ),
-        )
+        moves, scales = (shift, shift), (1 - rescale, 1 + rescale)
+        bilinear = transforms.InterpolationMode.BILINEAR
+        steps.insert(0, transforms.RandomAffine(degrees, moves, scales, interpolation=bilinear))
     return transforms.Compose(steps)
 
 

@@ -65,8 +65,7 @@ class Seen:
 
     def last(self) -> int:
         """The last block that leaves patches, or the last one where none does."""
-        blocks = range(len(self.kept))
-        return max((block for block in blocks if self.has_patches(block)), default=blocks[-1])
+        return max(filter(self.has_patches, range(len(self.kept))), default=len(self.kept) - 1)
 
 
 @torch.inference_mode()
@@ -79,12 +78,8 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
     states = model.forward_blocks(images)
     dense = compressed = [None] * len(photographs)
     if model.has_head():
-        compressed = model.classify(states[-1]).float().softmax(-1).cpu()
-        before, model.compression.schedule = model.compression.schedule, model.dense_schedule()
-        try:
-            dense = model(images, return_flop=False).float().softmax(-1).cpu()
-        finally:
-            model.compression.schedule = before
+        logits = model.outputs_at(images, model.dense_schedule()), model.classify(states[-1])
+        dense, compressed = (outputs.float().softmax(-1).cpu() for outputs in logits)
     first = model.compression.space.prefix
     zoom = -(-SIDE // min(view.size))  # whole pixels for every pixel of the input
     rows, columns = (zoom * side for side in view.size)
@@ -115,14 +110,13 @@ def shown_blocks(seen: Seen) -> list[int]:
 def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | None = None) -> Figure:
     """One page: the view, the tokens after the last block that leaves patches and after `blocks` (by default
     those that remove tokens), and the predictions, if there are any."""
-    shown = shown_blocks(seen) if blocks is None else blocks
+    shown, last = shown_blocks(seen) if blocks is None else blocks, seen.last()
     rows = -(-len(shown) // COLUMNS)
     height = WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
     figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows) + 0.3), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
-    last = seen.last()
     _picture(view, seen.view, "input")
     when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
     _picture(end, seen.tokens_after(last), f"{when}: {_count(seen, last)}")
@@ -141,25 +135,17 @@ def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
         axes.set_axis_off()
         return
     classes = seen.dense.topk(min(SHOWN_CLASSES, len(seen.dense))).indices.tolist()
-    for name, found, offset, color, hatch in (
-        ("dense", seen.dense, -0.2, "#bbbbbb", ""),
-        ("compressed", seen.compressed, 0.2, "#0072b2", "///"),
-    ):
-        places = [place + offset for place in range(len(classes))]
+    sides = (("dense", seen.dense, -0.2, "#bbbbbb", ""), ("compressed", seen.compressed, 0.2, "#0072b2", "///"))
+    for name, found, offset, color, hatch in sides:
+        rows = [row + offset for row in range(len(classes))]
         values = [100 * float(found[index]) for index in classes]
-        bars = axes.barh(places, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
+        bars = axes.barh(rows, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
         axes.bar_label(bars, fmt="{:.1f} %", padding=2, fontsize=8)
     axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="probability in %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
-
-
-def likeliest(probabilities: Tensor, names: Sequence[str]) -> str:
-    """The class that a model names first, and its probability."""
-    best = int(probabilities.argmax())
-    return f"{names[best]} {100 * float(probabilities[best]):.1f} %"
 
 
 def _covered(model: diffrate.CompressedModel, size: tuple[int, int]) -> tuple[int, int]:
@@ -185,33 +171,35 @@ def _count(seen: Seen, block: int) -> str:
 
 def run(settings: Settings, runtime: Runtime) -> None:
     """Write `NAME.png`, the page, and `NAME_tokens.png`, the groups after the last block with patches alone, for each
-    image.
-
-    Raises:
-        DataError, CheckpointError, ScheduleError, UsageError: an image, the weights, the schedule or a
-            block is not there or does not fit; before anything is written.
-    """
-    images, blocks = _readable(settings.run.images, settings.data.skip_unreadable, runtime), settings.run.blocks
-    entry = chosen_entry(settings.model)
+    image; nothing where an image, the weights, the schedule or a block is not there or does not fit."""
+    paths, blocks = _readable(settings.run.images, settings.data.skip_unreadable, runtime), settings.run.blocks
+    entry, batch_size, folder = chosen_entry(settings.model), settings.data.batch_size, runtime.output_dir
     model, words = named_model(settings, entry, runtime)
     names = words if words is not None else [f"class {index}" for index in range(model.num_classes)]
     last = len(model.compressible_blocks()) - 1
     for block in blocks or ():
         if block > last:
             raise UsageError(f"--blocks {block}: accepted: 0 to {last}")
-    assert runtime.output_dir is not None, "flags make sure of a folder"
-    seen_images = _seen(model, images, view_of(settings, entry), settings.data.batch_size, runtime)
-    for path, name, seen in zip(images, _file_names(images), seen_images, strict=True):
+    assert folder is not None, "flags make sure of a folder"
+    for number, (path, name) in enumerate(zip(paths, _file_names(paths), strict=True)):
+        if number % batch_size == 0:
+            photographs = [load_image(following) for following in paths[number : number + batch_size]]
+            with runtime.autocast():
+                batch = see(model, photographs, view_of(settings, entry))
+        seen = batch[number % batch_size]
         drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
-        target = runtime.output_dir / f"{name}.png"
-        with whole_file(target) as file:
+        with whole_file(folder / f"{name}.png") as file:
             drawn.savefig(file, format="png", dpi=DPI)
-        with whole_file(target.with_name(f"{name}_tokens.png")) as file:
+        with whole_file(folder / f"{name}_tokens.png") as file:
             seen.tokens_after(seen.last()).save(file, format="PNG")
-        both = {"dense": seen.dense, "compressed": seen.compressed}
-        said = {who: likeliest(found, names) for who, found in both.items() if found is not None}
+        said = {}
+        for who, found in (("dense", seen.dense), ("compressed", seen.compressed)):
+            if found is not None:
+                best = int(found.argmax())
+                said[who] = f"{names[best]} {100 * float(found[best]):.1f} %"
         runtime.record({"mode": "visualize", "model": entry.name, "image": str(path), "kept": seen.kept, **said})
-        log.info("%s: %s -> %s", path, ", ".join(f"{who} {what}" for who, what in said.items()) or "no head", target)
+        predictions = ", ".join(f"{who} {what}" for who, what in said.items()) or "no head"
+        log.info("%s: %s -> %s", path, predictions, folder / f"{name}.png")
 
 
 def _readable(paths: Sequence[Path], skip: bool, runtime: Runtime) -> list[Path]:
@@ -230,24 +218,11 @@ def _readable(paths: Sequence[Path], skip: bool, runtime: Runtime) -> list[Path]
     return found
 
 
-def _seen(
-    model: diffrate.CompressedModel, paths: Sequence[Path], view: View, batch_size: int, runtime: Runtime
-) -> Iterator[Seen]:
-    """What is seen of every image, read and run in batches."""
-    for start in range(0, len(paths), batch_size):
-        photographs = [load_image(path) for path in paths[start : start + batch_size]]
-        with runtime.autocast():
-            seen = see(model, photographs, view)
-        yield from seen
-
-
-def _file_names(paths: Sequence[Path]) -> list[str]:
+def _file_names(paths: Sequence[Path]) -> Iterator[str]:
     """A name for each image: its own, numbered where another has it."""
     used: set[str] = set()
-    names = []
     for path in paths:
         candidates = (path.stem if number == 1 else f"{path.stem}-{number}" for number in count(1))
         name = next(name for name in candidates if used.isdisjoint({name, f"{name}_tokens"}))
         used |= {name, f"{name}_tokens"}
-        names.append(name)
-    return names
+        yield name
