@@ -78,7 +78,7 @@ def test_evaluation(flags: tuple[str, ...], expected: list[str], cli: Cli) -> No
         (("--target_flops", "abc%"), "--target_flops: found abc%; accepted: GFLOPs, or a share such as 50%"),
         (("--target_flops", "%"), "--target_flops: found %; accepted: GFLOPs"),
         (("--target_flops", "nan%"), "--target_flops: found nan%"),
-        (("--target_flops", "1%"), "--target_flops 0.0004831 GFLOPs: accepted: 0.009302 to 0.0483"),
+        (("--target_flops", "1%"), "--target_flops 0.0004831 GFLOPs: accepted: 0.003403 to 0.0483"),
         (("--target_flops", "2.4G"), "--target_flops: found 2.4G; accepted: GFLOPs"),
         (("--target_flops", "1e400"), "--target_flops: found 1e400"),
         (("--target_flops", "50%", "0.02", "50.0%"), "--target_flops 50% 0.02 50%: accepted: each once"),
