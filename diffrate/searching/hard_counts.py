@@ -250,8 +250,11 @@ class Calibrating:
         ones that there is time for.
         """
         space, settings, budget = self.model.compression.space, self.task.settings, self.task.budget
-        ruled = space.ruled(settings.rule or PUBLISHED)
-        uniform = uniform_schedules(ruled, budget) or uniform_schedules(ruled.every_block(), budget)
+        given = settings.rule or PUBLISHED
+        uniform = uniform_schedules(space.ruled(given), budget)
+        if not uniform:  # the published choices do not reach the budget
+            space = self.task.space
+            uniform = uniform_schedules(space.ruled(given), budget)
         starts = {f"{UNIFORM} {kind}": schedule for kind, schedule in uniform.items()}
         if self.before:
             return starts, self.before["rules"]

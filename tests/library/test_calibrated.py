@@ -19,7 +19,8 @@ import diffrate
 from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.device import placement_of
 from diffrate.searching.calibration import Calibration, Clock, Reference
-from diffrate.searching.hard_counts import _chosen
+from diffrate.searching.checkpoint import read_checkpoint
+from diffrate.searching.hard_counts import RULES_IN_PLAY, _chosen
 from diffrate.searching.moves import Moves, Surrogate
 from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.teacher import Teacher
@@ -92,13 +93,14 @@ def test_every_move_is_a_schedule_of_the_budget(seed: int, share: float, pool: s
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_every_block_may_let_tokens_go(pool: str) -> None:
-    """The first too, and the last: so budgets are met that the published choices do not reach."""
-    model = small(pool)
+def test_every_block_may_let_tokens_go(pool: str, tmp_path: Path) -> None:
+    """The first too, and the last: so budgets are met that the published choices do not reach, by several rules."""
+    model, file = small(pool), tmp_path / "search.pth"
     space, dense = model.compression.space, model.flops_at(model.dense_schedule())
     share = 0.95 * model.flops_at(space.fewest()) / dense
-    found = diffrate.search(model, batches(8), method="calibrated", share=share, work=300)
+    found = diffrate.search(model, batches(8), method="calibrated", share=share, work=1000, checkpoint=file)
     assert meets_budget(found.flops, share * dense)
+    assert len(read_checkpoint(file)["calibrated"]["rules"]) == RULES_IN_PLAY
     assert min(found.schedule.prune[0], found.schedule.merge[0]) < space.limits[0]
     with pytest.raises(diffrate.BudgetError, match="accepted:"):
         diffrate.search(model, batches(8), method="gradient", share=share, steps=1)
