@@ -52,7 +52,7 @@ def schedule_at(
     """
     file, space = settings.rate_file or PROJECT_RATES, model.compression.space
     schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model), flag)
-    if schedule.tokens is None and max((*schedule.merge, *(schedule.prune or ())), default=0) != space.limits[0]:
+    if schedule.tokens is None and _tokens_of(schedule) != space.limits[0]:
         # The published file and those of earlier versions do not say it: they are for the model's own input size.
         with models.shapes_alone():
             own = diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry)))
@@ -63,6 +63,11 @@ def schedule_at(
     return schedule
 
 
+def _tokens_of(schedule: Schedule) -> int:
+    """The input tokens that a schedule is for; where it does not say so, the most that a block keeps."""
+    return schedule.tokens or max((*schedule.merge, *(schedule.prune or ())), default=0)
+
+
 def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffrate.CompressedModel) -> list[Schedule]:
     """All schedules of the file for a model of as many tokens and blocks as `model`; none where it has none."""
     file, found = settings.rate_file or PROJECT_RATES, []
@@ -70,8 +75,7 @@ def schedules_that_fit(settings: ModelSettings, entry: ModelEntry, model: diffra
         with suppress(diffrate.ScheduleError, ValueError):  # made for another input, or under a name of its own
             schedule = find_schedule(file, entry.schedule_key, float(target))
             model.check(schedule)
-            tokens = max(*schedule.merge, *(schedule.prune or ())) if schedule.tokens is None else schedule.tokens
-            if tokens == model.compression.space.limits[0]:
+            if _tokens_of(schedule) == model.compression.space.limits[0]:
                 found.append(schedule)
     return found
 
@@ -110,9 +114,16 @@ def latency_table(
     file = settings.file or _cache_file(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
     check_reach(model, targets, use, file)
-    options = {"device": use.device, "compile": use.compiled, "file": file}
     with share("Latency", SECONDS, runtime) as advance:
-        return diffrate.measure_latency(model, use.batch_size, dtype, **options, progress=advance)
+        return diffrate.measure_latency(
+            model,
+            use.batch_size,
+            dtype,
+            device=use.device,
+            compile=use.compiled,
+            file=file,
+            progress=advance,
+        )
 
 
 def _cache_file(setting: dict[str, object]) -> Path | None:
@@ -141,7 +152,10 @@ def budgets_of(
         raise UsageError(f"--target_flops {' '.join(map(str, asked))}: accepted: each once")
     timed = any(target.timed for target in targets)
     table = latency_table(settings.latency, model, runtime, targets) if timed else None
-    return {target: budget_of(model, target, table) for target in targets}, table
+    budgets = {target: budget_of(model, target, table) for target in targets}
+    for budget in budgets.values():
+        budget.check(model.compression.space.every_block())
+    return budgets, table
 
 
 def kept_as(target: Target, model: diffrate.CompressedModel, schedule: diffrate.Schedule) -> float:
