@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -88,6 +87,7 @@ def sensitivity(
     candidates = _candidates(model.compression.space, shares)
     place, teacher = placement_of(model, device), Teacher(model, multi_label=multi_label)
     teacher.of_outputs = model.has_head()  # those without a pooling are compared as features are
+    classes = teacher.of_outputs and not multi_label and model.num_classes != 1
     model.to(place.device)  # outside inference mode: the weights stay fit for training
 
     def sums_of(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,21 +97,19 @@ def sensitivity(
         state = model.prepared(entry.state, first)  # followed where anything is removed, in any block
         entering = [state, *model.run_each(model.steps(entry, model.dense_schedule()), state)]
         taught, sums = model.classify(entering[-1]).float(), []
-        classes = teacher.of_outputs and not multi_label and not teacher.relative(taught)
         for block, group in groupby(candidates, key=lambda candidate: candidate[0]):
             for candidate in group:
                 left = model.run(model.steps(entry, candidates[candidate])[block:], entering[block])
                 outputs = model.classify(left).float()
                 loss = teacher.apart(outputs, taught).double().sum()
-                agreeing = (outputs.argmax(-1) == taught.argmax(-1)).double().sum()
-                sums.append(torch.stack([loss, agreeing if classes else loss.new_tensor(math.nan)]))
+                sums.append(torch.stack([loss, (outputs.argmax(-1) == taught.argmax(-1)).double().sum()]))
             if callback is not None:
                 callback(block)
         return torch.stack(sums), taught
 
     means, images = means_over(teacher, loader, place, precision, (len(candidates), 2), sums_of)
     return tuple(
-        Sensitivity(*candidate, finite(loss), None if math.isnan(agreement) else agreement, images)
+        Sensitivity(*candidate, finite(loss), agreement if classes else None, images)
         for candidate, (loss, agreement) in zip(candidates, means, strict=True)
     )
 
