@@ -63,8 +63,10 @@ def evaluate(
         DataError, ScoresError: an image cannot be read, or its label does not fit the head.
         NonFiniteLossError: the loss is not finite.
     """
-    options = {"multi_label": multi_label, "device": runtime.device, "precision": runtime.amp}
-    scores = diffrate.evaluate(model, loader, **options, callback=shown_scores(loader, runtime, between))
+    show = shown_scores(loader, runtime, between)
+    scores = diffrate.evaluate(
+        model, loader, multi_label=multi_label, device=runtime.device, precision=runtime.amp, callback=show
+    )
     if not math.isfinite(scores.loss):
         raise diffrate.NonFiniteLossError(
             f"the loss is {scores.loss} on the validation images; accepted: weights, and a precision, that give numbers"
@@ -291,9 +293,15 @@ def build_mixup(mixing: Mixing, classes: int) -> Mixup | None:
     """Mixup and cutmix, None when both are off."""
     if not mixing.mixes:
         return None
-    chances = {"prob": mixing.probability, "switch_prob": mixing.switch_probability}
-    targets = {"label_smoothing": mixing.smoothing, "num_classes": classes}
-    return Mixup(mixing.mixup, mixing.cutmix, mode=mixing.mode, **chances, **targets)
+    return Mixup(
+        mixup_alpha=mixing.mixup,
+        cutmix_alpha=mixing.cutmix,
+        prob=mixing.probability,
+        switch_prob=mixing.switch_probability,
+        mode=mixing.mode,
+        label_smoothing=mixing.smoothing,
+        num_classes=classes,
+    )
 
 
 def _optimizer(settings: TrainingSettings, model: nn.Module, images_per_step: int) -> Optimizer:
@@ -313,12 +321,20 @@ def _scheduler(settings: TrainingSettings, optimizer: Optimizer, steps: int, see
     """Stepped on updates, so that the rate falls within epochs too and ends at its minimum."""
     usual = 5 if settings.epochs > 5 else 0
     warmup = usual if settings.warmup_epochs is None else settings.warmup_epochs
-    epochs = {"num_epochs": settings.epochs, "warmup_epochs": warmup}
-    rates = {"min_lr": settings.least_learning_rate, "warmup_lr": settings.warmup_learning_rate}
-    updates = {"step_on_epochs": False, "updates_per_epoch": steps}
-    decays = {"decay_epochs": 30, "decay_milestones": [30, 60]}  # as in timm's own training script
-    options = {**epochs, **rates, **updates, **decays}
-    return create_scheduler_v2(optimizer, sched=settings.schedule, noise_seed=seed, **options)[0]
+    return create_scheduler_v2(
+        optimizer,
+        sched=settings.schedule,
+        num_epochs=settings.epochs,
+        warmup_epochs=warmup,
+        min_lr=settings.least_learning_rate,
+        warmup_lr=settings.warmup_learning_rate,
+        noise_seed=seed,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+        # timm's own training script has these, and its function others.
+        decay_epochs=30,
+        decay_milestones=[30, 60],
+    )[0]
 
 
 def dense_copy(model: diffrate.CompressedModel) -> diffrate.CompressedModel:

@@ -73,7 +73,7 @@ def stop_in_time() -> None:
     told.setblocking(False)
     signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
 
-    def end_late(told: socket.socket = told) -> None:  # which would be closed with nobody to keep it
+    def end_late(told: socket.socket = told) -> None:  # keeps `told`, which closes once nothing refers to it
         while listening.recv(1)[0] not in STOPS:
             pass
         time.sleep(GRACE + (AFTER_MAIN if os.environ.get("RANK", "0") != "0" else 0.0))

@@ -194,8 +194,7 @@ def compressed(model: nn.Module, settings: ModelSettings, plan: Plan, weights: W
         model.check(schedule, where)  # before its cost, which needs one that fits
         gflops = model.flops_at(schedule) / 1e9
         log.info("%sat the kept counts that it holds, %.3f GFLOPs; --dense for all tokens", where, gflops)
-    chosen = schedule or model.dense_schedule()
-    model.schedule = chosen
+    model.schedule = schedule or model.dense_schedule()
     return model
 
 

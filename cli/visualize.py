@@ -173,7 +173,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     """Write `NAME.png`, the page, and `NAME_tokens.png`, the groups after the last block with patches alone, for each
     image; nothing where an image, the weights, the schedule or a block is not there or does not fit."""
     paths, blocks = _readable(settings.run.images, settings.data.skip_unreadable, runtime), settings.run.blocks
-    entry, batch_size, folder = chosen_entry(settings.model), settings.data.batch_size, runtime.output_dir
+    entry, folder = chosen_entry(settings.model), runtime.output_dir
     model, words = named_model(settings, entry, runtime)
     names = words if words is not None else [f"class {index}" for index in range(model.num_classes)]
     last = len(model.compressible_blocks()) - 1
@@ -181,12 +181,8 @@ def run(settings: Settings, runtime: Runtime) -> None:
         if block > last:
             raise UsageError(f"--blocks {block}: accepted: 0 to {last}")
     assert folder is not None, "flags make sure of a folder"
-    for number, (path, name) in enumerate(zip(paths, _file_names(paths), strict=True)):
-        if number % batch_size == 0:
-            photographs = [load_image(following) for following in paths[number : number + batch_size]]
-            with runtime.autocast():
-                batch = see(model, photographs, view_of(settings, entry))
-        seen = batch[number % batch_size]
+    seen_images = _seen(model, paths, view_of(settings, entry), settings.data.batch_size, runtime)
+    for path, name, seen in zip(paths, _file_names(paths), seen_images, strict=True):
         drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
         with whole_file(folder / f"{name}.png") as file:
             drawn.savefig(file, format="png", dpi=DPI)
@@ -216,6 +212,17 @@ def _readable(paths: Sequence[Path], skip: bool, runtime: Runtime) -> list[Path]
     if not found:
         raise DataError(f"image {paths[0]}: cannot be read, nor any other; accepted: one that can")
     return found
+
+
+def _seen(
+    model: diffrate.CompressedModel, paths: Sequence[Path], view: View, batch_size: int, runtime: Runtime
+) -> Iterator[Seen]:
+    """What is seen of every image, read and run in batches."""
+    for start in range(0, len(paths), batch_size):
+        photographs = [load_image(path) for path in paths[start : start + batch_size]]
+        with runtime.autocast():
+            seen = see(model, photographs, view)
+        yield from seen
 
 
 def _file_names(paths: Sequence[Path]) -> Iterator[str]:

@@ -39,9 +39,8 @@ class Projection:
                 fused = attention.qkv(x)
             else:  # biases of queries and values are parameters beside
                 bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-                plain = (
-                    type(attention.qkv) is nn.Linear
-                )  # else such as an adapter, which its weight alone does not show
+                # The weight of an adapter, for one, does not show all that it does.
+                plain = type(attention.qkv) is nn.Linear
                 fused = F.linear(x, attention.qkv.weight, bias) if plain else attention.qkv(x) + bias
             heads = (_in_heads(item, attention.num_heads) for item in fused.chunk(3, dim=-1))
             return _normalised(attention, *heads)

@@ -77,9 +77,16 @@ def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, op
     # What torch's exporter says of itself: its own deprecations, and of packages that it does not need.
     modules = r"torch\.|onnxscript|onnx_ir|onnx\.|copyreg"
     with errors_alone("torch.onnx", "onnxscript", "onnx_ir"), no_warnings_of(modules):
-        names = {"input_names": [INPUT], "output_names": [OUTPUT]}
-        operators = {"opset_version": opset, "custom_translation_table": translations(opset)}
-        made: Any = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False, **names, **operators)
+        made: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            custom_translation_table=translations(opset),
+            optimize=False,
+        )
         optimizer.fold_constants(made.model)  # the rules that come next then have half as many nodes to look at
         made.optimize()
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
