@@ -219,7 +219,7 @@ def patch_vit(
 ) -> Vit:
     """Turn `model`, in place, into a compressed one of `kind`, for images of `input_size` where it takes any.
 
-    The search leaves the first block whole; also the last one where all that it leaves is read.
+    The search by gradient leaves the first block whole; also the last one where all that it leaves is read.
     `granularity` is that of pruning and of merging.
 
     Raises:

@@ -200,7 +200,7 @@ def deit(
 def mae(
     model: nn.Module, prune_granularity: int = GRANULARITY, merge_granularity: int = GRANULARITY
 ) -> CompressedVisionTransformer:
-    """Patch a timm ViT with mean pooling, in place. The search leaves the first and last block whole.
+    """Patch a timm ViT with mean pooling, in place. The search by gradient leaves the first and last block whole.
 
     The granularities are the steps between the candidates of a count.
 
