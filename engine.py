@@ -98,8 +98,8 @@ class Training:
     """The training of a model's weights at its fixed rates: its recipe, its position, and its checkpoints.
 
     teacher: the dense model, frozen, where its outputs count beside the labels. flags: what the training was started
-    with, for its checkpoints: in the output folder `checkpoint.pth`, the last, with all that is needed to go on, and
-    `model_best.pth`, the weights of the best top-1.
+    with, for its checkpoints. The output folder gets `checkpoint.pth`, the last one, with all that is needed to go on,
+    and `model_best.pth`, the weights of the best top-1.
 
     Raises:
         UsageError: an optimizer that timm does not know, or cannot make here.

@@ -6,6 +6,7 @@ A new importance, pairing or mean is a class here, with the attributes of the ot
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -235,7 +236,7 @@ class Mean:
     cosine_sizes: bool = False
 
 
-class Pairing:
+class Pairing(ABC):
     """Which tokens merge into which."""
 
     @property
@@ -243,12 +244,12 @@ class Pairing:
         """Whether merging asks for importance; pruning does anyway."""
         return True
 
+    @abstractmethod
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
         """What is left of `state` at the counts `kept`; `importance` `[B, N - prefix]` is that of all tokens but the
         first `prefix`, None where neither pruning nor pairing asks for it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,8 @@ class BlockTimes:
 
 
 def block_times(rows: Sequence[Any], read: int | None, knots: Sequence[int]) -> BlockTimes:
-    """The times of one kind of block, from rows of its tokens, sizes, rule, and three times in each run; `read` as
-    there."""
+    """The times of one kind of block. A row is one block in one run: its tokens, whether they have sizes, the work of
+    its rule, and the seconds of attention, reduction and MLP. `read` is as in `BlockTimes`."""
     kept, sized, works, attention, _, mlp = zip(*rows, strict=True)
     asked = [read is None and asks(one, work) for one, work in zip(kept, works, strict=True)]
     received = [one and work.received for one, work in zip(asked, works, strict=True)]
