@@ -41,8 +41,12 @@ def make_visualization(
     where a model has register or distillation tokens.
 
     Raises:
-        VisualizationError: `source` has another shape, or another number of tokens than the image has patches.
+        VisualizationError: `source` has another shape, or another number of tokens than the image has patches; or one
+            of the two is of another type.
     """
+    if not isinstance(image, Image.Image) or not isinstance(source, Tensor):
+        found = f"{type(image).__name__} and {type(source).__name__}"
+        raise VisualizationError(f"image, source: found {found}; accepted: a PIL image and a tensor")
     origin = source
     if source.ndim == 3 and len(source) == 1:
         strongest = source[0].max(dim=0)

@@ -132,3 +132,11 @@ def test_grids_need_not_be_square() -> None:
 def test_what_does_not_belong_together_is_refused(size: tuple[int, int], source: torch.Tensor, expected: str) -> None:
     with pytest.raises(diffrate.VisualizationError, match=expected):
         diffrate.make_visualization(Image.new("RGB", size), source, 16, class_token=False)
+
+
+@pytest.mark.parametrize(
+    ("image", "source"), [("photo.png", torch.arange(4)), (Image.new("RGB", (32, 32)), [0, 1, 2, 3])]
+)
+def test_other_types_are_refused(image: object, source: object) -> None:
+    with pytest.raises(diffrate.VisualizationError, match="accepted: a PIL image and a tensor"):
+        diffrate.make_visualization(image, source, 16, class_token=False)  # type: ignore[reportArgumentType]
