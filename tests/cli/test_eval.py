@@ -155,6 +155,8 @@ def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path:
         assert row["ideal_speedup"] == pytest.approx(1.99, abs=0.02)
         assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert 0 < row["share_of_bound"] < 2
+        assert 0 < row["bound_speedup"] < 4
         assert row["dense_ms_per_image"] == pytest.approx(1000 / row["dense_images_per_second"])
         assert row["dense_memory_mib"] > 0
     with (tmp_path / "benchmark.csv").open() as file:
