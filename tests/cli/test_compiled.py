@@ -19,11 +19,7 @@ from tests.conftest import Cli
 from tests.test_patch import images, patched
 from tests.tiny_models import saved_file
 
-
-@pytest.fixture(autouse=True)
-def _first_in_its_process() -> None:
-    """As on the command line: where a model with other widths of heads was compiled, torch 2.6 takes no scale."""
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def traced_alone(model: torch.nn.Module) -> Any:
