@@ -18,7 +18,7 @@ from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.rules import NAMED
 from diffrate.blocks.tokens import TokenState, in_graph, replaced
 from diffrate.flops import Count
-from diffrate.patch.shapes import channels_of
+from diffrate.patch.shapes import channels_of, weights
 from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
@@ -50,6 +50,7 @@ class CompressedModel(nn.Module):
     compression: CompressionState
     num_classes: int  # outputs; 0 for a model without a head
     pretrained_cfg: Any  # timm's: what the model's inputs are like
+    mlps: tuple[nn.Module, ...]  # of the attention blocks, as they were when the cost was counted
     image_size: tuple[int, int]  # height and width of the images that the model takes
     return_flop: bool = True  # whether a forward pass gives the cost beside the logits, unless it is asked otherwise
 
@@ -253,6 +254,7 @@ class CompressedModel(nn.Module):
             for number, block in enumerate(blocks):
                 if not is_read(block):
                     check_block(block, f"blocks.{number}")
+                _check_mlp(block, self.mlps[number], f"blocks.{number}.mlp")
             if any(map(has_hooks, self.containers())):
                 raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
             channels = channels_of(self)
@@ -315,6 +317,19 @@ class CompressedModel(nn.Module):
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent
+
+
+def mlps_of(model: CompressedModel) -> tuple[nn.Module, ...]:
+    """The MLPs whose cost is that of the model."""
+    blocks: Sequence[Any] = model.attention_blocks()
+    return tuple(block.mlp for block in blocks)
+
+
+def _check_mlp(block: Any, counted: nn.Module, where: str) -> None:
+    """Refuse a block whose MLP costs something else than the one that was there when its cost was counted."""
+    if block.mlp is not counted and weights(block.mlp) != weights(counted):
+        accepted = f"{weights(counted)}, as when it was patched"
+        raise UnsupportedModelError(f"{where}: found {weights(block.mlp)} weights of layers; accepted: {accepted}")
 
 
 def compress(model: Any, space: SearchSpace, granularity: tuple[int, int], **facts: Any) -> None:
