@@ -234,7 +234,7 @@ class CompressedModel(nn.Module):
 
     def check_input(self, images: Tensor) -> None:
         """Refuse images that the model does not take, and parts that were changed since it was patched and would be
-        passed over. A graph checks the shape alone.
+        passed over. A graph that is compiled checks the parts as it is made, and one that is exported the shape alone.
 
         Raises:
             TypeError: the images are no tensor.
@@ -246,17 +246,9 @@ class CompressedModel(nn.Module):
         if images.ndim != 4:
             raise ValueError(f"images: found the shape {list(images.shape)}; accepted: [B, channels, H, W]")
         _, found, height, width = images.shape
+        if torch.compiler.is_dynamo_compiling() or not in_graph():
+            self.check_parts()
         if not in_graph():
-            blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
-            if len(blocks) != expected:
-                accepted = f"{expected}, as when it was patched"
-                raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {accepted}")
-            for number, block in enumerate(blocks):
-                if not is_read(block):
-                    check_block(block, f"blocks.{number}")
-                _check_mlp(block, self.mlps[number], f"blocks.{number}.mlp")
-            if any(map(has_hooks, self.containers())):
-                raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
             channels = channels_of(self)
             if found != channels or not images.is_floating_point():
                 dtype = str(images.dtype).removeprefix("torch.")
@@ -265,6 +257,21 @@ class CompressedModel(nn.Module):
         if grid != expected:
             made = f"{[height, width]} make {list(grid)} tokens"
             raise ValueError(f"images of {made}; accepted: {list(expected)}")
+
+    @torch.compiler.assume_constant_result
+    def check_parts(self) -> bool:
+        """Refuse parts that were changed since the model was patched, with an UnsupportedModelError; else True."""
+        blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
+        if len(blocks) != expected:
+            accepted = f"{expected}, as when it was patched"
+            raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {accepted}")
+        for number, block in enumerate(blocks):
+            if not is_read(block):
+                check_block(block, f"blocks.{number}")
+            _check_mlp(block, self.mlps[number], f"blocks.{number}.mlp")
+        if any(map(has_hooks, self.containers())):
+            raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
+        return True
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
         """All tokens after each of the first `end` compressible blocks, or after each."""

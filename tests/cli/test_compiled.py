@@ -35,6 +35,15 @@ def test_every_family_is_one_graph(family: str) -> None:
     torch.testing.assert_close(graph(images(family), return_flop=False), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_replaced_parts_are_refused() -> None:
+    model = patched("deit")
+    graph = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    graph(images("deit"), return_flop=False)
+    model.blocks[2].attn = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match=r"UnsupportedModelError: blocks\.2\.attn: found Identity; accepted: "):
+        graph(images("deit"), return_flop=False)
+
+
 def test_smaller_batches_are_filled_up() -> None:
     model = patched("deit")
     fixed = FixedBatch(model, 4)
