@@ -86,6 +86,12 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return run
 
 
+@pytest.fixture
+def nothing_compiled() -> None:
+    """As on the command line: where a model with other widths of heads was compiled, torch 2.6 takes no scale."""
+    torch.compiler.reset()
+
+
 HELD_UP = """
 import importlib, os, signal, sys, time, main, utils
 

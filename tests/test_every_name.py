@@ -43,7 +43,8 @@ def shallow(name: str) -> Any:
     """The model with few of its blocks, at full width, without memory for its weights."""
     with torch.device("meta"):
         try:
-            return timm.create_model(name, depth=SHALLOW).eval()
+            # Some buffers of older timm start on the CPU even so.
+            return timm.create_model(name, depth=SHALLOW).eval().to("meta")
         except AssertionError:  # says something of each of its blocks
             model: Any = timm.create_model(name).eval()
             model.blocks = model.blocks[:SHALLOW]

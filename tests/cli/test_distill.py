@@ -140,6 +140,7 @@ def test_what_makes_no_teacher_is_refused(cli: Cli, data: Path, tmp_path: Path) 
     check(result, "--distill: ", "head.weight, head.bias start fresh", "accepted: weights with the data's classes")
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_it_takes_the_same_course(
     cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

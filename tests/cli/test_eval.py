@@ -168,6 +168,7 @@ def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
 def test_the_benchmark_compiles_in_one_graph(cli: Cli, tmp_path: Path) -> None:
     file = saved_file(tmp_path / "tiny.safetensors")
     words = ("--benchmark", "--checkpoint", file, "--batch-size", 4, "--rounds", 1, "--amp", "off", "--compile")

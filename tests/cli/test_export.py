@@ -11,7 +11,10 @@ import diffrate
 from diffrate.files import header
 from tests.cli.test_errors import check
 from tests.conftest import Cli
+from tests.constructions import since
 from tests.tiny_models import saved_file
+
+TRACES = since(".".join(map(str, header.TRACES)), "torch")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "expected"),
     [
         (("--export", "a.tflite"), ["--export a.tflite: found the suffix '.tflite'; accepted: .onnx, .pt2, .xml"]),
-        (("--export", "/nowhere/a.pt2"), ["--export /nowhere/a.pt2: no folder /nowhere"]),
+        pytest.param(("--export", "/nowhere/a.pt2"), ["--export /nowhere/a.pt2: no folder /nowhere"], marks=TRACES),
         (("--export", "a.onnx", "--eval"), ["accepted: one of --eval, ", "--export, "]),
         (("--export-normalize",), ["--export-normalize goes with --export"]),
         (("--eval", "--export-dtype", "fp16"), ["--export-dtype goes with --export"]),
@@ -53,6 +56,7 @@ def test_a_missing_package_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytes
     check(cli(*words), "needs openvino; accepted: after pip install openvino, or all of requirements-export.txt")
 
 
+@TRACES
 @pytest.mark.parametrize("normalize", [(), ("--export-normalize",)])
 def test_files_are_compared_on_the_images_of_the_data(
     normalize: tuple[str, ...], saved: Path, image_folder: Path, photographs: Path, cli: Cli, tmp_path: Path
@@ -71,6 +75,7 @@ def test_files_are_compared_on_the_images_of_the_data(
     check(cli(*words, photographs), "found 1 images; accepted: 2 or more")
 
 
+@TRACES
 def test_files_are_timed_beside_their_model(saved: Path, cli: Cli, tmp_path: Path) -> None:
     dense, small = tmp_path / "dense.pt2", tmp_path / "small.pt2"
     for path, more in ((dense, ("--dense",)), (small, ())):
@@ -91,6 +96,7 @@ def test_files_are_timed_beside_their_model(saved: Path, cli: Cli, tmp_path: Pat
     assert all((row["file_mib"] is None) == (row["runtime"] == "eager") for row in rows)
 
 
+@TRACES
 def test_files_of_other_sizes_are_refused(saved: Path, cli: Cli, tmp_path: Path) -> None:
     large, small = tmp_path / "large.pt2", tmp_path / "small.pt2"
     assert cli("--export", small, "--checkpoint", saved)[0] == 0

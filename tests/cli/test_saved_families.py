@@ -11,11 +11,15 @@ import diffrate
 import models
 from cli.flags import parse_flags
 from cli.model import chosen_entry
-from tests.constructions import build, size_of
+from tests.constructions import build, since, size_of
 
 
 @pytest.mark.parametrize(
-    "name", ["rope_dinov3_biases", "rope_fewer_keys", "relative_table", "distilled", "naflex_rope"]
+    "name",
+    [
+        *("rope_dinov3_biases", "rope_fewer_keys", "relative_table", "distilled"),
+        pytest.param("naflex_rope", marks=since("1.0.31")),  # older timm does not keep what it is given
+    ],
 )
 def test_a_saved_model_is_built_again_from_its_entry(name: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
