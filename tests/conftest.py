@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -84,34 +82,6 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
         return code, captured.out, captured.err
 
     return run
-
-
-HELD_UP = """
-import importlib, os, signal, sys, time, main, utils
-
-module, owner, name, number, *words = sys.argv[1:]
-owner = importlib.import_module(module) if owner == "-" else getattr(importlib.import_module(module), owner)
-original, calls = getattr(owner, name), []
-
-def held_up(*args, **options):
-    calls.append(1)
-    if len(calls) == int(number):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(600)
-    return original(*args, **options)
-
-setattr(owner, name, held_up)
-utils.stop_in_time()
-utils.leave(main.main(words))
-"""
-
-
-def end_while_held_up(place: str, number: int, *words: object) -> tuple[int, str]:
-    """Run `main.py` until the call of this number of `place` (module:owner:name, or module:-:name), which never ends;
-    exit code and standard error after SIGTERM then."""
-    command = [sys.executable, "-c", HELD_UP, *place.split(":"), str(number), *map(str, words)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stderr
 
 
 def write_image(path: Path, seed: int, size: int = 40, brightest: int = 255) -> None:

@@ -223,12 +223,17 @@ def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch:
         return build("vit_tiny_patch16_224", **{**narrow, **options})
 
     def brief(*given: Any, **options: Any) -> diffrate.Found:
-        return search(*given, **{**options, "minutes": 0.02})
+        return search(*given, **{**options, "minutes": 0.005})
 
     monkeypatch.setattr(timm, "create_model", untrained)
     monkeypatch.setattr(diffrate, "search", brief)
-    monkeypatch.setattr(diffrate, "measure_latency", partial(diffrate.measure_latency, seconds=1))
-    monkeypatch.setattr(diffrate, "check_predictions", partial(diffrate.check_predictions, seconds=1))
+    monkeypatch.setattr("diffrate.latency.measure.WHOLE_RUNS", 0.01)
+    for name, brief_ in (
+        ("measure_latency", {"seconds": 0.1}),
+        ("check_predictions", {"seconds": 0.1}),
+        ("benchmark", {"rounds": 1}),
+    ):
+        monkeypatch.setattr(diffrate, name, partial(getattr(diffrate, name), **brief_))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = [(torch.randn(2, 3, 224, 224), torch.randint(10, (2,))) for _ in range(2)]

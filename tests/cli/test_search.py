@@ -22,8 +22,8 @@ from diffrate.budget import meets_budget
 from diffrate.schedule import find_schedule
 from diffrate.searching.gradient import Search
 from tests.cli.test_eval import scores
-from tests.conftest import Cli, end_while_held_up, ran_once, write_image
-from tests.forked import with_torch
+from tests.conftest import Cli, ran_once, write_image
+from tests.forked import end_while_held_up, with_torch
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -331,7 +331,7 @@ def test_a_signal_ends_what_takes_long(place: str, number: int, line: str, image
     elif place in (SAVING, SCORING):
         given = [*EVAL, "--data-path", image_folder, "--output_dir", out, "--save", out / "a.safetensors"]
         out.mkdir()
-    assert end_while_held_up(place, number, *given) == (130, f"main.py: {line}\n")
+    assert end_while_held_up(tmp_path, place, number, *given) == (130, f"main.py: {line}\n")
     assert [
         path for path in out.iterdir() if path.name.startswith(".") or (place == SAVING and path.suffix != ".txt")
     ] == []
