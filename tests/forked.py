@@ -11,13 +11,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import main
@@ -75,9 +74,8 @@ def two_mains(folder: Path, *words: object) -> list[Ended]:
     return two(partial(main.main, [*map(str, words), "--num_workers", "0"]), folder)
 
 
-def as_command(words: Sequence[object], environment: Mapping[str, str] = MappingProxyType({})) -> NoReturn:
+def as_command(words: Sequence[object]) -> NoReturn:
     """`main.py` with these words, which a signal ends."""
-    os.environ |= environment
     utils.stop_in_time()
     utils.leave(main.main([*map(str, words)]))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ import torch
 
 import engine
 from diffrate.device import FixedBatch
-from tests.cli.test_eval import scores
+from tests.cli.test_eval import PROJECT, scores
 from tests.conftest import Cli
-from tests.forked import as_command, ended, started
 from tests.test_patch import images, patched
 from tests.tiny_models import saved_file
 
@@ -73,10 +74,11 @@ def test_training_takes_the_same_course(
 def test_without_a_compiler_one_line_says_so(image_folder: Path, tmp_path: Path) -> None:
     file = saved_file(tmp_path / "tiny.safetensors")
     words = ("--eval", "--checkpoint", file, "--data-path", image_folder, "--batch-size", 4, "--num_workers", 0)
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--compile"]
     nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    (done,) = ended(started(partial(as_command, (*words, "--compile"), nowhere), tmp_path, 1), tmp_path)
-    assert done.code == 2
-    line = done.err.splitlines()[-1]
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
     assert line.startswith("main.py: error: --compile: ")
     assert "/nowhere/c++" in line
-    assert "Traceback" not in done.err
+    assert "Traceback" not in done.stderr

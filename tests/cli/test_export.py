@@ -22,21 +22,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_file(tmp_path_factory.mktemp("saved") / "model.safetensors")
 
 
-def exported(saved: Path, *more: str) -> Path:
-    """The model of the file, with the words `more`, in a file for torch; for a fixture."""
-    path = saved.with_name("dense.pt2" if more else "small.pt2")
-    ran_once("--export", path, "--checkpoint", saved, *more)
-    return path
-
-
 @pytest.fixture(scope="module")
 def small(saved: Path) -> Path:
-    return exported(saved)
+    """The model of the file, as a file for torch."""
+    ran_once("--export", saved.with_name("small.pt2"), "--checkpoint", saved)
+    return saved.with_name("small.pt2")
 
 
 @pytest.fixture(scope="module")
 def dense(saved: Path) -> Path:
-    return exported(saved, "--dense")
+    ran_once("--export", saved.with_name("dense.pt2"), "--checkpoint", saved, "--dense")
+    return saved.with_name("dense.pt2")
 
 
 @pytest.mark.parametrize(
@@ -106,29 +102,20 @@ def test_files_are_timed_beside_their_model(saved: Path, dense: Path, small: Pat
     assert all((row["file_mib"] is None) == (row["runtime"] == "eager") for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("input_size", (3, 28, 28), "small.pt2: found images of 3 x 28 x 28; accepted: 3 x 32 x 32"),
-        ("model", "another", "small.pt2: found one of another; accepted: of vit_tiny_patch16_224, as the first"),
-    ],
-)
 def test_files_of_other_models_are_refused(
-    field: str,
-    value: Any,
-    message: str,
-    saved: Path,
-    dense: Path,
-    small: Path,
-    cli: Cli,
-    monkeypatch: pytest.MonkeyPatch,
+    saved: Path, dense: Path, small: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_another(path: Path, *more: Any) -> Loaded:
-        logits, said = load_exported(path, *more)
-        return Loaded(logits, replace(said, **{field: value}) if path.name == small.name else said)
+    for other, message in (
+        ({"input_size": (3, 28, 28)}, "small.pt2: found images of 3 x 28 x 28; accepted: 3 x 32 x 32"),
+        ({"model": "another"}, "small.pt2: found one of another; accepted: of vit_tiny_patch16_224, as the first"),
+    ):
 
-    monkeypatch.setattr("benchmarks.speed.load_exported", of_another)
-    check(cli("--benchmark", dense, small, "--checkpoint", saved), message)
+        def of_another(path: Path, *more: Any, other: Any = other) -> Loaded:
+            logits, said = load_exported(path, *more)
+            return Loaded(logits, replace(said, **other) if path.name == small.name else said)
+
+        monkeypatch.setattr("benchmarks.speed.load_exported", of_another)
+        check(cli("--benchmark", dense, small, "--checkpoint", saved), message)
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind"])
