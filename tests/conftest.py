@@ -63,6 +63,31 @@ def _quiet_after() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def painting() -> Iterator[Callable[[Path], None]]:
+    """Plots of runs are made, and not painted: that takes longer than a short run. Gives what paints them."""
+    from matplotlib.figure import Figure
+
+    from cli import plot
+
+    paint = plot.plot_run
+
+    def made(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda *_, **__: None)
+            paint(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "plot_run", made)
+        yield paint
+
+
+@pytest.fixture
+def painted(painting: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots of runs are painted."""
+    monkeypatch.setattr("cli.plot.plot_run", painting)
+
+
 def ran_once(*words: object) -> str:
     """Run `main.py` with these words, for a fixture that many tests look at: its standard output."""
     with root_logger_kept(), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:

@@ -64,6 +64,7 @@ def test_training_at_rates_learns_and_drops_tokens(
     assert records(tmp_path)[-1]["gflops"] == pytest.approx(0.024, abs=0.0005)
 
 
+@pytest.mark.usefixtures("painted")
 def test_what_it_leaves_behind_evaluates(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     data = ("--data-path", image_folder)
     cli(*PLAIN, *data, "--epochs", 2, "--output_dir", tmp_path, *HALF)

@@ -65,6 +65,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "data", root / "out"
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text, err = cli(*words(image_folder, out, "--epochs", 2, "--tensorboard"))
@@ -112,13 +113,13 @@ def test_the_search_moves_towards_the_target(cli: Cli, image_folder: Path, tmp_p
 
 def test_a_run_repeats_with_its_seed_whatever_the_workers(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     for name, more in {"a": (), "b": ("--num_workers", 2), "c": ("--seed", 5)}.items():
-        cli(*words(image_folder, tmp_path / name, "--epochs", 2, *more))
+        cli(*words(image_folder, tmp_path / name, "--epochs", 1, *more))
     assert same_rates(tmp_path / "a", tmp_path / "b")
     assert not same_rates(tmp_path / "a", tmp_path / "c")
 
 
 def test_accumulated_batches_are_one_large_batch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    plain = ("--epochs", 2, "--drop-path", 0, "--no-repeated-aug")
+    plain = ("--epochs", 1, "--drop-path", 0, "--no-repeated-aug")
     cli(*words(image_folder, tmp_path / "large", *plain, "--batch-size", 8))
     cli(*words(image_folder, tmp_path / "small", *plain, "--batch-size", 4, "--accum-steps", 2))
     for large, small in zip(rates(tmp_path / "large"), rates(tmp_path / "small"), strict=True):

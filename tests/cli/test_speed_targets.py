@@ -71,6 +71,7 @@ def test_a_baseline_for_a_latency(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["setting"]["batch_size"] == 64
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("--benchmark", "latency", "--batch-size", 2, "--output_dir", tmp_path / "out")
     assert (code, err) == (0, ""), err

@@ -233,11 +233,6 @@ def test_half_precision_halves_the_weights(
     assert 0.9 < size / (2 * sum(parameter.numel() for parameter in model.parameters())) < 1.2
 
 
-def test_bfloat16_is_refused_where_the_runtime_has_none(model: diffrate.CompressedModel, tmp_path: Path) -> None:
-    with pytest.raises(diffrate.ExportError, match="found the precision bf16; onnxruntime accepts: float32, fp16"):
-        diffrate.export(model, tmp_path / "model.onnx", dtype=torch.bfloat16)
-
-
 def test_weights_beside_an_earlier_file_go_with_it(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     for name in ("model.onnx", "model.onnx.data"):
