@@ -46,7 +46,6 @@ def test_freed_memory_is_kept(tmp_path: Path) -> None:
     assert few < faults(False, tmp_path / "left")[1] / 10
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone")
 def test_users_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     monkeypatch.setattr("ctypes.CDLL", lambda *_: pytest.fail("it is told"))

@@ -158,3 +158,4 @@ def test_two_processes_share_it(start: Path, data: Path, tmp_path: Path) -> None
     for done in two_mains(tmp_path, *words, "--epochs", 1, "--output_dir", tmp_path):
         assert (done.code, done.err) == (0, "")
     assert len(records(tmp_path)) == 1
+    assert (tmp_path / "checkpoint.pth").exists()

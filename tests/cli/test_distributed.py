@@ -75,14 +75,6 @@ def test_sensitivity_is_that_of_all_images(cli: Cli, tmp_path: Path) -> None:
         assert both == alone
 
 
-def test_training_leaves_one_log_and_one_checkpoint(image_folder: Path, tmp_path: Path) -> None:
-    words = ("--finetune", "--model", "vit_sample_patch4_28", "--data-path", image_folder, "--batch-size", 2)
-    for done in two_mains(tmp_path, *words, "--epochs", 1, "--output_dir", tmp_path, "--no-repeated-aug"):
-        assert (done.code, done.err) == (0, "")
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
-    assert (tmp_path / "checkpoint.pth").exists()
-
-
 def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path: Path) -> None:
     """A damaged image that only the second process reads."""
     bad = image_folder / "val" / "cat" / "1.jpg"

@@ -116,10 +116,3 @@ def test_files_of_other_models_are_refused(
 
         monkeypatch.setattr("benchmarks.speed.load_exported", of_another)
         check(cli("--benchmark", dense, small, "--checkpoint", saved), message)
-
-
-@pytest.mark.parametrize("content", [b"", b"nothing of the kind"])
-def test_damaged_files_are_refused(content: bytes, cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "a.pt2"
-    path.write_bytes(content)
-    check(cli("--benchmark", path), "a.pt2: torch cannot read it")

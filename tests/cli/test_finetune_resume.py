@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from tests.cli.test_finetune import FULL, HALF, MODEL, records
 from tests.cli.test_search import same_rates
 from tests.cli.test_search import words as search_words
 from tests.conftest import Cli, write_image
-from tests.forked import end_while_held_up, ended, started
+from tests.forked import end_while_held_up
 
 EPOCHS, SAVES = 3, 5  # a save for each step of an epoch and one for its scores, where saves are frequent
 # Four steps an epoch, all parts of DeiT's recipe, kept counts, averaged weights.
@@ -163,25 +161,6 @@ def test_a_signal_ends_a_step_that_takes_long_and_saves_the_last_one(
     code, err = end_while_held_up(tmp_path, place, number, *again)
     assert (code, err) == (130, f"main.py: stopped at {where}: go on with --resume\n")
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
-    assert cli(*again)[0] == 0
-    check_same(tmp_path / "out", whole)
-
-
-def saving_often(words: list[object]) -> int:
-    engine.SAVE_SECONDS = -1.0
-    return main.main([*map(str, words)])
-
-
-def test_a_process_killed_in_an_epoch_goes_on(whole: Path, cli: Cli, folder: Path, tmp_path: Path) -> None:
-    again = words(folder, tmp_path / "out", "--resume", "auto", "--print-freq", 1)
-    (process,) = started(partial(saving_often, again), tmp_path, 1)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "checkpoint.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    assert ended([process], tmp_path)[0].err == ""
-    position = content(tmp_path / "out")["position"]
-    assert position["epoch"] < EPOCHS
     assert cli(*again)[0] == 0
     check_same(tmp_path / "out", whole)
 

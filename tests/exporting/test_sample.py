@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -40,13 +39,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a file for each runtime and a picture, by the names that docs/export.md gives them."""
     folder, traces = tmp_path_factory.mktemp("files"), []
-
-    def traced_once(*given: Any) -> Any:
-        traces[:] = traces or [traced(*given)]
-        return traces[0]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "traced", traced_once)
+        patch.setattr(export, "traced", lambda *given: (traces or traces.append(traced(*given)) or traces)[0])
         for name in FILES:
             ran_once("--export", folder / name, "--load_compression_rate", "--export-normalize")
     Image.new("RGB", (40, 30), "black").save(folder / "picture.png")
