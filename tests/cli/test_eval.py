@@ -103,15 +103,6 @@ def test_records_in_the_output_folder(half: tuple[str, Path]) -> None:
     assert "\033" not in out
 
 
-def test_a_schedule_file_of_ones_own(whole: tuple[float, ...], tmp_path: Path, cli: Cli) -> None:
-    counts = str([50] * 8)
-    table = {"ViT-Sample": {"1": {"prune_kept_num": counts, "merge_kept_num": counts}}}
-    file = tmp_path / "mine.json"
-    file.write_text(json.dumps(table))
-    words = ("--eval", "--load_compression_rate", "--compression_rate_file", file, *FAST)
-    assert scores(cli(*words)[1]) == whole
-
-
 def test_other_input_sizes_interpolate(cli: Cli) -> None:
     acc1, _, _, gflops = scores(cli("--eval", "--input-size", 32, *FAST)[1])
     assert gflops == 0.064

@@ -22,6 +22,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "sensitivity.txt").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_sample_needs_no_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, text, err = cli("--sensitivity", 8, "--batch-size", 5, *FAST)
@@ -59,6 +60,7 @@ def test_images_come_from_all_over_the_training_split(cli: Cli, image_folder: Pa
     check(cli("--sensitivity", *flags), "1.jpg: cannot be read", "accepted: a whole image file")
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_model_without_a_head(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     torch.save(models.create(models.entry_of("test_vit"), 64, num_classes=0).state_dict(), tmp_path / "bare.pth")
     flags = ("--model", "test_vit", "--input-size", 64, "--checkpoint", tmp_path / "bare.pth", *FAST)
