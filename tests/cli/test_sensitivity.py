@@ -29,14 +29,14 @@ def test_the_sample_needs_no_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.
     assert (code, err) == (0, "")
     out = tmp_path / "output"
     found = records(out)
-    assert len(found) == 7 * 2 * 5
+    assert len(found) == 8 * 2 * 5
     assert {one["images"] for one in found} == {8}
     first = found[0]
-    assert (first["model"], first["block"], first["kind"]) == ("vit_sample_patch4_28", 1, "prune")
+    assert (first["model"], first["block"], first["kind"]) == ("vit_sample_patch4_28", 0, "prune")
     assert (first["kept"], first["tokens"], first["share"]) == (38, 50, 0.76)
     assert 0 < first["loss"] < found[4]["loss"]
     assert "block   kind  tokens  kept %      loss  top-1 as dense, %" in text
-    assert f"    1  prune      38      76  {first['loss']:.2e}" in text
+    assert f"    0  prune      38      76  {first['loss']:.2e}" in text
     drawn = (out / "sensitivity.png").read_bytes()
     (out / "sensitivity.png").unlink()
     code, text, err = cli("--plot", out)
