@@ -326,6 +326,7 @@ def search_apart(folder: Path) -> None:
     kept = found.schedule
     assert kept.prune is not None
     torch.save([list(kept.prune), list(kept.merge), *found.calibrated.losses], folder / f"rank{rank}")
+    dist.barrier()  # nobody leaves while the other still waits for it
     dist.destroy_process_group()
 
 
