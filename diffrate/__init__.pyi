@@ -3,6 +3,7 @@ from .blocks.block import UnsupportedModelError
 from .blocks.rates import RateError
 from .blocks.tokens import TokenState
 from .budget import BudgetError
+from .converting.convert import convert
 from .evaluation import Scores, ScoresError, Tally, evaluate
 from .files.export import Exported, export
 from .files.graph import plain
@@ -64,6 +65,7 @@ __all__ = [
     "about",
     "benchmark",
     "check_predictions",
+    "convert",
     "evaluate",
     "export",
     "load",

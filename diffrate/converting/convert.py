@@ -1,0 +1,231 @@
+"""`diffrate.convert`: a model of transformers, open_clip or torchvision as the equal model of timm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from diffrate.blocks.block import UnsupportedModelError
+from diffrate.converting import transformers_vits
+from diffrate.converting.layout import (
+    CLIP,
+    IMAGENET_VIT,
+    Names,
+    Plan,
+    Tensors,
+    add_head,
+    epsilon_of,
+    read_vit,
+)
+from diffrate.files.header import SavedModelError
+from diffrate.files.save import build
+from diffrate.patch.parts import FeatureHead
+from diffrate.patch.shapes import as_size
+from diffrate.patch.timm_families import families
+
+TORCHVISION = Names(
+    patch=("conv_proj",),
+    class_token=("class_token",),
+    positions=("encoder.pos_embedding",),
+    norm=("encoder.ln",),
+    block=("encoder.layers.encoder_layer_{}.",),
+    norm1=("ln_1",),
+    qkv=("self_attention.in_proj",),
+    proj=("self_attention.out_proj",),
+    norm2=("ln_2",),
+    fc1=("mlp.0",),
+    fc2=("mlp.3",),
+)
+OPEN_CLIP = Names(
+    patch=("conv1",),
+    class_token=("class_embedding",),
+    positions=("positional_embedding",),
+    norm_pre=("ln_pre",),
+    norm=("ln_post",),
+    block=("transformer.resblocks.{}.",),
+    norm1=("ln_1",),
+    qkv=("attn.in_proj",),
+    proj=("attn.out_proj",),
+    scale1=("ls_1.gamma",),
+    norm2=("ln_2",),
+    fc1=("mlp.c_fc",),
+    fc2=("mlp.c_proj",),
+    scale2=("ls_2.gamma",),
+)
+
+
+def name_of(kind: type) -> str:
+    """The full name of a class: its module's, and its own."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def known_name(model: object, known: Mapping[str, Any]) -> str | None:
+    """The full name of the class in `known` that `model` is of: its own, or one that it is derived from without another
+    forward."""
+    kind = type(model)
+    for base in kind.__mro__:
+        if name_of(base) in known:
+            return name_of(base) if getattr(base, "forward", None) is getattr(kind, "forward", None) else None
+    return None
+
+
+def torchvision_vit(model: Any) -> Plan:
+    """The VisionTransformer of torchvision."""
+    kind, tensors = "VisionTransformer of torchvision", Tensors(model, "VisionTransformer of torchvision")
+    layers = dict(model.heads.named_children())
+    if layers.keys() != {"head"}:
+        raise UnsupportedModelError(f"{kind}: found heads of {', '.join(layers)}; accepted: head alone")
+    heads = model.encoder.layers[0].num_heads
+    plan = read_vit(tensors, TORCHVISION, IMAGENET_VIT, heads, as_size(model.image_size), global_pool="token")
+    plan.state |= tensors.layer("norm", TORCHVISION.norm)
+    add_head(plan, tensors.layer("head", ("heads.head",)))
+    plan.arguments |= {"norm_eps": epsilon_of(model, kind), "act_layer": "gelu"}
+    if model.dropout:
+        plan.arguments |= {"pos_drop_rate": model.dropout, "proj_drop_rate": model.dropout}
+    if model.attention_dropout:
+        plan.arguments["attn_drop_rate"] = model.attention_dropout
+    tensors.check_taken()
+    return plan
+
+
+def open_clip_vit(model: Any) -> Plan:
+    """The VisionTransformer of open_clip: its pooled output, projected where it has a projection."""
+    kind, tensors = "VisionTransformer of open_clip", Tensors(model, "VisionTransformer of open_clip")
+    if model.attn_pool is not None or model.pool_type not in ("tok", "avg"):
+        found = model.pool_type if model.attn_pool is None else type(model.attn_pool).__name__
+        raise UnsupportedModelError(f"{kind}: found the pooling {found!r}; accepted: 'tok', 'avg'")
+    mean, has_norm = model.pool_type == "avg", not isinstance(model.ln_pre, nn.Identity)
+    pooled = {"global_pool": "avg" if mean else "token", "fc_norm": mean and model.final_ln_after_pool}
+    block = model.transformer.resblocks[0]
+    size = as_size(model.image_size)
+    plan = read_vit(tensors, OPEN_CLIP, CLIP, block.attn.num_heads, size, pre_norm=has_norm, **pooled)
+    if has_norm:
+        plan.state |= tensors.layer("norm_pre", OPEN_CLIP.norm_pre)
+    plan.state |= tensors.layer("fc_norm" if pooled["fc_norm"] else "norm", OPEN_CLIP.norm)
+    projection = tensors.find("proj")
+    if projection is not None:
+        add_head(plan, {"head.weight": projection.T}, feature_head="none")
+    plan.arguments |= {"norm_eps": epsilon_of(model, kind), "act_layer": _activation(block.mlp.gelu, kind)}
+    if not isinstance(model.patch_dropout, nn.Identity):
+        plan.arguments["patch_drop_rate"] = model.patch_dropout.prob
+    tensors.check_taken()
+    return plan
+
+
+def _activation(module: Any, kind: str) -> str:
+    """timm's name of an activation of open_clip."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if name_of(type(module)) == "open_clip.transformer.QuickGELU":
+        return "quick_gelu"
+    raise UnsupportedModelError(f"{kind}: found the activation {type(module).__name__}; accepted: GELU, QuickGELU")
+
+
+def timm_tower(model: Any) -> nn.Module:
+    """A copy of the timm model that one of open_clip or transformers holds, with its projection as the head."""
+    kind, trunk = type(model).__name__, getattr(model, "trunk", None) or model.timm_model
+    if type(trunk) not in families():
+        accepted = ", ".join(sorted(known.__name__ for known in families()))
+        raise UnsupportedModelError(f"{kind}: found a {type(trunk).__name__}; accepted: {accepted}")
+    trunk, layers = copy.deepcopy(trunk), dict(getattr(model, "head", nn.Identity()).named_children())
+    projection = layers.pop("proj", None)
+    dropout = layers.pop("drop", None)
+    if layers:
+        raise UnsupportedModelError(
+            f"{kind}: found a head of {', '.join(layers)}; accepted: a linear projection, or none"
+        )
+    if projection is not None:
+        trunk.num_classes = projection.out_features
+        trunk.head = FeatureHead(projection.in_features, projection.out_features).to(projection.weight)
+        weights = {"bias": torch.zeros_like(trunk.head.bias)} | projection.state_dict()
+        trunk.head.load_state_dict(weights)
+        trunk.head_drop = copy.deepcopy(dropout)
+    return trunk.train(model.training)
+
+
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "torchvision.models.vision_transformer.VisionTransformer": torchvision_vit,
+    "open_clip.transformer.VisionTransformer": open_clip_vit,
+    "open_clip.timm_model.TimmModel": timm_tower,
+    "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperForImageClassification": timm_tower,
+    "open_clip.model.CLIP": lambda model: _read(model.visual),
+    "open_clip.model.CustomTextCLIP": lambda model: _read(model.visual),
+}
+
+
+def _read(model: nn.Module) -> Any:
+    """The plan of a timm model, or the model itself, by the class of `model`."""
+    name = known_name(model, READERS)
+    if name is not None:
+        return READERS[name](model)
+    name = known_name(model, transformers_vits.LAYOUTS)
+    if name is not None:
+        return transformers_vits.plan_of(model, name)
+    kind = type(model)
+    if kind in families():
+        raise UnsupportedModelError(f"found timm's {kind.__name__}; accepted: it as it is, by diffrate.patch.vit")
+    names = sorted({name.rpartition(".")[2] for name in (*READERS, *transformers_vits.LAYOUTS)})
+    raise UnsupportedModelError(f"found {name_of(kind)}; accepted: {', '.join(names)}")
+
+
+def convert(model: nn.Module) -> Any:
+    """A plain timm model that computes what `model` of another library computes, with copies of its weights.
+
+    It takes images `[B, 3, H, W]` of the size that `model` is configured for, is not yet patched, and has the precision,
+    device and mode of `model`. `model` stays as it is. Equal are
+
+    - the logits of a classifier;
+    - of a model without one its pooled output: `pooler_output` of transformers' (the class token after the last norm
+      where there is no pooler), `image_embeds` of `CLIPVisionModelWithProjection` and `CLIPModel` before they are
+      normalised, `encode_image` of open_clip's before that.
+
+    Such features stand where logits do; searches compare them by their angle.
+
+    Raises:
+        UnsupportedModelError: the class of `model` is not known, or it has parts that timm's models have not.
+    """
+    plan = _read(model)
+    if not isinstance(plan, Plan):
+        return plan
+    weight = plan.state["patch_embed.proj.weight"]
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
+        try:
+            built = build(plan.architecture, plan.arguments, "cpu")
+        except SavedModelError as error:
+            raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
+    built.to(weight.device, weight.dtype)
+    _fill(built, plan, type(model).__name__)
+    for block in built.blocks:
+        if not plan.drops_inside:
+            block.mlp.drop1.p = 0.0
+        if plan.even_depth and (rate := plan.arguments.get("drop_path_rate")):
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    size = (plan.arguments["in_chans"], *plan.arguments["img_size"])
+    facts = {"num_classes": built.num_classes, "input_size": size}
+    built.pretrained_cfg = built.default_cfg = {**built.pretrained_cfg, **facts}
+    return built.train(model.training)
+
+
+def _fill(built: nn.Module, plan: Plan, kind: str) -> None:
+    """Copy the tensors of `plan` into `built`; biases that only timm has are zeros."""
+    state: dict[str, Tensor] = {}
+    for name, own in built.state_dict().items():
+        found = plan.state.pop(name, None)
+        if found is None and name.endswith("bias"):
+            found = torch.zeros_like(own)
+        if found is None or found.shape != own.shape or not found.is_floating_point():
+            shown = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
+            raise UnsupportedModelError(
+                f"{kind}: found {shown} for timm's {name}; accepted: floating {list(own.shape)}"
+            )
+        state[name] = found
+    if plan.state:
+        raise UnsupportedModelError(f"{kind}: found {', '.join(plan.state)}; accepted: parts that timm's models have")
+    built.load_state_dict(state)
+    for name, tensor in plan.buffers.items():
+        built.get_buffer(name).copy_(tensor)
