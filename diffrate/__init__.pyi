@@ -3,6 +3,7 @@ from .blocks.block import UnsupportedModelError
 from .blocks.rates import RateError
 from .blocks.tokens import TokenState
 from .budget import BudgetError
+from .converting.as_transformers import as_transformers
 from .converting.convert import convert
 from .evaluation import Scores, ScoresError, Tally, evaluate
 from .files.export import Exported, export
@@ -63,6 +64,7 @@ __all__ = [
     "UnsupportedModelError",
     "VisualizationError",
     "about",
+    "as_transformers",
     "benchmark",
     "check_predictions",
     "convert",

@@ -12,16 +12,7 @@ from torch import Tensor, nn
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting import transformers_vits
-from diffrate.converting.layout import (
-    CLIP,
-    IMAGENET_VIT,
-    Names,
-    Plan,
-    Tensors,
-    add_head,
-    epsilon_of,
-    read_vit,
-)
+from diffrate.converting.layout import CLIP, IMAGENET_VIT, Names, Plan, planned
 from diffrate.files.header import SavedModelError
 from diffrate.files.save import build
 from diffrate.patch.parts import FeatureHead
@@ -29,33 +20,16 @@ from diffrate.patch.shapes import as_size
 from diffrate.patch.timm_families import families
 
 TORCHVISION = Names(
-    patch=("conv_proj",),
-    class_token=("class_token",),
-    positions=("encoder.pos_embedding",),
-    norm=("encoder.ln",),
-    block=("encoder.layers.encoder_layer_{}.",),
-    norm1=("ln_1",),
-    qkv=("self_attention.in_proj",),
-    proj=("self_attention.out_proj",),
-    norm2=("ln_2",),
-    fc1=("mlp.0",),
-    fc2=("mlp.3",),
+    r"encoder\.layers\.encoder_layer_(\d+)\.",
+    """patch_embed.proj conv_proj; cls_token class_token; pos_embed encoder.pos_embedding; norm1 ln_1; norm2 ln_2
+    attn.qkv.weight self_attention.in_proj_weight; attn.qkv.bias self_attention.in_proj_bias
+    attn.proj self_attention.out_proj; mlp.fc1 mlp.0; mlp.fc2 mlp.3; norm encoder.ln; head heads.head""",
 )
 OPEN_CLIP = Names(
-    patch=("conv1",),
-    class_token=("class_embedding",),
-    positions=("positional_embedding",),
-    norm_pre=("ln_pre",),
-    norm=("ln_post",),
-    block=("transformer.resblocks.{}.",),
-    norm1=("ln_1",),
-    qkv=("attn.in_proj",),
-    proj=("attn.out_proj",),
-    scale1=("ls_1.gamma",),
-    norm2=("ln_2",),
-    fc1=("mlp.c_fc",),
-    fc2=("mlp.c_proj",),
-    scale2=("ls_2.gamma",),
+    r"transformer\.resblocks\.(\d+)\.",
+    """patch_embed.proj conv1; cls_token class_embedding; pos_embed positional_embedding; norm_pre ln_pre; norm ln_post
+    norm1 ln_1; attn.qkv.weight attn.in_proj_weight; attn.qkv.bias attn.in_proj_bias; attn.proj attn.out_proj
+    norm2 ln_2; ls1.gamma ls_1.gamma; ls2.gamma ls_2.gamma; mlp.fc1 mlp.c_fc; mlp.fc2 mlp.c_proj""",
 )
 
 
@@ -76,44 +50,36 @@ def known_name(model: object, known: Mapping[str, Any]) -> str | None:
 
 def torchvision_vit(model: Any) -> Plan:
     """The VisionTransformer of torchvision."""
-    kind, tensors = "VisionTransformer of torchvision", Tensors(model, "VisionTransformer of torchvision")
-    layers = dict(model.heads.named_children())
+    kind, layers = "VisionTransformer of torchvision", dict(model.heads.named_children())
     if layers.keys() != {"head"}:
         raise UnsupportedModelError(f"{kind}: found heads of {', '.join(layers)}; accepted: head alone")
-    heads = model.encoder.layers[0].num_heads
-    plan = read_vit(tensors, TORCHVISION, IMAGENET_VIT, heads, as_size(model.image_size), global_pool="token")
-    plan.state |= tensors.layer("norm", TORCHVISION.norm)
-    add_head(plan, tensors.layer("head", ("heads.head",)))
-    plan.arguments |= {"norm_eps": epsilon_of(model, kind), "act_layer": "gelu"}
-    if model.dropout:
-        plan.arguments |= {"pos_drop_rate": model.dropout, "proj_drop_rate": model.dropout}
-    if model.attention_dropout:
-        plan.arguments["attn_drop_rate"] = model.attention_dropout
-    tensors.check_taken()
+    heads, size = model.encoder.layers[0].num_heads, as_size(model.image_size)
+    plan = planned(kind, model, TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer="gelu")
+    plan.add_head({})
+    rates = {name: model.dropout for name in ("pos_drop_rate", "proj_drop_rate")}
+    plan.arguments |= {name: r for name, r in (rates | {"attn_drop_rate": model.attention_dropout}).items() if r}
     return plan
 
 
 def open_clip_vit(model: Any) -> Plan:
     """The VisionTransformer of open_clip: its pooled output, projected where it has a projection."""
-    kind, tensors = "VisionTransformer of open_clip", Tensors(model, "VisionTransformer of open_clip")
+    kind = "VisionTransformer of open_clip"
     if model.attn_pool is not None or model.pool_type not in ("tok", "avg"):
         found = model.pool_type if model.attn_pool is None else type(model.attn_pool).__name__
         raise UnsupportedModelError(f"{kind}: found the pooling {found!r}; accepted: 'tok', 'avg'")
-    mean, has_norm = model.pool_type == "avg", not isinstance(model.ln_pre, nn.Identity)
-    pooled = {"global_pool": "avg" if mean else "token", "fc_norm": mean and model.final_ln_after_pool}
-    block = model.transformer.resblocks[0]
-    size = as_size(model.image_size)
-    plan = read_vit(tensors, OPEN_CLIP, CLIP, block.attn.num_heads, size, pre_norm=has_norm, **pooled)
-    if has_norm:
-        plan.state |= tensors.layer("norm_pre", OPEN_CLIP.norm_pre)
-    plan.state |= tensors.layer("fc_norm" if pooled["fc_norm"] else "norm", OPEN_CLIP.norm)
-    projection = tensors.find("proj")
+    mean, block = model.pool_type == "avg", model.transformer.resblocks[0]
+    after = mean and model.final_ln_after_pool
+    pooled = {"global_pool": "avg" if mean else "token", "fc_norm": after}
+    pooled |= {"pre_norm": not isinstance(model.ln_pre, nn.Identity), "act_layer": _activation(block.mlp.gelu, kind)}
+    plan = planned(kind, model, OPEN_CLIP, CLIP, block.attn.num_heads, as_size(model.image_size), **pooled)
+    if after:
+        plan.state |= {f"fc_{name}": plan.state.pop(name) for name in ("norm.weight", "norm.bias")}
+    projection = plan.state.pop("proj", None)
     if projection is not None:
-        add_head(plan, {"head.weight": projection.T}, feature_head="none")
-    plan.arguments |= {"norm_eps": epsilon_of(model, kind), "act_layer": _activation(block.mlp.gelu, kind)}
-    if not isinstance(model.patch_dropout, nn.Identity):
-        plan.arguments["patch_drop_rate"] = model.patch_dropout.prob
-    tensors.check_taken()
+        plan.add_head({"head.weight": projection.T}, feature_head="none")
+    rate = getattr(model.patch_dropout, "prob", 0.0)
+    if rate:
+        raise UnsupportedModelError(f"{kind}: found patch_dropout {rate}; accepted: 0, tokens go by importance")
     return plan
 
 
