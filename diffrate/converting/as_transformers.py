@@ -27,10 +27,10 @@ def as_transformers(compressed: nn.Module, like: nn.Module, *, grid: bool | None
     """A module with the forward, outputs, configuration and loss of `like`, a model of transformers, that computes with
     `compressed`, at its kept counts in training, too.
 
-    It is an instance of the class of `like`, holds `compressed` (not a copy) and none of the weights of `like`: a
+    It is an instance of the class of `like`, and holds `compressed` (not a copy) and none of the weights of `like`: a
     pipeline, a `Trainer`, or a model whose tower it replaces take it. Of a model with two towers, such as `CLIPModel`,
-    it is a copy with the vision tower exchanged, whose text tower is that of `like`. `diffrate.save` takes `compressed`;
-    what `save_pretrained` leaves of the module, `from_pretrained` does not read.
+    it is a copy with the vision tower exchanged, whose text tower is that of `like`. Keep it by `diffrate.save` of
+    `compressed`: what `save_pretrained` leaves of the module, `from_pretrained` does not read.
 
     grid: whether `last_hidden_state` is at the full grid `[B, N0, C]`, in which each position has the features of the
     token that stands for it; else of the tokens that are left, `[B, N, C]`. With None it is None, and the forward takes
@@ -77,8 +77,8 @@ def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout) -> None
 def _shell(compressed: CompressedVit, like: Any, layout: Layout, grid: bool | None) -> Any:
     """An object of a class derived from that of `like`, with its attributes and, as its only module, `compressed`."""
     kind = type(like)
-    own = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": _forward_like(kind, layout, grid)}
-    derived = type(kind.__name__, (_Compressed, kind), own)
+    forward = _forward_like(kind, layout, grid)
+    derived = type(kind.__name__, (_Compressed, kind), {"__module__": kind.__module__, "forward": forward})
     shell = derived.__new__(derived)
     nn.Module.__init__(shell)
     fresh = vars(shell).keys()
@@ -125,7 +125,8 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
             images = _images(model, images, options)
         if layout.output == "ImageClassifierOutput":
             logits, labels = model.outputs_at(images, model.schedule), options.pop("labels", None)
-            loss = None if labels is None else self.loss_function(labels, logits, self.config, **_of_loss(options))
+            counted = {name: options[name] for name in ("num_items_in_batch",) if name in options}
+            loss = None if labels is None else self.loss_function(labels, logits, self.config, **counted)
             found = {"loss": loss, "logits": logits}
         elif layout.output == "DeiTForImageClassificationWithTeacherOutput":
             found = _both_heads(model, images)
@@ -137,10 +138,6 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
 
     forward.__signature__ = signature  # type: ignore[reportFunctionMemberAccess]
     return forward
-
-
-def _of_loss(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name == "num_items_in_batch"}
 
 
 def _both_heads(model: Any, images: Tensor) -> dict[str, Tensor]:

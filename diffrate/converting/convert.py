@@ -56,8 +56,9 @@ def torchvision_vit(model: Any) -> Plan:
     heads, size = model.encoder.layers[0].num_heads, as_size(model.image_size)
     plan = planned(kind, model, TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer="gelu")
     plan.add_head({})
-    rates = {name: model.dropout for name in ("pos_drop_rate", "proj_drop_rate")}
-    plan.arguments |= {name: r for name, r in (rates | {"attn_drop_rate": model.attention_dropout}).items() if r}
+    inside = model.attention_dropout
+    rates = {"pos_drop_rate": model.dropout, "proj_drop_rate": model.dropout, "attn_drop_rate": inside}
+    plan.arguments |= {name: rate for name, rate in rates.items() if rate}
     return plan
 
 
@@ -102,9 +103,7 @@ def timm_tower(model: Any) -> nn.Module:
     projection = layers.pop("proj", None)
     dropout = layers.pop("drop", None)
     if layers:
-        raise UnsupportedModelError(
-            f"{kind}: found a head of {', '.join(layers)}; accepted: a linear projection, or none"
-        )
+        raise UnsupportedModelError(f"{kind}: found a head of {', '.join(layers)}; accepted: one linear layer, or none")
     if projection is not None:
         trunk.num_classes = projection.out_features
         trunk.head = FeatureHead(projection.in_features, projection.out_features).to(projection.weight)
@@ -142,15 +141,11 @@ def _read(model: nn.Module) -> Any:
 def convert(model: nn.Module) -> Any:
     """A plain timm model that computes what `model` of another library computes, with copies of its weights.
 
-    It takes images `[B, 3, H, W]` of the size that `model` is configured for, is not yet patched, and has the precision,
-    device and mode of `model`. `model` stays as it is. Equal are
-
-    - the logits of a classifier;
-    - of a model without one its pooled output: `pooler_output` of transformers' (the class token after the last norm
-      where there is no pooler), `image_embeds` of `CLIPVisionModelWithProjection` and `CLIPModel` before they are
-      normalised, `encode_image` of open_clip's before that.
-
-    Such features stand where logits do; searches compare them by their angle.
+    It takes images `[B, 3, H, W]` of the size that `model` is configured for, is not yet patched, and has the
+    precision, device and mode of `model`, which stays as it is. It gives the logits of a classifier. Of a model without
+    one it gives the pooled output, which searches compare by its angle: `pooler_output` of transformers' (the class
+    token after the last norm where there is no pooler), `image_embeds` of `CLIPVisionModelWithProjection` and
+    `CLIPModel`, and `encode_image` of open_clip's, both before they are normalised.
 
     Raises:
         UnsupportedModelError: the class of `model` is not known, or it has parts that timm's models have not.
@@ -184,11 +179,9 @@ def _fill(built: nn.Module, plan: Plan, kind: str) -> None:
         found = plan.state.pop(name, None)
         if found is None and name.endswith("bias"):
             found = torch.zeros_like(own)
-        if found is None or found.shape != own.shape or not found.is_floating_point():
-            shown = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
-            raise UnsupportedModelError(
-                f"{kind}: found {shown} for timm's {name}; accepted: floating {list(own.shape)}"
-            )
+        if found is None or found.shape != own.shape or found.is_meta or not found.is_floating_point():
+            shown = "nothing" if found is None else f"{found.dtype} {list(found.shape)} on {found.device}"
+            raise UnsupportedModelError(f"{kind}: found {shown} for timm's {name}; accepted: floats {list(own.shape)}")
         state[name] = found
     if plan.state:
         raise UnsupportedModelError(f"{kind}: found {', '.join(plan.state)}; accepted: parts that timm's models have")

@@ -1,8 +1,8 @@
 """What plain ViTs of all libraries share: tensors under timm's names, and arguments read off them.
 
 A table says what a library calls each part. Widths, depth, sizes of patches and which parts there are show in the
-tensors; the number of heads, and what comes after the last block, is said by the reader of a class. What a table does not
-know keeps its name, and is refused in the end since timm has no such part: nothing is passed over."""
+tensors; the number of heads, and what comes after the last block, is said by the reader of a class. What a table does
+not know keeps its name, and is refused in the end since timm has no such part: nothing is passed over."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EVA = "vit_base_patch16_dinov3_qkvb"
 class Names:
     """What a library calls the parts of a ViT.
 
-    block: how the names of a block's tensors begin, as a pattern with one group, its number. table: lines of timm's name
-    and those that versions of the library have had, for a layer or one tensor. unread: tensors that no image sees.
+    block: how the names of a block's tensors begin, as a pattern with one group, its number. table: timm's name of a
+    layer or a tensor, then those that versions of the library have had; rows. unread: tensors that no image sees.
     """
 
     def __init__(self, block: str, table: str, unread: tuple[str, ...] = ()) -> None:
@@ -70,8 +70,8 @@ class Plan:
     """A timm model to be built: architecture, arguments as JSON values, and tensors by timm's names.
 
     kind: what messages call the model that is read. even_depth: one rate of stochastic depth for all blocks, where
-    timm's rise. drops_inside: dropout after the MLP's activation, too, as timm has. buffers: tensors that timm computes,
-    and other libraries otherwise rounded.
+    timm's rise. drops_inside: dropout after the MLP's activation, too, as timm has. buffers: tensors that timm
+    computes, and other libraries otherwise rounded.
     """
 
     kind: str
@@ -83,14 +83,14 @@ class Plan:
     buffers: State = field(default_factory=dict)
 
     def add_head(self, layer: State, feature_head: str | None = None) -> None:
-        """Have the head `layer`, "head.weight" and perhaps a bias: of logits or, with an activation's name, of features."""
+        """Have the head `layer` ("head.weight", perhaps a bias): of logits or, with an activation's name, of features."""
         self.state |= layer
         self.arguments["num_classes"] = len(self.state["head.weight"])
         if feature_head is not None:
             self.arguments["feature_head"] = feature_head
 
     def name_as_eva(self, key_bias: bool = False) -> None:
-        """Name parts of blocks as timm's BEiT and EVA do: scales otherwise and, without `key_bias`, two biases alone."""
+        """Name parts of blocks as timm's BEiT and EVA do: scales otherwise, without `key_bias` two biases alone."""
         width = self.arguments["embed_dim"]
         for name in list(self.state):
             if name.endswith(".attn.qkv.bias") and not key_bias:

@@ -80,8 +80,8 @@ class Source(NamedTuple):
         if not gated and architecture not in (BEIT, EVA):
             plan.arguments["act_layer"] = ACTIVATIONS[act]
         for ours, theirs in RATES.items():
-            rates = [getattr(config, name) for name in theirs if hasattr(config, name)]
-            plan.arguments |= {ours: float(rate) for rate in rates if rate}
+            rate = next((getattr(config, name) for name in theirs if hasattr(config, name)), 0.0)
+            plan.arguments |= {ours: float(rate)} if rate else {}
         return plan
 
 
