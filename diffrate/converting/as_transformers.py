@@ -78,7 +78,7 @@ def _shell(compressed: CompressedVit, like: Any, layout: Layout, grid: bool | No
     """An object of a class derived from that of `like`, with its attributes and, as its only module, `compressed`."""
     kind = type(like)
     forward = _forward_like(kind, layout, grid)
-    derived = type(kind.__name__, (_Compressed, kind), {"__module__": kind.__module__, "forward": forward})
+    derived: Any = type(kind.__name__, (_Compressed, kind), {"__module__": kind.__module__, "forward": forward})
     shell = derived.__new__(derived)
     nn.Module.__init__(shell)
     fresh = vars(shell).keys()
@@ -132,6 +132,8 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
             found = _both_heads(model, images)
         else:
             found = _features(model, images, layout, grid)
+            if grid is not None and getattr(self, "pooler", model) is None:
+                found["pooler_output"] = None
         outputs = output(**found)
         as_tuple = return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False)
         return outputs.to_tuple() if as_tuple else outputs

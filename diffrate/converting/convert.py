@@ -99,16 +99,17 @@ def timm_tower(model: Any) -> nn.Module:
     if type(trunk) not in families():
         accepted = ", ".join(sorted(known.__name__ for known in families()))
         raise UnsupportedModelError(f"{kind}: found a {type(trunk).__name__}; accepted: {accepted}")
-    trunk, layers = copy.deepcopy(trunk), dict(getattr(model, "head", nn.Identity()).named_children())
+    trunk: Any = copy.deepcopy(trunk)
+    layers: dict[str, Any] = dict(getattr(model, "head", nn.Identity()).named_children())
     projection = layers.pop("proj", None)
     dropout = layers.pop("drop", None)
     if layers:
         raise UnsupportedModelError(f"{kind}: found a head of {', '.join(layers)}; accepted: one linear layer, or none")
     if projection is not None:
         trunk.num_classes = projection.out_features
-        trunk.head = FeatureHead(projection.in_features, projection.out_features).to(projection.weight)
-        weights = {"bias": torch.zeros_like(trunk.head.bias)} | projection.state_dict()
-        trunk.head.load_state_dict(weights)
+        head = FeatureHead(projection.in_features, projection.out_features).to(projection.weight)
+        head.load_state_dict({"bias": torch.zeros_like(head.bias)} | projection.state_dict())
+        trunk.head = head
         trunk.head_drop = copy.deepcopy(dropout)
     return trunk.train(model.training)
 

@@ -83,7 +83,7 @@ class Plan:
     buffers: State = field(default_factory=dict)
 
     def add_head(self, layer: State, feature_head: str | None = None) -> None:
-        """Have the head `layer` ("head.weight", perhaps a bias): of logits or, with an activation's name, of features."""
+        """Have the head `layer`, "head.weight" and perhaps a bias: with an activation's name, one of features."""
         self.state |= layer
         self.arguments["num_classes"] = len(self.state["head.weight"])
         if feature_head is not None:

@@ -171,7 +171,12 @@ def dinov3(source: Source) -> Plan:
     gated = config.use_gated_mlp
     if gated and config.hidden_act not in ("silu", "swish"):
         raise source.refusal("hidden_act", "silu, where config.use_gated_mlp is set")
-    options = {"class_token": True, "global_pool": "token", "dynamic_img_size": False, "use_fc_norm": False}
+    options: dict[str, Any] = {
+        "class_token": True,
+        "global_pool": "token",
+        "dynamic_img_size": False,
+        "use_fc_norm": False,
+    }
     plan = source.plan(EVA, gated, swiglu_mlp=gated, rope_temperature=float(rope.base), **options)
     arguments, state = plan.arguments, plan.state
     arguments |= {"num_reg_tokens": config.num_register_tokens, "attn_type": "rope" if config.key_bias else "eva"}
@@ -191,7 +196,7 @@ def dinov3(source: Source) -> Plan:
 def clip(source: Source) -> Plan:
     """CLIP: a norm before the blocks, and a projection where the model has one."""
     layer = source.layer("classifier")
-    pooled = {"global_pool": "avg", "final_norm": False} if layer else {"global_pool": "token"}
+    pooled: dict[str, Any] = {"global_pool": "avg", "final_norm": False} if layer else {"global_pool": "token"}
     plan = source.plan(CLIP, class_token=True, pre_norm=True, **pooled)
     if layer:  # it sees the mean of patches that were not normalised
         plan.state = {name: tensor for name, tensor in plan.state.items() if name not in ("norm.weight", "norm.bias")}
@@ -206,7 +211,7 @@ def siglip(source: Source) -> Plan:
     layer = source.layer("classifier")
     if not layer and not getattr(source.config, "vision_use_head", True):
         raise source.refusal("vision_use_head", "True, since nothing else pools")
-    pooled = {"global_pool": "avg", "fc_norm": False} if layer else {"global_pool": "map"}
+    pooled: dict[str, Any] = {"global_pool": "avg", "fc_norm": False} if layer else {"global_pool": "map"}
     plan = source.plan("vit_base_patch16_siglip_224", class_token=False, **pooled)
     state, patch = plan.state, plan.state["patch_embed.proj.weight"]
     if patch.ndim == 2:  # SigLIP 2 takes patches, channels last

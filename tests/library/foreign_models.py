@@ -105,7 +105,7 @@ def foreign(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 @torch.no_grad()
 def varied(model: nn.Module) -> nn.Module:
-    """`model` with other parameters: biases, scales and class tokens start at zero or one, where none would be missed."""
+    """`model` with other parameters: biases, scales and tokens start at zero or one, where none would be missed."""
     for parameter in model.parameters():
         parameter.add_((0.2 if parameter.ndim < 2 else 0.08) * torch.randn_like(parameter))
     return model

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -24,7 +25,7 @@ from tests.library.foreign_models import (
     outputs_of,
     two_towers,
 )
-from tests.library.saved_models import assert_same, needs_arguments, scheduled
+from tests.library.saved_models import assert_same, scheduled
 
 BACK = [name for name in TRANSFORMERS if name != "mae_unmasked"]
 CLASSIFIERS = [name for name in BACK if name in ("vit", "deit", "beit", "dinov2", "clip_head", "siglip_head")]
@@ -56,30 +57,26 @@ def test_it_computes_the_same(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@needs_arguments
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *OTHERS])
-def test_it_is_searched_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    _, model = compressed(name)
+    diffrate.save(model, tmp_path / "saved.safetensors")
+    assert_same(diffrate.load(tmp_path / "saved.safetensors"), model)
+
+
+@pytest.mark.parametrize("name", ["clip_projection", "torchvision"])
+def test_it_is_searched(name: str) -> None:
     model = diffrate.patch.vit(diffrate.convert(foreign(name)), 1, 1)
     images = images_for(model, count=4)
     found = diffrate.search(model, [images], share=0.7, method="calibrated", images=4)
     assert found.flops < 0.75 * model.flops_at(model.dense_schedule())
-    diffrate.save(model, tmp_path / "saved.safetensors")
-    assert_same(diffrate.load(tmp_path / "saved.safetensors"), model)
 
 
-def test_without_arguments_that_timm_keeps_it_is_saved_too(tmp_path: Path) -> None:
-    _, model = compressed("torchvision")
-    diffrate.save(model, tmp_path / "saved.safetensors")
-    assert_same(diffrate.load(tmp_path / "saved.safetensors"), model)
-
-
-@pytest.mark.parametrize("name", ["vit_pooler", "dinov2", "torchvision"])
-def test_it_is_exported(name: str, tmp_path: Path) -> None:
-    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 9]:
-        pytest.skip("exports need torch 2.9")
-    _, model = compressed(name)
-    for suffix in (".pt2",) if name == "vit_pooler" else (".onnx",):
-        assert diffrate.export(model, tmp_path / f"model{suffix}").path.is_file()
+def test_it_is_exported(tmp_path: Path) -> None:
+    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 8]:
+        pytest.skip("exports need torch 2.8")
+    _, model = compressed("dinov2")  # which has a part that timm has not
+    assert diffrate.export(model, tmp_path / "model.pt2").path.is_file()
 
 
 def test_a_search_by_gradient_runs_on_a_classifier_of_both_pooled_parts() -> None:
@@ -294,12 +291,12 @@ def test_a_pipeline_runs_it() -> None:
     processor = hf.ViTImageProcessor(size={"height": 32, "width": 32})
     back = diffrate.as_transformers(patched, model)
     classify = hf.pipeline("image-classification", model=back, image_processor=processor, device="cpu")
-    from PIL import Image
-
     photograph = Image.new("RGB", (40, 40), (200, 30, 90))
     found = {row["label"]: row["score"] for row in classify(photograph, top_k=5)}
-    shares = patched(processor(photograph, return_tensors="pt")["pixel_values"])[0].softmax(-1)[0]
-    assert found == pytest.approx({f"LABEL_{i}": float(share) for i, share in enumerate(shares)}, abs=1e-5)
+    logits = patched(processor(photograph, return_tensors="pt")["pixel_values"])[0].detach()
+    assert found == pytest.approx(
+        {f"LABEL_{i}": float(share) for i, share in enumerate(logits.softmax(-1)[0])}, abs=1e-5
+    )
 
 
 class _Pictures(torch.utils.data.Dataset):
