@@ -16,7 +16,7 @@ from diffrate.converting.layout import CLIP, IMAGENET_VIT, Names, Plan, planned
 from diffrate.files.header import SavedModelError
 from diffrate.files.save import build
 from diffrate.patch.parts import FeatureHead
-from diffrate.patch.shapes import as_size
+from diffrate.patch.shapes import Size, as_size
 from diffrate.patch.timm_families import families
 
 TORCHVISION = Names(
@@ -119,19 +119,23 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
     "open_clip.transformer.VisionTransformer": open_clip_vit,
     "open_clip.timm_model.TimmModel": timm_tower,
     "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperForImageClassification": timm_tower,
-    "open_clip.model.CLIP": lambda model: _read(model.visual),
-    "open_clip.model.CustomTextCLIP": lambda model: _read(model.visual),
+    "open_clip.model.CLIP": lambda model: _read(model.visual, None),
+    "open_clip.model.CustomTextCLIP": lambda model: _read(model.visual, None),
 }
 
 
-def _read(model: nn.Module) -> Any:
-    """The plan of a timm model, or the model itself, by the class of `model`."""
-    name = known_name(model, READERS)
-    if name is not None:
-        return READERS[name](model)
+def _read(model: nn.Module, size: Size | None) -> Any:
+    """The plan of a timm model, or the model itself, by the class of `model`; for images of `size`."""
     name = known_name(model, transformers_vits.LAYOUTS)
     if name is not None:
-        return transformers_vits.plan_of(model, name)
+        return transformers_vits.plan_of(model, name, size)
+    name = known_name(model, READERS)
+    if name is not None:
+        read = READERS[name](model)
+        own = read.arguments["img_size"] if isinstance(read, Plan) else "timm's, by its set_input_size"
+        if size is not None and list(size) != own:
+            raise UnsupportedModelError(f"{type(model).__name__}: found input_size {list(size)}; accepted: {own}")
+        return read
     kind = type(model)
     if kind in families():
         raise UnsupportedModelError(f"found timm's {kind.__name__}; accepted: it as it is, by diffrate.patch.vit")
@@ -139,7 +143,7 @@ def _read(model: nn.Module) -> Any:
     raise UnsupportedModelError(f"found {name_of(kind)}; accepted: {', '.join(names)}")
 
 
-def convert(model: nn.Module) -> Any:
+def convert(model: nn.Module, input_size: int | Size | None = None) -> Any:
     """A plain timm model that computes what `model` of another library computes, with copies of its weights.
 
     It takes images `[B, 3, H, W]` of the size that `model` is configured for, is not yet patched, and has the
@@ -148,10 +152,14 @@ def convert(model: nn.Module) -> Any:
     token after the last norm where there is no pooler), `image_embeds` of `CLIPVisionModelWithProjection` and
     `CLIPModel`, and `encode_image` of open_clip's, both before they are normalised.
 
+    input_size: height and width in pixels, or a side, of images of another size, for which a model of transformers
+    interpolates its positions, as it does itself.
+
     Raises:
-        UnsupportedModelError: the class of `model` is not known, or it has parts that timm's models have not.
+        UnsupportedModelError: the class of `model` is not known, it has parts that timm's models have not, or it does
+            not take images of `input_size`.
     """
-    plan = _read(model)
+    plan = _read(model, None if input_size is None else as_size(input_size))
     if not isinstance(plan, Plan):
         return plan
     weight = plan.state["patch_embed.proj.weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,17 @@ RATES = {
 }
 
 
+TABLES = ("use_relative_position_bias", "use_shared_relative_position_bias")
+
+
 class Source(NamedTuple):
-    """What a reader reads: a model, the module in it that holds the blocks, and the configuration of that."""
+    """What a reader reads: a model, the module in it that holds the blocks, the configuration of that, and the size of
+    images."""
 
     model: Any
     trunk: Any
     config: Any
+    size: Size
 
     @property
     def kind(self) -> str:
@@ -75,14 +81,27 @@ class Source(NamedTuple):
         known = ACTIVATIONS if architecture not in (BEIT, EVA) else ("gelu",)  # those two take no other
         if act not in known and not gated:
             raise self.refusal("hidden_act", ", ".join(known))
-        heads, size = config.num_attention_heads, image_size(config)
-        plan = planned(self.kind, self.trunk, NAMES, architecture, heads, size, **arguments)
+        heads = config.num_attention_heads
+        plan = planned(self.kind, self.trunk, NAMES, architecture, heads, self.size, **arguments)
+        if self.size != image_size(config) and architecture != EVA:
+            self._interpolate(plan)
         if not gated and architecture not in (BEIT, EVA):
             plan.arguments["act_layer"] = ACTIVATIONS[act]
         for ours, theirs in RATES.items():
             rate = next((getattr(config, name) for name in theirs if hasattr(config, name)), 0.0)
             plan.arguments |= {ours: float(rate)} if rate else {}
         return plan
+
+    def _interpolate(self, plan: Plan) -> None:
+        """Give `plan` the positions that the model itself has for images of another size than its own."""
+        interpolated = getattr(self.trunk.embeddings, "interpolate_pos_encoding", None)
+        own, found = image_size(self.config), "x".join(map(str, self.size))
+        if interpolated is None or any(getattr(self.config, name, False) for name in TABLES):
+            raise UnsupportedModelError(f"{self.kind}: found input_size {found}; accepted: {own[0]}x{own[1]}")
+        positions, sides = plan.state["pos_embed"], plan.arguments["patch_size"]
+        before, after = (prod(s // p for s, p in zip(size, sides, strict=True)) for size in (own, self.size))
+        tokens = positions.new_zeros(1, positions.shape[1] - before + after, positions.shape[2])
+        plan.state["pos_embed"] = interpolated(tokens, *self.size).detach()
 
 
 def image_size(config: Any) -> Size:
@@ -120,7 +139,8 @@ def distilled(source: Source) -> Plan:
     """DeiT with both heads, of which the logits are the mean."""
     plan = source.plan("deit_base_distilled_patch16_224", global_pool="token")
     hidden_dropout(plan)
-    plan.add_head(source.layer("cls_classifier"))
+    if layer := source.layer("cls_classifier"):
+        plan.add_head(layer)
     second = source.layer("distillation_classifier")
     plan.state |= {name.replace("head", "head_dist"): tensor for name, tensor in second.items()}
     return plan
@@ -186,7 +206,7 @@ def dinov3(source: Source) -> Plan:
         del state["reg_token"]
     plan.name_as_eva(config.key_bias)
     plan.even_depth = True
-    was_training, blank = rope.training, state["patch_embed.proj.weight"].new_empty(1, 1, *image_size(config))
+    was_training, blank = rope.training, state["patch_embed.proj.weight"].new_empty(1, 1, *source.size)
     cosines, sines = rope.eval()(blank)  # in training mode they are shifted at random
     rope.train(was_training)
     plan.buffers["rope.pos_embed_cached"] = torch.cat([sines, cosines], dim=-1)
@@ -279,8 +299,8 @@ def _layouts() -> dict[str, Layout]:
 LAYOUTS: Mapping[str, Layout] = _layouts()
 
 
-def plan_of(model: nn.Module, name: str) -> Plan:
-    """The plan of a model whose class has the full name `name`, one of `LAYOUTS`."""
+def plan_of(model: nn.Module, name: str, size: Size | None) -> Plan:
+    """The plan of a model whose class has the full name `name`, one of `LAYOUTS`; for images of `size` or its own."""
     layout = LAYOUTS[name]
     trunk: Any = getattr(model, layout.trunk, model) if layout.trunk else model
-    return layout.reader(Source(model, trunk, trunk.config))
+    return layout.reader(Source(model, trunk, trunk.config, size or image_size(trunk.config)))

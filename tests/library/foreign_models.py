@@ -80,6 +80,8 @@ TRANSFORMERS: Mapping[str, Callable[[], nn.Module]] = {
     "siglip_vision": lambda: _HF("SiglipVisionModel", "SiglipVisionConfig"),
     "siglip": lambda: two_towers("SiglipModel", "Siglip"),
     "siglip_head": lambda: two_towers("SiglipForImageClassification", "Siglip", num_labels=5),
+    "siglip2": lambda: two_towers("Siglip2Model", "Siglip2", _PATCHES),
+    "siglip2_head": lambda: two_towers("Siglip2ForImageClassification", "Siglip2", _PATCHES, num_labels=5),
     "siglip2_vision": lambda: _HF("Siglip2VisionModel", "Siglip2VisionConfig", _PATCHES),
 }
 OTHERS: Mapping[str, Callable[[], nn.Module]] = {
@@ -129,7 +131,7 @@ def inputs_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def outputs_of(model: Any, images: Tensor) -> Tensor:
+def outputs_of(model: Any, images: Tensor, **options: bool) -> Tensor:
     """What the converted model gives in another library's own words: logits, or pooled output."""
     if hasattr(model, "get_image_features"):
         found = model.get_image_features(**inputs_of(model, images))
@@ -139,7 +141,7 @@ def outputs_of(model: Any, images: Tensor) -> Tensor:
     if not hasattr(model, "config"):
         found = model(images)
         return found[0] if isinstance(found, tuple) else found
-    found = model(**inputs_of(model, images))
+    found = model(**inputs_of(model, images), **options)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(found, name, None) is not None:
             return found[name]

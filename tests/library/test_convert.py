@@ -28,7 +28,7 @@ from tests.library.foreign_models import (
 from tests.library.saved_models import assert_same, scheduled
 
 BACK = [name for name in TRANSFORMERS if name != "mae_unmasked"]
-CLASSIFIERS = [name for name in BACK if name in ("vit", "deit", "beit", "dinov2", "clip_head", "siglip_head")]
+CLASSIFIERS = ["vit", "deit", "beit", "dinov2", "clip_head", "siglip_head", "siglip2_head"]
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
@@ -116,6 +116,25 @@ def test_rates_of_transformers_are_kept() -> None:
     assert [dropout.p for dropout in rates] == [0.1, 0.2, 0.1, 0.0, 0.1]
     dino = diffrate.convert(of_transformers("Dinov2Model", "Dinov2Config", small, drop_path_rate=0.3))
     assert [block.drop_path1.drop_prob for block in dino.blocks] == [0.3] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "deit_teacher", "dinov2_registers", "dinov3", "clip_projection", "siglip_vision"]
+)
+def test_images_of_another_size_have_the_positions_of_the_model_itself(name: str) -> None:
+    model = foreign(name)
+    converted = diffrate.convert(model, input_size=(48, 64))
+    images = images_for(converted)
+    assert images.shape[-2:] == (48, 64)
+    options = {} if name.startswith("dino") else {"interpolate_pos_encoding": True}
+    torch.testing.assert_close(converted(images), outputs_of(model, images, **options), atol=1e-5, rtol=0)
+
+
+def test_other_sizes_are_refused_where_the_model_has_one() -> None:
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"VisionTransformer: found input_size \[48, 48\]"):
+        diffrate.convert(foreign("torchvision"), input_size=48)
+    with pytest.raises(diffrate.UnsupportedModelError, match="found input_size 48x48; accepted: 32x32"):
+        diffrate.convert(foreign("beit"), input_size=48)
 
 
 class Derived(VisionTransformer):
@@ -224,7 +243,7 @@ def test_back_in_its_library_it_gives_what_the_model_gives(name: str) -> None:
     patched = diffrate.patch.vit(diffrate.convert(model), 1, 1)
     back = diffrate.as_transformers(patched, model)
     inputs = inputs_of(model, images_for(patched, torch.float64))
-    if name in ("clip", "siglip"):
+    if name in ("clip", "siglip", "siglip2"):
         inputs["input_ids"] = torch.randint(3, 99, (2, 6))
         back, model = back.float(), model.float()  # masks of text are no doubles
         inputs["pixel_values"] = inputs["pixel_values"].float()
