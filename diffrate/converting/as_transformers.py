@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.tokens import TokenState
 from diffrate.converting.convert import known_name
-from diffrate.converting.transformers_vits import LAYOUTS, Layout
+from diffrate.converting.transformers_vits import LAYOUTS, Layout, distilled
 from diffrate.patch.base import require_patched
 from diffrate.patch.features import restore
 from diffrate.patch.plain_vit import CompressedVit
@@ -27,10 +27,9 @@ def as_transformers(compressed: nn.Module, like: nn.Module, *, grid: bool | None
     """A module with the forward, outputs, configuration and loss of `like`, a model of transformers, that computes with
     `compressed`, at its kept counts in training, too.
 
-    It is an instance of the class of `like`, and holds `compressed` (not a copy) and none of the weights of `like`: a
-    pipeline, a `Trainer`, or a model whose tower it replaces take it. Of a model with two towers, such as `CLIPModel`,
-    it is a copy with the vision tower exchanged, whose text tower is that of `like`. Keep it by `diffrate.save` of
-    `compressed`: what `save_pretrained` leaves of the module, `from_pretrained` does not read.
+    It is an instance of the class of `like`, holds `compressed` (not a copy) and no weights of `like`: a pipeline, a
+    `Trainer`, or a model whose tower it replaces take it. Of a model with two towers, such as `CLIPModel`, it is a copy
+    with the vision tower exchanged. Keep it by `diffrate.save` of `compressed`: `from_pretrained` does not read it.
 
     grid: whether `last_hidden_state` is at the full grid `[B, N0, C]`, in which each position has the features of the
     token that stands for it; else of the tokens that are left, `[B, N, C]`. With None it is None, and the forward takes
@@ -45,33 +44,36 @@ def as_transformers(compressed: nn.Module, like: nn.Module, *, grid: bool | None
     if name is None or LAYOUTS[name].output == "ViTMAEModelOutput" or not isinstance(compressed, CompressedVit):
         known = sorted(key.rpartition(".")[2] for key in LAYOUTS)
         raise UnsupportedModelError(f"like: found {type(like).__name__}; accepted: {', '.join(known)}")
-    layout = LAYOUTS[name]
-    if layout.output in WHOLE:
-        return _with_tower(compressed, like, grid)
-    _check_outputs(compressed, like, layout)
-    return _shell(compressed, like, layout, grid)
-
-
-def _with_tower(compressed: CompressedVit, like: Any, grid: bool | None) -> Any:
-    """A copy of a model of two towers, whose other parts are those of `like`."""
-    whole = copy.copy(like)
-    whole._modules = dict(like._modules)
-    whole.vision_model = as_transformers(compressed, like.vision_model, grid=grid)
+    layout, whole = LAYOUTS[name], LAYOUTS[name].output in WHOLE
+    _check_outputs(compressed, like, layout, whole)
+    if not whole:
+        return _shell(compressed, like, layout, grid)
+    copied: Any = copy.copy(like)  # whose other parts are those of `like`
+    copied._modules = dict(like._modules)
+    copied.vision_model = _shell(
+        compressed, copied.vision_model, layout._replace(output="BaseModelOutputWithPooling"), grid
+    )
     if compressed.num_classes:  # its head is the projection
-        whole.visual_projection = nn.Identity()
-    return whole
+        copied.visual_projection = nn.Identity()
+    return copied
 
 
-def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout) -> None:
-    found, accepted, name = compressed.num_classes, None, "num_classes"
-    if hasattr(like, "classifier") or hasattr(like, "cls_classifier"):
-        accepted = like.config.num_labels
-    elif layout.output == "CLIPVisionModelOutput":
-        accepted = like.visual_projection.out_features
-    else:
-        found, accepted, name = compressed.num_features, like.config.hidden_size, "num_features"
-    if found != accepted:
-        raise UnsupportedModelError(f"{name}: found {found}; accepted: {accepted}, as {type(like).__name__} has")
+def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout, whole: bool) -> None:
+    """Refuse a model with other outputs than `like` has, which may be a `whole` one."""
+    config, projection = like.config, getattr(like, "visual_projection", None)
+    head, width, twice = compressed.num_classes, compressed.num_features, hasattr(compressed, "head_dist")
+    if layout.output == "ImageClassifierOutput" or layout.reader is distilled:
+        accepted = (config.num_labels,)
+    elif projection is not None:
+        accepted = (projection.out_features, 0) if whole else (projection.out_features,)
+    else:  # of those with a pooler, features
+        pooler = getattr(getattr(like, "pooler", None), "dense", None)
+        accepted = (0 if pooler is None else pooler.out_features,)
+    hidden = getattr(config, "vision_config", config).hidden_size
+    if head not in accepted or width != hidden or twice != (layout.reader is distilled):
+        found = f"{head} outputs of {width} channels{' by two heads' if twice else ''}"
+        wanted = f"{' or '.join(map(str, accepted))} of {hidden}{' by two' if layout.reader is distilled else ''}"
+        raise UnsupportedModelError(f"compressed: found {found}; accepted: {wanted}, as {type(like).__name__} has")
 
 
 def _shell(compressed: CompressedVit, like: Any, layout: Layout, grid: bool | None) -> Any:
@@ -120,7 +122,7 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
             if (found is not None and found is not False) or getattr(self.config, name, False):
                 raise ValueError(f"{name}: found one; accepted: none, since tokens are compressed")
         model: CompressedVit = self.compressed
-        images = pixel_values.to(model.stem.proj.weight.dtype)
+        images = pixel_values.to(next(model.parameters()).dtype)
         if images.ndim == 3:
             images = _images(model, images, options)
         if layout.output == "ImageClassifierOutput":
@@ -171,9 +173,7 @@ def _images(model: Any, patches: Tensor, options: dict[str, Any]) -> Tensor:
     if shapes is not None and (torch.as_tensor(shapes) != torch.tensor([rows, columns], device=shapes.device)).any():
         raise ValueError(f"spatial_shapes: found {shapes.tolist()}; accepted: {[rows, columns]} for all images")
     if patches.shape[1] != rows * columns or (mask is not None and not mask.all()):
-        raise ValueError(
-            f"pixel_values: found {patches.shape[1]} patches, or masked; accepted: {rows * columns}, all there"
-        )
+        raise ValueError(f"pixel_values: found {patches.shape[1]} patches; accepted: {rows * columns}, none masked")
     height, width = model.stem.patch_size
     split = patches.unflatten(2, (height, width, -1)).unflatten(1, (rows, columns))
     return split.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

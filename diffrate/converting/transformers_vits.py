@@ -37,19 +37,11 @@ NAMES = Names(  # of transformers 4 and 5
 )
 _SAME = {name: name for name in ("gelu", "quick_gelu", "relu", "silu")}
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu", **_SAME}
-RATES = {
-    "pos_drop_rate": ("hidden_dropout_prob",),
-    "attn_drop_rate": ("attention_probs_dropout_prob", "attention_dropout"),
-    "drop_path_rate": ("drop_path_rate",),
-}
-
-
 TABLES = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 
 class Source(NamedTuple):
-    """What a reader reads: a model, the module in it that holds the blocks, the configuration of that, and the size of
-    images."""
+    """A model, the module in it that holds the blocks, the configuration of that, and the size of images."""
 
     model: Any
     trunk: Any
@@ -76,7 +68,7 @@ class Source(NamedTuple):
         return {f"head.{name}": tensor.detach() for name, tensor in found.state_dict().items()}
 
     def plan(self, architecture: str, gated: bool = False, **arguments: Any) -> Plan:
-        """The plan of the trunk, its MLP `gated` or not; and where it stands in `RATES`, its rates of dropout."""
+        """The plan of the trunk, its MLP `gated` or not, with its rates of dropout."""
         config, act = self.config, getattr(self.config, "hidden_act", "gelu")
         known = ACTIVATIONS if architecture not in (BEIT, EVA) else ("gelu",)  # those two take no other
         if act not in known and not gated:
@@ -87,9 +79,10 @@ class Source(NamedTuple):
             self._interpolate(plan)
         if not gated and architecture not in (BEIT, EVA):
             plan.arguments["act_layer"] = ACTIVATIONS[act]
-        for ours, theirs in RATES.items():
-            rate = next((getattr(config, name) for name in theirs if hasattr(config, name)), 0.0)
-            plan.arguments |= {ours: float(rate)} if rate else {}
+        in_attention = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+        rates = {"pos_drop_rate": getattr(config, "hidden_dropout_prob", 0.0), "attn_drop_rate": in_attention}
+        rates["drop_path_rate"] = getattr(config, "drop_path_rate", 0.0)
+        plan.arguments |= {name: float(rate) for name, rate in rates.items() if rate}
         return plan
 
     def _interpolate(self, plan: Plan) -> None:
@@ -266,33 +259,30 @@ class Layout(NamedTuple):
 def _layouts() -> dict[str, Layout]:
     found: dict[str, Layout] = {}
 
-    def add(folder: str, *names: str, **facts: Any) -> None:
-        for name in names:
-            found[f"transformers.models.{folder}.modeling_{folder}.{name}"] = Layout(**facts)
+    def add(folder: str, reader: Callable[[Source], Plan], models: str, classifiers: str = "", **facts: Any) -> None:
+        place = f"transformers.models.{folder}.modeling_{folder}"
+        found.update({f"{place}.{name}": Layout(reader, **facts) for name in models.split()})
+        facts = {"trunk": folder, **facts, "output": "ImageClassifierOutput"}
+        found.update({f"{place}.{name}": Layout(reader, **facts) for name in classifiers.split()})
 
-    classifier, embeds = "ImageClassifierOutput", "CLIPVisionModelOutput"
-    teacher = "DeiTForImageClassificationWithTeacherOutput"
-    add("vit", "ViTModel", reader=vit)
-    add("vit", "ViTForImageClassification", reader=vit, trunk="vit", output=classifier)
-    add("vit_mae", "ViTMAEModel", reader=vit, output="ViTMAEModelOutput")
-    add("deit", "DeiTModel", reader=vit)
-    add("deit", "DeiTForImageClassification", reader=vit, trunk="deit", output=classifier)
-    add("deit", "DeiTForImageClassificationWithTeacher", reader=distilled, trunk="deit", output=teacher)
-    add("beit", "BeitModel", reader=beit, output="BeitModelOutputWithPooling")
-    add("beit", "BeitForImageClassification", reader=beit, trunk="beit", output=classifier)
-    for folder, name in (("dinov2", "Dinov2"), ("dinov2_with_registers", "Dinov2WithRegisters")):
-        add(folder, f"{name}Model", reader=dinov2)
-        add(folder, f"{name}ForImageClassification", reader=dinov2, trunk=folder, output=classifier)
-    add("dinov3_vit", "DINOv3ViTModel", reader=dinov3)
-    tower = "vision_model"  # in transformers 4 of the vision models, too
-    add("clip", "CLIPVisionModel", "CLIPVisionTransformer", reader=clip, trunk=tower, normed=False)
-    add("clip", "CLIPVisionModelWithProjection", reader=clip, trunk=tower, output=embeds, normed=False)
-    add("clip", "CLIPModel", reader=clip, trunk=tower, output="CLIPOutput", normed=False)
-    add("clip", "CLIPForImageClassification", reader=clip, trunk=tower, output=classifier, normed=False)
+    teacher = "DeiTForImageClassificationWithTeacher"
+    add("vit", vit, "ViTModel", "ViTForImageClassification")
+    add("vit_mae", vit, "ViTMAEModel", output="ViTMAEModelOutput")
+    add("deit", vit, "DeiTModel", "DeiTForImageClassification")
+    add("deit", distilled, teacher, trunk="deit", output=f"{teacher}Output")
+    add("beit", beit, "BeitModel", "BeitForImageClassification", output="BeitModelOutputWithPooling")
+    add("dinov2", dinov2, "Dinov2Model", "Dinov2ForImageClassification")
+    registers = "Dinov2WithRegisters"
+    add("dinov2_with_registers", dinov2, f"{registers}Model", f"{registers}ForImageClassification")
+    add("dinov3_vit", dinov3, "DINOv3ViTModel")
+    facts = {"trunk": "vision_model", "normed": False}  # of transformers 4 vision models have a trunk, too
+    add("clip", clip, "CLIPVisionModel CLIPVisionTransformer", "CLIPForImageClassification", **facts)
+    add("clip", clip, "CLIPVisionModelWithProjection", output="CLIPVisionModelOutput", **facts)
+    add("clip", clip, "CLIPModel", output="CLIPOutput", **facts)
     for folder, name in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
-        add(folder, f"{name}VisionModel", f"{name}VisionTransformer", reader=siglip, trunk=tower)
-        add(folder, f"{name}Model", reader=siglip, trunk=tower, output=f"{name}Output")
-        add(folder, f"{name}ForImageClassification", reader=siglip, trunk=tower, output=classifier)
+        models = f"{name}VisionModel {name}VisionTransformer"
+        add(folder, siglip, models, f"{name}ForImageClassification", trunk="vision_model")
+        add(folder, siglip, f"{name}Model", trunk="vision_model", output=f"{name}Output")
     return found
 
 

@@ -353,7 +353,10 @@ def test_what_does_not_belong_together_is_refused() -> None:
         (diffrate.convert(model), model, "accepted: a model after diffrate.patch.vit"),
         (patched, nn.Linear(2, 2), "like: found Linear; accepted: .*ViTModel"),
         (patched, foreign("mae_unmasked"), "like: found ViTMAEModel"),
-        (patched, foreign("vit_oblong"), "num_classes: found 5; accepted: 2"),
+        (patched, foreign("vit_oblong"), "compressed: found 5 outputs of 32 channels; accepted: 2 of 32, as ViTFor"),
+        (patched, foreign("vit_pooler"), "found 5 outputs of 32 channels; accepted: 24 of 32, as ViTModel has"),
+        (patched, foreign("clip"), "found 5 outputs of 32 channels; accepted: 16 or 0 of 32, as CLIPModel has"),
+        (patched, foreign("deit_teacher"), "found 5 outputs of 32 channels; accepted: 5 of 32 by two"),
     ):
         with pytest.raises(diffrate.UnsupportedModelError, match=message):
             diffrate.as_transformers(given, like)
