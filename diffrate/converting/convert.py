@@ -23,7 +23,7 @@ TORCHVISION = Names(
     r"encoder\.layers\.encoder_layer_(\d+)\.",
     """patch_embed.proj conv_proj; cls_token class_token; pos_embed encoder.pos_embedding; norm1 ln_1; norm2 ln_2
     attn.qkv.weight self_attention.in_proj_weight; attn.qkv.bias self_attention.in_proj_bias
-    attn.proj self_attention.out_proj; mlp.fc1 mlp.0; mlp.fc2 mlp.3; norm encoder.ln; head heads.head""",
+    attn.proj self_attention.out_proj; mlp.fc1 mlp.0; mlp.fc2 mlp.3; norm encoder.ln; head heads.head heads""",
 )
 OPEN_CLIP = Names(
     r"transformer\.resblocks\.(\d+)\.",
@@ -50,12 +50,15 @@ def known_name(model: object, known: Mapping[str, Any]) -> str | None:
 
 def torchvision_vit(model: Any) -> Plan:
     """The VisionTransformer of torchvision."""
-    kind, layers = "VisionTransformer of torchvision", dict(model.heads.named_children())
-    if layers.keys() != {"head"}:
-        raise UnsupportedModelError(f"{kind}: found heads of {', '.join(layers)}; accepted: head alone")
+    kind, last = "VisionTransformer of torchvision", model.heads
+    if isinstance(last, nn.Sequential) and last._modules.keys() == {"head"}:
+        last = last.head
+    if not isinstance(last, nn.Linear | nn.Identity):
+        raise UnsupportedModelError(f"{kind}: found heads of {type(last).__name__}; accepted: Linear, or Identity")
     heads, size = model.encoder.layers[0].num_heads, as_size(model.image_size)
     plan = planned(kind, model, TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer="gelu")
-    plan.add_head({})
+    if "head.weight" in plan.state:
+        plan.add_head({})
     inside = model.attention_dropout
     rates = {"pos_drop_rate": model.dropout, "proj_drop_rate": model.dropout, "attn_drop_rate": inside}
     plan.arguments |= {name: rate for name, rate in rates.items() if rate}

@@ -43,6 +43,12 @@ def two_towers(model: str, family: str, options: Mapping[str, Any] = _SMALL, /, 
     return of_transformers(model, f"{family}Config", {"text_config": _TEXT, "vision_config": vision}, **more)
 
 
+def _torchvision(heads: nn.Module) -> nn.Module:
+    model = VisionTransformer(SIDE, PATCH, 3, 4, 32, 64)
+    model.heads = heads  # type: ignore[reportAttributeAccessIssue]
+    return model
+
+
 def _open_clip(**options: Any) -> nn.Module:
     return open_clip.transformer.VisionTransformer(**{**_TOWER, "output_dim": 16, **options})
 
@@ -86,6 +92,8 @@ TRANSFORMERS: Mapping[str, Callable[[], nn.Module]] = {
 }
 OTHERS: Mapping[str, Callable[[], nn.Module]] = {
     "torchvision": lambda: VisionTransformer(SIDE, PATCH, 3, 4, 32, 64, num_classes=5),
+    "torchvision_no_head": lambda: _torchvision(nn.Identity()),
+    "torchvision_other_head": lambda: _torchvision(nn.Linear(32, 7)),
     "open_clip": lambda: _open_clip(ls_init_value=0.5),
     "open_clip_avg": lambda: _open_clip(pool_type="avg", no_ln_pre=True, pos_embed_type="sin_cos_2d"),
     "open_clip_avg_after": lambda: _open_clip(pool_type="avg", final_ln_after_pool=True, output_tokens=True),
@@ -99,7 +107,7 @@ def foreign(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a layout, in evaluation mode; skips the test where its library is not installed."""
     if name in TRANSFORMERS:
         pytest.importorskip("transformers")
-    elif name != "torchvision":
+    elif not name.startswith("torchvision"):
         pytest.importorskip("open_clip")
     torch.manual_seed(0)
     return varied(({**TRANSFORMERS, **OTHERS})[name]()).to(dtype).eval()

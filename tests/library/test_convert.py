@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "timm's": (lambda: timm.create_model("test_vit"), "found timm's VisionTransformer; accepted: .*diffrate.patch.vit"),
     "another head": (
         lambda: _torchvision(representation_size=8),
-        "found heads of pre_logits, act, head; accepted: head",
+        "found heads of Sequential; accepted: Linear, or",
     ),
     "an adapter": (_with_a_part_beside, r"found blocks\.1\.adapter\.weight, .*; accepted: parts"),
     "two epsilons": (_with_two_epsilons, r"epsilon \[1e-06, 0\.1\]; accepted"),
