@@ -117,14 +117,14 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
 
     def forward(self: Any, pixel_values: Tensor, *given: Any, return_dict: bool | None = None, **options: Any) -> Any:
         options |= dict(zip(names, given, strict=False))
-        for name in REFUSED:
-            found = options.pop(name, None)
-            if (found is not None and found is not False) or getattr(self.config, name, False):
-                raise ValueError(f"{name}: found one; accepted: none, since tokens are compressed")
         model: CompressedVit = self.compressed
         images = pixel_values.to(next(model.parameters()).dtype)
         if images.ndim == 3:
             images = _images(model, images, options)
+        for name in REFUSED:
+            found = options.pop(name, None)
+            if (found is not None and found is not False) or getattr(self.config, name, False):
+                raise ValueError(f"{name}: found one; accepted: none, since tokens are compressed")
         if layout.output == "ImageClassifierOutput":
             logits, labels = model.outputs_at(images, model.schedule), options.pop("labels", None)
             counted = {name: options[name] for name in ("num_items_in_batch",) if name in options}
@@ -170,6 +170,7 @@ def _images(model: Any, patches: Tensor, options: dict[str, Any]) -> Tensor:
     """
     rows, columns = model.token_grid
     shapes, mask = options.get("spatial_shapes"), options.get("pixel_attention_mask")
+    mask = options.pop("attention_mask", None) if mask is None else mask  # as the tower of transformers 4 calls it
     if shapes is not None and (torch.as_tensor(shapes) != torch.tensor([rows, columns], device=shapes.device)).any():
         raise ValueError(f"spatial_shapes: found {shapes.tolist()}; accepted: {[rows, columns]} for all images")
     if patches.shape[1] != rows * columns or (mask is not None and not mask.all()):
