@@ -88,6 +88,9 @@ TRANSFORMERS: Mapping[str, Callable[[], nn.Module]] = {
     "siglip_head": lambda: two_towers("SiglipForImageClassification", "Siglip", num_labels=5),
     "siglip2": lambda: two_towers("Siglip2Model", "Siglip2", _PATCHES),
     "siglip2_head": lambda: two_towers("Siglip2ForImageClassification", "Siglip2", _PATCHES, num_labels=5),
+    "timm_wrapper": lambda: _HF(
+        "TimmWrapperForImageClassification", "TimmWrapperConfig", {"architecture": "test_vit", "num_labels": 5}
+    ),
     "siglip2_vision": lambda: _HF("Siglip2VisionModel", "Siglip2VisionConfig", _PATCHES),
 }
 OTHERS: Mapping[str, Callable[[], nn.Module]] = {
