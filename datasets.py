@@ -159,7 +159,7 @@ def turned_images(dataset: LabelledDataset) -> tuple[int, int]:
     """How many of the first images of `dataset` lie on a side or are mirrored by their EXIF, and of how many."""
     looked_at, turned = min(LOOKED_AT, len(dataset)), 0
     for index in range(looked_at):
-        with suppress(Exception), _opened(_name(dataset, index)) as image:  # reading it will tell
+        with suppress(Exception), _opened(_name(dataset, index)) as image:  # errors show when it is read
             turned += image.format != "TIFF" and _orientation(image) in TURNED  # Pillow turns TIFFs itself
     return turned, looked_at
 

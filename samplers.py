@@ -13,6 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from diffrate.device import step_seed
 
 REPEATS = 3  # views of an image in a row with repeated augmentation, as in DeiT's recipe
+ROUND = 256  # images that an epoch of it is a multiple of, as there
 
 
 class SeededOrder(Sampler[tuple[int, int]]):
@@ -30,7 +31,9 @@ class SeededOrder(Sampler[tuple[int, int]]):
         if repeated:
             # timm's sampler draws from the epoch alone: count epochs from a number that the seed gives.
             self.first = int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(seed)))
-            self.order = RepeatAugSampler(dataset, world, rank, num_repeats=REPEATS)
+            # Of fewer images than it rounds to, timm before 1.0.31 would keep none.
+            whole = ROUND if len(dataset) >= ROUND else 0
+            self.order = RepeatAugSampler(dataset, world, rank, num_repeats=REPEATS, selected_round=whole)
         else:
             self.order = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed)
         self.epoch = self.start = 0

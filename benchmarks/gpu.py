@@ -26,17 +26,15 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import Tensor
 
 import diffrate
 import models
 from benchmarks.speed import SIDES, Row, Subject, build_side, markdown, speed_row
 from diffrate.atomic import UNREADABLE, first_line, whole_file
-from diffrate.blocks.block import attended, mlp_branch
 from diffrate.device import machine_name
 from diffrate.files.runtimes import INPUT, OUTPUT
-from diffrate.schedule import GRANULARITY, Kept, Schedule, find_schedule, make_schedule
-from diffrate.timing import Use, precision_name, time_within
+from diffrate.schedule import GRANULARITY, SLICED, find_schedule, make_schedule
+from diffrate.timing import Use, precision_name, sliced, time_within
 from sample import MODEL as SAMPLE
 from utils import UsageError
 
@@ -114,13 +112,12 @@ def speeds(setting: Setting, lock: str, mode: str, graph: Sequence[str]) -> Iter
             fcntl.flock(file, fcntl.LOCK_SH)
             signal.alarm(COMPILING)  # one that hangs would hold up the others
             subject, use = subject_of(name, setting.models[name]), Use(batch, dtype, mode == "compiled", setting.device)
-            sides = [build_side(side, subject, use) for side in SIDES]
-            for run in sides:
+            runs = [build_side(side, subject, use) for side in (*SIDES, SLICED)]
+            for run in runs:
                 run()
             signal.alarm(0)
             fcntl.flock(file, fcntl.LOCK_EX)
-            times = time_within(sides[0], sides[1], setting.seconds, setting.device)
-            yield speed_row(subject, times, use)
+            yield speed_row(subject, time_within(runs, setting.seconds, setting.device), use)
             fcntl.flock(file, fcntl.LOCK_UN)  # forked compilers may live on with it
 
 
@@ -135,24 +132,12 @@ def reduction_rows(setting: Setting) -> Iterator[Row]:
         for kind, (pruned, merged) in REDUCTIONS.items():
             left = [tokens - (pruned + merged) * block for block in range(blocks + 1)]
             schedule = make_schedule([count - pruned for count in left[:-1]], left[1:])
-            cut = partial(sliced_pass, model, images, schedule)
-            reduced = partial(torch.inference_mode()(model.outputs_at), images, schedule)
-            times = time_within(cut, reduced, setting.seconds, setting.device)
-            added = [1000 * (b - a) / reducing for a, b in zip(times.baseline, times.rival, strict=True)]
+            run = torch.inference_mode()(model.outputs_at)
+            runs = [partial(run, images, one) for one in (sliced(schedule), schedule)]
+            times = time_within(runs, setting.seconds, setting.device)
+            added = [1000 * (b - a) / reducing for a, b in zip(*times, strict=True)]
             row = {"model": subject.entry.name, "precision": precision_name(dtype), "batch_size": batch}
             yield row | {"reduction": kind, "ms": median(added), "ms_low": min(added), "ms_high": max(added)}
-
-
-@torch.inference_mode()
-def sliced_pass(model: diffrate.CompressedModel, images: Tensor, schedule: Schedule) -> Tensor:
-    """Logits of images `[B, 3, H, W]` where each block keeps its first tokens, as many as `schedule` leaves it."""
-    entry = model.enter(images)
-    state = model.prepared(entry.state, schedule)
-    for block, positions, rule, kept, read in model.steps(entry, schedule):
-        whole = Kept(kept.entering, kept.entering, kept.entering)
-        state, _ = attended(block, positions, rule, state, whole, read)
-        state = state._replace(x=mlp_branch(block, state.x[:, : kept.merged]))
-    return model.classify(state)
 
 
 def onnx_rows(setting: Setting) -> Iterator[Row]:
@@ -166,7 +151,8 @@ def onnx_rows(setting: Setting) -> Iterator[Row]:
         sys.exit(f"absent: onnxruntime {onnxruntime.__version__} has no {provider}")
     subject, sessions = subject_of(*next(iter(setting.models.items()))), []
     model = subject.compressed()
-    for schedule in (model.dense_schedule(), model.compression.current()):
+    current = model.compression.current()
+    for schedule in (model.dense_schedule(), current, sliced(current)):
         model.schedule = schedule
         with tempfile.TemporaryDirectory() as scratch:
             file = diffrate.export(model, Path(scratch) / "model.onnx").path
@@ -180,7 +166,7 @@ def onnx_rows(setting: Setting) -> Iterator[Row]:
             binding.bind_ortvalue_input(INPUT, onnxruntime.OrtValue.ortvalue_from_numpy(images, setting.device.type, 0))
             binding.bind_output(OUTPUT, setting.device.type, 0)
             runs.append(partial(session.run_with_iobinding, binding))
-        times = time_within(runs[0], runs[1], setting.seconds, torch.device("cpu"))  # sessions wait for the GPU
+        times = time_within(runs, setting.seconds, torch.device("cpu"))  # sessions wait for the GPU
         use = Use(batch, torch.float32, False, setting.device)
         yield speed_row(subject, times, use) | {"mode": f"onnxruntime, {provider}"}
 

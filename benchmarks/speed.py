@@ -30,8 +30,17 @@ import models
 from diffrate.atomic import whole_file
 from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
-from diffrate.schedule import Schedule, SearchSpace
-from diffrate.timing import PairedTimes, Run, Use, forward_pass, mode_name, precision_name, speed_of, time_in_turn
+from diffrate.schedule import SLICED, Schedule, SearchSpace
+from diffrate.timing import (
+    Run,
+    Use,
+    forward_pass,
+    mode_name,
+    precision_name,
+    sliced,
+    speed_of,
+    time_in_turn,
+)
 from models.zoo import ModelEntry
 
 Row = dict[str, Any]
@@ -39,6 +48,8 @@ Row = dict[str, Any]
 SHORT = {
     "images_per_second": "img/s",
     "share_of_ideal": "share %",
+    "share_of_bound": "of bound %",
+    "bound_speedup": "bound",
     "ideal_speedup": "ideal",
     "speedup_high": "highest",
     "speedup_low": "lowest",
@@ -166,8 +177,11 @@ class Side(NamedTuple):
 
 
 def build_side(side: str, subject: Subject, use: Use) -> Callable[[], Tensor]:
-    """A forward pass of the dense or the compressed model on random images."""
-    return forward_pass(subject.dense() if side == "dense" else subject.compressed(), subject.input_size, use)
+    """A forward pass on random images: `dense`, `compressed`, or `sliced` to the same counts."""
+    model = subject.dense() if side == "dense" else subject.compressed()
+    if side == SLICED:
+        model.schedule = sliced(model.schedule)
+    return forward_pass(model, subject.input_size, use)
 
 
 # Linux reports the memory of each process here; elsewhere memory is measured on GPUs alone.
@@ -218,14 +232,15 @@ def rows_in_turn(sides: Sequence[Side], batch_size: int, setting: Setting) -> It
     runtimes = [side.about.get("runtime") for side in sides]
     for side, seconds, runtime in zip(sides, times, runtimes, strict=True):
         base = runtimes.index(runtime)
-        paired, costs = PairedTimes(times[base], seconds), (sides[base].flops, side.flops)
-        figures = asdict(speed_of(paired, batch_size, side.precision, costs))
-        alone = {name.removeprefix("compressed_"): x for name, x in figures.items() if not name.startswith("dense_")}
+        costs = sides[base].flops, side.flops
+        figures = asdict(speed_of((times[base], seconds), batch_size, side.precision, costs))
+        others = ("dense_", "bound_", "share_of_bound")
+        alone = {name.removeprefix("compressed_"): x for name, x in figures.items() if not name.startswith(others)}
         yield side.about | alone
 
 
-def speed_row(subject: Subject, times: PairedTimes, use: Use) -> Row:
-    """The figures of both sides, dense and compressed."""
+def speed_row(subject: Subject, times: Sequence[tuple[float, ...]], use: Use) -> Row:
+    """The figures of seconds as for `speed_of`."""
     speed = speed_of(times, use.batch_size, precision_name(use.dtype), subject.costs())
     return {"model": subject.entry.name, "mode": mode_name(use.compiled), **asdict(speed)}
 
@@ -235,8 +250,8 @@ def speed_rows(subject: Subject, setting: Setting) -> Iterator[Row]:
     for dtype, compiled, batch_size in product(setting.dtypes, setting.modes, setting.batch_sizes):
         use = Use(batch_size, dtype, compiled, setting.device)
         memory = {f"{side}_memory_mib": memory_mib(build_side, side, subject, use, device=use.device) for side in SIDES}
-        times = time_in_turn([build_side(side, subject, use) for side in SIDES], setting.rounds, use.device)
-        yield speed_row(subject, PairedTimes(*times), use) | memory
+        runs = [build_side(side, subject, use) for side in (*SIDES, SLICED)]
+        yield speed_row(subject, time_in_turn(runs, setting.rounds, use.device), use) | memory
 
 
 def scaling_rows(subject: Subject, sizes: Iterable[models.Size], setting: Setting) -> Iterator[Row]:

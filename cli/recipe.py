@@ -4,14 +4,14 @@ by where it starts, and by how many images there are."""
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from cli.flags import parse_flags
 from cli.runtime import Runtime
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, RecipeSettings, Settings
 from diffrate.schedule import PUBLISHED
-from diffrate.searching.settings import CALIBRATED, SearchSettings
+from diffrate.searching.settings import CALIBRATED, SearchSettings, flag_of
 from engine import SCALED_BATCH, step_rate
 from models.zoo import ModelEntry
 from utils import UsageError
@@ -34,10 +34,10 @@ OTHERS = RecipeSettings(loss="distill", transform="eval", budget="held", method=
 def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
     """`settings` with what the flags leave open of a search as the model has it.
 
-    Images as in evaluation come once each, and are not mixed.
+    Images as in evaluation come once each, and are neither augmented nor mixed.
 
     Raises:
-        UsageError: images that are mixed in pairs, and batches of no pairs.
+        UsageError: images that are mixed in pairs, and batches of no pairs; an augmentation that no image would have.
     """
     # What is to meet a time has no recipe in the paper.
     timed = any(target.timed for target in settings.model.targets)
@@ -47,12 +47,23 @@ def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
         raise UsageError("--search_loss labels goes with --search gradient; hard counts are held to no labels")
     augmentation, mixing = settings.augmentation, settings.mixing
     if recipe.transform == "eval":
+        _refuse_augmentation(settings)
         augmentation, mixing = replace(augmentation, repeated=False), replace(mixing, mixup=0.0, cutmix=0.0)
     if mixing.mixes and settings.data.batch_size % 2:
         raise UsageError(f"--batch-size {settings.data.batch_size}: accepted: an even number with --mixup or --cutmix")
     rule = settings.search.rule or (PUBLISHED if entry.published else None)
     search = replace(settings.search, loss=recipe.loss, budget=recipe.budget, method=recipe.method, rule=rule)
     return replace(settings, recipe=recipe, search=search, augmentation=augmentation, mixing=mixing)
+
+
+def _refuse_augmentation(settings: Settings) -> None:
+    """Refuse flags that say how images are augmented or mixed, where none are. Labels may be smoothed all the same."""
+    usual = parse_flags(())  # the sample has defaults of its own
+    for part, other in ((settings.augmentation, usual.augmentation), (settings.mixing, usual.mixing)):
+        for item in fields(part):
+            value, defaults = getattr(part, item.name), (item.default, getattr(other, item.name))
+            if value and value not in defaults and item.name != "smoothing":
+                raise UsageError(f"{flag_of(item)}: found --search_transform eval; accepted: --search_transform train")
 
 
 def with_augmentation(settings: Settings, images: int) -> Settings:

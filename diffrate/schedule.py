@@ -25,12 +25,14 @@ class RuleWork(NamedTuple):
     """What a rule computes, which its price in seconds depends on.
 
     ranks: importance, also where nothing is pruned. received: importance by the attention of all tokens, not of the
-    first ones alone. halves: similarities between two halves of the tokens, not between sources and kept tokens.
+    first ones alone. halves: similarities between two halves of the tokens, not between sources and kept tokens. free:
+    nothing.
     """
 
     ranks: bool = True
     received: bool = False
     halves: bool = False
+    free: bool = False
 
 
 # The reduction rules, see `blocks.rules`. State dicts hold the number of a row: new rows go to the end.
@@ -46,9 +48,10 @@ RULES: Mapping[str, RuleWork] = {
     "tome": RuleWork(ranks=False, halves=True),
     "pitome": RuleWork(ranks=False, halves=True),
     "random": RuleWork(),
+    "sliced": RuleWork(ranks=False, free=True),
 }
 RULE_NAMES = tuple(RULES)
-PUBLISHED = RULE_NAMES[0]
+PUBLISHED, SLICED = RULE_NAMES[0], RULE_NAMES[-1]
 SHOWN = 60  # characters of what is refused
 
 

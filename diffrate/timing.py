@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from diffrate import ROUNDS
 from diffrate.device import compile_model, generators_kept, placement_of
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import channels_of
-from diffrate.schedule import Schedule
+from diffrate.schedule import SLICED, Schedule
 
 Run = Callable[[], Any]
 SHORTEST = 0.3  # seconds of a measurement at least
@@ -92,16 +92,15 @@ class Stopwatch:
         return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.marks)]
 
 
-def time_within(baseline: Run, rival: Run, seconds: float, device: torch.device) -> PairedTimes:
-    """Time both in turn, in as many short rounds as fit into `seconds`, `FEWEST` at least.
+def time_within(runs: Sequence[Run], seconds: float, device: torch.device) -> list[tuple[float, ...]]:
+    """Seconds of each run, in turn, in as many short rounds as fit into `seconds`, `FEWEST` at least.
 
     Where a machine's pace changes within seconds, many short rounds give a better ratio than a few long ones.
     """
-    runs = (baseline, rival)
     for run in runs:
         run()
-    pair = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in runs)
-    return PairedTimes(*time_in_turn(runs, max(FEWEST, int(seconds / pair)), device, SHORT))
+    each = sum(max(SHORT, 2 * _seconds(run, 1, device)) for run in runs)
+    return time_in_turn(runs, max(FEWEST, int(seconds / each)), device, SHORT)
 
 
 def time_in_turn(
@@ -140,7 +139,8 @@ class Speed:
     """Dense and compressed model at one batch size and precision, timed in turn.
 
     Times are medians over the rounds; the speed-up is the median of the rounds' ratios, with the lowest
-    and the highest; FLOPs are multiply-accumulates of an image, and their ratio is the ideal.
+    and the highest; FLOPs are multiply-accumulates of an image, and their ratio is the ideal. The bound is the speed-up
+    of the same model that loses as many tokens by slicing, which costs nothing; None where it was not timed.
     """
 
     batch_size: int
@@ -156,14 +156,19 @@ class Speed:
     speedup_high: float
     ideal_speedup: float
     share_of_ideal: float
+    bound_speedup: float | None = None
+    share_of_bound: float | None = None
 
     def line(self) -> str:
         """The figures as a sentence."""
+        bound = (
+            "" if self.share_of_bound is None else f", {self.share_of_bound:.0%} of the bound {self.bound_speedup:.2f}"
+        )
         return (
             f"batch {self.batch_size}, {self.precision}: dense {self.dense_images_per_second:.1f} images/s, "
             f"compressed {self.compressed_images_per_second:.1f} images/s, speed-up {self.speedup:.2f} "
             f"({self.speedup_low:.2f} to {self.speedup_high:.2f}), {self.share_of_ideal:.0%} of the ideal "
-            f"{self.ideal_speedup:.2f}"
+            f"{self.ideal_speedup:.2f}{bound}"
         )
 
 
@@ -176,7 +181,8 @@ def benchmark(
     device: torch.device | str | None = None,
     compile: bool = False,
 ) -> Speed:
-    """Time `model` at its kept counts against the same model at its dense schedule, on random images.
+    """Time `model` at its kept counts against the same model at its dense schedule, on random images, and against the
+    same counts by slicing.
 
     In turn, `rounds` times, with weights in `dtype` on `device` (by default where the model is), as
     compiled graphs with `compile`. Copies are timed: the model itself is not touched.
@@ -191,8 +197,13 @@ def benchmark(
             raise ValueError(f"{name}: found {value}; accepted: from 1")
     use = Use(batch_size, dtype, compile, placement_of(model, device).device)
     current, whole = model.compression.current(), model.dense_schedule()
-    times = PairedTimes(*time_in_turn(at_schedules(model, (whole, current), use), rounds, use.device))
+    times = time_in_turn(at_schedules(model, (whole, current, sliced(current)), use), rounds, use.device)
     return speed_of(times, batch_size, precision_name(dtype), (model.flops_at(whole), model.flops_at(current)))
+
+
+def sliced(schedule: Schedule) -> Schedule:
+    """The same counts, where the first tokens stay."""
+    return replace(schedule, rules=(SLICED,) * len(schedule.merge))
 
 
 def at_schedules(model: CompressedModel, schedules: Sequence[Schedule], use: Use) -> list[Callable[[], Tensor]]:
@@ -221,9 +232,11 @@ def forward_pass(model: nn.Module, size: tuple[int, int], use: Use) -> Callable[
     return run
 
 
-def speed_of(times: PairedTimes, batch_size: int, precision: str, costs: tuple[int, int]) -> Speed:
-    """The figures of `times`, dense and compressed, whose images cost `costs` multiply-accumulates."""
+def speed_of(sides: Sequence[tuple[float, ...]], batch_size: int, precision: str, costs: tuple[float, float]) -> Speed:
+    """The figures of seconds round by round, dense and compressed, whose images cost `costs` multiply-accumulates, and
+    sliced where that was timed, too."""
     dense, compressed = costs
+    times, bounds = PairedTimes(sides[0], sides[1]), sides[2:]
     seconds, fewer = median(times.baseline), median(times.rival)
     return Speed(
         batch_size=batch_size,
@@ -239,4 +252,6 @@ def speed_of(times: PairedTimes, batch_size: int, precision: str, costs: tuple[i
         speedup_high=max(times.ratios),
         ideal_speedup=dense / compressed,
         share_of_ideal=times.ratio * compressed / dense,
+        bound_speedup=PairedTimes(sides[0], bounds[0]).ratio if bounds else None,
+        share_of_bound=PairedTimes(bounds[0], sides[1]).ratio if bounds else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
@@ -37,16 +37,8 @@ def official_file(entry: ModelEntry, bar: bool = True) -> Path:
         return entry.weights
     if not isinstance(entry.weights, OfficialWeights):
         raise CheckpointError(f"--model {entry.name}: has no pretrained weights; accepted: a file with --checkpoint")
-    target, failures = _kept_at(entry.weights.file), []
-    for source in entry.weights.sources:
-        try:
-            return _downloaded(source, target, bar)
-        except Exception as error:  # every source fails in its own way, and all mean: try the next
-            failures.append(f"{source} ({first_line(error)})")
-    raise CheckpointError(
-        f"cannot download the weights of {entry.name}: tried {'; '.join(failures)}. "
-        f"Put the file by hand at {target}, or name one with --checkpoint"
-    )
+    file, sources = entry.weights
+    return _first_of(sources, file, bar, f"the weights of {entry.name}: tried ", "name one with --checkpoint")
 
 
 def fetch(url: str, bar: bool = True) -> Path:
@@ -55,14 +47,7 @@ def fetch(url: str, bar: bool = True) -> Path:
     Raises:
         CheckpointError: the URL cannot be reached or the hash differs.
     """
-    target = _kept_at(Path(urlparse(url).path).name)
-    try:
-        return _downloaded(url, target, bar)
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot download {url} ({first_line(error)}). Put the file by hand at {target}, "
-            "or give its path instead of the URL"
-        ) from error
+    return _first_of([url], Path(urlparse(url).path).name, bar, "", "give its path instead of the URL")
 
 
 def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
@@ -98,9 +83,16 @@ def downloading(source: str, bar: bool = True) -> Iterator[None]:
         hub_logging.set_verbosity(verbosity)
 
 
-def _kept_at(file: str) -> Path:
-    """The path of a download, and of a file put there by hand (`TORCH_HOME` moves it)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / file
+def _first_of(sources: Sequence[str], file: str, bar: bool, what: str, instead: str) -> Path:
+    """`file` in the checkpoint directory, which `TORCH_HOME` moves, from the first source that can be reached."""
+    target, failures = Path(torch.hub.get_dir()) / "checkpoints" / file, []
+    for source in sources:
+        try:
+            return _downloaded(source, target, bar)
+        except Exception as error:  # every source fails in its own way, and all mean: try the next
+            failures.append(f"{source} ({first_line(error)})")
+    tried = "; ".join(failures)
+    raise CheckpointError(f"cannot download {what}{tried}. Put the file by hand at {target}, or {instead}")
 
 
 def _downloaded(source: str, target: Path, bar: bool) -> Path:

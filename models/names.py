@@ -97,12 +97,9 @@ def _check_size(model: Any, size: Size, own: Size) -> None:
 def register(entry: ModelEntry) -> None:
     """Make the name of `entry` known to `timm.create_model`; one that timm has itself stays timm's."""
 
-    def build(
-        pretrained: bool = False,
-        pretrained_cfg: object = None,  # timm passes both; the zoo says where weights come from
-        pretrained_cfg_overlay: object = None,
-        **options: Any,
-    ) -> nn.Module:
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        for name in ("pretrained_cfg", "pretrained_cfg_overlay"):  # timm's: the zoo says where weights come from
+            options.pop(name, None)
         model = create(entry, **options)
         if pretrained:
             load_weights(model, official_file(entry))

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import clean_state_dict, is_model, model_entrypoint
+from timm.models import build_model_with_cfg, clean_state_dict, is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
@@ -47,6 +48,8 @@ TIMM = "timm.models."
 # Positions of another input size are interpolated as the weights were trained, which timm tells by the name.
 BILINEAR = ("flexi", "radio")
 ALIGNED_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
+# From timm 1.0.31 on. Before, it takes all positions for a square's, and leaves as many as the model has as they are.
+HEARS_OF_SIZES = "pretrained_model_args" in inspect.signature(build_model_with_cfg).parameters
 FLEXIBLE = "flexi"  # trained on patches of many sizes: those of another are interpolated
 log = logging.getLogger(__name__)
 
@@ -255,6 +258,7 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
 def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_at: Size | None) -> Read:
     """`found` under timm's names and at the input's size of `model`, trained at `made_at`; `name` starts messages."""
     _check_patches([value.shape for value in found.values()], model, name)
+    _check_positions(model, made_at, name)
     if made_at is not None:
         model.pretrained_model_args = {"img_size": made_at}  # where timm looks for the source's size
     # timm's converters do not know our tensors, and some look every key up in the model.
@@ -287,9 +291,8 @@ def _convert(tensors: StateDict, model: nn.Module, name: str) -> StateDict:
         if any(getattr(own, kind.__name__, None) is kind for kind in kinds):  # it builds models of this class
             modules.insert(0, own)
     function: Any = next((getattr(module, CONVERTER) for module in modules if hasattr(module, CONVERTER)), None)
-    if function is None:
-        kind = type(model).__name__
-        raise CheckpointError(f"{kind}: timm has no {CONVERTER} for it; accepted: a model for which it has")
+    if function is None:  # for relative positions before timm 1.0.31, which takes them as they are, too
+        return tensors
     # What timm's builders give their converters beyond the tensors and the model.
     wanted: dict[str, Any] = {"adapt_layer_scale": True}  # DeiT III's names, which no other model has
     if any(word in architecture for word in BILINEAR):
@@ -310,6 +313,21 @@ def _convert(tensors: StateDict, model: nn.Module, name: str) -> StateDict:
 def _architecture(model: nn.Module) -> str:
     """timm's name of a model's architecture, as far as the model knows it."""
     return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+
+
+def _check_positions(model: Any, made_at: Size | None, name: str) -> None:
+    """Refuse positions made at a size of images that timm has to hear of, and cannot."""
+    stem, config = getattr(model, "patch_embed", None), getattr(model, "pretrained_cfg", None) or {}
+    if HEARS_OF_SIZES or stem is None or getattr(model, "pos_embed", None) is None:
+        return
+    (rows, columns), (own_rows, own_columns) = made_at or config.get("input_size", (3, 224, 224))[1:], stem.img_size
+    ours = tuple(stem.grid_size)
+    theirs = (rows * ours[0] // own_rows, columns * ours[1] // own_columns)
+    if theirs != ours and (theirs[0] != theirs[1] or math.prod(theirs) == math.prod(ours)):
+        raise CheckpointError(
+            f"checkpoint {name}: positions for {rows} by {columns} pixels at {own_rows} by {own_columns} need timm "
+            f"1.0.31; found {timm.__version__}"
+        )
 
 
 def _check_patches(shapes: Iterable[Sequence[int]], model: nn.Module, name: str) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -65,6 +63,31 @@ def _quiet_after() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def painting() -> Iterator[Callable[[Path], None]]:
+    """Plots of runs are made, and not painted: that takes longer than a short run. Gives what paints them."""
+    from matplotlib.figure import Figure
+
+    from cli import plot
+
+    paint = plot.plot_run
+
+    def made(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda *_, **__: None)
+            paint(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "plot_run", made)
+        yield paint
+
+
+@pytest.fixture
+def painted(painting: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots of runs are painted."""
+    monkeypatch.setattr("cli.plot.plot_run", painting)
+
+
 def ran_once(*words: object) -> str:
     """Run `main.py` with these words, for a fixture that many tests look at: its standard output."""
     with root_logger_kept(), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
@@ -86,32 +109,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return run
 
 
-HELD_UP = """
-import importlib, os, signal, sys, time, main, utils
-
-module, owner, name, number, *words = sys.argv[1:]
-owner = importlib.import_module(module) if owner == "-" else getattr(importlib.import_module(module), owner)
-original, calls = getattr(owner, name), []
-
-def held_up(*args, **options):
-    calls.append(1)
-    if len(calls) == int(number):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(600)
-    return original(*args, **options)
-
-setattr(owner, name, held_up)
-utils.stop_in_time()
-utils.leave(main.main(words))
-"""
-
-
-def end_while_held_up(place: str, number: int, *words: object) -> tuple[int, str]:
-    """Run `main.py` until the call of this number of `place` (module:owner:name, or module:-:name), which never ends;
-    exit code and standard error after SIGTERM then."""
-    command = [sys.executable, "-c", HELD_UP, *place.split(":"), str(number), *map(str, words)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stderr
+@pytest.fixture
+def nothing_compiled() -> None:
+    """As on the command line: where a model with other widths of heads was compiled, torch 2.6 takes no scale."""
+    torch.compiler.reset()
 
 
 def write_image(path: Path, seed: int, size: int = 40, brightest: int = 255) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
@@ -96,16 +98,16 @@ _SINCE = MappingProxyType(
 )
 
 
-def lacking(least: str) -> str:
-    """Why a test that needs the version `least` of timm is skipped; nothing where it need not be."""
-    found = timm.__version__
-    older = [int(part) for part in found.split(".")[:3] if part.isdecimal()] < [int(part) for part in least.split(".")]
-    return f"needs timm {least}; found {found}" if older else ""
+def lacking(least: str, package: str = "timm") -> str:
+    """Why a test that needs the version `least` of a package is skipped; nothing where it need not be."""
+    found = version(package)
+    older = [int(part) for part in re.findall(r"\d+", found)[:3]] < [int(part) for part in least.split(".")]
+    return f"needs {package} {least}; found {found}" if older else ""
 
 
-def since(least: str) -> pytest.MarkDecorator:
-    """The mark of what needs the version `least` of timm."""
-    return pytest.mark.skipif(bool(lacking(least)), reason=lacking(least))
+def since(least: str, package: str = "timm") -> pytest.MarkDecorator:
+    """The mark of what needs the version `least` of a package."""
+    return pytest.mark.skipif(bool(lacking(least, package)), reason=lacking(least, package))
 
 
 def build(name: str, **options: Any) -> nn.Module:

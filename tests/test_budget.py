@@ -27,7 +27,7 @@ def full_size(name: str) -> diffrate.CompressedModel:
 
 
 @given(st.sampled_from(sorted(models.ZOO)), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 def test_any_expected_counts_round_to_any_reachable_budget(name: str, data: st.DataObject) -> None:
     model = full_size(name)
     space = model.compression.space

@@ -33,7 +33,7 @@ CARRYING = (
     "relative_network",
 )
 # One of each class of timm's and of each way to attend, place and pool, that a graph is traced through. The plain ViT
-# with a class token is in `cli/test_compiled.py`.
+# with a class token is in `test_rules.py`.
 GRAPHS = tuple(
     name
     for name in (

@@ -182,11 +182,6 @@ def test_the_first_command_of_search_within_a_second(cli: Cli, photographs: Path
     assert diffrate.about(tmp_path / "small.safetensors").schedule.merge
 
 
-def test_the_first_command_of_speed_parses_for_it_would_take_minutes() -> None:
-    (target,) = parse_flags(first("speed.md")).model.targets
-    assert target.timed
-
-
 def test_the_first_command_of_fine_tune_for_an_epoch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     save_small(tmp_path / "small.safetensors")
     places = {"DIR": image_folder, **{name: tmp_path / name for name in ("small.safetensors", "tuned.safetensors")}}
@@ -223,12 +218,14 @@ def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch:
         return build("vit_tiny_patch16_224", **{**narrow, **options})
 
     def brief(*given: Any, **options: Any) -> diffrate.Found:
-        return search(*given, **{**options, "minutes": 0.02})
+        return search(*given, **{**options, "minutes": 0.005})
 
     monkeypatch.setattr(timm, "create_model", untrained)
     monkeypatch.setattr(diffrate, "search", brief)
-    monkeypatch.setattr(diffrate, "measure_latency", partial(diffrate.measure_latency, seconds=1))
-    monkeypatch.setattr(diffrate, "check_predictions", partial(diffrate.check_predictions, seconds=1))
+    monkeypatch.setattr("diffrate.latency.measure.WHOLE_RUNS", 0.01)
+    few: dict[str, Any] = {"measure_latency": {"seconds": 0.1}, "benchmark": {"rounds": 1}}
+    for name, less in (few | {"check_predictions": {"seconds": 0.1}}).items():
+        monkeypatch.setattr(diffrate, name, partial(getattr(diffrate, name), **less))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = [(torch.randn(2, 3, 224, 224), torch.randint(10, (2,))) for _ in range(2)]

@@ -205,6 +205,15 @@ def test_what_would_be_passed_over_is_refused_at_the_next_pass(change: Callable[
         model(images())
 
 
+def test_an_mlp_of_another_cost_is_refused_at_the_next_pass() -> None:
+    model = reduced()
+    model.blocks[2].mlp = copy.deepcopy(model.blocks[2].mlp)  # as one in a wrapper, it costs the same
+    copy.deepcopy(model)(images())
+    model.blocks[2].mlp = nn.Identity()
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks\.2\.mlp: found 0 weights .*; accepted: \d+, "):
+        model(images())
+
+
 def test_fewer_blocks_and_other_sizes_are_refused() -> None:
     model = reduced()
     for call in (lambda: model.prune_intermediate_layers(2), lambda: model.set_input_size(img_size=64)):

@@ -220,14 +220,6 @@ def test_fixed_rates_are_trainable(family: str) -> None:
     assert without == {name for name, _ in model.named_parameters() if name.startswith("compression.")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exports_to_one_graph(family: str) -> None:
-    model = patched(family)
-    batch = images(family)
-    exported = torch.export.export(model, (batch,), {"return_flop": False})
-    torch.testing.assert_close(exported.module()(batch, return_flop=False), model(batch, return_flop=False))
-
-
 def test_a_block_that_removes_nothing_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the third block removes tokens: one ranking and one merge in the whole model."""
     import diffrate.blocks.block as block

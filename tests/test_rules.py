@@ -40,9 +40,9 @@ def test_each_rule_has_one_row_in_both_tables() -> None:
     published = model_of().rule
     for name, work in RULES.items():
         rule = NAMED[name](published, 3 / 6)
-        assert rule.pairing.by_importance == work.ranks, name
+        assert rule.pairing.ranks(Kept(9, 9, 7)) == work.ranks, name
         assert (rule.importance.queries == 0) == work.received, name
-        assert (type(rule.pairing) is not type(published.pairing)) == work.halves, name
+        assert (type(rule.pairing) is not type(published.pairing)) == (work.halves or work.free), name
     assert NAMED["published"](published, 3 / 6) is published
 
 
@@ -115,13 +115,14 @@ def test_a_model_runs_by_each_rule_and_images_do_not_meet(name: str, family: str
     origin, kept = state.origin, merge[max(space.searchable)]
     assert origin is not None
     assert state.x.shape[1] == kept
-    assert (origin >= 0).all() or name == "pitome"  # all merge; of half of the patches at most in the one that says so
+    # All merge; of half of the patches at most by `pitome`, none by `sliced`.
+    assert (origin >= 0).all() or name in ("pitome", "sliced")
     if name not in ("published", "valued", "received", "received_halves"):  # sizes add up
         counted = torch.stack([(origin == token).sum(1) for token in range(kept)], dim=1)
         torch.testing.assert_close(state.sizes(), counted.double())
 
 
-@pytest.mark.parametrize("name", [name for name in RULE_NAMES if name not in ("random", "pitome")])
+@pytest.mark.parametrize("name", [name for name in RULE_NAMES if name not in ("random", "pitome", "sliced")])
 def test_a_search_sees_what_fixed_counts_will_do(name: str) -> None:
     """With masks, at the counts that the rates expect; the published rule has quirks there, and its own tests."""
     model = model_of()
@@ -194,3 +195,21 @@ def test_one_compiled_graph_runs_all_rules() -> None:
         torch.testing.assert_close(
             compiled(batch, return_flop=False), model(batch, return_flop=False), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_slicing_keeps_the_first_tokens_as_they_are(batch: int) -> None:
+    """It is what all rules' speed is compared with: views alone, and no attention row."""
+    rule, kept = NAMED["sliced"](model_of().rule, 0.5), Kept(17, 15, 11)
+    state = TokenState(torch.randn(batch, 17, 8)).traced()
+    left = rule.reduced(state, (None, None), kept)  # type: ignore[arg-type]
+    assert left.x.data_ptr() == state.x.data_ptr()
+    assert torch.equal(left.x, state.x[:, :11])
+    assert left.size is None
+    assert left.origin is not None
+    assert left.origin.tolist() == [[*range(11), *([-1] * 6)]] * batch
+
+
+def test_no_search_goes_by_slicing() -> None:
+    with pytest.raises(diffrate.SearchSettingError, match="rule: found 'sliced'"):
+        diffrate.search(model_of(), [images().float()], share=0.5, method="calibrated", rule="sliced")

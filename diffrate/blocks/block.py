@@ -220,7 +220,7 @@ def attended(
             mixed, received = attend_with_map(
                 heads, bias, lambda maps: drop(maps.unflatten(0, images)).flatten(0, 1), rule.importance.queries
             )
-        elif removing and rule.ranks(kept):
+        elif removing and rule.pairing.ranks(kept):
             mixed, received = attend_and_rank(heads, bias, dropout, rule.importance.queries)
         else:
             mixed = attend(heads, bias, dropout)

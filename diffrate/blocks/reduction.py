@@ -239,9 +239,8 @@ class Mean:
 class Pairing(ABC):
     """Which tokens merge into which."""
 
-    @property
-    def by_importance(self) -> bool:
-        """Whether merging asks for importance; pruning does anyway."""
+    def ranks(self, kept: Kept) -> bool:
+        """Whether importance is asked for."""
         return True
 
     @abstractmethod
@@ -280,10 +279,6 @@ class ReductionRule:
     importance: ReceivedAttention
     pairing: Pairing
     mean: Mean
-
-    def ranks(self, kept: Kept) -> bool:
-        """Whether importance is asked for."""
-        return kept.pruned < kept.entering or self.pairing.by_importance
 
     def reduced(self, state: TokenState, seen: Seen, kept: Kept) -> TokenState:
         """What is left of `state` of `kept.entering` tokens, given what was `seen` of their attention."""

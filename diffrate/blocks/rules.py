@@ -29,7 +29,7 @@ from diffrate.blocks.reduction import (
     most_important,
     most_similar,
 )
-from diffrate.blocks.tokens import TokenState, size_dtype, take
+from diffrate.blocks.tokens import TokenState, moved, size_dtype, take
 from diffrate.schedule import Kept
 
 
@@ -49,9 +49,8 @@ class HalvesIntoHalves(Pairing):
     by_rank: bool = False
     aversion: float = 0.0
 
-    @property
-    def by_importance(self) -> bool:
-        return self.by_rank or self.aversion > 0
+    def ranks(self, kept: Kept) -> bool:
+        return kept.pruned < kept.entering or self.by_rank or self.aversion > 0
 
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
@@ -118,8 +117,7 @@ class HighestEnergy(Pairing):
 
     margin: float
 
-    @property
-    def by_importance(self) -> bool:
+    def ranks(self, kept: Kept) -> bool:
         return False
 
     def reduce(
@@ -138,6 +136,25 @@ class HighestEnergy(Pairing):
         nearest, similarity = _nearest(take(keys, sources), take(keys, targets))
         index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
         return _merged(state, index, nearest + prefix, similarity, mean)
+
+
+@dataclass(frozen=True)
+class FirstTokens(Pairing):
+    """The first tokens stay, the others are pruned. It costs nothing: how fast any rule can be at the same counts."""
+
+    def ranks(self, kept: Kept) -> bool:
+        return False
+
+    def reduce(
+        self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
+    ) -> TokenState:
+        """The first `kept.merged` tokens, as views."""
+        size, place = (None if part is None else part[:, : kept.merged] for part in (state.size, state.place))
+        first = TokenState(state.x[:, : kept.merged], size, place=place)
+        if state.origin is None:
+            return first
+        index = torch.arange(kept.merged, device=state.x.device).expand(state.x.shape[0], -1)
+        return moved(state, first, index, index)
 
 
 def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor, mean: Mean) -> TokenState:
@@ -184,4 +201,5 @@ NAMED: Mapping[str, Named] = {
     # The margin falls with depth, from 0.9 to 0 (PiToMe, section 3.2).
     "pitome": lambda rule, depth: replace(rule, pairing=HighestEnergy(0.9 - 0.9 * depth), mean=BY_SIZE),
     "random": lambda rule, depth: replace(rule, importance=RandomImportance(rule.importance.queries)),
+    "sliced": _with(pairing=FirstTokens()),
 }

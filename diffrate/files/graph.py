@@ -30,6 +30,43 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 
     op: Any = onnxscript.opset23 if opset >= ATTENTION_OPSET else onnxscript.opset18
 
+    def length(x: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: int = -1) -> Any:
+        """The Euclidean length along `dim`: onnxruntime's quantizer knows the shape of a sum, not that of a norm."""
+        if ord != 2 or dim is None:
+            raise ValueError(f"norm: found order {ord} over {dim}; accepted: order 2 over some dimensions")
+        axes = op.Constant(value_ints=list(dim))
+        return op.Sqrt(op.ReduceSum(op.Mul(x, x), axes, keepdims=int(keepdim)))
+
+    def highest(x: Any, dim: int, keepdim: bool = False) -> Any:
+        """The highest values along `dim`, and where they are, by operators whose shapes the quantizer knows."""
+        index = op.ArgMax(x, axis=dim, keepdims=1)
+        found = op.GatherElements(x, index, axis=dim), index
+        return found if keepdim else tuple(op.Squeeze(part, op.Constant(value_ints=[dim])) for part in found)
+
+    def gelu(x: Any, approximate: str = "none") -> Any:
+        """In the order of operations that onnxruntime has a kernel for: it does not know that of torch's exporter."""
+
+        def number(value: float) -> Any:
+            return op.CastLike(op.Constant(value_float=value), x)
+
+        if approximate == "tanh":
+            cubic = op.Add(x, op.Mul(op.Pow(x, number(3.0)), number(0.044715)))
+            bent = op.Tanh(op.Mul(cubic, number(math.sqrt(2 / math.pi))))
+        else:
+            bent = op.Erf(op.Div(x, number(math.sqrt(2))))
+        return op.Mul(op.Mul(x, number(0.5)), op.Add(bent, number(1.0)))
+
+    own: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.max.dim: highest,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention(op, opset),
+        torch.ops.aten.linalg_vector_norm.default: length,
+    }
+    return own if opset >= GELU_OPSET else own | {torch.ops.aten.gelu.default: gelu}
+
+
+def _attention(op: Any, opset: int) -> Callable[..., Any]:
+    """Fused attention in files of `opset`."""
+
     def side_by_side(heads: Any) -> Any:
         """`[B, N, H D]` of heads `[B, H, N, D]`."""
         _, count, tokens, width = heads.shape
@@ -65,38 +102,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         apart = op.Reshape(mixed, op.Constant(value_ints=[-1, queries, heads, width]))
         return op.Transpose(apart, perm=[0, 2, 1, 3])
 
-    def length(x: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: int = -1) -> Any:
-        """The Euclidean length along `dim`: onnxruntime's quantizer knows the shape of a sum, not that of a norm."""
-        if ord != 2 or dim is None:
-            raise ValueError(f"norm: found order {ord} over {dim}; accepted: order 2 over some dimensions")
-        axes = op.Constant(value_ints=list(dim))
-        return op.Sqrt(op.ReduceSum(op.Mul(x, x), axes, keepdims=int(keepdim)))
-
-    def highest(x: Any, dim: int, keepdim: bool = False) -> Any:
-        """The highest values along `dim`, and where they are, by operators whose shapes the quantizer knows."""
-        index = op.ArgMax(x, axis=dim, keepdims=1)
-        found = op.GatherElements(x, index, axis=dim), index
-        return found if keepdim else tuple(op.Squeeze(part, op.Constant(value_ints=[dim])) for part in found)
-
-    def gelu(x: Any, approximate: str = "none") -> Any:
-        """In the order of operations that onnxruntime has a kernel for: it does not know that of torch's exporter."""
-
-        def number(value: float) -> Any:
-            return op.CastLike(op.Constant(value_float=value), x)
-
-        if approximate == "tanh":
-            cubic = op.Add(x, op.Mul(op.Pow(x, number(3.0)), number(0.044715)))
-            bent = op.Tanh(op.Mul(cubic, number(math.sqrt(2 / math.pi))))
-        else:
-            bent = op.Erf(op.Div(x, number(math.sqrt(2))))
-        return op.Mul(op.Mul(x, number(0.5)), op.Add(bent, number(1.0)))
-
-    own: dict[Callable[..., Any], Callable[..., Any]] = {
-        torch.ops.aten.max.dim: highest,
-        torch.ops.aten.scaled_dot_product_attention.default: attention,
-        torch.ops.aten.linalg_vector_norm.default: length,
-    }
-    return own if opset >= GELU_OPSET else own | {torch.ops.aten.gelu.default: gelu}
+    return attention
 
 
 def _by_products(op: Any, query: Any, key: Any, value: Any, bias: Any, scale: float | None) -> Any:

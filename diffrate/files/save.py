@@ -195,7 +195,7 @@ def _constructor_arguments(model: nn.Module, architecture: str) -> dict[str, Any
     given: Mapping[str, Any] = getattr(model, "_model_args", {})
     as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     arguments = {name: value for name, value in as_json.items() if name in ARGUMENTS and is_argument(value)}
-    if isinstance(model, NaFlexVit) and not is_model_in_modules(architecture, "naflexvit"):
+    if isinstance(model, NaFlexVit) and not is_model_in_modules(architecture, ("naflexvit",)):
         arguments["use_naflex"] = True  # an environment variable of timm's may have said so instead
     shown = _readings(model)
     while True:

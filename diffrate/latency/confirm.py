@@ -52,8 +52,8 @@ class Confirmed:
 
 def measured_times(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> PairedTimes:
     """Time copies of `model`, dense and at `schedule`, in pairs for so many `seconds`."""
-    dense, reduced = at_schedules(model, (model.dense_schedule(), schedule), use)
-    return time_within(dense, reduced, seconds, use.device)
+    runs = at_schedules(model, (model.dense_schedule(), schedule), use)
+    return PairedTimes(*time_within(runs, seconds, use.device))
 
 
 def measured_speedup(model: CompressedModel, schedule: Schedule, use: Use, seconds: float) -> float:

@@ -81,7 +81,7 @@ def reduction_terms(kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) 
 
 def asks(kept: Kept, work: RuleWork) -> bool:
     """Whether a block removes tokens, and asks for their importance."""
-    return kept.merged < kept.entering and (work.ranks or kept.pruned < kept.entering)
+    return kept.merged < kept.entering and (work.ranks or (kept.pruned < kept.entering and not work.free))
 
 
 def fit_prices(
@@ -178,7 +178,7 @@ class BlockTimes:
 
     def prices(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> tuple[float, float]:
         """What removing tokens takes without their importance, in two parts: at all, and what merging adds to it."""
-        if kept.merged == kept.entering or not self.reduction:
+        if kept.merged == kept.entering or not self.reduction or work.free:
             return 0.0, 0.0
         terms = reduction_terms(kept, sized, work)
         parts = [weight * term for weight, term in zip(self.reduction, terms, strict=True)]

@@ -19,7 +19,7 @@ from diffrate.blocks.rules import NAMED
 from diffrate.blocks.tokens import TokenState, in_graph, replaced
 from diffrate.flops import Count
 from diffrate.patch.parts import FeatureHead
-from diffrate.patch.shapes import channels_of
+from diffrate.patch.shapes import channels_of, weights
 from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
@@ -51,6 +51,7 @@ class CompressedModel(nn.Module):
     compression: CompressionState
     num_classes: int  # outputs; 0 for a model without a head
     pretrained_cfg: Any  # timm's: what the model's inputs are like
+    mlps: tuple[nn.Module, ...]  # of the attention blocks, as they were when the cost was counted
     image_size: tuple[int, int]  # height and width of the images that the model takes
     return_flop: bool = True  # whether a forward pass gives the cost beside the logits, unless it is asked otherwise
 
@@ -234,7 +235,7 @@ class CompressedModel(nn.Module):
 
     def check_input(self, images: Tensor) -> None:
         """Refuse images that the model does not take, and parts that were changed since it was patched and would be
-        passed over. A graph checks the shape alone.
+        passed over. A graph that is compiled checks the parts as it is made, and one that is exported the shape alone.
 
         Raises:
             TypeError: the images are no tensor.
@@ -246,16 +247,9 @@ class CompressedModel(nn.Module):
         if images.ndim != 4:
             raise ValueError(f"images: found the shape {list(images.shape)}; accepted: [B, channels, H, W]")
         _, found, height, width = images.shape
+        if torch.compiler.is_dynamo_compiling() or not in_graph():
+            self.check_parts()
         if not in_graph():
-            blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
-            if len(blocks) != expected:
-                accepted = f"{expected}, as when it was patched"
-                raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {accepted}")
-            for number, block in enumerate(blocks):
-                if not is_read(block):
-                    check_block(block, f"blocks.{number}")
-            if any(map(has_hooks, self.containers())):
-                raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
             channels = channels_of(self)
             if found != channels or not images.is_floating_point():
                 dtype = str(images.dtype).removeprefix("torch.")
@@ -264,6 +258,21 @@ class CompressedModel(nn.Module):
         if grid != expected:
             made = f"{[height, width]} make {list(grid)} tokens"
             raise ValueError(f"images of {made}; accepted: {list(expected)}")
+
+    @torch.compiler.assume_constant_result
+    def check_parts(self) -> bool:
+        """Refuse parts that were changed since the model was patched, with an UnsupportedModelError; else True."""
+        blocks, expected = self.attention_blocks(), len(self.compression.space.limits)
+        if len(blocks) != expected:
+            accepted = f"{expected}, as when it was patched"
+            raise UnsupportedModelError(f"blocks: found {len(blocks)}; accepted: {accepted}")
+        for number, block in enumerate(blocks):
+            if not is_read(block):
+                check_block(block, f"blocks.{number}")
+            _check_mlp(block, self.mlps[number], f"blocks.{number}.mlp")
+        if any(map(has_hooks, self.containers())):
+            raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
+        return True
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
         """All tokens after each of the first `end` compressible blocks, or after each."""
@@ -316,6 +325,19 @@ class CompressedModel(nn.Module):
         spent = self.cost(plan.cost for plan in plans) if cost is None else cost(plans)
         assert isinstance(spent, Tensor)
         return state, spent
+
+
+def mlps_of(model: CompressedModel) -> tuple[nn.Module, ...]:
+    """The MLPs whose cost is that of the model."""
+    blocks: Sequence[Any] = model.attention_blocks()
+    return tuple(block.mlp for block in blocks)
+
+
+def _check_mlp(block: Any, counted: nn.Module, where: str) -> None:
+    """Refuse a block whose MLP costs something else than the one that was there when its cost was counted."""
+    if block.mlp is not counted and weights(block.mlp) != weights(counted):
+        accepted = f"{weights(counted)}, as when it was patched"
+        raise UnsupportedModelError(f"{where}: found {weights(block.mlp)} weights of layers; accepted: {accepted}")
 
 
 def compress(model: Any, space: SearchSpace, granularity: tuple[int, int], **facts: Any) -> None:

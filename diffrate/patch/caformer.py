@@ -15,7 +15,7 @@ from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
 from diffrate.flops import Count, StageShape, caformer_flops
-from diffrate.patch.base import CompressedModel, Entry, compress
+from diffrate.patch.base import CompressedModel, Entry, compress, mlps_of
 from diffrate.patch.features import as_map, restore
 from diffrate.patch.shapes import Size, as_size
 from diffrate.schedule import GRANULARITY, MERGE_FIELD, Kept, Schedule, ScheduleError, SearchSpace
@@ -165,6 +165,7 @@ def caformer(
     compress(model, space, granularity, rule=RULE, image_size=size, grids=grids, return_flop=return_flop)
     model.__class__ = CompressedCaformer
     assert isinstance(model, CompressedCaformer)
+    model.mlps = mlps_of(model)
     if isinstance(model.head.fc, MlpHead):
         norm: Any = model.head.fc.norm
         norm.eps = ORIGINAL_HEAD_EPS

@@ -20,7 +20,7 @@ from diffrate.blocks.heads import Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.flops import Count, VitShape, vit_flops
-from diffrate.patch.base import CompressedModel, PlannedCost, compress
+from diffrate.patch.base import CompressedModel, PlannedCost, compress, mlps_of
 from diffrate.patch.features import POOLS, as_map, pool_parts, pooled, restore
 from diffrate.patch.parts import ClassAndMean
 from diffrate.patch.shapes import (
@@ -118,6 +118,7 @@ class CompressedVit(CompressedModel, _Vit):
         super().reset_classifier(num_classes, *args, **options)
         _check_parts(self)
         space, self.shape = _described(self, self.image_size)
+        self.mlps = mlps_of(self)
         before = self.compression
         if space != before.space:  # other blocks may be searched now
             compress(self, space, (before.granularity["prune"], before.granularity["merge"]))
@@ -236,6 +237,7 @@ def patch_vit(
         prefix, importance = model.num_prefix_tokens, ReceivedAttention(model.class_tokens())
         rule = ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True))
         compress(model, space, granularity, rule=rule, image_size=size, shape=shape, return_flop=return_flop)
+        model.mlps = mlps_of(model)
     except Exception:
         model.__class__ = original  # nothing half-patched is left behind
         raise

@@ -59,16 +59,14 @@ def sensitivity(
     precision: torch.dtype | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> tuple[Sensitivity, ...]:
-    """Measure what the outputs of a patched `model` lose where one block alone prunes, or merges, down to each of
-    `shares`.
+    """Measure what a patched model's outputs lose where one block alone prunes, or merges, down to each of `shares`.
 
     Tokens are really dropped: all later blocks have as many as the block leaves. The loss is Kullback and Leibler's
     divergence from the dense outputs; of one output, the squared error relative to the variance of the dense one;
     without a head, one less the cosine of the pooled features. In the order of the blocks, falling shares in each.
 
-    The model runs in evaluation mode, on `device` (by default where it is) and under autocast to `precision` (by
-    default in its weights' own); its training mode and its schedule are restored afterwards. Inside an initialised
-    process group the images of all processes count.
+    The model runs in evaluation mode, on `device` (its own by default) and under autocast to `precision` (none by
+    default), and is then as before. Inside an initialised process group the images of all processes count.
 
     Args:
         loader: batches of images `[B, 3, H, W]`, as `evaluate` takes them; labels are not looked at.
@@ -84,7 +82,7 @@ def sensitivity(
     """
     require_patched(model)
     require_batches(loader)
-    candidates = _candidates(model.compression.space, shares)
+    candidates = _candidates(model.compression.space.every_block(), shares)
     place, teacher = placement_of(model, device), Teacher(model, multi_label=multi_label)
     teacher.of_outputs = model.has_head()  # those without a pooling are compared as features are
     classes = teacher.of_outputs and not multi_label and model.num_classes != 1
@@ -93,8 +91,7 @@ def sensitivity(
     def sums_of(images: Tensor) -> tuple[Tensor, Tensor]:
         """Of the loss and of the agreement of each candidate, `[candidates, 2]`, and the dense outputs."""
         entry = model.enter(images)
-        first = next(iter(candidates.values()))
-        state = model.prepared(entry.state, first)  # followed where anything is removed, in any block
+        state = model.prepared(entry.state, next(iter(candidates.values())))  # followed where any block removes tokens
         entering = [state, *model.run_each(model.steps(entry, model.dense_schedule()), state)]
         taught, sums = model.classify(entering[-1]).float(), []
         for block, group in groupby(candidates, key=lambda candidate: candidate[0]):

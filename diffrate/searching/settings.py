@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
-from diffrate.schedule import RULE_NAMES
+from diffrate.schedule import RULE_NAMES, SLICED
 
 if TYPE_CHECKING:  # what takes its time to import
     import torch
@@ -115,7 +115,7 @@ class SearchSettings:
         None,
         "which tokens merge into which, in all blocks; default published, as in the paper, but by --search calibrated "
         "what is best in each block (not for the paper's models)",
-        RULE_NAMES,
+        tuple(name for name in RULE_NAMES if name != SLICED),
     )
     budget: str = option(
         "penalty",

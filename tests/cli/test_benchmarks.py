@@ -54,6 +54,7 @@ def test_a_share_of_the_tokens_goes_through_the_blocks(family: str, share: float
     assert {schedule.merge[block] for block in searchable} == {round(share * TOKENS[family])}
 
 
+@pytest.mark.usefixtures("painted")
 def test_scaling_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
     words = ("--benchmark", "scaling", "--batch-size", 1, 2, "--rounds", 1, "--input-size", 28)
     code, out, err = cli(*words, "--output_dir", tmp_path)

@@ -25,6 +25,7 @@ def works(folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.usefixtures("painted")
 def test_images_without_labels_are_all_that_it_takes(
     cli: Cli, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,11 +19,7 @@ from tests.conftest import Cli
 from tests.test_patch import images, patched
 from tests.tiny_models import saved_file
 
-
-@pytest.fixture(autouse=True)
-def _first_in_its_process() -> None:
-    """As on the command line: where a model with other widths of heads was compiled, torch 2.6 takes no scale."""
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def traced_alone(model: torch.nn.Module) -> Any:
@@ -31,12 +27,20 @@ def traced_alone(model: torch.nn.Module) -> Any:
     return torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
 
 
-@pytest.mark.parametrize("family", ["deit", "mae", "caformer"])
-def test_every_family_is_one_graph(family: str) -> None:
-    model = patched(family)
-    expected = model(images(family), return_flop=False)
+def test_a_caformer_is_one_graph() -> None:
+    """ViTs are in `test_constructions.py` and `test_rules.py`."""
+    model, batch = patched("caformer"), images("caformer")
     graph = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    torch.testing.assert_close(graph(images(family), return_flop=False), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(graph(batch, return_flop=False), model(batch, return_flop=False), atol=1e-4, rtol=1e-4)
+
+
+def test_replaced_parts_are_refused() -> None:
+    model = patched("deit")
+    graph = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    graph(images("deit"), return_flop=False)
+    model.blocks[2].attn = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match=r"UnsupportedModelError: blocks\.2\.attn: found Identity; accepted: "):
+        graph(images("deit"), return_flop=False)
 
 
 def test_smaller_batches_are_filled_up() -> None:

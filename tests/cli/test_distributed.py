@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import Cli, free_port
-from tests.forked import two_mains
+from tests.forked import as_command, ended, started, two_mains
 
 PROJECT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
@@ -40,22 +40,6 @@ def launch(launcher: str, *words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher], port, str(PROJECT / "main.py")]
     words = (*words, "--num_workers", 0)
     return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=200, check=False)
-
-
-def without_launcher(*words: object) -> list[subprocess.Popen[str]]:
-    """The two processes by their variables alone, with nothing to watch over them."""
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--num_workers", "0"]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
 
 
 def last_record(folder: Path) -> dict[str, Any]:
@@ -91,14 +75,6 @@ def test_sensitivity_is_that_of_all_images(cli: Cli, tmp_path: Path) -> None:
         assert both == alone
 
 
-def test_training_leaves_one_log_and_one_checkpoint(image_folder: Path, tmp_path: Path) -> None:
-    words = ("--finetune", "--model", "vit_sample_patch4_28", "--data-path", image_folder, "--batch-size", 2)
-    for done in two_mains(tmp_path, *words, "--epochs", 1, "--output_dir", tmp_path, "--no-repeated-aug"):
-        assert (done.code, done.err) == (0, "")
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
-    assert (tmp_path / "checkpoint.pth").exists()
-
-
 def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path: Path) -> None:
     """A damaged image that only the second process reads."""
     bad = image_folder / "val" / "cat" / "1.jpg"
@@ -130,15 +106,14 @@ def test_two_processes_are_one_with_twice_the_batch(cli: Cli, image_folder: Path
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_killed_takes_the_other_down(lost: int, image_folder: Path, tmp_path: Path) -> None:
     """The one that is left has to notice by itself, within a minute."""
-    both = without_launcher(
-        *SEARCH, "--data-path", image_folder, "--epochs", 500, "--batch-size", 2, "--output_dir", tmp_path
-    )
+    words = (*SEARCH, "--data-path", image_folder, "--epochs", 500, "--batch-size", 2, "--output_dir", tmp_path)
+    both = started(partial(as_command, (*words, "--num_workers", 0)), tmp_path)
     deadline = time.monotonic() + 100
     while not (tmp_path / "checkpoint.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     both[lost].kill()
-    _, err = both[1 - lost].communicate(timeout=60)
-    assert both[1 - lost].returncode == 1
+    both[1 - lost].join(60)
+    code, _, err = ended(both, tmp_path)[1 - lost]
+    assert code == 1
     assert err.splitlines()[-1].startswith(f"main.py: error: process {1 - lost} stops: another process is gone (")
     assert "Traceback" not in err
-    both[lost].communicate()

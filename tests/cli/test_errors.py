@@ -110,7 +110,7 @@ GONE = "cannot be read (no such file); accepted: a file that is there"
         (("--eval", "--checkpoint", "gone.pth"), "checkpoint gone.pth: no such file"),
         (("--eval", "--model", "test_vit", "--data-path", "gone"), "--data-path gone: no such folder"),
         (("--plot", "gone"), "--plot gone: no such folder"),
-        (("--benchmark", "gone.onnx"), "gone.onnx: found no such file; accepted: an exported file"),
+        (("--benchmark", "gone.pt2"), "gone.pt2: found no such file; accepted: an exported file"),
         (("--visualize", "figures/digit.png", "gone.png"), f"image gone.png: {GONE}"),
         (("--resume", "gone.pth"), f"--resume gone.pth: {GONE}"),
     ],

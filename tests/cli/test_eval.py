@@ -103,15 +103,6 @@ def test_records_in_the_output_folder(half: tuple[str, Path]) -> None:
     assert "\033" not in out
 
 
-def test_a_schedule_file_of_ones_own(whole: tuple[float, ...], tmp_path: Path, cli: Cli) -> None:
-    counts = str([50] * 8)
-    table = {"ViT-Sample": {"1": {"prune_kept_num": counts, "merge_kept_num": counts}}}
-    file = tmp_path / "mine.json"
-    file.write_text(json.dumps(table))
-    words = ("--eval", "--load_compression_rate", "--compression_rate_file", file, *FAST)
-    assert scores(cli(*words)[1]) == whole
-
-
 def test_other_input_sizes_interpolate(cli: Cli) -> None:
     acc1, _, _, gflops = scores(cli("--eval", "--input-size", 32, *FAST)[1])
     assert gflops == 0.064
@@ -155,6 +146,8 @@ def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path:
         assert row["ideal_speedup"] == pytest.approx(1.99, abs=0.02)
         assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert 0 < row["share_of_bound"] < 2
+        assert 0 < row["bound_speedup"] < 4
         assert row["dense_ms_per_image"] == pytest.approx(1000 / row["dense_images_per_second"])
         assert row["dense_memory_mib"] > 0
     with (tmp_path / "benchmark.csv").open() as file:
@@ -166,6 +159,7 @@ def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
 def test_the_benchmark_compiles_in_one_graph(cli: Cli, tmp_path: Path) -> None:
     file = saved_file(tmp_path / "tiny.safetensors")
     words = ("--benchmark", "--checkpoint", file, "--batch-size", 4, "--rounds", 1, "--amp", "off", "--compile")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import diffrate
 from diffrate.files import header
+from diffrate.files.runtimes import Loaded, load_exported
 from tests.cli.test_errors import check
-from tests.conftest import Cli
+from tests.conftest import Cli, ran_once
+from tests.constructions import since
 from tests.tiny_models import saved_file
+
+TRACES = since(".".join(map(str, header.TRACES)), "torch")
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +25,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_file(tmp_path_factory.mktemp("saved") / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def small(saved: Path) -> Path:
+    """The model of the file, as a file for torch."""
+    ran_once("--export", saved.with_name("small.pt2"), "--checkpoint", saved)
+    return saved.with_name("small.pt2")
+
+
+@pytest.fixture(scope="module")
+def dense(saved: Path) -> Path:
+    ran_once("--export", saved.with_name("dense.pt2"), "--checkpoint", saved, "--dense")
+    return saved.with_name("dense.pt2")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("--export", "a.tflite"), ["--export a.tflite: found the suffix '.tflite'; accepted: .onnx, .pt2, .xml"]),
-        (("--export", "/nowhere/a.pt2"), ["--export /nowhere/a.pt2: no folder /nowhere"]),
+        pytest.param(("--export", "/nowhere/a.pt2"), ["--export /nowhere/a.pt2: no folder /nowhere"], marks=TRACES),
         (("--export", "a.onnx", "--eval"), ["accepted: one of --eval, ", "--export, "]),
         (("--export-normalize",), ["--export-normalize goes with --export"]),
         (("--eval", "--export-dtype", "fp16"), ["--export-dtype goes with --export"]),
@@ -53,16 +72,16 @@ def test_a_missing_package_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytes
     check(cli(*words), "needs openvino; accepted: after pip install openvino, or all of requirements-export.txt")
 
 
-@pytest.mark.parametrize("normalize", [(), ("--export-normalize",)])
+@TRACES
 def test_files_are_compared_on_the_images_of_the_data(
-    normalize: tuple[str, ...], saved: Path, image_folder: Path, photographs: Path, cli: Cli, tmp_path: Path
+    saved: Path, image_folder: Path, photographs: Path, cli: Cli, tmp_path: Path
 ) -> None:
     """Nine images of the validation split, eight of a folder without splits, and no fewer than two."""
     named = tmp_path / "named.safetensors"  # without, classes are read off folders
     diffrate.save(diffrate.load(saved), named, classes=["cat", "dog", "emu"])
-    words = ("--export", tmp_path / "a.pt2", "--checkpoint", named, *normalize, "--data-path")
-    for folder, count in ((image_folder, 9), (photographs, 8)):
-        code, out, err = cli(*words, folder)
+    words = ("--export", tmp_path / "a.pt2", "--checkpoint", named, "--data-path")
+    for folder, count, more in ((image_folder, 9, ()), (photographs, 8, ("--export-normalize",))):
+        code, out, err = cli(*words, folder, *more)
         assert (code, err) == (0, "")
         assert f"comparing on {count} images of {folder}" in out
         assert f"of {count} given images" in out
@@ -71,11 +90,8 @@ def test_files_are_compared_on_the_images_of_the_data(
     check(cli(*words, photographs), "found 1 images; accepted: 2 or more")
 
 
-def test_files_are_timed_beside_their_model(saved: Path, cli: Cli, tmp_path: Path) -> None:
-    dense, small = tmp_path / "dense.pt2", tmp_path / "small.pt2"
-    for path, more in ((dense, ("--dense",)), (small, ())):
-        code, _, err = cli("--export", path, "--checkpoint", saved, *more)
-        assert (code, err) == (0, "")
+@TRACES
+def test_files_are_timed_beside_their_model(saved: Path, dense: Path, small: Path, cli: Cli, tmp_path: Path) -> None:
     words = ("--rounds", 2, "--batch-size", 1, 3, "--output_dir", tmp_path)
     code, _, err = cli("--benchmark", dense, small, *words, "--model", "vit_tiny_patch16_224", "--input-size", 32)
     assert code == 2  # of other patches: another model
@@ -91,23 +107,18 @@ def test_files_are_timed_beside_their_model(saved: Path, cli: Cli, tmp_path: Pat
     assert all((row["file_mib"] is None) == (row["runtime"] == "eager") for row in rows)
 
 
-def test_files_of_other_sizes_are_refused(saved: Path, cli: Cli, tmp_path: Path) -> None:
-    large, small = tmp_path / "large.pt2", tmp_path / "small.pt2"
-    assert cli("--export", small, "--checkpoint", saved)[0] == 0
-    assert cli("--export", large)[0] == 0
-    check(
-        cli("--benchmark", small, large, "--checkpoint", saved),
-        "large.pt2: found images of 3 x 28 x 28; accepted: 3 x 32 x 32",
-    )
-    other = diffrate.export(diffrate.load(saved), tmp_path / "other.pt2", name="another").path
-    check(
-        cli("--benchmark", small, other, "--checkpoint", saved),
-        "other.pt2: found one of another; accepted: of vit_tiny_patch16_224, as the first",
-    )
+@TRACES
+def test_files_of_other_models_are_refused(
+    saved: Path, dense: Path, small: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other, message in (
+        ({"input_size": (3, 28, 28)}, "small.pt2: found images of 3 x 28 x 28; accepted: 3 x 32 x 32"),
+        ({"model": "another"}, "small.pt2: found one of another; accepted: of vit_tiny_patch16_224, as the first"),
+    ):
 
+        def of_another(path: Path, *more: Any, other: Any = other) -> Loaded:
+            logits, said = load_exported(path, *more)
+            return Loaded(logits, replace(said, **other) if path.name == small.name else said)
 
-@pytest.mark.parametrize("content", [b"", b"nothing of the kind"])
-def test_damaged_files_are_refused(content: bytes, cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "a.pt2"
-    path.write_bytes(content)
-    check(cli("--benchmark", path), "a.pt2: torch cannot read it")
+        monkeypatch.setattr("benchmarks.speed.load_exported", of_another)
+        check(cli("--benchmark", dense, small, "--checkpoint", saved), message)

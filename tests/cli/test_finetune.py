@@ -64,6 +64,7 @@ def test_training_at_rates_learns_and_drops_tokens(
     assert records(tmp_path)[-1]["gflops"] == pytest.approx(0.024, abs=0.0005)
 
 
+@pytest.mark.usefixtures("painted")
 def test_what_it_leaves_behind_evaluates(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     data = ("--data-path", image_folder)
     cli(*PLAIN, *data, "--epochs", 2, "--output_dir", tmp_path, *HALF)
@@ -109,12 +110,6 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum(cli: Cli, image_fold
     assert rates[0] < 5e-4
     assert max(rates) > 8e-4  # the cosine has begun during the warm-up, as in DeiT's recipe
     assert rates[-1] == pytest.approx(1e-5, abs=1e-5)
-
-
-def test_the_learning_rate_follows_the_batch_size(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    words = (*PLAIN, "--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path)
-    cli(*words, "--sched", "constant", "--lr", 1e-3, "--warmup-epochs", 0)
-    assert records(tmp_path)[0]["train_lr"] == pytest.approx(1e-3 * 4 / 512)
 
 
 def test_a_run_repeats_with_its_seed(cli: Cli, image_folder: Path, tmp_path: Path) -> None:

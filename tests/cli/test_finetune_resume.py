@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,11 @@ import main
 from engine import Reporter, Training
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
-from tests.cli.test_finetune import FULL, HALF, MODEL, PROJECT, records
+from tests.cli.test_finetune import FULL, HALF, MODEL, records
 from tests.cli.test_search import same_rates
 from tests.cli.test_search import words as search_words
-from tests.conftest import Cli, end_while_held_up, write_image
+from tests.conftest import Cli, write_image
+from tests.forked import end_while_held_up
 
 EPOCHS, SAVES = 3, 5  # a save for each step of an epoch and one for its scores, where saves are frequent
 # Four steps an epoch, all parts of DeiT's recipe, kept counts, averaged weights.
@@ -160,26 +158,9 @@ def test_a_signal_ends_a_step_that_takes_long_and_saves_the_last_one(
     place: str, number: int, where: str, whole: Path, cli: Cli, folder: Path, tmp_path: Path
 ) -> None:
     again = words(folder, tmp_path / "out", "--resume", "auto")
-    code, err = end_while_held_up(place, number, *again)
+    code, err = end_while_held_up(tmp_path, place, number, *again)
     assert (code, err) == (130, f"main.py: stopped at {where}: go on with --resume\n")
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
-    assert cli(*again)[0] == 0
-    check_same(tmp_path / "out", whole)
-
-
-def test_a_process_killed_in_an_epoch_goes_on(whole: Path, cli: Cli, folder: Path, tmp_path: Path) -> None:
-    again = words(folder, tmp_path / "out", "--resume", "auto", "--print-freq", 1)
-    often = "import sys, main, engine as it; it.SAVE_SECONDS = -1.0; main.main(sys.argv[1:])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", often, *map(str, again)], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "checkpoint.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    assert process.communicate()[1] == b""
-    position = content(tmp_path / "out")["position"]
-    assert position["epoch"] < EPOCHS
     assert cli(*again)[0] == 0
     check_same(tmp_path / "out", whole)
 

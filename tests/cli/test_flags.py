@@ -35,17 +35,17 @@ def test_checks_read_flags_that_there_are() -> None:
     assert GOES_WITH.keys() <= parsed
 
 
+@pytest.fixture(scope="module")
+def attributes() -> set[str]:
+    """What is read as an attribute anywhere else."""
+    trees = [ast.parse(path.read_text()) for path in SOURCES if path not in (SETTINGS, FLAGS)]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_every_setting_is_used(kind: type) -> None:
+def test_every_setting_is_used(kind: type, attributes: set[str]) -> None:
     """Read as an attribute somewhere else than where the settings are made, but for those that make the mode."""
-    read = {
-        node.attr
-        for path in SOURCES
-        if path not in (SETTINGS, FLAGS)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-    }
-    read |= {*attributes_read(SETTINGS, "self"), *TARGETS, "eval", "finetune"}
+    read = attributes | {*attributes_read(SETTINGS, "self"), *TARGETS, "eval", "finetune"}
     assert {field.name for field in dataclasses.fields(kind)} - read == set()
 
 

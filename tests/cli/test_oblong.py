@@ -27,6 +27,7 @@ from diffrate.timing import Use
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image
+from tests.constructions import lacking, since
 
 MODEL = ("--model", "test_vit")  # of 160 pixels, patches of 16
 AT = ("--input-size", 48, 96)
@@ -153,8 +154,11 @@ def test_files_of_oblong_inputs_say_so(saved: Path, cli: Cli, image_folder: Path
     assert about(tmp_path / "again.safetensors").input_size == (3, 48, 96)
     code, second, err = cli("--eval", "--checkpoint", tmp_path / "again.safetensors", *data)
     assert scores(first) == scores(second)
-    code, _, err = cli("--eval", "--checkpoint", saved, *data, "--input-size", 96, 48, "--dense")
-    assert (code, err) == (0, "")
+    turned = cli("--eval", "--checkpoint", saved, *data, "--input-size", 96, 48, "--dense")
+    if lacking("1.0.31"):
+        check(turned, "oblong.safetensors: positions for 48 by 96 pixels at 96 by 48 need timm 1.0.31; found ")
+    else:
+        assert (turned[0], turned[2]) == (0, "")
 
 
 def test_pictures_of_oblong_inputs(saved: Path, cli: Cli, tmp_path: Path) -> None:
@@ -199,6 +203,7 @@ def test_the_whole_picture_is_divided_into_the_grid() -> None:
         diffrate.make_visualization(noise(48, 32), origin, 16, class_token=2)
 
 
+@since("1.0.31")
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "test_vit_relpos"])
 def test_counts_of_a_model_without_position_embeddings_are_of_its_size(
     name: str, cli: Cli, image_folder: Path, tmp_path: Path

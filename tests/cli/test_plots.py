@@ -202,6 +202,7 @@ def on_few(folder: Path) -> tuple[object, ...]:
     return ("--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", folder, "--num_workers", 0)
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_folder_is_drawn_again_from_its_logs(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words in (("--eval",), ("--baseline", "merge", "--target_flops", 0.03)):

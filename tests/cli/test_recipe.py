@@ -95,7 +95,7 @@ def test_a_search_with_the_default_recipe(
     assert (code, err) == (0, "")
     history = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["history"]
     assert len(history) * 64 >= LEAST
-    assert asked().count(0) > 0 or not FORKED
+    assert asked() or not FORKED
 
 
 def test_a_training_with_the_whole_recipe(

@@ -12,12 +12,16 @@ import diffrate
 import models
 from cli.flags import parse_flags
 from cli.model import chosen_entry
-from tests.constructions import build, size_of
+from tests.constructions import build, since, size_of
 from tests.library.foreign_models import foreign
 
 
 @pytest.mark.parametrize(
-    "name", ["rope_dinov3_biases", "rope_fewer_keys", "relative_table", "distilled", "naflex_rope"]
+    "name",
+    [
+        *("rope_dinov3_biases", "rope_fewer_keys", "relative_table", "distilled"),
+        pytest.param("naflex_rope", marks=since("1.0.31")),  # older timm does not keep what it is given
+    ],
 )
 def test_a_saved_model_is_built_again_from_its_entry(name: str, tmp_path: Path) -> None:
     come_back(diffrate.patch.vit(build(name).float(), 1, 1, size_of(name)), size_of(name), tmp_path)

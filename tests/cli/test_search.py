@@ -22,8 +22,8 @@ from diffrate.budget import meets_budget
 from diffrate.schedule import find_schedule
 from diffrate.searching.gradient import Search
 from tests.cli.test_eval import scores
-from tests.conftest import Cli, end_while_held_up, ran_once, write_image
-from tests.forked import with_torch
+from tests.conftest import Cli, ran_once, write_image
+from tests.forked import end_while_held_up, with_torch
 
 PROJECT = Path(__file__).parent.parent.parent
 MODEL = "vit_sample_patch4_28"
@@ -65,6 +65,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "data", root / "out"
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_search_meets_its_budget_and_leaves_everything_behind(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text, err = cli(*words(image_folder, out, "--epochs", 2, "--tensorboard"))
@@ -112,13 +113,13 @@ def test_the_search_moves_towards_the_target(cli: Cli, image_folder: Path, tmp_p
 
 def test_a_run_repeats_with_its_seed_whatever_the_workers(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     for name, more in {"a": (), "b": ("--num_workers", 2), "c": ("--seed", 5)}.items():
-        cli(*words(image_folder, tmp_path / name, "--epochs", 2, *more))
+        cli(*words(image_folder, tmp_path / name, "--epochs", 1, *more))
     assert same_rates(tmp_path / "a", tmp_path / "b")
     assert not same_rates(tmp_path / "a", tmp_path / "c")
 
 
 def test_accumulated_batches_are_one_large_batch(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    plain = ("--epochs", 2, "--drop-path", 0, "--no-repeated-aug")
+    plain = ("--epochs", 1, "--drop-path", 0, "--no-repeated-aug")
     cli(*words(image_folder, tmp_path / "large", *plain, "--batch-size", 8))
     cli(*words(image_folder, tmp_path / "small", *plain, "--batch-size", 4, "--accum-steps", 2))
     for large, small in zip(rates(tmp_path / "large"), rates(tmp_path / "small"), strict=True):
@@ -331,7 +332,7 @@ def test_a_signal_ends_what_takes_long(place: str, number: int, line: str, image
     elif place in (SAVING, SCORING):
         given = [*EVAL, "--data-path", image_folder, "--output_dir", out, "--save", out / "a.safetensors"]
         out.mkdir()
-    assert end_while_held_up(place, number, *given) == (130, f"main.py: {line}\n")
+    assert end_while_held_up(tmp_path, place, number, *given) == (130, f"main.py: {line}\n")
     assert [
         path for path in out.iterdir() if path.name.startswith(".") or (place == SAVING and path.suffix != ".txt")
     ] == []

@@ -22,20 +22,21 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "sensitivity.txt").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_sample_needs_no_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, text, err = cli("--sensitivity", 8, "--batch-size", 5, *FAST)
     assert (code, err) == (0, "")
     out = tmp_path / "output"
     found = records(out)
-    assert len(found) == 7 * 2 * 5
+    assert len(found) == 8 * 2 * 5
     assert {one["images"] for one in found} == {8}
     first = found[0]
-    assert (first["model"], first["block"], first["kind"]) == ("vit_sample_patch4_28", 1, "prune")
+    assert (first["model"], first["block"], first["kind"]) == ("vit_sample_patch4_28", 0, "prune")
     assert (first["kept"], first["tokens"], first["share"]) == (38, 50, 0.76)
     assert 0 < first["loss"] < found[4]["loss"]
     assert "block   kind  tokens  kept %      loss  top-1 as dense, %" in text
-    assert f"    1  prune      38      76  {first['loss']:.2e}" in text
+    assert f"    0  prune      38      76  {first['loss']:.2e}" in text
     drawn = (out / "sensitivity.png").read_bytes()
     (out / "sensitivity.png").unlink()
     code, text, err = cli("--plot", out)
@@ -59,6 +60,7 @@ def test_images_come_from_all_over_the_training_split(cli: Cli, image_folder: Pa
     check(cli("--sensitivity", *flags), "1.jpg: cannot be read", "accepted: a whole image file")
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_model_without_a_head(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     torch.save(models.create(models.entry_of("test_vit"), 64, num_classes=0).state_dict(), tmp_path / "bare.pth")
     flags = ("--model", "test_vit", "--input-size", 64, "--checkpoint", tmp_path / "bare.pth", *FAST)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import cli.benchmark
-import cli.schedules
 import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
 import diffrate.searching.target as target
@@ -22,9 +21,15 @@ from tests.cli.test_errors import check
 from tests.conftest import Cli
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tables are kept: one is measured for all searches."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def _short(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(measure, "WHOLE_RUNS", 0.01)
     monkeypatch.setattr(timing, "SHORT", 0.001)
     monkeypatch.setattr(timing, "FEWEST", 2)
@@ -37,11 +42,10 @@ def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 15)
     measured = confirm.measured_speedup
     monkeypatch.setattr(confirm, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
-    assert cli.schedules.SECONDS > 0
 
 
 @pytest.mark.parametrize("search", ["calibrated", "gradient"])
-def test_a_search_for_a_speed(search: str, cli: Cli, photographs: Path, tmp_path: Path) -> None:
+def test_a_search_for_a_speed(search: str, cli: Cli, photographs: Path, cache: Path, tmp_path: Path) -> None:
     words = ("--target_speedup", 1.05, "--latency_batch", 64, "--search", search)
     few = ("--data-path", photographs, "--model", SAMPLE, "--batch-size", 4, "--num_workers", 0)
     steps = ("--epochs", 2) if search == "gradient" else ()
@@ -49,7 +53,7 @@ def test_a_search_for_a_speed(search: str, cli: Cli, photographs: Path, tmp_path
     assert (code, err) == (0, ""), err
     line = next(line for line in out.splitlines() if "speed-up: asked" in line)
     assert re.search(r"asked 1\.05, predicted \d\.\d\d, measured \d+\.\d\d \(batch 64, float32, eager\)$", line)
-    assert len(list((tmp_path / "cache" / "diffrate" / "latency").glob("*.json"))) == 1
+    assert len(list((cache / "diffrate" / "latency").glob("*.json"))) == 1
     rates = json.loads((tmp_path / "out" / "compression_rate.json").read_text())
     (name,) = rates["ViT-Sample"]
     assert 0 < float(name) < 0.05
@@ -65,6 +69,7 @@ def test_a_baseline_for_a_latency(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["setting"]["batch_size"] == 64
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("--benchmark", "latency", "--batch-size", 2, "--output_dir", tmp_path / "out")
     assert (code, err) == (0, ""), err
@@ -100,6 +105,6 @@ def test_what_is_far_out_of_reach_is_refused_before_a_table_is_measured(
         raise AssertionError("it takes a minute")
 
     monkeypatch.setattr(measure, "_sampled", fails)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     check(cli(option, 99, "--output_dir", tmp_path / "out"), f"{option} 99", "; a larger batch")
     assert not list(tmp_path.glob("cache/diffrate/latency/*.json"))
-    monkeypatch.undo()

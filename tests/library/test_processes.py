@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import diffrate
-from tests.conftest import free_port
+from tests.forked import two
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 
@@ -38,16 +37,8 @@ def search(folder: Path) -> None:
 
 def test_two_processes_are_one_with_all_of_the_images(tmp_path: Path) -> None:
     search(tmp_path)
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "tests.library.test_processes", str(tmp_path)]
-    # Fresh processes: a copy of this one would bring along what other tests left in it.
-    running = [
-        subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    for done in two(partial(search, tmp_path), tmp_path):
+        assert done.code == 0, done.err
     one, first, second = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert first == second
     assert (first["kept"], first["images"]) == (one["kept"], 8)
@@ -56,7 +47,3 @@ def test_two_processes_are_one_with_all_of_the_images(tmp_path: Path) -> None:
     for index, state in alone.items():
         torch.testing.assert_close(both[index]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=0)
     assert max(float(state["exp_avg"].abs().max()) for state in alone.values()) > 0
-
-
-if __name__ == "__main__":
-    search(Path(sys.argv[1]))

@@ -493,6 +493,9 @@ def test_the_benchmark_leaves_the_model_alone(dtype: torch.dtype) -> None:
     assert speed.ideal_speedup == pytest.approx(model.flops_at(model.dense_schedule()) / model.flops())
     assert speed.share_of_ideal == pytest.approx(speed.speedup / speed.ideal_speedup)
     assert speed.speedup_low <= speed.speedup <= speed.speedup_high
+    assert speed.bound_speedup is not None
+    assert speed.share_of_bound == pytest.approx(speed.speedup / speed.bound_speedup, rel=0.5)
+    assert f"of the bound {speed.bound_speedup:.2f}" in speed.line()
     assert speed.dense_images_per_second == pytest.approx(1000 / speed.dense_ms_per_image)
     assert f"batch 2, {speed.precision}: dense" in speed.line()
     assert model.training
