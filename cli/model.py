@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
@@ -27,7 +28,8 @@ from diffrate.atomic import first_line
 from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
 from diffrate.device import FixedBatch, compile_model
-from diffrate.files.header import about, arrays_as_tuples, is_saved_model
+from diffrate.files.header import OWN_ARGUMENTS, about, arrays_as_tuples, is_saved_model
+from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
 from engine import flags_in
 from models.zoo import ModelEntry, find
@@ -98,7 +100,9 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
         published = ModelEntry(name, saved.architecture, key, weights=None)
     inputs = {field.name: getattr(saved, field.name) for field in fields(ModelEntry) if hasattr(saved, field.name)}
     inputs |= {"name": published.name, "input_size": tuple(size), "config": None}
-    return replace(published, **inputs, options=arrays_as_tuples(saved.arguments))
+    given = arrays_as_tuples(saved.arguments)
+    own = {key: given.pop(key) for key in OWN_ARGUMENTS & given.keys()}
+    return replace(published, **inputs, options=given, complete=partial(complete, **own))
 
 
 def planned(settings: Settings, entry: ModelEntry, reads_data: bool = True) -> Plan:

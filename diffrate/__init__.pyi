@@ -3,6 +3,8 @@ from .blocks.block import UnsupportedModelError
 from .blocks.rates import RateError
 from .blocks.tokens import TokenState
 from .budget import BudgetError
+from .converting.as_transformers import as_transformers
+from .converting.convert import convert
 from .evaluation import Scores, ScoresError, Tally, evaluate
 from .files.export import Exported, export
 from .files.graph import plain
@@ -62,8 +64,10 @@ __all__ = [
     "UnsupportedModelError",
     "VisualizationError",
     "about",
+    "as_transformers",
     "benchmark",
     "check_predictions",
+    "convert",
     "evaluate",
     "export",
     "load",

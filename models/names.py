@@ -52,6 +52,8 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
         pretrained_cfg_overlay={name: getattr(entry, name) for name in INPUTS} | {"input_size": (3, *size)},
         **options,
     )
+    if entry.complete is not None:
+        entry.complete(model)
     # timm hands the size to models whose configuration says that it is fixed. Of the others, some are built for
     # one all the same, and the convolutions of CAFormer and NaFlexViT take any.
     built = getattr(getattr(model, "patch_embed", None), "img_size", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ class ModelEntry:
     weights: a file, or as text the URL, folder or repository from which timm's own loader gets those of this name;
     None where there are no official ones. num_classes: 0 for a model without a head. aliases: timm's names for the same
     model. config: timm's pretrained configuration, where it is not the one that goes with the architecture.
-    published: whether it is one of the paper's models.
+    published: whether it is one of the paper's models. complete: gives timm's model, in place, what no option asks for.
     """
 
     name: str
@@ -62,6 +62,7 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
     published: bool = False
+    complete: Callable[[Any], None] | None = None
 
 
 def _deit(size: str, letter: str, digest: str) -> ModelEntry:

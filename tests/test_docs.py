@@ -210,7 +210,7 @@ def test_the_first_command_of_export(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [README, DOCS / "library.md"], ids=lambda page: page.name)
 def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a small model with fresh weights, in seconds; but for exports, which have tests of their own."""
+    """On a small model with fresh weights, in seconds; but for exports and other libraries, with tests of their own."""
     build, search = timm.create_model, diffrate.search
 
     def untrained(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
@@ -231,7 +231,34 @@ def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch:
     loader = [(torch.randn(2, 3, 224, 224), torch.randint(10, (2,))) for _ in range(2)]
     names = {"loader": loader, "val_loader": loader, "images": loader[0][0], "photograph": Image.new("RGB", (224, 224))}
     for block in blocks(page, "python"):
-        if "diffrate.export(" not in block:
+        if "diffrate.export(" not in block and "transformers" not in block:
+            exec(compile(block, page.name, "exec"), names)
+    assert isinstance(names["model"], diffrate.CompressedModel)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [README, DOCS / "convert.md"], ids=lambda page: page.name)
+def test_the_pages_python_runs_with_transformers(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small models with fresh weights, in place of the published ones."""
+    hf = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    sized, words = small | {"image_size": 32, "patch_size": 8}, {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    vit = hf.ViTForImageClassification(hf.ViTConfig(**sized, num_labels=10))
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=small | words, vision_config=sized))
+    processor = hf.ViTImageProcessor(size={"height": 32, "width": 32})
+    for kind, made in (
+        *((hf.AutoModelForImageClassification, vit), (hf.ViTForImageClassification, vit)),
+        *((hf.CLIPModel, clip), (hf.AutoImageProcessor, processor)),
+    ):
+        monkeypatch.setattr(kind, "from_pretrained", lambda _, made=made: made)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("photograph.jpg")
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": 1}] * 4
+    told = hf.TrainingArguments("trained", max_steps=1, remove_unused_columns=False, report_to=[], use_cpu=True)
+    loader = [torch.randn(4, 3, 32, 32)]
+    names = {"loader": loader, "images": rows, "arguments": told, "transformers": hf, "diffrate": diffrate}
+    for block in blocks(page, "python"):
+        if page != README or "transformers" in block:
             exec(compile(block, page.name, "exec"), names)
     assert isinstance(names["model"], diffrate.CompressedModel)
 

@@ -50,7 +50,10 @@ _NAMES = """
     use_naflex use_post_norm use_post_transformer_norm use_pre_transformer_norm use_rel_pos_bias use_rot_pos_emb
     use_shared_rel_pos_bias
 """
-ARGUMENTS = frozenset(_NAMES.split())  # all that a file may give timm: none makes it fetch or read other files
+OWN_ARGUMENTS = frozenset({"norm_eps", "class_and_mean", "feature_head"})  # those of `diffrate.patch.parts.complete`
+ARGUMENTS = OWN_ARGUMENTS.union(
+    _NAMES.split()
+)  # all that a file may give timm: none makes it fetch or read other files
 
 
 class SavedModelError(ValueError):

@@ -25,8 +25,18 @@ import diffrate
 from diffrate.atomic import first_line, whole_path
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.rates import RateError
-from diffrate.files.header import ARGUMENTS, About, SavedModelError, about, arrays_as_tuples, fetch, is_argument
+from diffrate.files.header import (
+    ARGUMENTS,
+    OWN_ARGUMENTS,
+    About,
+    SavedModelError,
+    about,
+    arrays_as_tuples,
+    fetch,
+    is_argument,
+)
 from diffrate.patch.base import CompressedModel
+from diffrate.patch.parts import FeatureHead, complete
 from diffrate.patch.shapes import channels_of, input_size
 from diffrate.patch.timm_families import families, vit
 from diffrate.schedule import ScheduleError
@@ -44,6 +54,8 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     # With those above, all that small models differ in, where timm does not keep what it was given.
     "embed_dim": lambda model: model.embed_dim,
     "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    # None after timm's reset_classifier.
+    "feature_head": lambda model: model.head.activation if isinstance(model.head, FeatureHead) else None,
 }
 READ_OFF_CONFIG = ("mean", "std", "interpolation", "crop_pct")
 # What passes its input on in evaluation, whatever its rate.
@@ -188,7 +200,7 @@ def _constructor_arguments(model: nn.Module, architecture: str) -> dict[str, Any
     shown = _readings(model)
     while True:
         # Defaults depend on other arguments (heads on the width): look again at what they make.
-        made = _readings(_plain_model(architecture, arguments))
+        made = _readings(build(architecture, arguments))
         corrected = arguments | {name: value for name, value in shown.items() if made.get(name) != value}
         if corrected == arguments:
             return dict(sorted(arguments.items()))
@@ -208,17 +220,25 @@ def _sides(rows: int, columns: int) -> int | list[int]:
     return rows if rows == columns else [rows, columns]
 
 
-def _plain_model(architecture: str, arguments: Mapping[str, Any]) -> Any:
-    """timm's model as structure alone, on the meta device: no weights, no draws from a generator.
+def build(architecture: str, arguments: Mapping[str, Any], device: str = "meta") -> Any:
+    """timm's model, and what `arguments` ask beyond timm; on the meta device as structure alone: no weights, no draws
+    from a generator.
 
     `arguments` are JSON values; arrays reach timm as tuples, as its own defaults are.
+
+    Raises:
+        SavedModelError: timm has no such model, or does not build it with these.
     """
     if not timm.is_model(architecture):
         raise SavedModelError(f"architecture: found {architecture!r}; accepted: a model of timm {timm.__version__}")
     given = arrays_as_tuples(arguments)
+    own = {name: given[name] for name in OWN_ARGUMENTS & given.keys()}
     try:
-        with torch.device("meta"):
-            model: Any = timm.create_model(architecture, pretrained=False, **given)
+        with torch.device(device):
+            model: Any = timm.create_model(
+                architecture, pretrained=False, **{name: given[name] for name in given.keys() - own.keys()}
+            )
+            complete(model, **own)
     except Exception as error:  # each constructor fails in its own way, and all mean: not with these
         accepted = f"what timm {timm.__version__} builds {architecture} with ({first_line(error)})"
         raise SavedModelError(f"arguments: found {dict(arguments)}; accepted: {accepted}") from error
@@ -228,7 +248,7 @@ def _plain_model(architecture: str, arguments: Mapping[str, Any]) -> Any:
 
 def _rebuilt(about: About) -> Any:
     """The compressed model on the meta device, without weights and schedule."""
-    model = _plain_model(about.architecture, about.arguments)
+    model = build(about.architecture, about.arguments)
     # Not before it is built: timm would take the images' size for that of the table of positions.
     model.pretrained_cfg = model.default_cfg = {
         **model.pretrained_cfg,

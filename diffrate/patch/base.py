@@ -18,6 +18,7 @@ from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.rules import NAMED
 from diffrate.blocks.tokens import TokenState, in_graph, replaced
 from diffrate.flops import Count
+from diffrate.patch.parts import FeatureHead
 from diffrate.patch.shapes import channels_of, weights
 from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
@@ -354,10 +355,10 @@ def require_patched(model: object) -> None:
 
 
 def has_classifier(model: nn.Module) -> bool:
-    """Whether a model has one, patched or not; True where it does not say."""
+    """Whether a model has one, patched or not; True where it does not say. A projection of features is none."""
     get_classifier: Any = getattr(model, "get_classifier", None)
     if get_classifier is None:
         return True
     found = get_classifier()
     heads = found if isinstance(found, tuple) else (found,)
-    return not all(isinstance(head, nn.Identity) for head in heads)
+    return not all(isinstance(head, nn.Identity | FeatureHead) for head in heads)

@@ -10,12 +10,15 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from diffrate.blocks.tokens import TokenState, size_dtype, standing
+from diffrate.patch.parts import ClassAndMean
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
 
 
 def pooled(model: Any, state: TokenState, left_out: int) -> Tensor:
     """`[B, C]` of the normalised tokens in `state`, as `model.global_pool` says, the first `left_out` unseen."""
+    if model.global_pool == "map" and isinstance(model.attn_pool, ClassAndMean):
+        return torch.cat([state.x[:, 0], weighted_mean(state, model.attn_pool.prefix)], dim=-1)
     if model.global_pool == "map":
         return attention_pool(model.attn_pool, state, left_out)
     if model.global_pool == "token" or state.x.shape[1] == left_out:  # all others are gone: the class token saw them
@@ -72,6 +75,9 @@ def pool_parts(model: Any) -> list[str]:
         return [f"global_pool={model.global_pool!r}"]
     if (model.global_pool == "map") != (pool is not None):
         return ["attn_pool"]
+    if isinstance(pool, ClassAndMean):  # timm gives it a head for half of what it pools
+        width = getattr(model.head, "in_features", 2 * model.embed_dim)
+        return [] if width == 2 * model.embed_dim else [f"head of {width} inputs after ClassAndMean"]
     if not isinstance(pool, AttentionPoolLatent):
         return [] if pool is None else [type(pool).__name__]
     found = [] if pool.pos_embed is None else ["attn_pool.pos_embed"]

@@ -22,6 +22,7 @@ from diffrate.blocks.tokens import TokenState, replaced
 from diffrate.flops import Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel, PlannedCost, compress, mlps_of
 from diffrate.patch.features import POOLS, as_map, pool_parts, pooled, restore
+from diffrate.patch.parts import ClassAndMean
 from diffrate.patch.shapes import (
     Size,
     as_size,
@@ -287,7 +288,8 @@ def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]
     if not searchable:
         raise UnsupportedModelError(f"blocks: found {depth}; accepted: from {len(whole) + 1}")
     # A patch stays where the prefix says nothing of the image. A class token does, unless the pooling leaves it out.
-    unseen = model.global_pool == "map" and left_out == prefix
+    pool = getattr(model, "attn_pool", None)
+    unseen = model.global_pool == "map" and (left_out == prefix or isinstance(pool, ClassAndMean))
     least = prefix + int(unseen or not model.class_tokens())
     space = SearchSpace((model.tokens_at(size),) * depth, searchable, prunes=True, prefix=prefix, least=least)
     blocks = tuple(map(block_shape, model.blocks))

@@ -22,6 +22,7 @@ PROJECT = Path(__file__).parent.parent.parent
 DRAWING = {"PIL": "pillow"}
 # And where graphs are exported and their files run, which the extra "export" is for.
 EXPORT = {"onnx", "onnxscript", "onnxruntime", "openvino"}
+CONVERTED = ("transformers", "open-clip")  # extras for libraries whose models are converted, which are never imported
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +141,10 @@ def test_dependencies_are_what_is_imported(metadata: Message) -> None:
     assert declared(metadata).keys() == third_party(PROJECT / "diffrate") - DRAWING.keys() - EXPORT
     assert declared(metadata, "drawing").keys() == {*DRAWING.values(), "matplotlib"}
     assert declared(metadata, "export").keys() == EXPORT
-    assert metadata.get_all("Provides-Extra") == ["drawing", "tensorboard", "export", "multilabel"]
+    assert metadata.get_all("Provides-Extra") == ["drawing", "tensorboard", "export", "multilabel", *CONVERTED]
 
 
-@pytest.mark.parametrize("extra", ["", "drawing", "tensorboard", "export", "multilabel"])
+@pytest.mark.parametrize("extra", ["", "drawing", "tensorboard", "export", "multilabel", *CONVERTED])
 def test_bounds_are_those_of_the_requirements(metadata: Message, extra: str) -> None:
     known = (
         requirements("requirements-export.txt")

@@ -17,7 +17,7 @@ from timm.models.metaformer import Attention, SepConv
 from timm.models.naflexvit import NaFlexVitCfg
 from torch import nn
 
-from diffrate.files.header import ARGUMENTS, about
+from diffrate.files.header import ARGUMENTS, OWN_ARGUMENTS, about
 from diffrate.files.save import load, save
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size
@@ -191,7 +191,8 @@ def test_only_arguments_of_timms_classes_go_on_to_timm() -> None:
     taken = {field.name for field in fields(NaFlexVitCfg)}.union(
         *(inspect.signature(kind).parameters for kind in kinds)
     )
-    assert ARGUMENTS - taken == {"use_naflex"}
+    assert ARGUMENTS - OWN_ARGUMENTS - taken == {"use_naflex"}
+    assert not OWN_ARGUMENTS & taken
     steering = {name for act in (timm.create_model, build_model_with_cfg) for name in inspect.signature(act).parameters}
     assert not ARGUMENTS & steering
 

@@ -1,0 +1,1 @@
+"""Models of other libraries as models of timm, and back."""
