@@ -101,7 +101,7 @@ def test_the_step_of_a_gradient_search_is_relative_to_its_batch() -> None:
 def test_sensitivity_has_the_same_losses(count: int, multi_label: bool) -> None:
     model = headed(count)
     found = diffrate.sensitivity(model, images(), shares=(0.5,), multi_label=multi_label)
-    space = model.compression.space
+    space = model.compression.space.every_block()
     for place, one in enumerate(found):
         counts = list(space.limits[:1]) * len(found)
         counts[place] = one.kept
