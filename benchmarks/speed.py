@@ -31,16 +31,7 @@ from diffrate.atomic import whole_file
 from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
 from diffrate.schedule import SLICED, Schedule, SearchSpace
-from diffrate.timing import (
-    Run,
-    Use,
-    forward_pass,
-    mode_name,
-    precision_name,
-    sliced,
-    speed_of,
-    time_in_turn,
-)
+from diffrate.timing import Run, Use, forward_pass, mode_name, precision_name, sliced, speed_of, time_in_turn
 from models.zoo import ModelEntry
 
 Row = dict[str, Any]

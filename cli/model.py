@@ -28,7 +28,7 @@ from diffrate.atomic import first_line
 from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
 from diffrate.device import FixedBatch, compile_model
-from diffrate.files.header import OWN_ARGUMENTS, about, arrays_as_tuples, is_saved_model
+from diffrate.files.header import about, is_saved_model, timms_and_own
 from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
 from engine import flags_in
@@ -100,8 +100,7 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
         published = ModelEntry(name, saved.architecture, key, weights=None)
     inputs = {field.name: getattr(saved, field.name) for field in fields(ModelEntry) if hasattr(saved, field.name)}
     inputs |= {"name": published.name, "input_size": tuple(size), "config": None}
-    given = arrays_as_tuples(saved.arguments)
-    own = {key: given.pop(key) for key in OWN_ARGUMENTS & given.keys()}
+    given, own = timms_and_own(saved.arguments)
     return replace(published, **inputs, options=given, complete=partial(complete, **own))
 
 

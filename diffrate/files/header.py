@@ -51,9 +51,7 @@ _NAMES = """
     use_shared_rel_pos_bias
 """
 OWN_ARGUMENTS = frozenset({"norm_eps", "class_and_mean", "feature_head"})  # those of `diffrate.patch.parts.complete`
-ARGUMENTS = OWN_ARGUMENTS.union(
-    _NAMES.split()
-)  # all that a file may give timm: none makes it fetch or read other files
+ARGUMENTS = OWN_ARGUMENTS.union(_NAMES.split())  # all that a file may give: none makes timm fetch or read other files
 
 
 class SavedModelError(ValueError):
@@ -214,6 +212,13 @@ class About(Header):
 def arrays_as_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` of JSON, with a tuple for each array among them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def timms_and_own(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON values of a file as timm's constructor takes them, arrays as tuples, and those of `OWN_ARGUMENTS`."""
+    given = arrays_as_tuples(arguments)
+    own = {name: given.pop(name) for name in OWN_ARGUMENTS & given.keys()}
+    return given, own
 
 
 def fetch(path: str | Path) -> Path:

@@ -25,16 +25,7 @@ import diffrate
 from diffrate.atomic import first_line, whole_path
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.rates import RateError
-from diffrate.files.header import (
-    ARGUMENTS,
-    OWN_ARGUMENTS,
-    About,
-    SavedModelError,
-    about,
-    arrays_as_tuples,
-    fetch,
-    is_argument,
-)
+from diffrate.files.header import ARGUMENTS, About, SavedModelError, about, fetch, is_argument, timms_and_own
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.parts import FeatureHead, complete
 from diffrate.patch.shapes import channels_of, input_size
@@ -231,18 +222,15 @@ def build(architecture: str, arguments: Mapping[str, Any], device: str = "meta")
     """
     if not timm.is_model(architecture):
         raise SavedModelError(f"architecture: found {architecture!r}; accepted: a model of timm {timm.__version__}")
-    given = arrays_as_tuples(arguments)
-    own = {name: given[name] for name in OWN_ARGUMENTS & given.keys()}
+    given, own = timms_and_own(arguments)
     try:
         with torch.device(device):
-            model: Any = timm.create_model(
-                architecture, pretrained=False, **{name: given[name] for name in given.keys() - own.keys()}
-            )
+            model: Any = timm.create_model(architecture, pretrained=False, **given)
             complete(model, **own)
     except Exception as error:  # each constructor fails in its own way, and all mean: not with these
         accepted = f"what timm {timm.__version__} builds {architecture} with ({first_line(error)})"
         raise SavedModelError(f"arguments: found {dict(arguments)}; accepted: {accepted}") from error
-    model._model_args = given  # for older timm, so that what was loaded can be saved
+    model._model_args = given | own  # so that what was loaded can be saved
     return model
 
 

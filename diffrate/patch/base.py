@@ -235,7 +235,7 @@ class CompressedModel(nn.Module):
 
     def check_input(self, images: Tensor) -> None:
         """Refuse images that the model does not take, and parts that were changed since it was patched and would be
-        passed over. A graph that is compiled checks the parts as it is made, and one that is exported the shape alone.
+        passed over. A compiled graph checks the parts once, when it is made; an exported one checks the shape alone.
 
         Raises:
             TypeError: the images are no tensor.
