@@ -201,7 +201,7 @@ class Search:
         self.cost = None
         if settings.latency and task.budget.timed:
             self.cost = partial(expected_seconds, settings.latency, rules=compression.space.rules)
-        self.optimizer = torch.optim.AdamW(self.rates, lr=settings.learning_rate, weight_decay=settings.rate_decay)
+        self.optimizer = torch.optim.AdamW(self.rates, lr=settings.learning_rate, weight_decay=0)
         self.scaler = torch.amp.GradScaler(task.place.device.type, enabled=settings.precision == torch.float16)
         self.epochs, self.steps = settings.epochs, steps
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0, 0.0]

@@ -133,7 +133,6 @@ class SearchSettings:
         5.0, "weight of the penalty in the loss, default {default:g}", Range(0), "--flops_weight"
     )
     warmup: bool = option(False, "no cost in the first epoch's loss", flag="--warmup_compression_rate")
-    rate_decay: float = option(0.0, "weight decay of the rates, default {default:g}", Range(0))
     accumulate: int = option(1, "batches an update", Range(1), "--accum-steps")
     seed: int = option(0, "of weights, order and augmentation", Range(0, 2**32 - 1))
     multi_label: bool = option(
