@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from cli.data import eval_dataset, input_size_of
 from cli.results import use_searched
 from cli.runtime import Runtime, local_main_first
 from cli.schedules import chosen_schedule, fit_tokens
-from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
+from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings, size_words
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
 from diffrate.blocks.rates import schedule_of
@@ -31,7 +31,7 @@ from diffrate.budget import SHARE
 from diffrate.converting.convert import completed
 from diffrate.converting.folder import Folder, open_folder
 from diffrate.device import FixedBatch, compile_model
-from diffrate.files.header import about, is_saved_model, timms_and_own
+from diffrate.files.header import PREFIX, about, is_saved_model, timms_and_own
 from diffrate.files.text_head import read_texts
 from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
@@ -126,7 +126,7 @@ def named_entry(name: str) -> ModelEntry:
         return models.entry_of(name)
     except models.UnknownModelError:
         try:
-            with downloading(name):
+            with _fetching(name):
                 folder = open_folder(name)
                 if folder is not None and "architecture" not in folder.config:
                     return _entry_of_folder(str(Path(name)) if Path(name).is_dir() else name, folder)
@@ -260,9 +260,9 @@ def _read_folder(settings: ModelSettings, plan: Plan, folder: Folder, runtime: R
     """The weights of a model of transformers, positions interpolated for other sizes as it does itself."""
     entry, shapes = plan.entry, plan.shapes.state_dict()
     try:
-        with downloading(entry.name, runtime.bar):
-            made = folder.plan(input_size_of(settings, entry))
-            notes = folder.inputs(made).notes if settings.input_size is None else ()
+        with _fetching(entry.name, runtime.bar):
+            usual, size = folder.plan(shapes=True), input_size_of(settings, entry)
+            made, notes = folder.plan(size), list(folder.inputs(usual).notes)
             classes = None if entry.headless or settings.text_head else folder.classes(entry.num_classes)
         made.state, words = _headed(made.state, settings)
         expected = {name: tensor for name, tensor in shapes.items() if not name.startswith("compression.")}
@@ -276,10 +276,18 @@ def _read_folder(settings: ModelSettings, plan: Plan, folder: Folder, runtime: R
         raise UsageError(f"--model {entry.name}: {error}") from error
     rates = [f"{name} {rate:g}" for name, rate in made.arguments.items() if name.endswith("_rate")]
     if rates:
-        notes = (*notes, f"{entry.name}: {', '.join(rates)} of its configuration left out; --drop-path is for training")
+        notes.append(f"{entry.name}: {', '.join(rates)} of its configuration left out; --drop-path is for training")
+    if usual.arguments["img_size"] != list(size):
+        own = size_words(tuple(usual.arguments["img_size"]))
+        notes.append(f"{entry.name}: positions interpolated for {size_words(size)} pixels, from {own}")
     for note in notes:
         log.info(note)
     return Weights(state, entry.name, None, words or _as_ids(classes), entry.features)
+
+
+def _fetching(name: str, bar: bool = True) -> AbstractContextManager[None]:
+    """Where files are read, that may have to be downloaded."""
+    return downloading(name, bar) if name.startswith(PREFIX) else nullcontext()
 
 
 def _headed(state: models.StateDict, settings: ModelSettings) -> tuple[models.StateDict, tuple[str, ...] | None]:

@@ -213,9 +213,6 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
     facts["crop_pct"] = shares.pop()
     if math.floor(wanted[0] / facts["crop_pct"]) < size[0]:  # timm divides, and rounds down
         facts["crop_pct"] = math.nextafter(facts["crop_pct"], 0.0)
-    if wanted != own:
-        pixels = [f"{rows}x{columns}" for rows, columns in (own, wanted)]
-        notes.append(f"{PROCESSOR}: images of {pixels[1]} for a model of {pixels[0]}; its positions are interpolated")
     return Inputs(wanted, facts, tuple(notes))
 
 

@@ -127,7 +127,9 @@ class Source(NamedTuple):
         if positions is None:
             return
         before, after = ([side // step for side, step in zip(size, sides, strict=True)] for size in (own, self.size))
-        first = positions.shape[1] - prod(before)
+        first = sum(name in plan.state for name in ("cls_token", "dist_token"))
+        if positions.shape[1] != first + prod(before):
+            raise self.refusal("image_size", f"one of {positions.shape[1] - first} patches, as there are positions")
         grid = positions[:, first:].unflatten(1, before).movedim(-1, 1)
         grid = grid if antialias is None else grid.float()
         made = F.interpolate(grid, after, mode="bicubic", align_corners=False, antialias=bool(antialias))
