@@ -49,10 +49,9 @@ def read_texts(path: str | Path) -> Texts:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise SavedModelError(f"{path}: cannot be read ({first_line(error)}); accepted: safetensors") from error
-    if unknown := sorted({*tensors} ^ {*TENSORS[:2], *(tensors.keys() & {"logit_bias"})}):
-        raise SavedModelError(
-            f"{path}: found {', '.join(sorted(tensors))}; accepted: {', '.join(TENSORS)} ({unknown[0]})"
-        )
+    if tensors.keys() | {"logit_bias"} != {*TENSORS}:
+        accepted = "embeddings, logit_scale, and for SigLIP logit_bias"
+        raise SavedModelError(f"{path}: found {', '.join(sorted(tensors))}; accepted: {accepted}")
     rows = tensors["embeddings"].float()
     shape = list(rows.shape)
     if rows.ndim != 2 or shape[0] < 2 or not tensors["embeddings"].is_floating_point():
@@ -65,17 +64,25 @@ def read_texts(path: str | Path) -> Texts:
         raise SavedModelError(f"{path}: found embeddings[{row}] of length {lengths[row]:g}; accepted: a number above 0")
     scale, bias = (_number(tensors[name], name, path) if name in tensors else None for name in TENSORS[1:])
     assert scale is not None, "it is there"
-    try:
-        names = json.loads(metadata.get("classes", "null"))
-    except ValueError:
-        names = metadata["classes"]
-    if not isinstance(names, list) or len({*map(str, names)}) != shape[0] or len(names) != shape[0]:
-        found = f"{len(names)} names" if isinstance(names, list) else repr(names)
-        accepted = f"a JSON array of {shape[0]} different names, one per row of embeddings, in the metadata"
-        raise SavedModelError(f"{path}: found classes {found}; accepted: {accepted}")
     low, high = float(lengths.min()), float(lengths.max())
     notes = () if max(1 - low, high - 1) < EVEN else (f"{path}: embeddings of length {low:.4g} to {high:.4g}, made 1",)
-    return Texts(rows / lengths[:, None], scale, bias, tuple(map(str, names)), notes)
+    return Texts(rows / lengths[:, None], scale, bias, _names(metadata.get("classes"), len(rows), path), notes)
+
+
+def _names(text: str | None, rows: int, path: str | Path) -> tuple[str, ...]:
+    try:
+        names = json.loads(text or "null")
+    except ValueError:
+        names = text
+    found = repr(names)
+    if isinstance(names, list):
+        names = tuple(map(str, names))
+        twice = [name for name in names if names.count(name) > 1]
+        if len(names) == rows and not twice:
+            return names
+        found = f"{twice[0]!r} twice" if twice else f"{len(names)} names"
+    accepted = f"a JSON array of {rows} different names, one per row of embeddings, in the metadata"
+    raise SavedModelError(f"{path}: found classes {found}; accepted: {accepted}")
 
 
 def _number(tensor: Tensor, name: str, path: str | Path) -> Tensor:

@@ -27,6 +27,7 @@ from tests.cli.test_eval import scores
 from tests.conftest import Cli, write_image
 from tests.folders import NAMES, PROCESSOR, write_folder, write_texts
 from tests.library.foreign_models import TRANSFORMERS, foreign, images_for, outputs_of
+from tests.library.text_files import run_the_lines_of_the_docs
 
 FAST = ("--num_workers", 0)
 SHORT = ("--granularity", 1, "--epochs", 1, "--batch-size", 4, "--search", "gradient")
@@ -282,19 +283,16 @@ def test_features_are_searched_and_tuned(words: tuple[str, ...], cli: Cli, image
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_zero_shot_logits_are_those_of_transformers(kind: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
+def test_zero_shot_logits_are_those_of_transformers(
+    kind: str, cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the lines of docs/convert.md that write the file."""
     original = foreign(kind)
     original.save_pretrained(tmp_path / "model")
     tokens = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        made = original.get_text_features(input_ids=tokens)
-        made = made if isinstance(made, Tensor) else made.pooler_output
-    tensors = {"embeddings": made, "logit_scale": original.logit_scale.data}
-    if kind == "siglip":
-        tensors["logit_bias"] = original.logit_bias.data
+    monkeypatch.chdir(tmp_path)
+    run_the_lines_of_the_docs("transformers", original, tokens, monkeypatch)
     texts = tmp_path / "texts.safetensors"
-    save_file(tensors, texts, {"classes": json.dumps(NAMES)})
     model, weights = model_of("--model", tmp_path / "model", "--text-head", texts)
     images = images_for(model)
     with torch.no_grad():
