@@ -140,9 +140,7 @@ def named_entry(name: str) -> ModelEntry:
 def _entry_of_folder(name: str, folder: Folder) -> ModelEntry:
     """The entry of a model of transformers."""
     plan = folder.plan(shapes=True)
-    inputs, channels = folder.inputs(plan), plan.arguments["in_chans"]
-    if channels != 3:
-        raise diffrate.UnsupportedModelError(f"reads images of {channels} channels; accepted: 3")
+    size, facts, _ = folder.inputs(plan)
     given, own = timms_and_own({name: value for name, value in plan.arguments.items() if not name.endswith("_rate")})
     num_classes = given.pop("num_classes")
     if not (num_classes == 0 or "feature_head" in own):
@@ -154,10 +152,10 @@ def _entry_of_folder(name: str, folder: Folder) -> ModelEntry:
         weights=folder,
         options={key: value for key, value in given.items() if key not in ("in_chans", "img_size")},
         num_classes=num_classes,
-        input_size=inputs.size,
+        input_size=size,
         complete=complete,
         own=own,
-        **inputs.facts,
+        **facts,
     )
 
 
@@ -262,7 +260,7 @@ def _read_folder(settings: ModelSettings, plan: Plan, folder: Folder, runtime: R
     try:
         with _fetching(entry.name, runtime.bar):
             usual, size = folder.plan(shapes=True), input_size_of(settings, entry)
-            made, notes = folder.plan(size), list(folder.inputs(usual).notes)
+            made, (_, _, notes) = folder.plan(size), folder.inputs(usual)
             classes = None if entry.headless or settings.text_head else folder.classes(entry.num_classes)
         made.state, words = _headed(made.state, settings)
         expected = {name: tensor for name, tensor in shapes.items() if not name.startswith("compression.")}

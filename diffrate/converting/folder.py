@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
-from torch import Tensor
 
 from diffrate.atomic import first_line
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting.layout import Plan, State
 from diffrate.converting.transformers_vits import plan_of_files
-from diffrate.files.header import INTERPOLATIONS, PREFIX, REFERENCE, SavedModelError, fetch
+from diffrate.files.header import PREFIX, REFERENCE, SavedModelError, fetch
 from diffrate.patch.shapes import Size, as_size
 
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
@@ -28,16 +27,9 @@ RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by
 KNOWN = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb", "do_reduce_labels")
 # Whose one number for a size is the shorter side's, where that of others is both sides'.
 SHORTEST = ("CLIPFeatureExtractor", "CLIPImageProcessor", "BitImageProcessor")
-# What files with other content than theirs make a reader stumble over.
-MISREAD = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError)
 
 
-class Inputs(NamedTuple):
-    """What images are like: height and width in pixels, and timm's words for the rest; what was adapted, in lines."""
-
-    size: Size
-    facts: dict[str, Any]
-    notes: tuple[str, ...]
+Inputs = tuple[Size, dict[str, Any], list[str]]  # height and width, timm's words for the rest, and what was adapted
 
 
 class Folder(NamedTuple):
@@ -65,7 +57,7 @@ class Folder(NamedTuple):
             return plan_of_files(self.config, tensors, size)
         except UnsupportedModelError:
             raise
-        except MISREAD as error:
+        except Exception as error:  # whatever a reader stumbles over in other files than these
             kind = type(error).__name__
             raise UnsupportedModelError(
                 f"{CONFIG} and its weights: {kind} ({first_line(error)}) while they were read; accepted: those of its "
@@ -103,10 +95,10 @@ class Folder(NamedTuple):
             said = _read_json(joint).get("image_processor") or {}
         if not said:
             shown = f"mean {list(facts['mean'])}, std {list(facts['std'])}, {own[0]}x{own[1]} pixels"
-            return Inputs(own, facts, (f"{self.source}: no {PROCESSOR}; images as usual for its layout: {shown}",))
+            return own, facts, [f"{self.source}: no {PROCESSOR}; images as usual for its layout: {shown}"]
         try:
             return _inputs(said, own, facts)
-        except MISREAD as error:
+        except (ArithmeticError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"{PROCESSOR}: {first_line(error)}") from error
 
     def _tensors(self, shapes: bool) -> State:
@@ -169,19 +161,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _shapes(file: Path) -> State:
     with safe_open(file, "pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {name: _empty(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-
-
-def _empty(shape: list[int], dtype: str) -> Tensor:
-    floats = dtype.startswith(("F", "BF"))
-    return torch.empty(shape, dtype=torch.float32 if floats else torch.int64, device="meta")
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs:
     """What a processor's file says of images, where `facts` are what it need not say; ValueError names a field."""
-    notes = [f"{PROCESSOR}: {name} is left out" for name in said if name.startswith("do_") and name not in KNOWN]
-    notes = [note for note in notes if said[note.split()[1]]]
+    others = [name for name, value in said.items() if name.startswith("do_") and name not in KNOWN and value]
+    notes = [f"{PROCESSOR}: {name} is left out" for name in others]
     if not said.get("do_rescale", True) or not math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
         raise ValueError(f"found rescale_factor {said.get('rescale_factor')}; accepted: 1 / 255, with do_rescale")
     resample = said.get("resample")
@@ -189,7 +176,6 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
         if resample not in range(len(RESAMPLE)):
             raise ValueError(f"found resample {resample!r}; accepted: 0 to {len(RESAMPLE) - 1}, {', '.join(RESAMPLE)}")
         facts["interpolation"] = RESAMPLE[resample]
-    assert facts["interpolation"] in INTERPOLATIONS
     for name, key, none in (("mean", "image_mean", (0.0,) * 3), ("std", "image_std", (1.0,) * 3)):
         found = said.get(key) or facts[name]
         if not said.get("do_normalize", True):
@@ -213,7 +199,7 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
     facts["crop_pct"] = shares.pop()
     if math.floor(wanted[0] / facts["crop_pct"]) < size[0]:  # timm divides, and rounds down
         facts["crop_pct"] = math.nextafter(facts["crop_pct"], 0.0)
-    return Inputs(wanted, facts, tuple(notes))
+    return wanted, facts, notes
 
 
 def _sides(size: Any, said: Mapping[str, Any]) -> tuple[Size | None, bool]:

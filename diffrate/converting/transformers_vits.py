@@ -54,25 +54,13 @@ _SAME = {name: name for name in ("gelu", "quick_gelu", "relu", "silu")}
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu", **_SAME}
 # What no image goes through, of models with two towers.
 UNSEEN = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
-# What a `config.json` need not say, by family: as in transformers.
-_BASE: Mapping[str, Any] = {"image_size": 224, "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
-_LATER = {**_BASE, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
-_DINO = {**_BASE, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
-_BEIT = {"use_mean_pooling": True, "use_absolute_position_embeddings": False}
+# What a `config.json` need not say of one of two towers, by family: as in transformers.
+_CLIP: Mapping[str, Any] = {"image_size": 224, "num_attention_heads": 12, "layer_norm_eps": 1e-5}
+_SIGLIP = {"num_attention_heads": 12, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "vit": _BASE,
-    "vit_mae": {**_BASE, "mask_ratio": 0.75},
-    "deit": _BASE,
-    "beit": {**_BASE, **_BEIT, "use_relative_position_bias": False, "use_shared_relative_position_bias": False},
-    "dinov2": _DINO,
-    "dinov2_with_registers": {**_DINO, "num_register_tokens": 4},
-    "dinov3_vit": {
-        **{**_BASE, "num_attention_heads": 6, "layer_norm_eps": 1e-5, "hidden_size": 384, "intermediate_size": 1536},
-        **{"num_register_tokens": 0, "use_gated_mlp": False, "key_bias": False, "rope_theta": 100.0},
-    },
-    "clip": {**_BASE, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip": _LATER,
-    "siglip2": {**{key: _LATER[key] for key in _LATER if key != "image_size"}, "patch_size": 16, "num_patches": 256},
+    "clip": {**_CLIP, "hidden_act": "quick_gelu"},
+    "siglip": {**_SIGLIP, "image_size": 224},
+    "siglip2": {**_SIGLIP, "patch_size": 16, "num_patches": 256},
 }
 TABLES = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
@@ -371,7 +359,7 @@ def plan_of_files(config: Mapping[str, Any], tensors: State, size: Size | None) 
             f"config.json: found the class {kind} of model_type {found!r}{own}; accepted: {accepted}"
         )
     layout = LAYOUTS[name]
-    facts = SimpleNamespace(**{**DEFAULTS[family], **config.get("vision_config", config)})
+    facts = SimpleNamespace(**{**DEFAULTS.get(family, {}), **config.get("vision_config", config)})
     behind = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in layout.behind}
     prefix = f"{layout.trunk}."
     if not any(key.startswith(prefix) for key in tensors):  # saved as the trunk alone

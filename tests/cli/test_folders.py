@@ -83,14 +83,9 @@ def test_transformers_reads_the_folders_of_these_tests(kind: str, tmp_path: Path
 
 def test_what_need_not_be_said_is_as_in_transformers() -> None:
     hf = pytest.importorskip("transformers")
-    for family, usual in (
-        *(("vit", hf.ViTConfig()), ("clip", hf.CLIPVisionConfig()), ("siglip", hf.SiglipVisionConfig())),
-        *(("deit", hf.DeiTConfig()), ("beit", hf.BeitConfig()), ("dinov2", hf.Dinov2Config())),
-        *(("dinov2_with_registers", hf.Dinov2WithRegistersConfig()), ("dinov3_vit", hf.DINOv3ViTConfig())),
-        *(("siglip2", hf.Siglip2VisionConfig()), ("vit_mae", hf.ViTMAEConfig())),
-    ):
-        for name, value in DEFAULTS[family].items():
-            assert getattr(usual, name) == value, (family, name)
+    usual = {"clip": hf.CLIPVisionConfig(), "siglip": hf.SiglipVisionConfig(), "siglip2": hf.Siglip2VisionConfig()}
+    for family, facts in DEFAULTS.items():
+        assert {name: getattr(usual[family], name) for name in facts} == facts
 
 
 def test_other_sizes_have_the_positions_of_the_model_itself(tmp_path: Path) -> None:
