@@ -20,6 +20,7 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 from statistics import linear_regression
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,17 @@ from diffrate.atomic import whole_file
 from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
 from diffrate.schedule import SLICED, Schedule, SearchSpace
-from diffrate.timing import Run, Use, forward_pass, mode_name, precision_name, sliced, speed_of, time_in_turn
+from diffrate.timing import (
+    SHORT_NAMES,
+    Run,
+    Use,
+    forward_pass,
+    mode_name,
+    precision_name,
+    sliced,
+    speed_of,
+    time_in_turn,
+)
 from models.zoo import ModelEntry
 
 Row = dict[str, Any]
@@ -94,10 +105,12 @@ def _cells(rows: Sequence[Row], hidden: Collection[str]) -> list[list[str]]:
 
 def _cell(value: Any, heading: str) -> str:
     """A column whose heading ends in `%` is a share of 1."""
+    if value is None:
+        return "-"
     if heading.endswith("%"):
         return f"{100 * value:.0f}"
     if not isinstance(value, float):
-        return "-" if value is None else str(value)
+        return str(value)
     return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 
@@ -159,12 +172,14 @@ class Subject:
 
 
 class Side(NamedTuple):
-    """One of several that are timed in turn: what its row says of it, its multiply-accumulates, and what runs it."""
+    """One of several that are timed in turn: what its row says of it, its multiply-accumulates, what runs it, and where
+    there is a bound on its speed what runs that."""
 
     about: Row
     precision: str
     flops: float
     run: Run
+    bound: Run | None = None
 
 
 def build_side(side: str, subject: Subject, use: Use) -> Callable[[], Tensor]:
@@ -218,16 +233,18 @@ def _resident(name: str) -> int:
 
 
 def rows_in_turn(sides: Sequence[Side], batch_size: int, setting: Setting) -> Iterator[Row]:
-    """A row for each of the `sides`, all timed in turn; its speed-up is over the first of the same runtime."""
-    times = time_in_turn([side.run for side in sides], setting.rounds, setting.device)
-    runtimes = [side.about.get("runtime") for side in sides]
-    for side, seconds, runtime in zip(sides, times, runtimes, strict=True):
-        base = runtimes.index(runtime)
-        costs = sides[base].flops, side.flops
-        figures = asdict(speed_of((times[base], seconds), batch_size, side.precision, costs))
-        others = ("dense_", "bound_", "share_of_bound")
-        alone = {name.removeprefix("compressed_"): x for name, x in figures.items() if not name.startswith(others)}
-        yield side.about | alone
+    """A row for each of the `sides`, all timed in turn, with their bounds; its speed-up is over the first of the same
+    runtime."""
+    runs = [run for side in sides for run in (side.run, side.bound) if run is not None]
+    seconds = dict(zip(runs, time_in_turn(runs, setting.rounds, setting.device), strict=True))
+    hidden = "dense_" if len(runs) > len(sides) else ("dense_", "bound_", "share_of_bound")
+    for side in sides:
+        base = next(other for other in sides if other.about.get("runtime") == side.about.get("runtime"))
+        times = [seconds[run] for run in (base.run, side.run, side.bound) if run is not None]
+        figures = asdict(speed_of(times, batch_size, side.precision, (base.flops, side.flops)))
+        yield side.about | {
+            name.removeprefix("compressed_"): x for name, x in figures.items() if not name.startswith(hidden)
+        }
 
 
 def speed_row(subject: Subject, times: Sequence[tuple[float, ...]], use: Use) -> Row:
@@ -321,21 +338,42 @@ def open_file(path: Path) -> File:
 
 def file_rows(subject: Subject, files: Sequence[File], setting: Setting) -> Iterator[Row]:
     """For each batch size a row for the dense model and the one at the schedule, in each mode, and for each file;
-    memory is what a batch adds at its peak."""
+    memory is what a batch adds at its peak. The bound of a file is a file, too."""
+    with TemporaryDirectory() as folder:
+        bounds = [_bound_of(file, subject, Path(folder)) for file in files]
+        yield from _file_rows(subject, list(zip(files, bounds, strict=True)), setting)
+
+
+def _bound_of(file: File, subject: Subject, folder: Path) -> Loaded | None:
+    """The file of the same model, runtime and precision that loses as many tokens by slicing; None where it loses
+    none."""
+    said = file.loaded.metadata
+    model = replace(subject, schedule=said.schedule).compressed()
+    if said.schedule.merge == model.dense_schedule().merge:
+        return None
+    log.info("exporting the bound of %s", file.path.name)
+    model.schedule = sliced(said.schedule)
+    (dtype,) = (dtype for dtype in (torch.float32, *SHORT_NAMES) if precision_name(dtype) == said.precision)
+    made = diffrate.export(model, folder / file.path.name, dtype=dtype)
+    return load_exported(made.path, torch.get_num_threads())
+
+
+def _file_rows(subject: Subject, files: Sequence[tuple[File, Loaded | None]], setting: Setting) -> Iterator[Row]:
     for batch_size in setting.batch_sizes:
         sides = []
         for compiled, (side, flops) in product(setting.modes, zip(SIDES, subject.costs(), strict=True)):
             of = (side, subject, Use(batch_size, torch.float32, compiled, setting.device))
             memory = memory_mib(build_side, *of, device=setting.device)
             about = {"subject": f"{side} model", "runtime": mode_name(compiled), "file_mib": None, "load_seconds": None}
-            sides.append(Side(about | {"memory_mib": memory}, "float32", flops, build_side(*of)))
-        for file in files:
+            bound = build_side(SLICED, *of[1:]) if side == "compressed" else None
+            sides.append(Side(about | {"memory_mib": memory}, "float32", flops, build_side(*of), bound))
+        for file, bounded in files:
             said, name, runtime = file.loaded.metadata, file.path.name, target_of(file.path).runtime
             of = (file.path, batch_size, torch.get_num_threads())
             memory = memory_mib(build_file, *of, device=torch.device("cpu"))
             about = {"subject": name, "runtime": runtime, "file_mib": file.mib, "load_seconds": file.seconds}
-            run = _runner(file.loaded, batch_size)
-            sides.append(Side(about | {"memory_mib": memory}, said.precision, 1e9 * said.gflops, run))
+            run, bound = _runner(file.loaded, batch_size), bounded and _runner(bounded, batch_size)
+            sides.append(Side(about | {"memory_mib": memory}, said.precision, 1e9 * said.gflops, run, bound))
         yield from rows_in_turn(sides, batch_size, setting)
 
 

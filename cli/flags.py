@@ -18,6 +18,9 @@ from cli.settings import (
     FROM_SCRATCH,
     LATENCY_BATCH,
     MODES,
+    OF_IMAGES,
+    OF_SEARCH,
+    OF_TRAINING,
     OFFICIAL,
     SEARCH,
     Settings,
@@ -56,9 +59,17 @@ SAMPLE_COST = {"flops_loss": "relative", "flops_weight": 1.0}  # where its budge
 # What gives its compressed model most back within minutes, where weights are there to start from.
 SAMPLE_TUNING = {"epochs": 25, "lr": 8e-3, "warmup_epochs": 0}
 MEETING = (SEARCH, "baseline")  # the modes that meet a target
-GOES_WITH = {  # flags of some modes alone, and which
+# Flags of some modes alone, by their group, and which; a baseline takes the command of the search it stands beside.
+MET, TRAINED = "a search and --baseline", "a search, --baseline and --finetune"
+GROUPS = {OF_SEARCH: MET, OF_TRAINING: "--finetune", OF_IMAGES: TRAINED}
+GOES_WITH = {  # those that their group does not say it of
+    **dict.fromkeys(("epochs", "drop_path"), TRAINED),
+    **dict.fromkeys(("init_compression_rate", "save_compression_rate"), MET),
+    "rounds": "--benchmark",
+    "amp": "a search, --eval, --finetune, --baseline, --benchmark, --sensitivity and --visualize",
     **dict.fromkeys(("target_speedup", "target_latency"), "a search or a --baseline"),
     "resume": "a search, --finetune, --eval or --visualize",
+    "text_head": "a search, --eval, --finetune, --baseline, --benchmark, --sensitivity, --visualize and --export",
     "rule": "a search and --baseline prune, merge or both",
     "multi_label": "a search, --eval, --baseline and --sensitivity",
     "distill": "--finetune",
@@ -175,10 +186,9 @@ def parse_flags(words: Sequence[str] | None = None, usual: Mapping[str, Any] = M
         tuned = args.finetune and args.checkpoint not in (None, FROM_SCRATCH) and args.data_path is None
         parser.set_defaults(**SAMPLE_RECIPE, **(SAMPLE_TUNING if tuned else {}))
         args = parser.parse_args(words, argparse.Namespace(checkpoint=args.checkpoint))
-    args.model = model
-    _fill(args, parser)
-    mode = mode_of(args)
+    args.model, mode = model, mode_of(args)
     _check_modes(args, mode, parser)
+    _fill(args, parser)
     _check_numbers(args, mode)
     _check_targets(args, mode)
     _check_combinations(args, mode)
@@ -256,11 +266,14 @@ def _fill(args: argparse.Namespace, parser: Parser) -> None:
 
 def _check_modes(args: argparse.Namespace, mode: str, parser: Parser) -> None:
     """The flags that go with some modes alone."""
-    spelled = {dest_of(flag): flag for flag in map(flag_of, declared())}
-    for name, modes in GOES_WITH.items():
-        value = getattr(args, name)
-        if value and value != parser.get_default(name) and mode not in modes:
-            raise UsageError(f"{spelled[name]} goes with {modes}")
+    spelled, group = {}, None
+    for item in declared():
+        flag, group = flag_of(item), item.metadata["shown"].get("group", group)
+        name = item.metadata["shown"].get("dest") or dest_of(flag)
+        spelled[name], value = flag, getattr(args, name)
+        modes = GOES_WITH.get(name, GROUPS.get(group))
+        if modes and value is not None and value != parser.get_default(name) and mode not in modes:
+            raise UsageError(f"{flag} goes with {modes}")
     if args.rule is not None and args.baseline in ("random", *PEERS):
         raise UsageError(f"{spelled['rule']} goes with {GOES_WITH['rule']}; --baseline {args.baseline} has its own")
     if args.load_compression_rate and mode in (*MEETING, "sensitivity"):

@@ -35,6 +35,9 @@ LATENCY_BATCH = 8  # images
 MODES = ("eval", "finetune", "benchmark", "baseline", "sensitivity", "visualize", "export", "plot", "list_models")
 BENCHMARKS = ("eval", "search", "scaling", "loading", "latency")
 FILES = "files"  # the benchmark of exported files
+# Headings of the help, of flags that go with some modes alone.
+OF_SEARCH, OF_TRAINING = "search", "training (--finetune)"
+OF_IMAGES = "augmentation (training; of few images, --finetune has the mildest by default)"
 PRECISIONS = ("off", "bf16", "fp16")
 DATA_SETS = ("IMNET", "CIFAR10", "CIFAR", "INAT", "INAT19", "SAMPLE")
 SCHEDULES = ("cosine", "tanh", "step", "poly", "constant", "none")
@@ -286,7 +289,7 @@ class RecipeSettings:
         "images as in training (the paper, default of its models), or as in evaluation, mirrored by --hflip",
         ("train", "eval"),
         "--search_transform",
-        group="search",
+        group=OF_SEARCH,
     )
     loss: str | None = None
     budget: str | None = None
@@ -298,7 +301,7 @@ class TrainingSettings:
     """How weights are trained: optimizer, its learning rate's course, average of the weights."""
 
     epochs: int
-    optimizer: str = flag("any optimizer of timm", flag="--opt NAME", default="adamw", group="training (--finetune)")
+    optimizer: str = flag("any optimizer of timm", flag="--opt NAME", default="adamw", group=OF_TRAINING)
     learning_rate: float = flag(
         "learning rate for 512 images a step; the default goes by what is trained", POSITIVE, "--lr", default=1e-5
     )
@@ -331,7 +334,7 @@ class Augmentation:
         "",
         NOT_NEGATIVE,
         default=0.3,
-        group="augmentation (training; of few images, --finetune has the mildest by default)",
+        group=OF_IMAGES,
     )
     auto_augment: str | None = flag(
         "timm's AutoAugment policy, or none",

@@ -104,6 +104,8 @@ def test_files_are_timed_beside_their_model(saved: Path, dense: Path, small: Pat
         assert base["speedup"] == 1
         assert row["ideal_speedup"] == pytest.approx(base["gflops"] / row["gflops"])
         assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+        assert (base["bound_speedup"], base["share_of_bound"]) == (None, None)
+        assert row["speedup"] / row["share_of_bound"] == pytest.approx(row["bound_speedup"], rel=0.5)
     assert all((row["file_mib"] is None) == (row["runtime"] == "eager") for row in rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cli.flags import GOES_WITH, SAMPLE_TUNING, get_args_parser, parse_flags
 from cli.settings import MODES, PARTS, Settings
 from diffrate.searching.settings import TARGETS
 from sample import MODEL as SAMPLE
+from utils import UsageError
 
 PROJECT = Path(__file__).parent.parent.parent
 FLAGS, SETTINGS = PROJECT / "cli" / "flags.py", PROJECT / "cli" / "settings.py"
@@ -33,6 +35,27 @@ def test_checks_read_flags_that_there_are() -> None:
     assert attributes_read(FLAGS, "args") - parsed == set()
     assert set(MODES) <= parsed
     assert GOES_WITH.keys() <= parsed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--eval --epochs 7", "--epochs goes with a search, --baseline and --finetune"),
+        ("--eval --no-repeated-aug --data-path a --model b", "--repeated-aug goes with a search, --baseline and"),
+        ("--eval --init_compression_rate 2.9", "--init_compression_rate goes with a search and --baseline"),
+        ("--eval --rounds 3", "--rounds goes with --benchmark"),
+        ("--eval --search gradient", "--search goes with a search and --baseline"),
+        ("--finetune --accum-steps 4", "--accum-steps goes with a search and --baseline"),
+        ("--benchmark --lr 1", "--lr goes with --finetune"),
+        ("--export a.onnx --amp bf16", "--amp goes with a search, --eval, "),
+        ("--sensitivity --minutes 2", "--minutes goes with a search and --baseline"),
+        ("--eval --distill 0", "--distill goes with --finetune"),
+        ("--weight-decay 0", "--weight-decay goes with --finetune"),
+    ],
+)
+def test_flags_of_other_modes_are_refused(words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+        parse_flags(words.split())
 
 
 @pytest.fixture(scope="module")
