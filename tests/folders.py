@@ -22,6 +22,7 @@ PROCESSOR = {
 CONFIGS: Mapping[str, dict[str, Any]] = {
     "vit": {
         **{"architectures": ["ViTForImageClassification"], "model_type": "vit", **SIZED},
+        **{"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
         "id2label": {str(number): name for number, name in enumerate(NAMES)},
     },
     "clip": {

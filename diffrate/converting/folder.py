@@ -58,11 +58,10 @@ class Folder(NamedTuple):
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a reader stumbles over in other files than these
-            kind = type(error).__name__
-            raise UnsupportedModelError(
-                f"{CONFIG} and its weights: {kind} ({first_line(error)}) while they were read; accepted: those of its "
-                "class, as save_pretrained writes them"
-            ) from error
+            field = getattr(error, "name", None)  # of a configuration that lacks it
+            found = f"found no {field}" if field else f"{type(error).__name__} ({first_line(error)}) while it was read"
+            accepted = "what its class has, as save_pretrained writes it"
+            raise UnsupportedModelError(f"{CONFIG} and its weights: {found}; accepted: {accepted}") from error
 
     def classes(self, outputs: int) -> tuple[str, ...] | None:
         """What `config.json` calls the outputs; None where it has no words for them.
@@ -89,10 +88,9 @@ class Folder(NamedTuple):
         assert usual is not None, "one of timm's"
         facts: dict[str, Any] = {name: getattr(usual, name) for name in ("mean", "std", "interpolation")}
         facts |= {"crop_mode": "squash", "crop_pct": 1.0}
-        path, joint = self.file(PROCESSOR), self.file(PROCESSORS)
-        said = {} if path is None else _read_json(path)
-        if not said and joint is not None:  # where transformers 5 keeps that of several processors
-            said = _read_json(joint).get("image_processor") or {}
+        said = {} if (path := self.file(PROCESSOR)) is None else _read_json(path)
+        if not said and (path := self.file(PROCESSORS)) is not None:  # where transformers 5 keeps several processors
+            said = _read_json(path).get("image_processor") or {}
         if not said:
             shown = f"mean {list(facts['mean'])}, std {list(facts['std'])}, {own[0]}x{own[1]} pixels"
             return own, facts, [f"{self.source}: no {PROCESSOR}; images as usual for its layout: {shown}"]
@@ -102,25 +100,21 @@ class Folder(NamedTuple):
             raise UnsupportedModelError(f"{PROCESSOR}: {first_line(error)}") from error
 
     def _tensors(self, shapes: bool) -> State:
-        single, index = self.file(WEIGHTS), None
-        files = [single] if single is not None else []
-        if not files and (index := self.file(INDEX)) is not None:
-            names = sorted(set(map(str, dict(_read_json(index).get("weight_map") or {}).values())))
-            for name in names:
-                file = self.file(name) if Path(name).name == name else None
-                if file is None:
-                    raise UnsupportedModelError(f"{INDEX}: found no file {name}; accepted: all that it names")
-                files.append(file)
-        if not files:
-            raise UnsupportedModelError(f"found no {WEIGHTS} or {INDEX}; accepted: one, as save_pretrained writes it")
+        names, index = [WEIGHTS], None
+        if self.file(WEIGHTS) is None and (index := self.file(INDEX)) is not None:
+            found = _read_json(index).get("weight_map")
+            names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
         state: State = {}
-        for file in files:
+        for name in names:
+            file = self.file(name) if Path(name).name == name else None
+            if file is None:
+                accepted = f"{WEIGHTS}, or {INDEX} and all that it names, as save_pretrained writes them"
+                raise UnsupportedModelError(f"found no file {name}; accepted: {accepted}")
             try:
                 state |= _shapes(file) if shapes else load_file(file)
             except (OSError, SafetensorError) as error:
-                raise UnsupportedModelError(
-                    f"{file.name}: cannot be read ({first_line(error)}); accepted: safetensors"
-                ) from error
+                accepted = "accepted: safetensors"
+                raise UnsupportedModelError(f"{name}: cannot be read ({first_line(error)}); {accepted}") from error
         return state
 
 
@@ -134,11 +128,9 @@ def open_folder(source: str) -> Folder | None:
     if not (REFERENCE.fullmatch(source) if hub else Path(source).is_dir()):
         return None
     path = Folder(source, {}).file(CONFIG)
-    if path is None:
-        if hub:
-            return None
+    if path is None and not hub:
         raise UnsupportedModelError(f"found no {CONFIG} in it; accepted: a folder of transformers' save_pretrained")
-    return Folder(source, _read_json(path))
+    return None if path is None else Folder(source, _read_json(path))
 
 
 def _within(source: str, name: str) -> str:
@@ -169,8 +161,10 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
     """What a processor's file says of images, where `facts` are what it need not say; ValueError names a field."""
     others = [name for name, value in said.items() if name.startswith("do_") and name not in KNOWN and value]
     notes = [f"{PROCESSOR}: {name} is left out" for name in others]
-    if not said.get("do_rescale", True) or not math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
-        raise ValueError(f"found rescale_factor {said.get('rescale_factor')}; accepted: 1 / 255, with do_rescale")
+    said = {name: value for name, value in said.items() if value is not None}
+    factor = said.get("rescale_factor", 1 / 255)
+    if not said.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise ValueError(f"found rescale_factor {factor}; accepted: 1 / 255, with do_rescale")
     resample = said.get("resample")
     if resample is not None:
         if resample not in range(len(RESAMPLE)):

@@ -364,7 +364,8 @@ def plan_of_files(config: Mapping[str, Any], tensors: State, size: Size | None) 
     prefix = f"{layout.trunk}."
     if not any(key.startswith(prefix) for key in tensors):  # saved as the trunk alone
         prefix = ""
-    others = [key for key in tensors if key not in behind]
+    spare = f"{prefix}pooler.dense." if layout.behind else UNSEEN  # which classifiers have not, and files may
+    others = [key for key in tensors if key not in behind and not key.startswith(spare)]
     trunk = {key.removeprefix(prefix): tensors[key] for key in others if key.startswith(prefix)}
     left = [key for key in others if not key.startswith((prefix, *UNSEEN))]
     lacking = [place for place in layout.behind if f"{place}.weight" not in behind and config.get("id2label") != {}]

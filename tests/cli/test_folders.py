@@ -101,6 +101,14 @@ def test_other_sizes_have_the_positions_of_the_model_itself(tmp_path: Path) -> N
     assert_gives(model, images, outputs_of(original, images))
 
 
+def test_the_pooler_of_another_class_is_left_out(tmp_path: Path) -> None:
+    expected, _ = model_of("--model", write_folder(tmp_path, "vit"))
+    changed(lambda state: state.update({"vit.pooler.dense.weight": torch.ones(32, 32)}))(tmp_path)
+    model, _ = model_of("--model", tmp_path)
+    images = images_for(model)
+    assert_gives(model, images, expected(images))
+
+
 def test_weights_lie_in_several_files_and_in_half_precision(tmp_path: Path) -> None:
     write_folder(tmp_path, "vit")
     whole = load_file(tmp_path / "model.safetensors")
@@ -188,7 +196,8 @@ def test_a_repository_is_read_like_a_folder(
     assert scores(out) == scores(cli("--eval", "--model", folder, *flags)[1])
     (folder / "model.safetensors").unlink()
     check(
-        cli("--eval", "--model", "hf-hub:somebody/vit@v2", *flags), "--model hf-hub:somebody/vit@v2: found no model.saf"
+        cli("--eval", "--model", "hf-hub:somebody/vit@v2", *flags),
+        "--model hf-hub:somebody/vit@v2: found no file model.saf",
     )
 
 
@@ -349,20 +358,20 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_class": (said(architectures=None), "config.json: found the class None of model_type 'vit'"),
     "own_code": (said(auto_map={"AutoModel": "own.Model"}), "of model_type 'vit' with code of its own"),
     "activation": (said(hidden_act="mish"), "found config.hidden_act 'mish'; accepted: gelu_pytorch_tanh"),
+    "no_field": (said(layer_norm_eps=None), "config.json and its weights: found no layer_norm_eps; accepted: what"),
     "heads": (said(num_attention_heads="four"), "timm builds none for 32 by 32 pixels"),
     "seven_heads": (said(num_attention_heads=7), "timm builds none for 32 by 32 pixels"),
     "size": (said(image_size="big"), "config.image_size: found 'big'; accepted: height and width in pixels"),
     "other_size": (said(image_size=64), "found config.image_size 64; accepted: one of 16 patches"),
     "labels": (said(id2label=LABELS), "config.json: found id2label of 2 labels; accepted: 0 to 2"),
-    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), "found no model.safetensors or model.saf"),
+    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), "found no file model.safetensors"),
     "damaged": (written("model.safetensors", "what"), "model.safetensors: cannot be read ("),
     "index": (
         lambda folder: [
             (folder / "model.safetensors").unlink(),
             written("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}')(folder),
-        ]
-       ,
-        "model.safetensors.index.json: found no file ../b.safetensors; accepted: all that it names",
+        ],
+        "found no file ../b.safetensors; accepted: model.safetensors, or model.safetensors.index.json and all that it",
     ),
     "missing": (
         changed(lambda state: state.pop("vit.encoder.layer.1.intermediate.dense.weight")),
@@ -411,8 +420,8 @@ def test_folders_that_are_refused(case: str, cli: Cli, image_folder: Path, tmp_p
 def test_more_of_what_is_refused(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     folder, data = write_folder(tmp_path / "siglip", "siglip"), ("--data-path", image_folder, *FAST)
     changed(lambda state: state.pop("vision_model.head.attention.in_proj_weight"))(folder)
-    check(cli("--eval", "--model", folder, *data), "KeyError ('attn_pool.in_proj_weight') while they were read")
-    folder = write_folder(tmp_path / "mae", "vit", architectures=["ViTMAEModel"], model_type="vit_mae")
+    check(cli("--eval", "--model", folder, *data), "KeyError ('attn_pool.in_proj_weight') while it was read")
+    folder = write_folder(tmp_path / "mae", "vit", architectures=["ViTMAEModel"], model_type="vit_mae", mask_ratio=0.75)
     changed(lambda state: [state.pop(f"classifier.{part}") for part in ("weight", "bias")])(folder)
     check(cli("--eval", "--model", folder, *data), "ViTMAEModel: found config.mask_ratio 0.75; accepted: 0, since")
 
