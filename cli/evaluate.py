@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -91,10 +92,14 @@ def run_finetune(settings: Settings, runtime: Runtime) -> None:
 def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -> diffrate.CompressedModel:
     """The model to train, with a fresh head where the weights have none or the data have other classes."""
     size, drop_path = data.input_size_of(settings.model, plan.entry), settings.model.drop_path
-    model = models.create(plan.entry, size, num_classes=classes, drop_path_rate=drop_path)
+    entry, state = plan.entry, weights.state
+    if entry.features:  # a classifier takes the place of what makes features of pooled tokens
+        entry = replace(entry, own={**entry.own, "feature_head": None})
+        state = None if state is None else {key: state[key] for key in state if not key.startswith("head.")}
+    model = models.create(entry, size, num_classes=classes, drop_path_rate=drop_path)
     notes: tuple[str, ...] = ("training from scratch",)
-    if weights.state is not None:
-        fitted = models.fit_state(model, weights.state, weights.name, fresh_head=True)
+    if state is not None:
+        fitted = models.fit_state(model, state, weights.name, fresh_head=True)
         notes = fitted.notes
         if settings.training.distill is not None and fitted.reinitialized:
             raise UsageError(f"--distill: {notes[0]}, and teach nothing; accepted: weights with the data's classes")
@@ -108,7 +113,7 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
     entry, checkpoint, kind = chosen_entry(settings.model), settings.model.checkpoint, settings.run.baseline
     assert kind is not None, "the mode that is asked for"
     loader = None
-    if entry.num_classes == 0 and (checkpoint == OFFICIAL or is_saved_model(checkpoint)):
+    if entry.headless and (checkpoint == OFFICIAL or is_saved_model(checkpoint)):
         if any(target.timed for target in settings.model.targets):
             raise UsageError(f"--baseline {kind} of a model without a head: accepted: --target_flops")
         model = meta_model(settings.model, entry)  # the schedules alone need neither weights nor images

@@ -69,6 +69,7 @@ GOES_WITH = {  # those that their group does not say it of
     "amp": "a search, --eval, --finetune, --baseline, --benchmark, --sensitivity and --visualize",
     **dict.fromkeys(("target_speedup", "target_latency"), "a search or a --baseline"),
     "resume": "a search, --finetune, --eval or --visualize",
+    "text_head": "a search, --eval, --finetune, --baseline, --benchmark, --sensitivity, --visualize and --export",
     "rule": "a search and --baseline prune, merge or both",
     "multi_label": "a search, --eval, --baseline and --sensitivity",
     "distill": "--finetune",
@@ -208,6 +209,8 @@ def check_paths(settings: Settings) -> None:
     for flag, folder in (("--data-path", data), ("--plot", run.folder)):
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"{flag} {folder}: no such folder")
+    if (texts := settings.model.text_head) is not None and not texts.is_file():
+        raise UsageError(f"--text-head {texts}: no such file")
     for path in run.timed if run.benchmark == FILES else ():
         if not Path(path).exists():
             raise UsageError(f"{path}: found no such file; accepted: an exported file")
@@ -348,6 +351,8 @@ def _check_combinations(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"--resume and {other} name two schedules; accepted: one of them")
     if args.distill and args.checkpoint == FROM_SCRATCH:
         raise UsageError("--distill needs weights to start from; accepted: --finetune CHECKPOINT, such as official")
+    if args.text_head and mode == "finetune" and args.checkpoint == FROM_SCRATCH:
+        raise UsageError(f"--text-head {args.text_head} needs weights to start from; accepted: --finetune official")
     timed = args.target_speedup is not None or args.target_latency is not None
     compiles = mode in ("eval", "finetune") or timed or kind in ("eval", "loading", "latency", FILES)
     if args.compile and not compiles:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import fields, replace
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
@@ -22,20 +23,25 @@ from cli.data import eval_dataset, input_size_of
 from cli.results import use_searched
 from cli.runtime import Runtime, local_main_first
 from cli.schedules import chosen_schedule, fit_tokens
-from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings
+from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings, size_words
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
 from diffrate.atomic import first_line
 from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
+from diffrate.converting.convert import completed
+from diffrate.converting.folder import Folder, open_folder
 from diffrate.device import FixedBatch, compile_model
-from diffrate.files.header import about, is_saved_model, timms_and_own
+from diffrate.files.header import PREFIX, about, is_saved_model, timms_and_own
+from diffrate.files.text_head import read_texts
 from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
 from engine import flags_in
+from models.download import downloading
 from models.zoo import ModelEntry, find
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
+MOST = 0.9  # of ImageNet's words, which are spelled in several ways
 log = logging.getLogger(__name__)
 
 
@@ -52,12 +58,13 @@ class Plan(NamedTuple):
 
 class Weights(NamedTuple):
     """What a checkpoint holds: tensors under timm's names, None for fresh ones; its name for messages; the kept counts
-    that it was saved or trained at; the names of its outputs."""
+    that it was saved or trained at; the names of its outputs; whether these are features, and no logits."""
 
     state: models.StateDict | None
     name: str
     schedule: diffrate.Schedule | None = None
     classes: tuple[str, ...] | None = None
+    features: bool = False
 
     @property
     def head(self) -> int | None:
@@ -67,7 +74,7 @@ class Weights(NamedTuple):
     @property
     def headless(self) -> bool:
         """Whether they are no classifier's: there is nothing to compare labels with."""
-        return self.state is not None and self.head is None
+        return self.state is not None and (self.head is None or self.features)
 
 
 def chosen_entry(settings: ModelSettings) -> ModelEntry:
@@ -79,14 +86,19 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
         UnknownModelError, UsageError: there is no such model, or the two say different things; or the file's images
             are none that the command line reads.
     """
+    entry = _entry_without_texts(settings)
+    return entry if settings.text_head is None else _with_texts(entry, settings)
+
+
+def _entry_without_texts(settings: ModelSettings) -> ModelEntry:
     assert settings.name is not None, "flags make sure of a name"
     if not is_saved_model(settings.checkpoint):
-        entry = models.entry_of(settings.name)
+        entry = named_entry(settings.name)
         return entry if settings.checkpoint == OFFICIAL else replace(entry, name=models.bare_name(entry.name))
     saved = about(settings.checkpoint)
     name, asked = saved.name or saved.architecture, settings.name
     same = asked in (name, saved.architecture)
-    if not same and models.bare_name(models.entry_of(asked).name) != models.bare_name(name):
+    if not same and models.bare_name(named_entry(asked).name) != models.bare_name(name):
         raise UsageError(f"--model {asked}: {settings.checkpoint} holds {name}; accepted: {name}, or no --model")
     channels, *size = saved.input_size
     if channels != 3:
@@ -101,7 +113,69 @@ def chosen_entry(settings: ModelSettings) -> ModelEntry:
     inputs = {field.name: getattr(saved, field.name) for field in fields(ModelEntry) if hasattr(saved, field.name)}
     inputs |= {"name": published.name, "input_size": tuple(size), "config": None}
     given, own = timms_and_own(saved.arguments)
-    return replace(published, **inputs, options=given, complete=partial(complete, **own))
+    return replace(published, **inputs, options=given, complete=complete, own=own)
+
+
+def named_entry(name: str) -> ModelEntry:
+    """The model that a name stands for, or a folder or repository in the layout of transformers or timm.
+
+    Raises:
+        UnknownModelError, UsageError: there is no such model, or what lies there cannot be read.
+    """
+    try:
+        return models.entry_of(name)
+    except models.UnknownModelError:
+        try:
+            with _fetching(name):
+                folder = open_folder(name)
+                if folder is not None and "architecture" not in folder.config:
+                    return _entry_of_folder(str(Path(name)) if Path(name).is_dir() else name, folder)
+        except diffrate.UnsupportedModelError as error:
+            raise UsageError(f"--model {name}: {error}") from error
+        if folder is None or not Path(name).is_dir():
+            raise
+    return models.entry_of(f"local-dir:{name}")
+
+
+def _entry_of_folder(name: str, folder: Folder) -> ModelEntry:
+    """The entry of a model of transformers."""
+    plan = folder.plan(shapes=True)
+    size, facts, _ = folder.inputs(plan)
+    given, own = timms_and_own({name: value for name, value in plan.arguments.items() if not name.endswith("_rate")})
+    num_classes = given.pop("num_classes")
+    if not (num_classes == 0 or "feature_head" in own):
+        folder.classes(num_classes)  # refused before anything else is read
+    return ModelEntry(
+        name=name,
+        architecture=plan.architecture,
+        schedule_key=name,
+        weights=folder,
+        options={key: value for key, value in given.items() if key not in ("in_chans", "img_size")},
+        num_classes=num_classes,
+        input_size=size,
+        complete=complete,
+        own=own,
+        **facts,
+    )
+
+
+def _with_texts(entry: ModelEntry, settings: ModelSettings) -> ModelEntry:
+    """`entry` with the classes of `--text-head`, on the features that it has."""
+    said = f"--text-head {settings.text_head}"
+    if entry.own.get("text_width") is not None:
+        raise UsageError(f"{said}: {settings.checkpoint} has a text head; accepted: no --text-head")
+    try:
+        texts = read_texts(settings.text_head or "")
+    except diffrate.SavedModelError as error:
+        raise UsageError(f"--text-head {error}") from error
+    width, outputs = texts.embeddings.shape[1], entry.num_classes
+    if outputs not in (0, width):
+        found = f"found embeddings of {width} channels, and {outputs} outputs of {entry.name}"
+        raise UsageError(f"{said}: {found}; accepted: a model of CLIP or SigLIP with as many of both")
+    own: dict[str, Any] = {"text_width": width, "text_sigmoid": texts.logit_bias is not None}
+    if outputs:  # timm's CLIP models have their projection as a head
+        own["feature_head"] = entry.own.get("feature_head") or "none"
+    return replace(entry, num_classes=len(texts.classes), complete=complete, own={**entry.own, **own})
 
 
 def planned(settings: Settings, entry: ModelEntry, reads_data: bool = True) -> Plan:
@@ -131,6 +205,8 @@ def meta_model(settings: ModelSettings, entry: ModelEntry) -> diffrate.Compresse
             model = models.create(entry, (rows, columns))
         except models.InputSizeError:
             raise
+        except diffrate.UnsupportedModelError as error:
+            raise UsageError(f"--text-head {settings.text_head}: {error}") from error
         except Exception as error:  # for whatever reason timm has
             raise UsageError(
                 f"--model {settings.name}: timm builds none for {rows} by {columns} pixels ({first_line(error)})"
@@ -152,7 +228,7 @@ def patched(model: nn.Module, settings: ModelSettings) -> diffrate.CompressedMod
 
 
 def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weights:
-    """What `--checkpoint` names."""
+    """What `--checkpoint` names, with the texts of `--text-head`."""
     source, entry = settings.checkpoint, plan.entry
     if source == FROM_SCRATCH:
         return Weights(None, FROM_SCRATCH)
@@ -163,6 +239,8 @@ def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weigh
         size = flags.get("input_size") or entry.input_size
         made_at = (size, size) if isinstance(size, int) else (size[0], size[1])
     with local_main_first(runtime.processes):  # one download for all processes of a machine
+        if source == OFFICIAL and isinstance(entry.weights, Folder):
+            return _read_folder(settings, plan, entry.weights, runtime)
         if source == OFFICIAL:
             read = models.read_official(entry, plan.shapes, runtime.bar)
         else:
@@ -170,9 +248,72 @@ def read_weights(settings: ModelSettings, plan: Plan, runtime: Runtime) -> Weigh
             read = models.read_file(source, plan.shapes, size, entry.input_size, made_at, runtime.bar)
     for note in read.notes:
         log.info(note)
+    state, classes = _headed(read.state, settings)
     if header is None:
-        return Weights(read.state, read.name, _trained_at(read, settings, plan, made_at))
-    return Weights(read.state, read.name, header.schedule, header.classes)
+        return Weights(state, read.name, _trained_at(read, settings, plan, made_at), classes, entry.features)
+    return Weights(state, read.name, header.schedule, classes or header.classes, entry.features)
+
+
+def _read_folder(settings: ModelSettings, plan: Plan, folder: Folder, runtime: Runtime) -> Weights:
+    """The weights of a model of transformers, positions interpolated for other sizes as it does itself."""
+    entry, shapes = plan.entry, plan.shapes.state_dict()
+    try:
+        with _fetching(entry.name, runtime.bar):
+            usual, size = folder.plan(shapes=True), input_size_of(settings, entry)
+            made, (_, _, notes) = folder.plan(size), folder.inputs(usual)
+            classes = None if entry.headless or settings.text_head else folder.classes(entry.num_classes)
+        made.state, words = _headed(made.state, settings)
+        expected = {name: tensor for name, tensor in shapes.items() if not name.startswith("compression.")}
+        state = completed(made, expected, made.kind)
+        wrong = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+        if wrong:
+            raise diffrate.UnsupportedModelError(
+                f"found NaN or infinite values in {wrong[0]}; accepted: finite weights"
+            )
+    except diffrate.UnsupportedModelError as error:
+        raise UsageError(f"--model {entry.name}: {error}") from error
+    rates = [f"{name} {rate:g}" for name, rate in made.arguments.items() if name.endswith("_rate")]
+    if rates:
+        notes.append(f"{entry.name}: {', '.join(rates)} of its configuration left out; --drop-path is for training")
+    if usual.arguments["img_size"] != list(size):
+        own = size_words(tuple(usual.arguments["img_size"]))
+        notes.append(f"{entry.name}: positions interpolated for {size_words(size)} pixels, from {own}")
+    for note in notes:
+        log.info(note)
+    return Weights(state, entry.name, None, words or _as_ids(classes), entry.features)
+
+
+def _fetching(name: str, bar: bool = True) -> AbstractContextManager[None]:
+    """Where files are read, that may have to be downloaded."""
+    return downloading(name, bar) if name.startswith(PREFIX) else nullcontext()
+
+
+def _headed(state: models.StateDict, settings: ModelSettings) -> tuple[models.StateDict, tuple[str, ...] | None]:
+    """`state` with the texts of `--text-head`, and their names; as it is where it holds a text head, or none is asked
+    for."""
+    if settings.text_head is None:
+        return state, None
+    texts = read_texts(settings.text_head)
+    if "head.logit_scale" in state:
+        log.info("%s: the text head of the checkpoint is kept", settings.text_head)
+        return state, _as_ids(texts.classes)
+    for note in texts.notes:
+        log.info(note)
+    inner = {f"head.features.{part}": state[f"head.{part}"] for part in ("weight", "bias") if f"head.{part}" in state}
+    if inner:
+        inner.setdefault("head.features.bias", torch.zeros(len(inner["head.features.weight"])))
+    rest = {name: tensor for name, tensor in state.items() if name not in ("head.weight", "head.bias")}
+    return rest | inner | texts.state, _as_ids(texts.classes)
+
+
+def _as_ids(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """ImageNet's ids, which folders of its images have, where `classes` are its words for them."""
+    info = ImageNetInfo()
+    if classes is None or len(classes) != IMAGENET_CLASSES:
+        return classes
+    words = [info.index_to_description(index).split(",")[0].lower() for index in range(IMAGENET_CLASSES)]
+    same = sum(name.split(",")[0].lower() == word for name, word in zip(classes, words, strict=True))
+    return tuple(info.label_names()) if same >= MOST * IMAGENET_CLASSES else classes
 
 
 def plain_model(
@@ -212,7 +353,7 @@ def trained_model(
     """
     entry = chosen_entry(settings.model)
     plan = planned(settings, entry)
-    if entry.num_classes == 0 and settings.model.checkpoint == OFFICIAL:
+    if entry.headless and settings.model.checkpoint == OFFICIAL:
         raise _no_head(entry.name)  # before anything is downloaded
     weights = read_weights(settings.model, plan, runtime)
     if weights.headless:
@@ -236,7 +377,7 @@ def named_model(
     model = compressed(plain_model(settings.model, entry, weights, entry.num_classes), settings.model, plan, weights)
     use_searched(model, settings, entry, runtime)
     model, outputs, info = model.to(runtime.device), model.num_classes, ImageNetInfo()
-    if not outputs:
+    if not outputs or entry.features:
         return model, []
     if weights.classes is not None and set(weights.classes) != set(info.label_names()):
         return model, weights.classes

@@ -95,7 +95,9 @@ def next_command(settings: Settings, entry: ModelEntry, target: float, file: Pat
     if own_data or settings.model.checkpoint != OFFICIAL:
         # As it was given where the weights are others than its tag says: the tag says what images are like, too.
         name = entry.name if settings.model.checkpoint == OFFICIAL else settings.model.name
-        words += [f"--model {name}", *data, f"--checkpoint {quote(settings.model.checkpoint)}"]
+        words += [f"--model {quote(str(name))}", *data, f"--checkpoint {quote(settings.model.checkpoint)}"]
+    if settings.model.text_head is not None:
+        words.append(f"--text-head {quote(str(settings.model.text_head))}")
     if settings.model.input_size is not None:
         words.append(f"--input-size {size_words(settings.model.input_size)}")
     return " ".join(words)
@@ -126,6 +128,7 @@ def search_identity(settings: Settings, entry: ModelEntry, target: Target, batch
         "search": search.method,
         "search_transform": settings.recipe.transform,
         "exif": settings.data.exif,
+        "text-head": settings.run.flags["text_head"],
     }
 
 

@@ -124,7 +124,7 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
 
 def _validation(settings: Settings, entry: ModelEntry, weights: Weights) -> LabelledDataset | None:
     """The validation split, where there is one whose classes are the model's."""
-    headless = entry.num_classes == 0 if weights.state is None else weights.headless
+    headless = entry.headless if weights.state is None else weights.headless
     if headless or not has_validation(settings.data.data_set, settings.data.path):
         return None
     try:

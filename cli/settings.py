@@ -204,7 +204,8 @@ class ModelSettings:
 
     name: str | None = flag(
         "a published model (README: Reproduce the paper) such as vit_deit_small_patch16_224, any other ViT of timm "
-        "with or without a pretrained tag, or hf-hub:USER/NAME; a file of --save as --checkpoint says it itself",
+        "with or without a pretrained tag, a folder of transformers, or hf-hub:USER/NAME; a file of --save as "
+        "--checkpoint says it itself",
         flag="--model NAME",
         group="model and compression",
     )
@@ -220,6 +221,10 @@ class ModelSettings:
         Range(1, LARGEST_INPUT),
         "--input-size PIXELS",
         becomes=lambda sizes: (sizes[0], sizes[-1]),
+    )
+    text_head: Path | None = flag(
+        "classes of a CLIP or SigLIP model, from a file of their texts' embeddings (docs/convert.md)",
+        flag="--text-head FILE",
     )
     drop_path: float = flag("stochastic depth in training", DROPPED, "--drop-path RATE", default=0.1)
     load: bool = free("compress at a schedule of the compression rate file", flag="--load_compression_rate")

@@ -23,6 +23,7 @@ from cli.settings import Settings
 from cli.transforms import View, crop_view, eval_transform
 from datasets import DataError, load_image
 from diffrate.atomic import whole_file
+from diffrate.patch.parts import TextHead
 from diffrate.pictures import draw_groups, origin_groups
 from utils import UsageError
 
@@ -79,7 +80,8 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
     dense = compressed = [None] * len(photographs)
     if model.has_head():
         logits = model.outputs_at(images, model.dense_schedule()), model.classify(states[-1])
-        dense, compressed = (outputs.float().softmax(-1).cpu() for outputs in logits)
+        apart = isinstance(model.head, TextHead) and model.head.logit_bias is not None  # each text by itself
+        dense, compressed = ((one.float().sigmoid() if apart else one.float().softmax(-1)).cpu() for one in logits)
     first = model.compression.space.prefix
     zoom = -(-SIDE // min(view.size))  # whole pixels for every pixel of the input
     rows, columns = (zoom * side for side in view.size)

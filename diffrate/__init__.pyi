@@ -10,6 +10,7 @@ from .files.export import Exported, export
 from .files.graph import plain
 from .files.header import About, ExportError, SavedModelError, about
 from .files.save import load, save
+from .files.text_head import text_head
 from .latency.confirm import Confirmed, PredictionCheck, check_predictions
 from .latency.measure import measure_latency
 from .latency.setting import LatencyFileError
@@ -79,4 +80,5 @@ __all__ = [
     "scale_schedule",
     "search",
     "sensitivity",
+    "text_head",
 ]

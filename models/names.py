@@ -53,7 +53,8 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
         **options,
     )
     if entry.complete is not None:
-        entry.complete(model)
+        entry.complete(model, **entry.own)
+        model._model_args = {**getattr(model, "_model_args", options), **entry.own}  # so that it can be saved
     # timm hands the size to models whose configuration says that it is fixed. Of the others, some are built for
     # one all the same, and the convolutions of CAFormer and NaFlexViT take any.
     built = getattr(getattr(model, "patch_embed", None), "img_size", None)

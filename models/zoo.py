@@ -41,16 +41,17 @@ class OfficialWeights(NamedTuple):
 class ModelEntry:
     """A model: timm's architecture with `options`, and what its inputs are like.
 
-    weights: a file, or as text the URL, folder or repository from which timm's own loader gets those of this name;
-    None where there are no official ones. num_classes: 0 for a model without a head. aliases: timm's names for the same
-    model. config: timm's pretrained configuration, where it is not the one that goes with the architecture.
-    published: whether it is one of the paper's models. complete: gives timm's model, in place, what no option asks for.
+    weights: a file, or as text the URL, folder or repository from which timm's own loader gets those of this name, or
+    what reads them in another layout; None where there are no official ones. num_classes: 0 for a model without a head.
+    aliases: timm's names for the same model. config: timm's pretrained configuration, where it is not the one that goes
+    with the architecture. published: whether it is one of the paper's models. complete: gives timm's model, in place,
+    what no option asks for, by `own` arguments.
     """
 
     name: str
     architecture: str
     schedule_key: str
-    weights: OfficialWeights | Path | str | None
+    weights: OfficialWeights | Path | str | object | None
     options: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     input_size: Size = (224, 224)
@@ -62,7 +63,18 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
     published: bool = False
-    complete: Callable[[Any], None] | None = None
+    complete: Callable[..., None] | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def features(self) -> bool:
+        """Whether its outputs are features of an image, and no logits."""
+        return self.own.get("feature_head") is not None and self.own.get("text_width") is None
+
+    @property
+    def headless(self) -> bool:
+        """Whether there are no classes to compare with labels."""
+        return self.num_classes == 0 or self.features
 
 
 def _deit(size: str, letter: str, digest: str) -> ModelEntry:

@@ -16,6 +16,7 @@ from diffrate.converting.convert import known_name
 from diffrate.converting.transformers_vits import LAYOUTS, Layout, distilled
 from diffrate.patch.base import require_patched
 from diffrate.patch.features import restore
+from diffrate.patch.parts import TextHead
 from diffrate.patch.plain_vit import CompressedVit
 
 # What a forward of transformers may be given and a compressed model has not: refused unless it is nothing.
@@ -70,8 +71,10 @@ def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout, whole: 
         pooler = getattr(getattr(like, "pooler", None), "dense", None)
         accepted = (0 if pooler is None else pooler.out_features,)
     hidden = getattr(config, "vision_config", config).hidden_size
-    if head not in accepted or width != hidden or twice != (layout.reader is distilled):
-        found = f"{head} outputs of {width} channels{' by two heads' if twice else ''}"
+    texts = isinstance(compressed.head, TextHead)
+    if texts or head not in accepted or width != hidden or twice != (layout.reader is distilled):
+        how = " by two heads" if twice else " by a text head" if texts else ""
+        found = f"{head} outputs of {width} channels{how}"
         wanted = f"{' or '.join(map(str, accepted))} of {hidden}{' by two' if layout.reader is distilled else ''}"
         raise UnsupportedModelError(f"compressed: found {found}; accepted: {wanted}, as {type(like).__name__} has")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from torch import Tensor, nn
+from torch import nn
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting import transformers_vits
-from diffrate.converting.layout import CLIP, IMAGENET_VIT, Names, Plan, planned
+from diffrate.converting.layout import CLIP, IMAGENET_VIT, Names, Plan, State, parts_of, planned
 from diffrate.files.header import SavedModelError
 from diffrate.files.save import build
 from diffrate.patch.parts import FeatureHead
@@ -56,7 +56,7 @@ def torchvision_vit(model: Any) -> Plan:
     if not isinstance(last, nn.Linear | nn.Identity):
         raise UnsupportedModelError(f"{kind}: found heads of {type(last).__name__}; accepted: Linear, or Identity")
     heads, size = model.encoder.layers[0].num_heads, as_size(model.image_size)
-    plan = planned(kind, model, TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer="gelu")
+    plan = planned(kind, parts_of(model), TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer="gelu")
     if "head.weight" in plan.state:
         plan.add_head({})
     inside = model.attention_dropout
@@ -75,7 +75,8 @@ def open_clip_vit(model: Any) -> Plan:
     after = mean and model.final_ln_after_pool
     pooled = {"global_pool": "avg" if mean else "token", "fc_norm": after}
     pooled |= {"pre_norm": not isinstance(model.ln_pre, nn.Identity), "act_layer": _activation(block.mlp.gelu, kind)}
-    plan = planned(kind, model, OPEN_CLIP, CLIP, block.attn.num_heads, as_size(model.image_size), **pooled)
+    heads, size = block.attn.num_heads, as_size(model.image_size)
+    plan = planned(kind, parts_of(model), OPEN_CLIP, CLIP, heads, size, **pooled)
     if after:
         plan.state |= {f"fc_{name}": plan.state.pop(name) for name in ("norm.weight", "norm.bias")}
     projection = plan.state.pop("proj", None)
@@ -185,18 +186,27 @@ def convert(model: nn.Module, input_size: int | Size | None = None) -> Any:
 
 
 def _fill(built: nn.Module, plan: Plan, kind: str) -> None:
-    """Copy the tensors of `plan` into `built`; biases that only timm has are zeros."""
-    state: dict[str, Tensor] = {}
-    for name, own in built.state_dict().items():
-        found = plan.state.pop(name, None)
+    """Copy the tensors of `plan` into `built`."""
+    built.load_state_dict(completed(plan, built.state_dict(), kind))
+    for name, tensor in plan.buffers.items():
+        built.get_buffer(name).copy_(tensor)
+
+
+def completed(plan: Plan, expected: State, kind: str) -> State:
+    """The tensors of `plan`, for the model that has the `expected` ones; biases that only timm has are zeros.
+
+    Raises:
+        UnsupportedModelError: some are missing, have another shape or are no floats, or are of no part of timm's model.
+    """
+    state, left = {}, dict(plan.state)
+    for name, own in expected.items():
+        found = left.pop(name, None)
         if found is None and name.endswith("bias"):
-            found = torch.zeros_like(own)
+            found = torch.zeros(own.shape)
         if found is None or found.shape != own.shape or found.is_meta or not found.is_floating_point():
             shown = "nothing" if found is None else f"{found.dtype} {list(found.shape)} on {found.device}"
             raise UnsupportedModelError(f"{kind}: found {shown} for timm's {name}; accepted: floats {list(own.shape)}")
         state[name] = found
-    if plan.state:
-        raise UnsupportedModelError(f"{kind}: found {', '.join(plan.state)}; accepted: parts that timm's models have")
-    built.load_state_dict(state)
-    for name, tensor in plan.buffers.items():
-        built.get_buffer(name).copy_(tensor)
+    if left:
+        raise UnsupportedModelError(f"{kind}: found {', '.join(left)}; accepted: parts that timm's models have")
+    return state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,19 @@ State = dict[str, Tensor]
 # Architectures of timm, for the class of the model and what its images are normalised with.
 IMAGENET_VIT, CLIP, BEIT = "deit_base_patch16_224", "vit_base_patch16_clip_224", "beit_base_patch16_224"
 EVA = "vit_base_patch16_dinov3_qkvb"
+
+
+class Parts(NamedTuple):
+    """What a module is made of: its tensors under their own names, and the epsilons of its layer norms."""
+
+    tensors: State
+    epsilons: tuple[float, ...]
+
+
+def parts_of(module: nn.Module) -> Parts:
+    """Those of a live module."""
+    epsilons = sorted({part.eps for part in module.modules() if isinstance(part, nn.LayerNorm)})
+    return Parts({name: tensor.detach() for name, tensor in module.state_dict().items()}, tuple(epsilons))
 
 
 class Names:
@@ -39,15 +52,15 @@ class Names:
         layer, dot, part = name.rpartition(".")
         return self.ours.get(name) or (self.ours[layer] + dot + part if layer in self.ours else name)
 
-    def read(self, module: nn.Module) -> State:
-        """The tensors of `module` under timm's names, queries, keys and values joined."""
+    def read(self, tensors: State) -> State:
+        """The `tensors` of a module under timm's names, queries, keys and values joined."""
         state: State = {}
-        for name, tensor in module.state_dict().items():
+        for name, tensor in tensors.items():
             if name.startswith(self.unread):
                 continue
             found = self.block.match(name)
             prefix = "" if found is None else f"blocks.{found[1]}."
-            state[prefix + self.renamed(name if found is None else name[found.end() :])] = tensor.detach()
+            state[prefix + self.renamed(name if found is None else name[found.end() :])] = tensor
         for prefix in [name.removesuffix("q.weight") for name in state if name.endswith(".attn.q.weight")]:
             _join(state, [prefix + part for part in "qkv"], prefix + "qkv")
         for prefix in [name.removesuffix("gate.weight") for name in state if name.endswith(".mlp.gate.weight")]:
@@ -102,16 +115,15 @@ class Plan:
 
 
 def planned(
-    kind: str, module: nn.Module, names: Names, architecture: str, heads: int, size: Iterable[int], **arguments: Any
+    kind: str, parts: Parts, names: Names, architecture: str, heads: int, size: Iterable[int], **arguments: Any
 ) -> Plan:
-    """The plan of a ViT without a head from `module`, which has all its tensors but the head's.
+    """The plan of a ViT without a head from `parts`, which have all its tensors but the head's.
 
     Raises:
         UnsupportedModelError: parts that all ViTs have are missing, or layer norms differ.
     """
-    state = names.read(module)
+    state, epsilons = names.read(parts.tensors), list(parts.epsilons)
     missing = [name for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if name not in state]
-    epsilons = sorted({part.eps for part in module.modules() if isinstance(part, nn.LayerNorm)})
     if missing or len(epsilons) != 1:
         found = f"found nothing for timm's {missing[0]}" if missing else f"found layer norms of epsilon {epsilons}"
         raise UnsupportedModelError(f"{kind}: {found}; accepted: the parts of its class, with one epsilon")

@@ -1,16 +1,31 @@
-"""Readers of the vision transformers of transformers, by their classes. transformers itself is not imported."""
+"""Readers of the vision transformers of transformers, by their classes. transformers itself is not imported: of a live
+model and of files alike, readers see tensors and a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
+from math import pi, prod
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.converting.layout import BEIT, CLIP, EVA, IMAGENET_VIT, Names, Plan, State, planned, ratio
+from diffrate.converting.layout import (
+    BEIT,
+    CLIP,
+    EVA,
+    IMAGENET_VIT,
+    Names,
+    Parts,
+    Plan,
+    State,
+    parts_of,
+    planned,
+    ratio,
+)
 from diffrate.patch.shapes import Size, as_size
 
 NAMES = Names(  # of transformers 4 and 5
@@ -37,21 +52,28 @@ NAMES = Names(  # of transformers 4 and 5
 )
 _SAME = {name: name for name in ("gelu", "quick_gelu", "relu", "silu")}
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu", **_SAME}
+# What no image goes through, of models with two towers.
+UNSEEN = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
+# What a `config.json` need not say of one of two towers, by family: as in transformers.
+_CLIP: Mapping[str, Any] = {"image_size": 224, "num_attention_heads": 12, "layer_norm_eps": 1e-5}
+_SIGLIP = {"num_attention_heads": 12, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "clip": {**_CLIP, "hidden_act": "quick_gelu"},
+    "siglip": {**_SIGLIP, "image_size": 224},
+    "siglip2": {**_SIGLIP, "patch_size": 16, "num_patches": 256},
+}
 TABLES = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 
 class Source(NamedTuple):
-    """A model, the module in it that holds the blocks, the configuration of that, and the size of images."""
+    """What is read of a model: its class, the tensors of what holds the blocks, those of the layers behind it by their
+    own names, the configuration of what holds the blocks, and the size of images."""
 
-    model: Any
-    trunk: Any
+    kind: str
+    trunk: Parts
+    behind: State
     config: Any
     size: Size
-
-    @property
-    def kind(self) -> str:
-        """The name of the model's class."""
-        return type(self.model).__name__
 
     def refusal(self, name: str, accepted: str) -> UnsupportedModelError:
         """That of a field of the configuration."""
@@ -60,15 +82,11 @@ class Source(NamedTuple):
 
     def layer(self, name: str) -> State:
         """The tensors of the model's layer `name`, as those of a head; none where it has none, or no labels."""
-        found = getattr(self.model, name, None)
-        if found is None or type(found) is nn.Identity:
-            return {}
-        if not isinstance(found, nn.Linear):
-            raise UnsupportedModelError(f"{self.kind}: found the {name} {type(found).__name__}; accepted: Linear")
-        return {f"head.{name}": tensor.detach() for name, tensor in found.state_dict().items()}
+        found = {part: self.behind.get(f"{name}.{part}") for part in ("weight", "bias")}
+        return {f"head.{part}": tensor for part, tensor in found.items() if tensor is not None}
 
-    def plan(self, architecture: str, gated: bool = False, **arguments: Any) -> Plan:
-        """The plan of the trunk, its MLP `gated` or not, with its rates of dropout."""
+    def plan(self, architecture: str, gated: bool = False, antialias: bool | None = None, **arguments: Any) -> Plan:
+        """The plan of the trunk, its MLP `gated` or not, with its rates of dropout; `antialias` as `_interpolate`."""
         config, act = self.config, getattr(self.config, "hidden_act", "gelu")
         known = ACTIVATIONS if architecture not in (BEIT, EVA) else ("gelu",)  # those two take no other
         if act not in known and not gated:
@@ -76,7 +94,7 @@ class Source(NamedTuple):
         heads = config.num_attention_heads
         plan = planned(self.kind, self.trunk, NAMES, architecture, heads, self.size, **arguments)
         if self.size != image_size(config) and architecture != EVA:
-            self._interpolate(plan)
+            self._interpolate(plan, antialias)
         if not gated and architecture not in (BEIT, EVA):
             plan.arguments["act_layer"] = ACTIVATIONS[act]
         in_attention = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
@@ -85,16 +103,25 @@ class Source(NamedTuple):
         plan.arguments |= {name: float(rate) for name, rate in rates.items() if rate}
         return plan
 
-    def _interpolate(self, plan: Plan) -> None:
-        """Give `plan` the positions that the model itself has for images of another size than its own."""
-        interpolated = getattr(self.trunk.embeddings, "interpolate_pos_encoding", None)
+    def _interpolate(self, plan: Plan, antialias: bool | None) -> None:
+        """Give `plan` the positions that the model itself has for images of another size than its own.
+
+        antialias: of the classes that interpolate in float32 in any precision, whether they do so; None of the others.
+        """
         own, found = image_size(self.config), "x".join(map(str, self.size))
-        if interpolated is None or any(getattr(self.config, name, False) for name in TABLES):
+        if not hasattr(self.config, "image_size") or any(getattr(self.config, name, False) for name in TABLES):
             raise UnsupportedModelError(f"{self.kind}: found input_size {found}; accepted: {own[0]}x{own[1]}")
-        positions, sides = plan.state["pos_embed"], plan.arguments["patch_size"]
-        before, after = (prod(s // p for s, p in zip(size, sides, strict=True)) for size in (own, self.size))
-        tokens = positions.new_zeros(1, positions.shape[1] - before + after, positions.shape[2])
-        plan.state["pos_embed"] = interpolated(tokens, *self.size).detach()
+        sides, positions = plan.arguments["patch_size"], plan.state.get("pos_embed")
+        if positions is None:
+            return
+        before, after = ([side // step for side, step in zip(size, sides, strict=True)] for size in (own, self.size))
+        first = sum(name in plan.state for name in ("cls_token", "dist_token"))
+        if positions.shape[1] != first + prod(before):
+            raise self.refusal("image_size", f"one of {positions.shape[1] - first} patches, as there are positions")
+        grid = positions[:, first:].unflatten(1, before).movedim(-1, 1)
+        grid = grid if antialias is None else grid.float()
+        made = F.interpolate(grid, after, mode="bicubic", align_corners=False, antialias=bool(antialias))
+        plan.state["pos_embed"] = torch.cat([positions[:, :first], made.to(positions.dtype).flatten(2).mT], dim=1)
 
 
 def image_size(config: Any) -> Size:
@@ -149,7 +176,7 @@ def beit(source: Source) -> Plan:
         use_rel_pos_bias=config.use_relative_position_bias,
         use_shared_rel_pos_bias=config.use_shared_relative_position_bias,
     )
-    if config.use_mean_pooling and source.trunk.pooler is None:
+    if config.use_mean_pooling and "fc_norm.weight" not in plan.state:
         raise source.refusal("use_mean_pooling", "False without a pooler")
     if "init_values" not in plan.arguments:  # timm's all have layer scale
         ones = torch.ones_like(plan.state["blocks.0.norm1.weight"])
@@ -165,7 +192,8 @@ def dinov2(source: Source) -> Plan:
     """DINOv2, with registers or without; its classifier sees the class token beside the mean of the patches."""
     gated = source.config.use_swiglu_ffn
     architecture = "vit_giant_patch14_dinov2" if gated else "vit_base_patch14_dinov2"
-    plan = source.plan(architecture, gated, class_token=True, global_pool="token")
+    registers = hasattr(source.config, "num_register_tokens")
+    plan = source.plan(architecture, gated, registers, class_token=True, global_pool="token")
     arguments, state = plan.arguments, plan.state
     plan.even_depth = True
     if "reg_token" in state:  # it has no position: that of the class token becomes part of the token
@@ -179,8 +207,8 @@ def dinov2(source: Source) -> Plan:
 
 
 def dinov3(source: Source) -> Plan:
-    """DINOv3: registers, and rotary positions with the sines and cosines of the model's own module."""
-    config, rope = source.config, source.trunk.rope_embeddings
+    """DINOv3: registers, and rotary positions with sines and cosines rounded as the model's own."""
+    config = source.config
     gated = config.use_gated_mlp
     if gated and config.hidden_act not in ("silu", "swish"):
         raise source.refusal("hidden_act", "silu, where config.use_gated_mlp is set")
@@ -190,7 +218,7 @@ def dinov3(source: Source) -> Plan:
         "dynamic_img_size": False,
         "use_fc_norm": False,
     }
-    plan = source.plan(EVA, gated, swiglu_mlp=gated, rope_temperature=float(rope.base), **options)
+    plan = source.plan(EVA, gated, swiglu_mlp=gated, rope_temperature=float(config.rope_theta), **options)
     arguments, state = plan.arguments, plan.state
     arguments |= {"num_reg_tokens": config.num_register_tokens, "attn_type": "rope" if config.key_bias else "eva"}
     if gated:
@@ -199,11 +227,20 @@ def dinov3(source: Source) -> Plan:
         del state["reg_token"]
     plan.name_as_eva(config.key_bias)
     plan.even_depth = True
-    was_training, blank = rope.training, state["patch_embed.proj.weight"].new_empty(1, 1, *source.size)
-    cosines, sines = rope.eval()(blank)  # in training mode they are shifted at random
-    rope.train(was_training)
-    plan.buffers["rope.pos_embed_cached"] = torch.cat([sines, cosines], dim=-1)
+    plan.buffers["rope.pos_embed_cached"] = _angles(config, plan)
     return plan
+
+
+def _angles(config: Any, plan: Plan) -> Tensor:
+    """Sines and cosines `[patches, 2 D]` of DINOv3's positions, rounded as transformers does."""
+    weight, arguments = plan.state["patch_embed.proj.weight"], plan.arguments
+    steps = torch.arange(0, 1, 4 / (arguments["embed_dim"] // config.num_attention_heads), device=weight.device)
+    frequencies = (1 / config.rope_theta**steps).to(weight.dtype)
+    sides = [side // step for side, step in zip(arguments["img_size"], arguments["patch_size"], strict=True)]
+    centres = torch.meshgrid(*(torch.arange(0.5, side, device=weight.device) / side for side in sides), indexing="ij")
+    places = 2.0 * torch.stack(centres, dim=-1).flatten(0, 1) - 1.0
+    angles = (2 * pi * places[:, :, None] * frequencies).flatten(1).tile(2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def clip(source: Source) -> Plan:
@@ -247,13 +284,14 @@ class Layout(NamedTuple):
 
     reader: from its model to a plan. trunk: the attribute with the blocks, or the model itself where it has none such.
     output: the class of what its forward returns, in the file of the model. normed: whether the last hidden state has
-    been through the last norm.
+    been through the last norm. behind: the linear layers after it that its class has.
     """
 
     reader: Callable[[Source], Plan]
     trunk: str = ""
     output: str = "BaseModelOutputWithPooling"
     normed: bool = True
+    behind: tuple[str, ...] = ()
 
 
 def _layouts() -> dict[str, Layout]:
@@ -262,14 +300,15 @@ def _layouts() -> dict[str, Layout]:
     def add(folder: str, reader: Callable[[Source], Plan], models: str, classifiers: str = "", **facts: Any) -> None:
         place = f"transformers.models.{folder}.modeling_{folder}"
         found.update({f"{place}.{name}": Layout(reader, **facts) for name in models.split()})
-        facts = {"trunk": folder, **facts, "output": "ImageClassifierOutput"}
+        facts = {"trunk": folder, **facts, "output": "ImageClassifierOutput", "behind": ("classifier",)}
         found.update({f"{place}.{name}": Layout(reader, **facts) for name in classifiers.split()})
 
     teacher = "DeiTForImageClassificationWithTeacher"
     add("vit", vit, "ViTModel", "ViTForImageClassification")
     add("vit_mae", vit, "ViTMAEModel", output="ViTMAEModelOutput")
     add("deit", vit, "DeiTModel", "DeiTForImageClassification")
-    add("deit", distilled, teacher, trunk="deit", output=f"{teacher}Output")
+    both = ("cls_classifier", "distillation_classifier")
+    add("deit", distilled, teacher, trunk="deit", output=f"{teacher}Output", behind=both)
     add("beit", beit, "BeitModel", "BeitForImageClassification", output="BeitModelOutputWithPooling")
     add("dinov2", dinov2, "Dinov2Model", "Dinov2ForImageClassification")
     registers = "Dinov2WithRegisters"
@@ -277,6 +316,7 @@ def _layouts() -> dict[str, Layout]:
     add("dinov3_vit", dinov3, "DINOv3ViTModel")
     facts = {"trunk": "vision_model", "normed": False}  # of transformers 4 vision models have a trunk, too
     add("clip", clip, "CLIPVisionModel CLIPVisionTransformer", "CLIPForImageClassification", **facts)
+    facts["behind"] = ("visual_projection",)
     add("clip", clip, "CLIPVisionModelWithProjection", output="CLIPVisionModelOutput", **facts)
     add("clip", clip, "CLIPModel", output="CLIPOutput", **facts)
     for folder, name in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
@@ -291,6 +331,46 @@ LAYOUTS: Mapping[str, Layout] = _layouts()
 
 def plan_of(model: nn.Module, name: str, size: Size | None) -> Plan:
     """The plan of a model whose class has the full name `name`, one of `LAYOUTS`; for images of `size` or its own."""
-    layout = LAYOUTS[name]
+    layout, kind, behind = LAYOUTS[name], type(model).__name__, {}
     trunk: Any = getattr(model, layout.trunk, model) if layout.trunk else model
-    return layout.reader(Source(model, trunk, trunk.config, size or image_size(trunk.config)))
+    for place in layout.behind:
+        layer = getattr(model, place, None)
+        if layer is None or type(layer) is nn.Identity:
+            continue
+        if not isinstance(layer, nn.Linear):
+            raise UnsupportedModelError(f"{kind}: found the {place} {type(layer).__name__}; accepted: Linear")
+        behind |= {f"{place}.{part}": tensor.detach() for part, tensor in layer.state_dict().items()}
+    return layout.reader(Source(kind, parts_of(trunk), behind, trunk.config, size or image_size(trunk.config)))
+
+
+def plan_of_files(config: Mapping[str, Any], tensors: State, size: Size | None) -> Plan:
+    """The same of the content of a `config.json` and of the weights beside it.
+
+    Raises:
+        UnsupportedModelError: the class is not known, has parts that timm's models have not, or lacks tensors.
+    """
+    found, kind = config.get("model_type"), str((config.get("architectures") or [None])[0])
+    name = next((name for name in LAYOUTS if name.rpartition(".")[2] == kind), None)
+    family = "" if name is None else name.split(".")[2]
+    if name is None or found not in (family, f"{family}_vision_model") or "auto_map" in config:
+        accepted = ", ".join(sorted(name.rpartition(".")[2] for name in LAYOUTS))
+        own = " with code of its own" if "auto_map" in config else ""
+        raise UnsupportedModelError(
+            f"config.json: found the class {kind} of model_type {found!r}{own}; accepted: {accepted}"
+        )
+    layout = LAYOUTS[name]
+    facts = SimpleNamespace(**{**DEFAULTS.get(family, {}), **config.get("vision_config", config)})
+    behind = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in layout.behind}
+    prefix = f"{layout.trunk}."
+    if not any(key.startswith(prefix) for key in tensors):  # saved as the trunk alone
+        prefix = ""
+    spare = f"{prefix}pooler.dense." if layout.behind else UNSEEN  # which classifiers have not, and files may
+    others = [key for key in tensors if key not in behind and not key.startswith(spare)]
+    trunk = {key.removeprefix(prefix): tensors[key] for key in others if key.startswith(prefix)}
+    left = [key for key in others if not key.startswith((prefix, *UNSEEN))]
+    lacking = [place for place in layout.behind if f"{place}.weight" not in behind and config.get("id2label") != {}]
+    if left or lacking:
+        wrong = f"{left[0]}; accepted: the parts of its class" if left else f"no {lacking[0]}.weight; accepted: one"
+        raise UnsupportedModelError(f"{kind}: found {wrong}")
+    source = Source(kind, Parts(trunk, (float(facts.layer_norm_eps),)), behind, facts, size or image_size(facts))
+    return layout.reader(source)

@@ -50,7 +50,9 @@ _NAMES = """
     use_naflex use_post_norm use_post_transformer_norm use_pre_transformer_norm use_rel_pos_bias use_rot_pos_emb
     use_shared_rel_pos_bias
 """
-OWN_ARGUMENTS = frozenset({"norm_eps", "class_and_mean", "feature_head"})  # those of `diffrate.patch.parts.complete`
+OWN_ARGUMENTS = frozenset(
+    {"norm_eps", "class_and_mean", "feature_head", "text_width", "text_sigmoid"}
+)  # those of `diffrate.patch.parts.complete`
 ARGUMENTS = OWN_ARGUMENTS.union(_NAMES.split())  # all that a file may give: none makes timm fetch or read other files
 
 

@@ -27,7 +27,7 @@ from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.rates import RateError
 from diffrate.files.header import ARGUMENTS, About, SavedModelError, about, fetch, is_argument, timms_and_own
 from diffrate.patch.base import CompressedModel
-from diffrate.patch.parts import FeatureHead, complete
+from diffrate.patch.parts import FeatureHead, TextHead, complete
 from diffrate.patch.shapes import channels_of, input_size
 from diffrate.patch.timm_families import families, vit
 from diffrate.schedule import ScheduleError
@@ -46,7 +46,9 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "embed_dim": lambda model: model.embed_dim,
     "num_heads": lambda model: model.blocks[0].attn.num_heads,
     # None after timm's reset_classifier.
-    "feature_head": lambda model: model.head.activation if isinstance(model.head, FeatureHead) else None,
+    "feature_head": lambda model: _activation(model.head.features if isinstance(model.head, TextHead) else model.head),
+    "text_width": lambda model: model.head.in_features if isinstance(model.head, TextHead) else None,
+    "text_sigmoid": lambda model: model.head.logit_bias is not None if isinstance(model.head, TextHead) else None,
 }
 READ_OFF_CONFIG = ("mean", "std", "interpolation", "crop_pct")
 # What passes its input on in evaluation, whatever its rate.
@@ -205,6 +207,10 @@ def _readings(model: nn.Module) -> dict[str, Any]:
         with suppress(AttributeError, TypeError):  # no such part, or None: nothing is shown
             readings[name] = read(model)
     return readings
+
+
+def _activation(head: object) -> str | None:
+    return head.activation if isinstance(head, FeatureHead) else None
 
 
 def _sides(rows: int, columns: int) -> int | list[int]:
