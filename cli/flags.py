@@ -62,7 +62,7 @@ GOES_WITH = {  # flags of some modes alone, and which
     "rule": "a search and --baseline prune, merge or both",
     "multi_label": "a search, --eval, --baseline and --sensitivity",
     "distill": "--finetune",
-    "blocks": "--visualize",
+    **dict.fromkeys(("blocks", "attention"), "--visualize"),
     **dict.fromkeys(("export_normalize", "export_dtype", "export_opset"), "--export"),
     "save": "a search, --eval and --finetune",
 }
