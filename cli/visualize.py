@@ -131,9 +131,8 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     looking = 0 if seen.attention is None else 1 + -(-len(shown) // 2) + HEADING
     figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows + looking) + 0.3), layout="constrained")
     figure.suptitle(title)
-    above, below, *beneath = figure.subfigures(
-        2 + bool(looking), 1, height_ratios=(1, rows, looking)[: 2 + bool(looking)]
-    )
+    parts = (1, rows, looking) if looking else (1, rows)
+    above, below, *beneath = figure.subfigures(len(parts), 1, height_ratios=parts)
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
     _picture(view, seen.view, "input")
     when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
@@ -156,7 +155,7 @@ def draw_attention(figure: SubFigure, seen: Seen, blocks: Sequence[int]) -> None
     pairs = [[("rollout", dense.rollout, compressed.rollout)]]
     found = [(f"in block {block}", dense.blocks[block], compressed.blocks[block]) for block in blocks]
     pairs += [found[first : first + 2] for first in range(0, len(found), 2)]
-    colors = colormaps["viridis"].with_extremes(bad="0.8")
+    colors, extent = colormaps["viridis"].with_extremes(bad="0.8"), (0, seen.view.width, seen.view.height, 0)
     for row, panels in zip(pairs, figure.subplots(len(pairs), COLUMNS, squeeze=False), strict=True):
         shown = [
             (f"{name}, {who}", 100 * one)
@@ -168,7 +167,8 @@ def draw_attention(figure: SubFigure, seen: Seen, blocks: Sequence[int]) -> None
             axes.set_axis_off()
             if drawn is not None:
                 axes.set_title(drawn[0], fontsize=9)
-                image = axes.imshow(np.ma.masked_equal(drawn[1].numpy(), 0), cmap=colors, vmin=0, vmax=most)
+                there = np.ma.masked_equal(drawn[1].numpy(), 0)
+                image = axes.imshow(there, cmap=colors, vmin=0, vmax=most, extent=extent)
         figure.colorbar(image, ax=list(panels), shrink=0.8, pad=0.01)
 
 
