@@ -215,3 +215,8 @@ def test_bad_input_writes_no_picture(words: list[str], expected: str, cli: Cli, 
     assert expected in err
     assert err.count("\n") == 1
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("flag", [("--attention",), ("--blocks", "1")])
+def test_what_pages_show_is_asked_with_pages_alone(flag: tuple[str, ...], cli: Cli) -> None:
+    assert cli("--eval", *flag) == (2, "", f"main.py: error: {flag[0]} goes with --visualize\n")
