@@ -73,7 +73,7 @@ GOES_WITH = {  # those that their group does not say it of
     "rule": "a search and --baseline prune, merge or both",
     "multi_label": "a search, --eval, --baseline and --sensitivity",
     "distill": "--finetune",
-    "blocks": "--visualize",
+    **dict.fromkeys(("blocks", "attention"), "--visualize"),
     **dict.fromkeys(("export_normalize", "export_dtype", "export_opset"), "--export"),
     "save": "a search, --eval and --finetune",
 }

@@ -154,6 +154,7 @@ class RunSettings:
         flag="--resume PATH|auto",
     )
     blocks: tuple[int, ...] | None = flag("blocks to draw with --visualize, counted from 0", NOT_NEGATIVE)
+    attention: bool = flag("add maps of attention to the pages of --visualize, dense beside compressed")
     compile: bool = free("run as one compiled graph; --benchmark times both")
     rounds: int = flag("timed pairs of --benchmark", COUNT, default=ROUNDS)
 

@@ -1,4 +1,4 @@
-"""`--visualize`: a page for each image, with its tokens after the blocks and the predictions."""
+"""`--visualize`: a page for each image, with its tokens after the blocks, the predictions, and on request attention."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +35,7 @@ MOST_BLOCKS = 12  # panels of a page, unless blocks are chosen
 COLUMNS = 4
 WIDTH, TITLE = 2.6, 0.2  # inches of a panel, and above its picture
 TALLEST = 2.0  # of a panel, against its width
+HEADING = 0.1  # of a row, above the maps of attention
 DPI = 110
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Seen:
     origins: after each block, which kept token stands for each patch, `[rows * columns]`, -1 for pruned.
     kept: tokens after each block, class token included; `tokens` before the first.
     dense, compressed: probabilities of the classes, `[K]`; None of a model without a head.
+    attention: whose it is, and of this image alone its maps, dense and compressed; None where nobody asked.
     """
 
     view: Image.Image
@@ -55,6 +59,7 @@ class Seen:
     tokens: int
     dense: Tensor | None
     compressed: Tensor | None
+    attention: tuple[str, diffrate.AttentionMaps, diffrate.AttentionMaps] | None = None
 
     def tokens_after(self, block: int) -> Image.Image:
         """The view with the groups of patches after `block`, drawn in."""
@@ -70,7 +75,9 @@ class Seen:
 
 
 @torch.inference_mode()
-def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], view: View) -> list[Seen]:
+def see(
+    model: diffrate.CompressedModel, photographs: Sequence[Image.Image], view: View, attention: bool = False
+) -> list[Seen]:
     """Run `photographs`, of any size, through `model` at its kept counts and, for comparison, with all tokens."""
     transform = eval_transform(view)
     weight = next(model.parameters())
@@ -82,6 +89,13 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
         logits = model.outputs_at(images, model.dense_schedule()), model.classify(states[-1])
         apart = isinstance(model.head, TextHead) and model.head.logit_bias is not None  # each text by itself
         dense, compressed = ((one.float().sigmoid() if apart else one.float().softmax(-1)).cpu() for one in logits)
+    schedules, asking = (model.dense_schedule(), model.schedule) if attention else (), model.rule.importance.queries
+    maps = [diffrate.attention_maps(model, images, schedule) for schedule in schedules]
+    whose = {0: "all tokens", 1: "the class token"}.get(asking, f"the first {asking} tokens")
+
+    def looks(index: int) -> Any:
+        return (whose, *(diffrate.AttentionMaps(*(part[index].cpu() for part in one)) for one in maps))
+
     first = model.compression.space.prefix
     zoom = -(-SIDE // min(view.size))  # whole pixels for every pixel of the input
     rows, columns = (zoom * side for side in view.size)
@@ -95,6 +109,7 @@ def see(model: diffrate.CompressedModel, photographs: Sequence[Image.Image], vie
             tokens=model.compression.space.limits[0],
             dense=dense[index],
             compressed=compressed[index],
+            attention=looks(index) if attention else None,
         )
         for index, photograph in enumerate(photographs)
     ]
@@ -111,13 +126,15 @@ def shown_blocks(seen: Seen) -> list[int]:
 
 def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | None = None) -> Figure:
     """One page: the view, the tokens after the last block that leaves patches and after `blocks` (by default
-    those that remove tokens), and the predictions, if there are any."""
+    those that remove tokens), the predictions, if there are any, and attention in the same blocks, if it was asked."""
     shown, last = shown_blocks(seen) if blocks is None else blocks, seen.last()
     rows = -(-len(shown) // COLUMNS)
     height = WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
-    figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows) + 0.3), layout="constrained")
+    looking = 0 if seen.attention is None else 1 + -(-len(shown) // 2) + HEADING
+    figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows + looking) + 0.3), layout="constrained")
     figure.suptitle(title)
-    above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
+    parts = (1, rows, looking) if looking else (1, rows)
+    above, below, *beneath = figure.subfigures(len(parts), 1, height_ratios=parts)
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
     _picture(view, seen.view, "input")
     when = "at the end" if last == len(seen.kept) - 1 else f"after block {last}, the last with patches"
@@ -127,7 +144,34 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
         axes.set_axis_off()
         if block is not None:
             _picture(axes, seen.tokens_after(block), f"after block {block}: {_count(seen, block)}")
+    for part in beneath:
+        draw_attention(part, seen, shown)
     return figure
+
+
+def draw_attention(figure: SubFigure, seen: Seen, blocks: Sequence[int]) -> None:
+    """The rollout, then attention in each of `blocks`, dense beside compressed, two blocks in a row of one scale."""
+    assert seen.attention is not None
+    whose, dense, compressed = seen.attention
+    figure.suptitle(f"attention of {whose} to each patch, in % of all (grey: pruned before)", fontsize=10)
+    pairs = [[("rollout", dense.rollout, compressed.rollout)]]
+    found = [(f"in block {block}", dense.blocks[block], compressed.blocks[block]) for block in blocks]
+    pairs += [found[first : first + 2] for first in range(0, len(found), 2)]
+    colors, extent = colormaps["viridis"].with_extremes(bad="0.8"), (0, seen.view.width, seen.view.height, 0)
+    for row, panels in zip(pairs, figure.subplots(len(pairs), COLUMNS, squeeze=False), strict=True):
+        shown = [
+            (f"{name}, {who}", 100 * one)
+            for name, *maps in row
+            for who, one in zip(("dense", "compressed"), maps, strict=True)
+        ]
+        most = max(float(one.max()) for _, one in shown)
+        for axes, drawn in zip_longest(panels, shown):
+            axes.set_axis_off()
+            if drawn is not None:
+                axes.set_title(drawn[0], fontsize=9)
+                there = np.ma.masked_equal(drawn[1].numpy(), 0)
+                image = axes.imshow(there, cmap=colors, vmin=0, vmax=most, extent=extent)
+        figure.colorbar(image, ax=list(panels), shrink=0.8, pad=0.01)
 
 
 def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
@@ -183,7 +227,9 @@ def run(settings: Settings, runtime: Runtime) -> None:
         if block > last:
             raise UsageError(f"--blocks {block}: accepted: 0 to {last}")
     assert folder is not None, "flags make sure of a folder"
-    seen_images = _seen(model, paths, view_of(settings, entry), settings.data.batch_size, runtime)
+    seen_images = _seen(
+        model, paths, view_of(settings, entry), settings.data.batch_size, settings.run.attention, runtime
+    )
     for path, name, seen in zip(paths, _file_names(paths), seen_images, strict=True):
         drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
         with whole_file(folder / f"{name}.png") as file:
@@ -217,13 +263,18 @@ def _readable(paths: Sequence[Path], skip: bool, runtime: Runtime) -> list[Path]
 
 
 def _seen(
-    model: diffrate.CompressedModel, paths: Sequence[Path], view: View, batch_size: int, runtime: Runtime
+    model: diffrate.CompressedModel,
+    paths: Sequence[Path],
+    view: View,
+    batch_size: int,
+    attention: bool,
+    runtime: Runtime,
 ) -> Iterator[Seen]:
     """What is seen of every image, read and run in batches."""
     for start in range(0, len(paths), batch_size):
         photographs = [load_image(path) for path in paths[start : start + batch_size]]
         with runtime.autocast():
-            seen = see(model, photographs, view)
+            seen = see(model, photographs, view, attention)
         yield from seen
 
 

@@ -16,7 +16,7 @@ from .latency.measure import measure_latency
 from .latency.setting import LatencyFileError
 from .latency.table import LatencyTable
 from .patch.base import CompressedModel
-from .pictures import VisualizationError, make_visualization
+from .pictures import AttentionMaps, VisualizationError, attention_maps, make_visualization
 from .schedule import Schedule, ScheduleError, scale_schedule
 from .searching.checkpoint import EpochRecord, SearchCheckpointError, StepRecord
 from .searching.gradient import NonFiniteLossError, Observer, StoppedError
@@ -32,6 +32,7 @@ __version__: str
 ROUNDS: int
 __all__ = [
     "About",
+    "AttentionMaps",
     "BudgetError",
     "Calibrated",
     "CalibrationObserver",
@@ -66,6 +67,7 @@ __all__ = [
     "VisualizationError",
     "about",
     "as_transformers",
+    "attention_maps",
     "benchmark",
     "check_predictions",
     "convert",

@@ -1,15 +1,24 @@
-"""Pictures of what compression did: merged regions in one colour each, pruned ones dimmed and hatched."""
+"""Pictures of what compression did: merged regions in one colour each, pruned ones dimmed and hatched; and maps of what
+attention looks at."""
 
 from __future__ import annotations
 
 from itertools import chain, count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffrate.blocks.block import attention_map
+from diffrate.blocks.reduction import full_product
+from diffrate.blocks.tokens import TokenState, size_dtype, standing
+from diffrate.evaluation import modes_kept
+from diffrate.patch.base import CompressedModel, require_patched
+from diffrate.schedule import Schedule
 
 PRUNED = -1
 # Okabe and Ito's colours, which colour-blind readers tell apart, in an order of alternating lightness:
@@ -133,3 +142,67 @@ def color_of(number: int) -> Pixels:
     towards = 255.0 * (turn % 2)  # light and dark in turn, ever nearer to the end
     share = 1 - 0.6 ** ((turn + 1) // 2)
     return PALETTE[position] * (1 - share) + towards * share
+
+
+class AttentionMaps(NamedTuple):
+    """What the class token looks at, as shares of its attention; the mean over heads. Of models without a class token,
+    the attention that is received: the mean over the input positions that tokens stand for.
+
+    blocks: in each compressible block, `[B, blocks, rows, columns]`. A token's attention is shared evenly over the
+        patches that it stands for; pruned patches have none.
+    rollout: through all of them, `[B, rows, columns]` (Abnar and Zuidema, "Quantifying attention flow in transformers",
+        2020, arXiv 2005.00928): attention and skip connection count a half each. A merged token is the mean of what its
+        patches were, and a pruned patch has what others took of it before.
+    prefix: what is left to class and register tokens, in each block and then in the rollout, `[B, blocks + 1, P]`: with
+        the map it sums to 1.
+    """
+
+    blocks: Tensor
+    rollout: Tensor
+    prefix: Tensor
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor, schedule: Schedule | None = None) -> AttentionMaps:
+    """What the class token of `model`, in evaluation mode, looks at in images `[B, 3, H, W]`, at the full grid.
+
+    schedule: kept counts instead of those that the model is set to, such as `model.dense_schedule()`. The maps are
+    softmax weights as the model uses them: with `log(size)` in the scores of merged tokens.
+
+    Raises:
+        UnsupportedModelError: a model that is not patched, or whose attention is no single softmax.
+        ScheduleError: a schedule that the model cannot run.
+    """
+    require_patched(model)
+    assert isinstance(model, CompressedModel)
+    if schedule is not None:
+        model.check(schedule)
+    prefix, looks = model.compression.space.prefix, []
+    with modes_kept(model):
+        model.eval()
+        entry = model.enter(images, TokenState.traced)
+        state = entry.state
+        asking, share = _asking(model, state)
+        flow = share  # how much of each input token is at each position, `[B, N0, N0]`
+        for step in model.steps(entry, schedule or model.schedule, whole=True):
+            weights, within = attention_map(step[0], step[1], state), full_product(share, flow)
+            looks.append(full_product(full_product(asking, weights), share))
+            assert state.origin is not None
+            flow = standing((full_product(weights, within) + within) / 2, state.origin)
+            state = model.run([step], state)
+            asking, share = _asking(model, state)
+    looks.append(full_product(full_product(asking, share), flow))
+    rows = torch.cat(looks, dim=1)
+    maps = rows[..., prefix:].unflatten(-1, model.token_grid)
+    return AttentionMaps(maps[:, :-1], maps[:, -1], rows[..., :prefix])
+
+
+def _asking(model: CompressedModel, state: TokenState) -> tuple[Tensor, Tensor]:
+    """The share that each token has in asking, `[B, 1, N]`: class tokens alike, or else each as much as it stands for;
+    and the share of each input token in the token that stands for it, `[B, N, N0]`."""
+    assert state.origin is not None
+    tokens, queries = state.x.shape[1], model.rule.importance.queries
+    stands = F.one_hot(state.origin + 1, tokens + 1)[..., 1:].transpose(1, 2).to(size_dtype(state.x))
+    count = stands.sum(-1)
+    asking = count if not queries else (torch.arange(tokens, device=count.device) < queries).expand_as(count).to(count)
+    return (asking / asking.sum(1, keepdim=True)).unsqueeze(1), stands / count.unsqueeze(-1)

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,17 +247,21 @@ def test_the_pages_python_runs_with_transformers(page: Path, tmp_path: Path, mon
     vit = hf.ViTForImageClassification(hf.ViTConfig(**sized, num_labels=10))
     clip = hf.CLIPModel(hf.CLIPConfig(text_config=small | words, vision_config=sized))
     processor = hf.ViTImageProcessor(size={"height": 32, "width": 32})
+    both = {"text_config": hf.LlamaConfig(**small, vocab_size=99), "vision_config": hf.CLIPVisionConfig(**sized)}
+    llava = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**both))
     for kind, made in (
         *((hf.AutoModelForImageClassification, vit), (hf.ViTForImageClassification, vit)),
         *((hf.CLIPModel, clip), (hf.AutoImageProcessor, processor)),
+        *((hf.LlavaForConditionalGeneration, llava), (hf.AutoProcessor, SimpleNamespace())),
     ):
         monkeypatch.setattr(kind, "from_pretrained", lambda _, made=made: made)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 40)).save("photograph.jpg")
     rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": 1}] * 4
     told = hf.TrainingArguments("trained", max_steps=1, remove_unused_columns=False, report_to=[], use_cpu=True)
-    loader = [torch.randn(4, 3, 32, 32)]
-    names = {"loader": loader, "images": rows, "arguments": told, "transformers": hf, "diffrate": diffrate}
+    monkeypatch.setattr(diffrate, "benchmark", partial(diffrate.benchmark, rounds=1))
+    loader = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,)))]
+    names = {"loader": loader, "val_loader": loader, "images": rows, "arguments": told, "diffrate": diffrate}
     for block in blocks(page, "python"):
         if (page != README or "transformers" in block) and "texts.safetensors" not in block:
             exec(compile(block, page.name, "exec"), names)

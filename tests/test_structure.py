@@ -20,7 +20,7 @@ ROOMS = (
 )
 # The same inside the library.
 LIBRARY = (
-    *("converting", "files", "searching", "latency", "timing", "evaluation", "patch", "blocks", "pictures", "device"),
+    *("converting", "files", "searching", "latency", "timing", "pictures", "evaluation", "patch", "blocks", "device"),
     *("budget", "flops", "schedule", "atomic"),
 )
 BESIDE = {"models": {"diffrate"}}  # but for its room `diffrate.atomic`

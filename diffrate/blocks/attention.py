@@ -130,6 +130,11 @@ def attend_with_map(
     return mixed.unflatten(0, images), importance
 
 
+def weights_of(heads: Heads, bias: Tensor | None) -> Tensor:
+    """The attention maps of all heads, `[B, H, Q, N]`, in float32 at least: rows sum to 1."""
+    return _full_scores(heads, bias).to(size_dtype(heads.query)).softmax(dim=-1).unflatten(0, heads.query.shape[:2])
+
+
 def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
     them: passes of their own over the map, or over queries, take longer."""

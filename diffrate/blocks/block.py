@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
-from diffrate.blocks.attention import Heads, attend, attend_and_rank, attend_with_map, size_bias
+from diffrate.blocks.attention import Heads, attend, attend_and_rank, attend_with_map, size_bias, weights_of
 from diffrate.blocks.heads import PROJECTIONS, Positions, Projection, projection_of
 from diffrate.blocks.reduction import ReductionRule, Seen
 from diffrate.blocks.tokens import TokenState, replaced
@@ -227,6 +227,20 @@ def attended(
         return mixed, (received, heads) if removing else None
 
     return attention_branch(block, positions, state, read, mix)
+
+
+def attention_map(block: Any, positions: Positions, state: TokenState) -> Tensor:
+    """The weights `[B, N, N]` by which tokens that enter a block attend to each other, the mean over heads, in float32
+    at least. An UnsupportedModelError where they are more than one softmax."""
+    attention = getattr(block, form_of(block).attention)
+    projection = projection_of(attention)
+    if not projection.one_softmax:
+        raise UnsupportedModelError(
+            f"attention maps: found {type(attention).__name__}, the difference of two maps; accepted: one softmax"
+        )
+    entering = through(block, form_of(block).before1, state.x)
+    heads = positions.turn(projection.split(attention, entering), state.place)
+    return weights_of(heads, size_bias(state.size, positions.pairs(state.place))).mean(1)
 
 
 def mlp_branch(block: Any, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Projection:
         {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
         | {"q_bias", "v_bias", "rel_pos", "relative_position_bias_table"}  # relative biases are read as positions
     )
+    one_softmax = True  # whether values are mixed by the heads' weights as they are
 
     def split(self, attention: Any, x: Tensor) -> Heads:
         """Queries, keys and values of `x` `[B, N, C]`."""
@@ -72,6 +73,7 @@ class Differential(Projection):
     """
 
     parts = Projection.parts | {"sub_norm", "lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
+    one_softmax = False
 
     def split(self, attention: Any, x: Tensor) -> Heads:
         query, key, value = attention.qkv(x).chunk(3, dim=-1)

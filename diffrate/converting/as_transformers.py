@@ -20,7 +20,8 @@ from diffrate.patch.parts import TextHead
 from diffrate.patch.plain_vit import CompressedVit
 
 # What a forward of transformers may be given and a compressed model has not: refused unless it is nothing.
-REFUSED = ("bool_masked_pos", "head_mask", "attention_mask", "output_hidden_states", "output_attentions")
+REFUSED = ("bool_masked_pos", "head_mask", "attention_mask", "output_attentions")
+HIDDEN = "output_hidden_states"
 WHOLE = ("CLIPOutput", "SiglipOutput", "Siglip2Output")  # of models with a text tower beside
 
 
@@ -33,8 +34,12 @@ def as_transformers(compressed: nn.Module, like: nn.Module, *, grid: bool | None
     with the vision tower exchanged. Keep it by `diffrate.save` of `compressed`: `from_pretrained` does not read it.
 
     grid: whether `last_hidden_state` is at the full grid `[B, N0, C]`, in which each position has the features of the
-    token that stands for it; else of the tokens that are left, `[B, N, C]`. With None it is None, and the forward takes
-    no longer than that of `compressed`. Classifiers have none of it.
+    token that stands for it; else of the tokens that are left, `[B, N, C]`, whose `origin` `[B, N0]` is an attribute of
+    the outputs. `hidden_states`, on request, likewise. With None there are none of both, and the forward takes no
+    longer than that of `compressed`. Classifiers have none.
+
+    A tower without its last blocks (`convert(model, layer=-2)`) gives its hidden states, None for those of later
+    blocks, and nothing else: what a language model reads.
 
     Raises:
         UnsupportedModelError: `compressed` is not patched, the class of `like` is not known, or the two have outputs of
@@ -70,12 +75,19 @@ def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout, whole: 
     else:  # of those with a pooler, features
         pooler = getattr(getattr(like, "pooler", None), "dense", None)
         accepted = (0 if pooler is None else pooler.out_features,)
-    hidden = getattr(config, "vision_config", config).hidden_size
-    texts = isinstance(compressed.head, TextHead)
-    if texts or head not in accepted or width != hidden or twice != (layout.reader is distilled):
+    tower = getattr(config, "vision_config", config)
+    blocks, depth, texts = len(compressed.blocks), tower.num_hidden_layers, isinstance(compressed.head, TextHead)
+    if blocks < depth and not whole and layout.output.endswith("ModelOutputWithPooling"):
+        accepted = (0,)
+    elif blocks != depth:
+        raise UnsupportedModelError(
+            f"compressed: found {blocks} blocks; accepted: {depth}, as {type(like).__name__} has"
+        )
+    if texts or head not in accepted or width != tower.hidden_size or twice != (layout.reader is distilled):
         how = " by two heads" if twice else " by a text head" if texts else ""
         found = f"{head} outputs of {width} channels{how}"
-        wanted = f"{' or '.join(map(str, accepted))} of {hidden}{' by two' if layout.reader is distilled else ''}"
+        by_two = " by two" if layout.reader is distilled else ""
+        wanted = f"{' or '.join(map(str, accepted))} of {tower.hidden_size}{by_two}"
         raise UnsupportedModelError(f"compressed: found {found}; accepted: {wanted}, as {type(like).__name__} has")
 
 
@@ -128,6 +140,11 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
             found = options.pop(name, None)
             if (found is not None and found is not False) or getattr(self.config, name, False):
                 raise ValueError(f"{name}: found one; accepted: none, since tokens are compressed")
+        asked = options.pop(HIDDEN, None)  # True, or the number of a layer
+        hidden = getattr(self.config, HIDDEN, False) if asked is None else asked is not False
+        if hidden and (grid is None or not layout.output.endswith(("WithPooling", "VisionModelOutput"))):
+            raise ValueError(f"{HIDDEN}: found one; accepted: none, since nothing but pooled outputs is computed")
+        origin: Tensor | None = None
         if layout.output == "ImageClassifierOutput":
             logits, labels = model.outputs_at(images, model.schedule), options.pop("labels", None)
             counted = {name: options[name] for name in ("num_items_in_batch",) if name in options}
@@ -136,10 +153,13 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
         elif layout.output == "DeiTForImageClassificationWithTeacherOutput":
             found = _both_heads(model, images)
         else:
-            found = _features(model, images, layout, grid)
+            depth = getattr(self.config, "vision_config", self.config).num_hidden_layers
+            found, origin = _features(model, images, layout, grid, hidden, depth)
             if grid is not None and getattr(self, "pooler", model) is None:
                 found["pooler_output"] = None
         outputs = output(**found)
+        if origin is not None:
+            outputs.origin = origin
         as_tuple = return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False)
         return outputs.to_tuple() if as_tuple else outputs
 
@@ -154,15 +174,23 @@ def _both_heads(model: Any, images: Tensor) -> dict[str, Tensor]:
     return {"logits": (first + second) / 2, "cls_logits": first, "distillation_logits": second}
 
 
-def _features(model: CompressedVit, images: Tensor, layout: Layout, grid: bool | None) -> dict[str, Any]:
-    """Pooled output, and the last hidden state as `grid` says."""
+def _features(
+    model: CompressedVit, images: Tensor, layout: Layout, grid: bool | None, hidden: bool, depth: int
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Pooled output, the last hidden state as `grid` says, and with `hidden` those before, as of a model of `depth`
+    blocks; and the origins of the tokens that are left, unless they are at the grid."""
     pooled = "image_embeds" if layout.output == "CLIPVisionModelOutput" else "pooler_output"
     if grid is None:
-        return {pooled: model.outputs_at(images, model.schedule), "last_hidden_state": None}
-    entry = model.enter(images, TokenState.remembered if grid else None)
-    state = model.run(model.steps(entry, model.schedule, whole=True), entry.state)
-    last = restore(state) if grid else state.x
-    return {pooled: model.classify(state), "last_hidden_state": model.norm(last) if layout.normed else last}
+        return {pooled: model.outputs_at(images, model.schedule), "last_hidden_state": None}, None
+    entry = model.enter(images, TokenState.remembered if grid else TokenState.traced)
+    steps = model.steps(entry, model.schedule, whole=True)
+    states = [entry.state, *model.run_each(steps, entry.state)] if hidden else [model.run(steps, entry.state)]
+    left = [restore(state) if grid else state.x for state in states]
+    last, later = left[-1], depth - len(steps)
+    found: dict[str, Any] = {"hidden_states": (*left, *[None] * later)} if hidden else {}
+    if not later:
+        found |= {pooled: model.classify(states[-1]), "last_hidden_state": model.norm(last) if layout.normed else last}
+    return found, None if grid else states[-1].origin
 
 
 def _images(model: Any, patches: Tensor, options: dict[str, Any]) -> Tensor:

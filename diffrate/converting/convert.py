@@ -147,7 +147,7 @@ def _read(model: nn.Module, size: Size | None) -> Any:
     raise UnsupportedModelError(f"found {name_of(kind)}; accepted: {', '.join(names)}")
 
 
-def convert(model: nn.Module, input_size: int | Size | None = None) -> Any:
+def convert(model: nn.Module, input_size: int | Size | None = None, layer: int | None = None) -> Any:
     """A plain timm model that computes what `model` of another library computes, with copies of its weights.
 
     It takes images `[B, 3, H, W]` of the size that `model` is configured for, is not yet patched, and has the
@@ -159,13 +159,20 @@ def convert(model: nn.Module, input_size: int | Size | None = None) -> Any:
     input_size: height and width in pixels, or a side, of images of another size, for which a model of transformers
     interpolates its positions, as it does itself.
 
+    layer: for a language model that reads `hidden_states[layer]`, such as -2, of the tower `model`: the blocks up to
+    that one alone, whose features, not normalised, are what it reads.
+
     Raises:
         UnsupportedModelError: the class of `model` is not known, it has parts that timm's models have not, or it does
-            not take images of `input_size`.
+            not take images of `input_size`, or has no such `layer`.
     """
     plan = _read(model, None if input_size is None else as_size(input_size))
     if not isinstance(plan, Plan):
+        if layer is not None:
+            raise UnsupportedModelError(f"layer: found {layer} for {type(model).__name__}; accepted: None, all blocks")
         return plan
+    if layer is not None:
+        plan.end_at(layer)
     weight = plan.state["patch_embed.proj.weight"]
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
         try:

@@ -102,6 +102,22 @@ class Plan:
         if feature_head is not None:
             self.arguments["feature_head"] = feature_head
 
+    def end_at(self, layer: int) -> None:
+        """Have the blocks up to hidden state `layer` alone, counted as in transformers, and nothing after them."""
+        arguments, depth = self.arguments, self.arguments["depth"]
+        blocks = layer % (depth + 1) if -depth <= layer <= depth else 0
+        if self.architecture in (BEIT, EVA) or not blocks:
+            accepted = (
+                f"1 to {depth}, or -{depth} to -1" if self.architecture not in (BEIT, EVA) else "None, all blocks"
+            )
+            raise UnsupportedModelError(f"layer: found {layer} for {self.kind}; accepted: {accepted}")
+        parts = ("norm.", "fc_norm.", "head", "attn_pool.", *(f"blocks.{number}." for number in range(blocks, depth)))
+        self.state = {name: tensor for name, tensor in self.state.items() if not name.startswith(parts)}
+        for name in ("feature_head", "class_and_mean", "pool_include_prefix"):
+            arguments.pop(name, None)
+        pool = "token" if arguments.get("class_token", True) else "avg"
+        arguments |= {"depth": blocks, "num_classes": 0, "final_norm": False, "fc_norm": False, "global_pool": pool}
+
     def name_as_eva(self, key_bias: bool = False) -> None:
         """Name parts of blocks as timm's BEiT and EVA do: scales otherwise, without `key_bias` two biases alone."""
         width = self.arguments["embed_dim"]

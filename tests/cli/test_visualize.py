@@ -78,6 +78,26 @@ def test_a_sheet_has_a_panel_for_each_block() -> None:
     assert [title.split(":")[0] for title in titles if title.startswith("after")] == ["after block 4", "after block 0"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_stands_beside_the_tokens_of_the_same_blocks(family: str) -> None:
+    model, view = patched(family), View(IMAGE_SIZE[family], 0.875)
+    seen = see(model, [noise(60, 60), noise(70, 60)], view, attention=True)[1]
+    assert seen.attention is not None
+    whose, dense, compressed = seen.attention
+    assert whose == ("all tokens" if family == "caformer" else "the class token")
+    assert dense.blocks.shape == compressed.blocks.shape == (len(seen.kept), *seen.grid)
+    drawn = page(seen, [f"class {index}" for index in range(10)], "title")
+    titles = [axes.get_title() for axes in drawn.axes]
+    blocks = shown_blocks(seen)
+    expected = ["rollout", *(f"in block {block}" for block in blocks)]
+    assert [title for title in titles if title.endswith("dense")] == [f"{name}, dense" for name in expected]
+    assert [title for title in titles if title.endswith("compressed")] == [f"{name}, compressed" for name in expected]
+    rows = [axes.images[0].get_clim() for axes in drawn.axes if axes.get_title().endswith(("dense", "compressed"))]
+    assert all(low == 0 for low, _ in rows)
+    assert rows[0] == rows[1]
+    assert rows[2] == rows[3] == rows[4] == rows[5]  # a row of two blocks
+
+
 def test_many_blocks_are_thinned_out_and_the_last_stays() -> None:
     seen = seen_by("deit", noise(60, 60))[0]
     kept = tuple(range(64, 34, -1))
@@ -165,11 +185,13 @@ def test_turned_pictures_are_drawn_upright(cli: Cli, tmp_path: Path) -> None:
 def test_a_photograph_on_a_full_size_model(cli: Cli, tmp_path: Path) -> None:
     photograph = PROJECT / "figures" / "chelsea.jpg"
     model = ("--model", "vit_deit_tiny_patch16_224", "--checkpoint", "scratch")
-    rates = ("--load_compression_rate", "--target_flops", 0.7)
+    rates = ("--load_compression_rate", "--target_flops", 0.7, "--attention")
     code, _, err = cli("--visualize", photograph, *model, *rates, "--blocks", 3, "--output_dir", tmp_path)
     assert (code, err) == (0, "")
     with Image.open(tmp_path / "chelsea_tokens.png") as tokens:
         assert tokens.size == (448, 448)
+    with Image.open(tmp_path / "chelsea.png") as drawn:
+        assert drawn.height > drawn.width  # four rows, two of them of attention
 
 
 @pytest.mark.parametrize(
@@ -193,3 +215,8 @@ def test_bad_input_writes_no_picture(words: list[str], expected: str, cli: Cli, 
     assert expected in err
     assert err.count("\n") == 1
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("flag", [("--attention",), ("--blocks", "1")])
+def test_what_pages_show_is_asked_with_pages_alone(flag: tuple[str, ...], cli: Cli) -> None:
+    assert cli("--eval", *flag) == (2, "", f"main.py: error: {flag[0]} goes with --visualize\n")

@@ -106,6 +106,39 @@ OTHERS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
+ROWS: Mapping[str, str] = {  # every class in the table of docs/convert.md, and a layout of it
+    "ViTForImageClassification": "vit",
+    "DeiTForImageClassification": "deit",
+    "BeitForImageClassification": "beit",
+    "DeiTForImageClassificationWithTeacher": "deit_teacher",
+    "Dinov2ForImageClassification": "dinov2",
+    "Dinov2WithRegistersForImageClassification": "dinov2_registers_head",
+    "CLIPForImageClassification": "clip_head",
+    "SiglipForImageClassification": "siglip_head",
+    "Siglip2ForImageClassification": "siglip2_head",
+    "ViTModel": "vit_pooler",
+    "DeiTModel": "deit_pooler",
+    "BeitModel": "beit_shared",
+    "Dinov2Model": "dinov2_swiglu",
+    "Dinov2WithRegistersModel": "dinov2_registers",
+    "DINOv3ViTModel": "dinov3",
+    "CLIPVisionModel": "clip_vision",
+    "SiglipVisionModel": "siglip_vision",
+    "Siglip2VisionModel": "siglip2_vision",
+    "CLIPVisionModelWithProjection": "clip_projection",
+    "CLIPModel": "clip",
+    "SiglipModel": "siglip",
+    "Siglip2Model": "siglip2",
+    "ViTMAEModel": "mae_unmasked",
+    "TimmWrapperForImageClassification": "timm_wrapper",
+    "open_clip VisionTransformer": "open_clip",
+    "open_clip TimmModel": "open_clip_timm",
+    "open_clip CLIP": "open_clip_quick",
+    "open_clip CustomTextCLIP": "open_clip_custom",
+    "torchvision VisionTransformer": "torchvision",
+}
+
+
 def foreign(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a layout, in evaluation mode; skips the test where its library is not installed."""
     if name in TRANSFORMERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import diffrate
+from tests.constructions import since
 from tests.library.foreign_models import (
     OTHERS,
+    ROWS,
     TRANSFORMERS,
     foreign,
     images_for,
@@ -64,15 +67,51 @@ def test_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     assert_same(diffrate.load(tmp_path / "saved.safetensors"), model)
 
 
-@pytest.mark.parametrize("name", ["clip_projection", "torchvision"])
-def test_it_is_searched(name: str) -> None:
-    model = diffrate.patch.vit(diffrate.convert(foreign(name)), 1, 1)
+@pytest.mark.parametrize("row", ROWS)
+def test_every_class_is_searched(row: str) -> None:
+    original = foreign(ROWS[row])
+    assert type(original).__name__ == row.split()[-1]
+    model = diffrate.patch.vit(diffrate.convert(original), 1, 1)
     images = images_for(model, count=4)
-    found = diffrate.search(model, [images], share=0.7, method="calibrated", images=4)
-    assert found.flops < 0.75 * model.flops_at(model.dense_schedule())
+    found = diffrate.search(model, [images], share=0.7, method="calibrated", images=4, work=12)
+    assert found.flops == model.flops() < 0.75 * model.flops_at(model.dense_schedule())
+    assert model.schedule == found.schedule
 
 
-def test_it_is_exported(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported_graphs() -> set[str]:
+    """Modules, tensors and counts of what was exported already: as models of timm, some classes are the same."""
+    return set()
+
+
+@pytest.mark.slow
+@since("2.9", "torch")
+@pytest.mark.parametrize("row", ROWS)
+def test_every_class_is_exported(row: str, exported_graphs: set[str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    _, model = compressed(ROWS[row])
+    shapes = [(name, tensor.shape) for name, tensor in model.state_dict().items()]
+    graph = repr((model, shapes, model.schedule, model.image_size))
+    if graph not in exported_graphs:
+        assert diffrate.export(model, tmp_path / "model.onnx").agreement.difference < 1e-4
+    exported_graphs.add(graph)
+
+
+def test_the_table_in_the_documentation_is_what_is_tested() -> None:
+    """Each class is in one row, and each row says what the tests of all its classes hold."""
+    text = (Path(__file__).parents[2] / "docs" / "convert.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.partition("| class |")[2].partition("\n\n")[0].splitlines()[2:]]
+    names: list[str] = []
+    for classes, _, searched, exported, back in rows:
+        library = classes.partition(":")[0].strip() + " " if ":" in classes else ""
+        found = [library + name for name in re.findall(r"`(\w+)`", classes) if name[0].isupper()]
+        assert (searched.strip(), exported.strip()) == ("yes", "yes")
+        assert all((ROWS[name] in BACK) == bool(back.strip()) for name in found)
+        names += found
+    assert sorted(names) == sorted(ROWS)
+
+
+def test_it_is_exported_for_torch_alone(tmp_path: Path) -> None:
     if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 8]:
         pytest.skip("exports need torch 2.8")
     _, model = compressed("dinov2")  # which has a part that timm has not
