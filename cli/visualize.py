@@ -18,6 +18,7 @@ from torch import Tensor
 import diffrate
 from cli.data import view_of
 from cli.model import chosen_entry, named_model
+from cli.plot import as_drawn
 from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.transforms import View, crop_view, eval_transform
@@ -114,7 +115,7 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     rows = -(-len(shown) // COLUMNS)
     height = WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
     figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows) + 0.3), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(as_drawn(title))
     above, below = figure.subfigures(2, 1, height_ratios=(1, rows))
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
     _picture(view, seen.view, "input")
@@ -141,7 +142,7 @@ def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
         values = [100 * float(found[index]) for index in classes]
         bars = axes.barh(rows, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
         axes.bar_label(bars, fmt="{:.1f} %", padding=2, fontsize=8)
-    axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
+    axes.set_yticks(range(len(classes)), [as_drawn(names[index]) for index in classes], fontsize=9)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="probability in %")
     axes.spines[["top", "right"]].set_visible(False)

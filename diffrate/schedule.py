@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
-from diffrate.atomic import whole_file
+from diffrate.atomic import first_line, parse_json, read_json, whole_file
 
 PRUNE_FIELD = "prune_kept_num"
 MERGE_FIELD = "merge_kept_num"
@@ -179,16 +179,16 @@ def read_schedules(path: Path) -> dict[str, Any]:
     """
     accepted = "accepted: an object of models, each an object of targets"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except OSError as error:
         raise ScheduleError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ScheduleError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except RecursionError as error:
-        raise ScheduleError(f"{path}: nested too deeply; {accepted}") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ScheduleError(f"{path}: {where}: {error.msg}; accepted: JSON") from error
+    except ValueError as error:  # too large, nested too deeply, a name twice, or a number of thousands of digits
+        raise ScheduleError(f"{path}: {first_line(error)}; {accepted}") from error
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ScheduleError(f"{path}: {accepted}")
     return table
@@ -214,6 +214,8 @@ def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = 
     found = [name for name in targets if target_flops is None or _number(name) == target_flops]
     if not found:
         raise ScheduleError(f"{path}: {key} has no {flag} {target_flops:g}; accepted: {', '.join(targets)}")
+    if len(found) > 1:
+        raise ScheduleError(f"{path}: {key}: found {' and '.join(found)}; accepted: one schedule for a target")
     where = f"{path}: {key} {found[0]} "
     fields = targets[found[0]]
     if not isinstance(fields, dict) or MERGE_FIELD not in fields:
@@ -258,8 +260,8 @@ def _number(text: str) -> float | None:
 
 def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
     try:
-        items = list(json.loads(values) if isinstance(values, str) else values)
-    except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        items = list(parse_json(values) if isinstance(values, str) else values)
+    except (ValueError, TypeError) as error:
         found = repr(values[:SHOWN] if isinstance(values, str) else values)
         raise ScheduleError(f"{where}{name}: found {found}; accepted: an array of counts") from error
     for block, value in enumerate(items):
