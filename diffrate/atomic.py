@@ -46,6 +46,8 @@ def first_line(error: Exception) -> str:
 def answers(url: str) -> bool:
     """Whether the server of a URL, or the proxy to it, takes a connection within `ANSWER` seconds."""
     server, proxies = urlsplit(url), getproxies()
+    if server.scheme not in ("http", "https"):
+        return True  # a file's
     proxy = proxies.get(server.scheme) or proxies.get("all")
     if proxy and not proxy_bypass(server.hostname or ""):
         server = urlsplit(proxy if "://" in proxy else f"http://{proxy}")

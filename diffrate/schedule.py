@@ -146,8 +146,13 @@ def scale_schedule(
     """Scale `schedule` from a model with at most `old_limits[i]` tokens in block i to one with `new_limits[i]`.
 
     The same share of the patches is kept, rounded, and `least` tokens at least; the `class_token` class and register
-    tokens (True is one) all stay.
+    tokens (True is one) all stay. A ScheduleError for other numbers of blocks.
     """
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
+    for counts in (schedule.prune or schedule.merge, old_limits, new_limits):
+        if len(counts) != len(schedule.merge):
+            raise ScheduleError(f"found {len(counts)} counts; accepted: {len(schedule.merge)}, one per block")
 
     def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(
@@ -264,10 +269,15 @@ def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
     except (ValueError, TypeError) as error:
         found = repr(values[:SHOWN] if isinstance(values, str) else values)
         raise ScheduleError(f"{where}{name}: found {found}; accepted: an array of counts") from error
+    counts = []
     for block, value in enumerate(items):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ScheduleError(f"{where}{name}[{block}]: found {value!r}; accepted: whole numbers")
-    return tuple(map(operator.index, items))
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            counts.append(operator.index(value))
+        except TypeError as error:
+            raise ScheduleError(f"{where}{name}[{block}]: found {value!r}; accepted: whole numbers") from error
+    return tuple(counts)
 
 
 def _names(values: Any, blocks: int, where: str) -> tuple[str, ...] | None:
