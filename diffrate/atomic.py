@@ -172,7 +172,11 @@ def whole_path(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     with WRITING:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        except OSError as error:
+            error.filename = str(path)  # not the scratch file's
+            raise
         os.close(descriptor)
         scratch = Path(name)
         SCRATCH.add(scratch)

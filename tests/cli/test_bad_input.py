@@ -12,8 +12,10 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
+import engine
 from cli.transforms import View, crop_view, eval_transform
 from datasets import load_image
+from diffrate.searching.checkpoint import Task
 from sample import MODEL
 from tests import hostile_files
 from tests.cli.test_errors import check
@@ -355,3 +357,24 @@ def test_a_folder_that_cannot_be_written(cli: Cli, files: Path, small_disk: Path
         (("--plot", small_disk), f"--plot {small_disk}: cannot be written"),
     ):
         check(cli(*words, *(flags if words[0] != "--plot" else ())), said)
+
+
+@pytest.mark.parametrize("mode", ["search", "finetune"])
+def test_an_output_folder_that_goes(
+    mode: str, cli: Cli, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a run writes to it: one line that names what could not be written."""
+    owner, original = {"search": (Task, Task.save), "finetune": (engine.Training, engine.Training.save)}[mode]
+
+    def save(*args: object, **options: object) -> None:
+        original(*args, **options)
+        shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(owner, "save", save)
+    monkeypatch.setattr(engine, "SAVE_SECONDS", -1.0)
+    flags = ("--model", MODEL, "--data-path", files / "data", "--checkpoint", "scratch", "--num_workers", 0)
+    if mode == "search":
+        flags = (*flags, "--target_flops", 0.025, "--epochs", 2)
+    else:
+        flags = ("--finetune", *flags, "--epochs", 2, "--no-repeated-aug", "--mixup", 0, "--cutmix", 0)
+    check(cli(*flags, "--output_dir", tmp_path / "out"), f"{tmp_path}/out/checkpoint.pth: No such file or")
