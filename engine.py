@@ -372,6 +372,8 @@ def read_training(path: Path) -> dict[str, Any]:
 
 def flags_in(path: str | Path) -> Mapping[str, Any] | None:
     """The flags of the training that left a file, None where none did. Tensors are not read."""
+    if Path(path).suffix == ".safetensors":
+        return None
     try:
         content = load_tensors(path, mmap=True)
     except (*UNREADABLE, SafetensorError):

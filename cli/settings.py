@@ -153,7 +153,8 @@ class RunSettings:
     seed: int
     resume: str | None = free(
         "go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
-        flag="--resume PATH|auto",
+        location,
+        "--resume PATH|auto",
     )
     blocks: tuple[int, ...] | None = flag("blocks to draw with --visualize, counted from 0", NOT_NEGATIVE)
     compile: bool = free("run as one compiled graph; --benchmark times both")

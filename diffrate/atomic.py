@@ -22,7 +22,7 @@ WRITING = threading.RLock()  # held while a file is written: a process that ends
 SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
 ANSWER = 2.0  # seconds that a server has to take a connection
 LONGEST_NUMBER = 400  # digits of a whole number in JSON: Python reads up to 4,300
-LARGEST_JSON = 2**25  # bytes of a file; Python's values of it take about ten times as much
+LARGEST_JSON = 2**22  # bytes of a file: thousands of schedules; Python may take forty times as much for the values
 MAKES_SPACE = b"bytearray"  # what pickles of plain values alone may call with a number
 # The errors of `torch.load` on files that are missing, cut short, damaged or of another kind, and of fields that are
 # missing.
