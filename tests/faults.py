@@ -125,10 +125,13 @@ def writers(
     """Kill what writes a file again and again: there is always a whole one."""
     path, draw, lost, during = scratch / kind, random.Random(0), 0, 0
     write(path)
-    for _ in range(number):
+    for count in range(number):
         process = with_torch().Process(target=partial(again, write, path))
         process.start()
-        process.join(draw.uniform(0.5, 2.5))
+        if count % 2:  # while it is being written
+            while not list(scratch.glob(f".{path.name}-*")):
+                time.sleep(0.005)
+        process.join(draw.uniform(0, 0.3) if count % 2 else draw.uniform(0.5, 2.5))
         process.kill()
         process.join()
         during += len(list(scratch.glob(f".{path.name}-*"))) > 0
