@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import lzma
 import os
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from diffrate.atomic import first_line
+from diffrate.atomic import first_line, parse_json
 from diffrate.device import generators_kept, seed_everything
 from sample import ARCHIVE, unpack_sample
 from samplers import SeededOrder
@@ -287,15 +286,18 @@ def _inaturalist(root: Path, split: str, year: int) -> Labelled:
     labels are the category ids in order."""
     index = root / f"{split}{year}.json"
     try:
-        content = json.loads(index.read_text())
+        content = parse_json(index.read_text(encoding="utf-8"))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         label = {category["id"]: position for position, category in enumerate(categories)}
         labels = {note["image_id"]: label[note["category_id"]] for note in content["annotations"]}
+        for image in content["images"]:
+            if ".." in Path(image["file_name"]).parts or Path(image["file_name"]).is_absolute():
+                raise ValueError(f"{image['file_name']}: outside of its folder")
         samples = [(str(root / image["file_name"]), labels[image["id"]]) for image in content["images"]]
         return samples, [str(category["name"]) for category in categories]
     except FileNotFoundError as error:
         raise DataError(f"--data-path {root}: no file {index.name}; accepted: iNaturalist {year}'s layout") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index}: not an iNaturalist index ({error!r})".replace("\n", " ")) from error
 
 

@@ -30,7 +30,7 @@ import diffrate
 from cli.runtime import STEPS, WORK, Progress, Runtime
 from cli.settings import Mixing, Settings, TrainingSettings
 from datasets import ImageLoader
-from diffrate.atomic import UNREADABLE, first_line, whole_file
+from diffrate.atomic import UNREADABLE, first_line, load_tensors, whole_file
 from diffrate.budget import Budget
 from diffrate.device import FixedBatch, all_sum, compile_model, seed_everything, step_seed
 from diffrate.evaluation import Tally
@@ -359,7 +359,7 @@ def read_training(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, damaged, or of something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except UNREADABLE as error:
         reason = first_line(error)
         raise UsageError(f"--resume {path}: cannot be read ({reason}); accepted: the {LAST} of --finetune") from error
@@ -372,8 +372,10 @@ def read_training(path: Path) -> dict[str, Any]:
 
 def flags_in(path: str | Path) -> Mapping[str, Any] | None:
     """The flags of the training that left a file, None where none did. Tensors are not read."""
+    if Path(path).suffix == ".safetensors":
+        return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_tensors(path, mmap=True)
     except (*UNREADABLE, SafetensorError):
         return None
     return content.get("flags") if isinstance(content, dict) and content.get("mode") == FINETUNE else None

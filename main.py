@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cli.flags import check_paths, get_args_parser, parse_flags
+from diffrate.atomic import one_line
 from diffrate.files.header import SavedModelError
 from utils import STOPPED, UsageError, leave, stop_in_time
 
@@ -18,7 +19,7 @@ def main(words: Sequence[str] | None = None) -> int:
         settings = parse_flags(words)
         check_paths(settings)
     except (UsageError, SavedModelError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        print(f"main.py: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     from cli.start import explain, run  # torch comes with it, and takes seconds
 
@@ -31,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if explained is None:
             raise
         line, code = explained
-        print(f"main.py: {line}", file=sys.stderr)
+        print(f"main.py: {one_line(line)}", file=sys.stderr)
         return code
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, replace
@@ -27,6 +28,7 @@ from cli.settings import (
     benchmark_of,
     declared,
     dest_of,
+    file_path,
     mode_of,
     settings_from,
 )
@@ -45,9 +47,11 @@ PENALTY = ("flops_loss", "flops_weight")
 OF_GRADIENT = ("epochs", "arch_lr", "accum_steps", "budget", *PENALTY, "warmup_compression_rate")
 OF_GRADIENT += ("init_compression_rate", "search_transform")
 SAVED = ".safetensors"
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", SAVED, ".npz")  # how files of weights end
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
+POLICIES = ("", "none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")  # of timm
 # What suits small digits, where DeiT's recipe is made for photographs.
 SAMPLE_RECIPE = {
     **{"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0, "mixup": 0.0, "cutmix": 0.0},
@@ -105,6 +109,8 @@ def _number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], i
     limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
 
     def convert(text: str) -> int | float:
+        if not (text.isascii() and "_" not in text):  # which Python reads, and nobody means
+            raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}, in plain digits")
         value = kind(text)
         if value not in limits:
             raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}")
@@ -157,7 +163,7 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
     elif isinstance(accepted, Range):
         words["type"] = _number(int if "int" in kind else float, accepted)
     elif accepted or "Path" in kind:
-        words["type"] = accepted or Path
+        words["type"] = accepted or file_path
     return words
 
 
@@ -203,6 +209,12 @@ def check_paths(settings: Settings) -> None:
         UsageError: names the flag.
     """
     checkpoint, data, run = settings.model.checkpoint, settings.data.path, settings.run
+    name = settings.model.name or ""
+    if Path(name).suffix in WEIGHTS or Path(name).is_file():
+        raise UsageError(
+            f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
+            "(--list-models), or no --model where --save left the file"
+        )
     elsewhere = checkpoint in (OFFICIAL, FROM_SCRATCH) or checkpoint.startswith(("http://", "https://"))
     if not elsewhere and not Path(checkpoint).is_file():
         raise UsageError(f"checkpoint {checkpoint}: no such file")
@@ -295,6 +307,12 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
         degrees, shift, rescale = args.affine
         if not (0 <= degrees <= 180 and 0 <= shift <= 1 and 0 <= rescale < 1):
             raise UsageError(f"--affine {degrees} {shift} {rescale}: accepted: 0 to 180, 0 to 1, 0 to below 1")
+    policy, *sections = args.aa.split("-")
+    if policy not in POLICIES:
+        raise UsageError(f"--aa {args.aa}: Unknown AA policy {policy}; accepted: a policy of timm, or none")
+    for section in sections if policy == "rand" else ():  # timm passes over sections without a number
+        if not section.startswith("t") and not re.fullmatch(r"[a-z]+\d+(\.\d*)?", section, re.ASCII):
+            raise UsageError(f"--aa {args.aa}: found {section!r}; accepted: a name and a number")
     if args.smoothing == 1:
         raise UsageError("--smoothing 1: accepted: from 0 to below 1")
     if args.arch_min_lr > args.arch_lr:

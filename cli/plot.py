@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from cli.runtime import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK, Runtime
 from cli.settings import Settings
-from diffrate.atomic import whole_file
+from diffrate.atomic import first_line, one_line, parse_json, whole_file
 from diffrate.budget import PEERS
 from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, RULES_FIELD, Kept, ScheduleError, make_schedule, running_counts
 from utils import UsageError
@@ -344,6 +344,11 @@ def _draw_all(folder: Path) -> list[Path]:
     return written
 
 
+def as_drawn(text: str) -> str:
+    """`text` as a figure is to show it: one line, in which dollars are no formula."""
+    return one_line(text).replace("$", r"\$")
+
+
 def _records(path: Path) -> list[Record]:
     """The rows of a benchmark's file, or the objects of a log, a line each; none where there is no file."""
     if not path.exists():
@@ -357,12 +362,17 @@ def _records(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, part in enumerate([text] if table else text.splitlines(), start=1):
         try:
-            found = json.loads(part)
-        except json.JSONDecodeError as error:
-            line = error.lineno if table else number
-            raise UsageError(f"{path}: line {line}: {error.msg}; accepted: {accepted}") from error
+            found = parse_json(part)
+        except ValueError as error:
+            decoding = isinstance(error, json.JSONDecodeError)
+            line = error.lineno if decoding and table else number
+            said = error.msg if decoding else first_line(error)
+            raise UsageError(f"{path}: line {line}: {said}; accepted: {accepted}") from error
         rows = found if table else [found]
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UsageError(f"{path}:{'' if table else f' line {number}:'} accepted: {accepted}")
-        records += rows
+        drawn = [row.items() for row in rows]
+        records += [
+            {name: as_drawn(value) if isinstance(value, str) else value for name, value in row} for row in drawn
+        ]
     return records

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from termcolor import colored
 from tqdm import tqdm
 
-from diffrate.atomic import whole_file
+from diffrate.atomic import one_line, whole_file
 from diffrate.device import autocast
 from utils import UsageError
 
@@ -200,7 +200,11 @@ class _Formatter(logging.Formatter):
         self.color = color
 
     def format(self, record: logging.LogRecord) -> str:
-        paint, text = partial(colored, no_color=not self.color, force_color=self.color), super().format(record)
+        paint = partial(colored, no_color=not self.color, force_color=self.color)
+        # Names of classes and files may hold what steers a terminal, and line breaks.
+        if isinstance(record.args, tuple):
+            record.args = tuple(one_line(str(item)) if isinstance(item, str | Path) else item for item in record.args)
+        text = super().format(record)
         if record.levelno >= logging.WARNING:
             text = paint(f"{record.levelname.lower()}: {text}", "yellow")
         return f"{paint(f'[{self.formatTime(record, self.datefmt)}]', 'green')} {text}"

@@ -61,7 +61,7 @@ def gflops(text: str) -> Target:
     """An argparse type: GFLOPs, or with `%` a share of the dense model's."""
     share = text.endswith("%")
     try:
-        value = float(text.removesuffix("%"))
+        value = float(text.removesuffix("%").replace("_", "?"))  # Python takes 1_0 for 10
     except ValueError as error:
         raise ArgumentTypeError(f"found {text}; accepted: GFLOPs, or a share such as 50%") from error
     if not (0 < value <= 100 if share else 0 < value < math.inf):
@@ -77,6 +77,11 @@ def location(text: str) -> str:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError as error:
         raise ArgumentTypeError(f"found {text}; accepted: the folder of a user that there is") from error
+
+
+def file_path(text: str) -> Path:
+    """An argparse type: as `location`, as a path."""
+    return Path(location(text))
 
 
 class Benchmark(argparse.Action):
@@ -151,7 +156,8 @@ class RunSettings:
     seed: int
     resume: str | None = free(
         "go on from a checkpoint of a search or of --finetune; with --eval, score a searched schedule",
-        flag="--resume PATH|auto",
+        location,
+        "--resume PATH|auto",
     )
     blocks: tuple[int, ...] | None = flag("blocks to draw with --visualize, counted from 0", NOT_NEGATIVE)
     attention: bool = flag("add maps of attention to the pages of --visualize, dense beside compressed")

@@ -87,7 +87,9 @@ def run(settings: Settings) -> None:
 
 def explain(error: Exception) -> tuple[str, int] | None:
     """One line for an error and the exit code that goes with it; None for one that no user's input causes."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    said = str(error).strip() or type(error).__name__
+    # Ours are of one line, but for what they cite; those of others end in what is wrong.
+    line = said if isinstance(error, INPUT_ERRORS) else said.splitlines()[-1]
     if isinstance(error, NAMED_LIKE_FLAGS):
         return f"error: --{line}", 2
     # "loader: found" fewer batches than the library needs: the rest cannot be read.

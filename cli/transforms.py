@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,6 +17,7 @@ from utils import UsageError
 
 SMALL = 32  # DeiT's recipe crops inputs up to this many pixels after padding, not after resizing
 SMALL_PADDING = 4
+LONGEST_SHAPE = 16  # rows to columns of an input, or columns to rows; of pictures beyond twice that the middle is read
 LARGEST_SIDE = 16384  # pixels of a resized picture's short side: 800 MB
 
 
@@ -55,6 +55,7 @@ def eval_transform(view: View, hflip: float = 0.0) -> transforms.Compose:
         raise UsageError(f"--crop-pct {view.crop_pct:g}: accepted: {least:.3g} to 1 at {longest} pixels")
     crop = {"crop_pct": view.crop_pct, "crop_mode": view.crop_mode}
     flips = [transforms.RandomHorizontalFlip(hflip)] if hflip else []
+    flips += [_cut_long] if view.crop_mode == "center" and longest <= LONGEST_SHAPE * min(view.size) else []
     return transforms.Compose([*flips, *_timm_steps(view, is_training=False, interpolation=view.interpolation, **crop)])
 
 
@@ -63,9 +64,17 @@ def _timm_steps(view: View, **options: Any) -> list[Any]:
     return list(composed.transforms)
 
 
+def _cut_long(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is far longer than wide: resized as a whole, it would not fit in memory."""
+    width, height = image.size
+    most = 2 * LONGEST_SHAPE * min(width, height)
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return image if max(width, height) <= most else image.crop((left, top, width - left, height - top))
+
+
 def crop_view(photograph: Image.Image, view: View, size: int | tuple[int, int]) -> Image.Image:
     """The part of `photograph` that `eval_transform` makes the input of, at `size`: a side, or rows and columns."""
-    for step in eval_transform(replace(view, input_size=size, interpolation="bicubic")).transforms[:2]:
+    for step in eval_transform(replace(view, input_size=size, interpolation="bicubic")).transforms[:-2]:
         photograph = step(photograph)  # resized and cropped, and not made a tensor of
     return photograph
 
@@ -76,10 +85,6 @@ def train_transform(view: View, augmentation: Augmentation) -> transforms.Compos
     Raises:
         UsageError: an augmentation policy that timm does not know.
     """
-    policy, *sections = (augmentation.auto_augment or "").split("-")
-    for section in sections if policy == "rand" else ():  # timm passes over sections without a number
-        if not section.startswith("t") and not re.fullmatch(r"[a-z]+\d+(\.\d*)?", section):
-            raise UsageError(f"--aa {augmentation.auto_augment}: found {section!r}; accepted: a name and a number")
     try:
         steps = _timm_steps(
             view,

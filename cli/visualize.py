@@ -20,6 +20,7 @@ from torch import Tensor
 import diffrate
 from cli.data import view_of
 from cli.model import chosen_entry, named_model
+from cli.plot import as_drawn
 from cli.runtime import Runtime
 from cli.settings import Settings
 from cli.transforms import View, crop_view, eval_transform
@@ -132,7 +133,7 @@ def page(seen: Seen, names: Sequence[str], title: str, blocks: Sequence[int] | N
     height = WIDTH * min(seen.view.height / seen.view.width, TALLEST) + TITLE
     looking = 0 if seen.attention is None else 1 + -(-len(shown) // 2) + HEADING
     figure = Figure(figsize=(WIDTH * COLUMNS, height * (1 + rows + looking) + 0.3), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(as_drawn(title))
     parts = (1, rows, looking) if looking else (1, rows)
     above, below, *beneath = figure.subfigures(len(parts), 1, height_ratios=parts)
     view, end, predictions = above.subplots(1, 3, width_ratios=(1, 1, 2))
@@ -187,7 +188,7 @@ def draw_predictions(axes: Axes, seen: Seen, names: Sequence[str]) -> None:
         values = [100 * float(found[index]) for index in classes]
         bars = axes.barh(rows, values, 0.4, label=name, color=color, hatch=hatch, edgecolor="white")
         axes.bar_label(bars, fmt="{:.1f} %", padding=2, fontsize=8)
-    axes.set_yticks(range(len(classes)), [names[index] for index in classes], fontsize=9)
+    axes.set_yticks(range(len(classes)), [as_drawn(names[index]) for index in classes], fontsize=9)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="probability in %")
     axes.spines[["top", "right"]].set_visible(False)

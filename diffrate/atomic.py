@@ -1,23 +1,34 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; files and servers of others, so that none can do harm or hang."""
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 import pickle
+import socket
 import tempfile
 import threading
+import warnings
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 WRITING = threading.RLock()  # held while a file is written: a process that ends takes it first
 SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
+ANSWER = 2.0  # seconds that a server has to take a connection
+LONGEST_NUMBER = 400  # digits of a whole number in JSON: Python reads up to 4,300
+LARGEST_JSON = 2**22  # bytes of a file: thousands of schedules; Python may take forty times as much for the values
+MAKES_SPACE = b"bytearray"  # what pickles of plain values alone may call with a number
 # The errors of `torch.load` on files that are missing, cut short, damaged or of another kind, and of fields that are
 # missing.
 UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError),
-    pickle.UnpicklingError,
+    *(pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, RecursionError),
 )
 
 
@@ -32,6 +43,126 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def answers(url: str) -> bool:
+    """Whether the server of a URL, or the proxy to it, takes a connection within `ANSWER` seconds."""
+    server, proxies = urlsplit(url), getproxies()
+    if server.scheme not in ("http", "https"):
+        return True  # a file's
+    proxy = proxies.get(server.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(server.hostname or ""):
+        server = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    found: list[bool] = []
+
+    def connect() -> None:
+        with suppress(OSError, ValueError):  # also a port that is none
+            address = server.hostname or "", server.port or {"http": 80, "socks5": 1080}.get(server.scheme, 443)
+            socket.create_connection(address, ANSWER).close()
+            found.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking a name up has no time limit of its own
+    thread.start()
+    thread.join(ANSWER)
+    return bool(found)
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Let the hub's client look into its cache alone while nobody answers there: its retries take half a minute."""
+    from huggingface_hub import constants, utils
+
+    before = constants.HF_HUB_OFFLINE
+    silent = not before and not answers(constants.ENDPOINT)
+    reset: Any = getattr(utils, "reset_sessions", None) if silent else None  # before 1.0, sessions keep the setting
+    try:
+        constants.HF_HUB_OFFLINE = before or silent
+        if reset is not None:
+            reset()
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        if reset is not None:
+            reset()
+
+
+def one_line(text: str) -> str:
+    """`text` with what is not printable as Python writes it: no line breaks, nothing that steers a terminal."""
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds.
+
+    Raises:
+        OSError, UnicodeDecodeError: the file cannot be read, or is no text.
+        ValueError: it is too large, or as `parse_json` says.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"found {path.stat().st_size:,} bytes; accepted: up to {LARGEST_JSON:,}")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, in which an object has each name once.
+
+    Raises:
+        ValueError: json.JSONDecodeError where it is none, else one line on what it holds.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"found {name!r} twice in an object")
+            found[name] = value
+        return found
+
+    def whole(digits: str) -> int:
+        if len(digits) > LONGEST_NUMBER:
+            raise ValueError(f"found a number of {len(digits)} digits")
+        return int(digits)
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_int=whole)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def load_tensors(path: Path | str, **options: Any) -> Any:
+    """What `torch.save` left in a file, of plain values and tensors alone, on the CPU.
+
+    Raises:
+        one of `UNREADABLE`: the file is missing, damaged, of another kind, or larger once it is unpacked.
+    """
+    import torch
+
+    check_unpacked(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of files that it then refuses
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+
+def check_unpacked(path: Path | str) -> None:
+    """Refuse a file of which little makes much: an archive of more than twice its size, or a pickle that asks for space
+    by a number. No weights are packed that tightly.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile: there is no such file, or it is such a one, or damaged.
+    """
+    size = Path(path).stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            unpacked = sum(part.file_size for part in parts)
+            if unpacked > 2 * size:
+                raise ValueError(f"{unpacked:,} bytes in a file of {size:,}; accepted: up to twice as many")
+            makes_space = any(MAKES_SPACE in archive.read(part) for part in parts if part.filename.endswith(".pkl"))
+    else:
+        with Path(path).open("rb") as file:
+            makes_space = size > 0 and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(MAKES_SPACE) >= 0
+    if makes_space:
+        raise ValueError("not plain tensors")
+
+
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
     """An empty scratch file for the block to write by its name. It becomes `path` when the block ends without an
@@ -41,7 +172,11 @@ def whole_path(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     with WRITING:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        except OSError as error:
+            error.filename = str(path)  # not the scratch file's
+            raise
         os.close(descriptor)
         scratch = Path(name)
         SCRATCH.add(scratch)
@@ -51,8 +186,10 @@ def whole_path(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             scratch.chmod(0o644)  # mkstemp's files are for their owner alone
             scratch.replace(path)
-        except BaseException:
+        except BaseException as error:
             scratch.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename in (None, name):
+                error.filename = str(path)  # not the scratch file's
             raise
         finally:
             SCRATCH.discard(scratch)
@@ -66,4 +203,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: the folder cannot be written.
     """
     with whole_path(path) as scratch, scratch.open("wb") as file:
-        yield file
+        try:
+            yield file
+        except RuntimeError as error:  # torch's writer has one of its own for whatever the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise

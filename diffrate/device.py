@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffrate.atomic import first_line
+
 Made = TypeVar("Made")
 
 
@@ -70,6 +72,29 @@ def placement_of(model: nn.Module, device: torch.device | str | None = None) -> 
     return Placement(weight.device if device is None else torch.device(device), weight.dtype)
 
 
+def place_for(model: object, device: torch.device | str | None) -> Placement:
+    """`placement_of` as users ask for it.
+
+    Raises:
+        TypeError: `model` is none of torch.
+        ValueError: there are no weights, or they have no storage; or there is no such device to compute on.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}; accepted: a torch.nn.Module")
+    weight = next(model.parameters(), None)
+    if weight is None or weight.is_meta:
+        found = "no weights" if weight is None else "weights without storage, on the device meta"
+        raise ValueError(f"model: found {found}; accepted: weights on a CPU or GPU")
+    try:
+        place = placement_of(model, device)
+        if place.device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(0, device=place.device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device: found {device!r} ({first_line(error)}); accepted: cpu, or a GPU") from error
+    return place
+
+
 def to_place(images: Tensor, labels: Tensor, place: Placement) -> tuple[Tensor, Tensor]:
     """A batch where it is computed."""
     return images.to(place.device, place.dtype, non_blocking=True), labels.to(place.device, non_blocking=True)
@@ -81,7 +106,11 @@ def default_precision(device: torch.device) -> torch.dtype | None:
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in `precision`; disabled for None and float32."""
+    """Mixed precision in `precision`; disabled for None and float32. A ValueError for others."""
+    if precision not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"precision: found {precision!r}; accepted: torch.bfloat16, torch.float16, torch.float32, None"
+        )
     enabled = precision is not None and precision != torch.float32
     return torch.autocast(device.type, dtype=precision if enabled else None, enabled=enabled)
 

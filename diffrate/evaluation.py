@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import Placement, all_parts, all_sum, autocast, placement_of
+from diffrate.device import Placement, all_parts, all_sum, autocast, place_for
 from diffrate.patch.base import CompressedModel, has_classifier
 
 IMAGES = ("pixel_values", "image", "images", "img", "input")
@@ -268,12 +268,14 @@ def evaluate(
     Raises:
         UnsupportedModelError: the model has no head.
         ScoresError: labels do not fit the head, or scikit-learn is missing.
-        ValueError: there is no batch, or one of another form.
+        TypeError: the model is none of torch.
+        ValueError: there is no batch, or one of another form; or no such device or precision, or weights without
+            storage.
     """
     require_batches(loader)
+    place = place_for(model, device)
     if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
-    place = placement_of(model, device)
     # A compressed model may be inside a compiled, a distributed or a filled-up one.
     compressed = any(isinstance(module, CompressedModel) for module in model.modules())
     options: dict[str, Any] = {"return_flop": False} if compressed else {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
-from diffrate.atomic import whole_file
+from diffrate.atomic import first_line, parse_json, read_json, whole_file
 
 PRUNE_FIELD = "prune_kept_num"
 MERGE_FIELD = "merge_kept_num"
@@ -146,8 +146,13 @@ def scale_schedule(
     """Scale `schedule` from a model with at most `old_limits[i]` tokens in block i to one with `new_limits[i]`.
 
     The same share of the patches is kept, rounded, and `least` tokens at least; the `class_token` class and register
-    tokens (True is one) all stay.
+    tokens (True is one) all stay. A ScheduleError for other numbers of blocks.
     """
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
+    for counts in (schedule.prune or schedule.merge, old_limits, new_limits):
+        if len(counts) != len(schedule.merge):
+            raise ScheduleError(f"found {len(counts)} counts; accepted: {len(schedule.merge)}, one per block")
 
     def scaled(counts: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(
@@ -179,16 +184,16 @@ def read_schedules(path: Path) -> dict[str, Any]:
     """
     accepted = "accepted: an object of models, each an object of targets"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except OSError as error:
         raise ScheduleError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ScheduleError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except RecursionError as error:
-        raise ScheduleError(f"{path}: nested too deeply; {accepted}") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ScheduleError(f"{path}: {where}: {error.msg}; accepted: JSON") from error
+    except ValueError as error:  # too large, nested too deeply, a name twice, or a number of thousands of digits
+        raise ScheduleError(f"{path}: {first_line(error)}; {accepted}") from error
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ScheduleError(f"{path}: {accepted}")
     return table
@@ -214,6 +219,8 @@ def find_schedule(path: Path, key: str, target_flops: float | None, flag: str = 
     found = [name for name in targets if target_flops is None or _number(name) == target_flops]
     if not found:
         raise ScheduleError(f"{path}: {key} has no {flag} {target_flops:g}; accepted: {', '.join(targets)}")
+    if len(found) > 1:
+        raise ScheduleError(f"{path}: {key}: found {' and '.join(found)}; accepted: one schedule for a target")
     where = f"{path}: {key} {found[0]} "
     fields = targets[found[0]]
     if not isinstance(fields, dict) or MERGE_FIELD not in fields:
@@ -258,14 +265,19 @@ def _number(text: str) -> float | None:
 
 def _integers(values: Any, name: str, where: str) -> tuple[int, ...]:
     try:
-        items = list(json.loads(values) if isinstance(values, str) else values)
-    except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        items = list(parse_json(values) if isinstance(values, str) else values)
+    except (ValueError, TypeError) as error:
         found = repr(values[:SHOWN] if isinstance(values, str) else values)
         raise ScheduleError(f"{where}{name}: found {found}; accepted: an array of counts") from error
+    counts = []
     for block, value in enumerate(items):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ScheduleError(f"{where}{name}[{block}]: found {value!r}; accepted: whole numbers")
-    return tuple(map(operator.index, items))
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            counts.append(operator.index(value))
+        except TypeError as error:
+            raise ScheduleError(f"{where}{name}[{block}]: found {value!r}; accepted: whole numbers") from error
+    return tuple(counts)
 
 
 def _names(values: Any, blocks: int, where: str) -> tuple[str, ...] | None:

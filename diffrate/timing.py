@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from diffrate import ROUNDS
-from diffrate.device import compile_model, generators_kept, placement_of
+from diffrate.device import compile_model, generators_kept, place_for
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.patch.shapes import channels_of
 from diffrate.schedule import SLICED, Schedule
@@ -193,9 +193,11 @@ def benchmark(
     """
     require_patched(model)
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
-        if value < 1:
+        if not isinstance(value, SupportsIndex) or value < 1:
             raise ValueError(f"{name}: found {value}; accepted: from 1")
-    use = Use(batch_size, dtype, compile, placement_of(model, device).device)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: found {dtype}; accepted: a floating type")
+    use = Use(batch_size, dtype, compile, place_for(model, device).device)
     current, whole = model.compression.current(), model.dense_schedule()
     times = time_in_turn(at_schedules(model, (whole, current, sliced(current)), use), rounds, use.device)
     return speed_of(times, batch_size, precision_name(dtype), (model.flops_at(whole), model.flops_at(current)))

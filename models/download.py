@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -17,7 +17,7 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 
-from diffrate.atomic import first_line
+from diffrate.atomic import answers, first_line, hub_or_cache
 from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights
 
 # torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
@@ -47,7 +47,13 @@ def fetch(url: str, bar: bool = True) -> Path:
     Raises:
         CheckpointError: the URL cannot be reached or the hash differs.
     """
-    return _first_of([url], Path(urlparse(url).path).name, bar, "", "give its path instead of the URL")
+    try:
+        name = Path(urlparse(url).path).name
+        if name in ("", ".."):
+            raise ValueError("found no file")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {url}: {error}; accepted: a URL that ends in a file's name") from error
+    return _first_of([url], name, bar, "", "give its path instead of the URL")
 
 
 def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
@@ -57,7 +63,9 @@ def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
         CheckpointError: they cannot be had; the message names the source and what to do.
     """
     try:
-        with downloading(source, bar):
+        if "://" in source:
+            _check_answer(source, _checkpoints() / Path(urlparse(source).path).name)
+        with downloading(source, bar), hub_or_cache() if source.startswith(HUB_SITE) else nullcontext():
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
         remedy = "bring it into the Hugging Face cache (HF_HOME)" if source.startswith(HUB_SITE) else "connect"
@@ -85,7 +93,7 @@ def downloading(source: str, bar: bool = True) -> Iterator[None]:
 
 def _first_of(sources: Sequence[str], file: str, bar: bool, what: str, instead: str) -> Path:
     """`file` in the checkpoint directory, which `TORCH_HOME` moves, from the first source that can be reached."""
-    target, failures = Path(torch.hub.get_dir()) / "checkpoints" / file, []
+    target, failures = _checkpoints() / file, []
     for source in sources:
         try:
             return _downloaded(source, target, bar)
@@ -95,13 +103,26 @@ def _first_of(sources: Sequence[str], file: str, bar: bool, what: str, instead: 
     raise CheckpointError(f"cannot download {what}{tried}. Put the file by hand at {target}, or {instead}")
 
 
+def _checkpoints() -> Path:
+    """Where torch keeps what it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _check_answer(source: str, target: Path) -> None:
+    """Raise an OSError where `target` is not there yet and the server of the URL `source` is silent."""
+    if not target.is_file() and not answers(source):
+        raise OSError(f"no answer from {urlparse(source).netloc}")
+
+
 def _downloaded(source: str, target: Path, bar: bool) -> Path:
     """`target`, downloaded if it is missing, or a repository's file in the hub's own cache."""
     if target.is_file():
         return target
     with downloading(source, bar):
         if source.startswith(HUB_SITE):
-            return Path(huggingface_hub.hf_hub_download(source.removeprefix(HUB_SITE), "model.safetensors"))
+            with hub_or_cache():
+                return Path(huggingface_hub.hf_hub_download(source.removeprefix(HUB_SITE), "model.safetensors"))
+        _check_answer(source, target)
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = HASH_IN_NAME.search(target.name)
         # Writes to a temporary file first, and renames when the hash agrees.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,7 +18,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from diffrate.atomic import first_line
+from diffrate.atomic import first_line, hub_or_cache
 from models.download import downloading, official_file
 from models.weights import load_weights
 from models.zoo import HUB_SITE, INPUTS, ZOO, InputSizeError, ModelEntry, Size, UnknownModelError, find
@@ -28,7 +27,6 @@ HUB = "hf-hub:"
 SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
 CLOSE = 3  # names that a refusal suggests
 DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
-WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".npz")  # how files of weights end
 # What fills a tensor in place when a model is built, most of the time that it takes without storage.
 FILLING = frozenset(["uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"])
 
@@ -138,15 +136,10 @@ def full_name(name: str) -> str:
     """timm's name in use for `name`, with a pretrained tag where timm has one.
 
     Raises:
-        UnknownModelError: timm has no such model, or no such tag of it; or it is a file.
+        UnknownModelError: timm has no such model, or no such tag of it.
     """
     spelled = name if timm.is_model(name) else name.replace("-", "_")
     known = timm.is_model(spelled)
-    if Path(name).suffix in WEIGHTS or (not known and Path(name).is_file()):
-        raise UnknownModelError(
-            f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
-            "(--list-models), or no --model where --save left the file"
-        )
     architecture, tag = split_model_name_tag(spelled)
     current = timm.models.get_deprecated_models().get(architecture, architecture) if known else None
     if current is None:
@@ -168,8 +161,8 @@ def full_name(name: str) -> str:
 def _entry_of_timm(name: str) -> ModelEntry:
     """The entry of a name that timm takes."""
     try:
-        with downloading(name):
-            source, identifier = timm.models.parse_model_name(name)
+        source, identifier = timm.models.parse_model_name(name)
+        with downloading(name), hub_or_cache() if source == "hf-hub" else nullcontext():
             options: dict[str, Any] = {}
             if not source:
                 architecture, tag = split_model_name_tag(identifier)

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from diffrate.atomic import UNREADABLE as UNREADABLE_BY_TORCH
-from diffrate.atomic import first_line
+from diffrate.atomic import check_unpacked, first_line, load_tensors
 from models.download import fetch, official_file, timm_state
 from models.zoo import CheckpointError, ModelEntry, Size
 
 StateDict = dict[str, Tensor]
 SHOWN = 3  # names of each kind in a message
+MOST_WRAPPERS = 8  # words around the tensors, one in another
+LEAST_REPEATED = 2**20  # bytes of a tensor, up to which it may repeat numbers
 # What a patched model adds to its state: absent from official files, skipped for dense models.
 COMPRESSION_PREFIX = "compression."
 # The last layers of the classifiers in each layout: ViTs, with a distilled one's second; timm's CAFormer; the original
@@ -181,7 +183,9 @@ def fit_state(model: nn.Module, state: StateDict, name: str, fresh_head: bool = 
 
 def head_classes(state: StateDict) -> int | None:
     """The number of classes of a checkpoint's head, None when it has no head."""
-    return next((state[key].shape[0] for key in CLASSIFIERS if key in state), None)
+    return next(
+        (state[key].shape[0] for key in CLASSIFIERS if key in state and state[key].ndim and len(state[key])), None
+    )
 
 
 def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
@@ -192,21 +196,29 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
     try:
         with safe_globals([Namespace]):  # official files hold their flags
             safe = path.suffix == ".safetensors"
-            content: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = load_file(path) if safe else load_tensors(path)
     except UNREADABLE as error:
         raise CheckpointError(
             f"checkpoint {path}: cannot be read, cut short or not a checkpoint ({first_line(error)}); "
             "accepted: a file of torch.save with plain tensors, safetensors, or for Google's ViTs .npz"
         ) from error
-    notes = []
+    notes: list[str] = []
     while isinstance(content, dict) and (words := [word for word in WRAPPERS if isinstance(content.get(word), dict)]):
+        if len(notes) == MOST_WRAPPERS:
+            raise CheckpointError(f"checkpoint {path}: found {words[0]!r} in itself; accepted: a state dict")
         others = f", not {', '.join(map(repr, words[1:]))}" if len(words) > 1 else ""
         notes.append(f"{name}: weights read from {words[0]!r}{others}")
         content = content[words[0]]
     found = content if isinstance(content, dict) else {}
-    tensors = clean_state_dict({key: value for key, value in found.items() if isinstance(value, Tensor)})
+    named = {key: value for key, value in found.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    tensors, size = clean_state_dict(named), path.stat().st_size
     if not tensors:
         raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")
+    for key, value in tensors.items():
+        # Sparse ones, and those that repeat few numbers, take far more memory than they have in the file.
+        if value.layout != torch.strided or value.numel() * value.element_size() > max(2 * size, LEAST_REPEATED):
+            kind = "sparse tensor" if value.layout != torch.strided else f"tensor of {list(value.shape)}"
+            raise CheckpointError(f"checkpoint {path}: {key}: found a {kind}; accepted: one with all its numbers")
     # Words that all names begin with, such as `model.` or `backbone.`: a training framework or another module held the
     # model, which has parts of several names itself.
     while len(tensors) > 1 and all("." in key for key in tensors) and len({key.split(".")[0] for key in tensors}) == 1:
@@ -224,6 +236,7 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"checkpoint {path}: found no NumPy archive; accepted: one of numpy.savez")
     try:
+        check_unpacked(path)
         with np.load(path, allow_pickle=False) as arrays:
             head, kernel, positions = (
                 next((arrays[name].shape for name in arrays.files if f"/{name}".endswith(f"/{ending}")), ())
@@ -233,7 +246,8 @@ def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict
             rows, columns, channels, width = kernel
             _check_patches([(width, channels, rows, columns)], model, str(path))
         if size is not None:
-            model.set_input_size(img_size=size)
+            # As timm has it: a patched model refuses it, and this copy is for its tensors alone.
+            next(kind for kind in type(model).__mro__ if kind.__module__.startswith(TIMM)).set_input_size(model, size)
         model.reset_classifier(head[-1] if head else 0)  # read where it has as many classes as the model's
         model.to_empty(device="cpu")
         read = {name: value for name, value in model.named_parameters() if not name.startswith(COMPRESSION_PREFIX)}

@@ -7,7 +7,7 @@ the gradient of the probabilities backward (straight-through)."""
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Choice(NamedTuple):
 
 def candidate_count(patches: int, granularity: int) -> int:
     """How many kept patch counts `patches, patches - g, ...` there are down to 1; a RateError for steps below 1."""
-    if granularity < 1:
+    if not isinstance(granularity, SupportsIndex) or isinstance(granularity, bool) or granularity < 1:
         raise RateError(f"granularity: found {granularity}; accepted: from 1 to {patches}")
     return (patches + granularity - 1) // granularity
 
@@ -175,7 +175,10 @@ class CompressionState(nn.Module):
 
     def set_granularity(self, prune: int, merge: int) -> None:
         """Choose among counts these steps apart, by fresh rate logits on the same device; refuses one below 1."""
-        self.granularity = {"prune": prune, "merge": merge}
+        granularity = {"prune": prune, "merge": merge}
+        for step in granularity.values():
+            candidate_count(self.patches, step)
+        self.granularity = granularity
         device = next((rate.device for rate in self.parameters()), None)
         for block, kind in self.space.choices:
             candidates = candidate_count(self.patches, self.granularity[kind])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
-from diffrate.atomic import first_line
+from diffrate.atomic import first_line, hub_or_cache, parse_json
 from diffrate.schedule import (
     MERGE_FIELD,
     PRUNE_FIELD,
@@ -237,7 +237,8 @@ def fetch(path: str | Path) -> Path:
         raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
     file = parts["file"] or "model.safetensors"
     try:
-        return Path(huggingface_hub.hf_hub_download(parts["repository"], file, revision=parts["revision"]))
+        with hub_or_cache():
+            return Path(huggingface_hub.hf_hub_download(parts["repository"], file, revision=parts["revision"]))
     except Exception as error:  # no network, repository, file or permission: an error of its own each
         raise SavedModelError(f"{reference}: cannot download {file} ({first_line(error)})") from error
 
@@ -277,8 +278,8 @@ def _read(text: str | None, name: str, entry: _Entry) -> Any:
     if text is None and entry.optional:
         return None
     try:
-        value = (text or "") if entry.plain else json.loads(text or "")
-    except (ValueError, RecursionError):  # not JSON, a number of too many digits, or nested too deeply
+        value = (text or "") if entry.plain else parse_json(text or "")
+    except ValueError:  # not JSON, a number of too many digits, or nested too deeply
         value = None
     if not entry.fits(value):
         raise _refusal(name, text, entry.accepted)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from diffrate.atomic import SCRATCH, first_line
+from diffrate.atomic import SCRATCH, first_line, parse_json
 from diffrate.device import errors_alone, no_warnings_of
 from diffrate.files.graph import translations
 from diffrate.files.header import FORMAT_FIELD, LEAST_OPSET, ExportError, Header, arrays_as_tuples, target_of
@@ -61,7 +62,7 @@ class Metadata(Header):
             found = entries.get(FORMAT_FIELD, "none")
             raise ExportError(f"{where}: found the format {found}; accepted: {json.dumps(FORMAT)}, a file of --export")
         try:
-            values: dict[str, Any] = {name: json.loads(entries[name]) for name in cls.__dataclass_fields__}
+            values: dict[str, Any] = {name: parse_json(entries[name]) for name in cls.__dataclass_fields__}
             schedule = Schedule(**arrays_as_tuples(values.pop("schedule")))
             return cls(schedule=schedule, **arrays_as_tuples(values))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -111,7 +112,9 @@ def run_onnx(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[st
 
 def write_pt2(program: ExportedProgram, entries: dict[str, str], path: Path) -> None:
     """Write `program` with `entries` as JSON among its extra files."""
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(entries)})
+    buffer = BytesIO()  # torch's writer of files ends the process where a disk is full
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(entries)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def run_pt2(path: Path, threads: int | None = None) -> tuple[Answer, Mapping[str, str]]:
@@ -146,6 +149,9 @@ def run_openvino(path: Path, threads: int | None = None) -> tuple[Answer, Mappin
     """As `run_onnx`, for each single request in turn."""
     import openvino
 
+    with path.open("rb") as file:
+        if not file.read(1).startswith(b"<"):  # OpenVINO would try the formats of others, and say so on the terminal
+            raise ExportError("found no XML")
     core = openvino.Core()
     model = core.read_model(path)
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}

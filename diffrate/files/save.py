@@ -139,6 +139,8 @@ def check_patched(model: object, error: type[ValueError]) -> None:
     """Raise `error` for what `diffrate.patch` has not patched."""
     if not isinstance(model, CompressedModel):
         raise error(f"found {type(model).__name__}; accepted: a model that diffrate.patch has patched")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise error("found weights without storage, on the device meta; accepted: weights on a CPU or GPU")
 
 
 def header_of(model: CompressedModel) -> dict[str, Any]:
@@ -155,6 +157,8 @@ def header_of(model: CompressedModel) -> dict[str, Any]:
 def _describe(model: CompressedModel, name: str | None, classes: Sequence[str] | None) -> About:
     """What the file will say of `model`, checked as it will be when it is read."""
     check_patched(model, SavedModelError)
+    if name is not None and not isinstance(name, str):
+        raise SavedModelError(f"name: found {name!r}; accepted: a line of text")
     if isinstance(classes, str):
         raise SavedModelError(f"classes: found {classes!r}; accepted: a sequence of texts, one per output")
     config: Any = getattr(model, "pretrained_cfg", None) or {}

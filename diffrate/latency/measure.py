@@ -11,7 +11,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from diffrate.blocks.block import attended, mlp_branch, removes
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import replaced
 from diffrate.budget import BaselineError, Budget, BudgetError, baseline_schedule
-from diffrate.device import generators_kept, made_by_first, placement_of
+from diffrate.device import generators_kept, made_by_first, place_for
 from diffrate.latency.confirm import measured_speedup
 from diffrate.latency.setting import check_folder, kinds_of, read_table, setting_of, write_table
 from diffrate.latency.table import LatencyTable, block_times, fit_prices, fit_terms
@@ -162,11 +162,11 @@ def measure_latency(
     A warning is logged where times are too noisy to be kept in `file`.
     """
     require_patched(model)
-    if batch_size < 1:
+    if not isinstance(batch_size, SupportsIndex) or batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
-    use = Use(batch_size, dtype, compile, placement_of(model, device).device)
+    use = Use(batch_size, dtype, compile, place_for(model, device).device)
     path = None if file is None else Path(file)
 
     def read_or_measured() -> LatencyTable:

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 
-from diffrate.atomic import UNREADABLE, first_line, whole_file
+from diffrate.atomic import UNREADABLE, first_line, read_json, whole_file
 from diffrate.blocks.block import form_of
 from diffrate.blocks.heads import projection_of
 from diffrate.device import machine_name, placement_of
@@ -31,7 +31,7 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
     """The table at `path` if it was made for `setting`; None where there is no file, or one of another setting.
     LatencyFileError where the file holds no table."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["setting"] != setting:
             return None
         kinds = [
@@ -41,7 +41,7 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
         return _made(LatencyTable, content | {"kinds": kinds})
     except FileNotFoundError:
         return None
-    except (*UNREADABLE, RecursionError) as error:
+    except UNREADABLE as error:
         raise LatencyFileError(
             f"{path}: cannot be read ({first_line(error)}); accepted: a file of measured times, or none"
         ) from error

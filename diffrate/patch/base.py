@@ -173,8 +173,13 @@ class CompressedModel(nn.Module):
 
     def counts_at(self, schedule: Schedule) -> list[Kept]:
         """What happens to the tokens in each compressible block at `schedule`."""
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
+        blocks = len(self.compressible_blocks())
+        if min(len(schedule.merge), len(schedule.prune or schedule.merge)) < blocks:
+            raise ScheduleError(f"schedule: found {len(schedule.merge)} counts; accepted: {blocks}, one per block")
         # CAFormer's schedules go on with counts for the blocks after the compressible ones.
-        return running_counts(schedule, self.compression.space.limits[0])[: len(self.compressible_blocks())]
+        return running_counts(schedule, self.compression.space.limits[0])[:blocks]
 
     def flops(self) -> int:
         """`flops_at` the present kept counts."""

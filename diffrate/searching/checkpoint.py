@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffrate.atomic import UNREADABLE, first_line, whole_file
+from diffrate.atomic import UNREADABLE, first_line, load_tensors, whole_file
 from diffrate.budget import Budget
 from diffrate.device import Placement
 from diffrate.evaluation import Batches, Scores, evaluate
@@ -117,7 +117,7 @@ class Task:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a search's checkpoint; SearchCheckpointError where it is missing, damaged, or of another kind."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except UNREADABLE as error:
         raise SearchCheckpointError(
             f"{path}: cannot be read ({first_line(error)}); accepted: the checkpoint of a search"

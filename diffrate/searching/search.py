@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import default_precision, generators_kept, placement_of
+from diffrate.device import default_precision, generators_kept, place_for
 from diffrate.evaluation import Batches, Scores, Tally, require_batches
 from diffrate.latency.confirm import Confirmed, confirmed
 from diffrate.patch.base import CompressedModel, require_patched
@@ -73,7 +73,7 @@ def search(
         resume: a file to go on from, bit for bit on a CPU unless loader processes that persist draw augmentation.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: there is no such option; or settings, callback or criterion are of another type.
         UnsupportedModelError: the model is not patched, or has no head for the default loss.
         SearchSettingError, BudgetError, RateError, ScheduleError: an option, the target, the granularity or
             the start makes no sense; or the loss is the same whatever the schedule.
@@ -88,7 +88,12 @@ def search(
     for name in options:
         if name not in OPTIONS:
             raise TypeError(f"{name}: no option of a search; accepted: {', '.join(OPTIONS)}")
+    if not isinstance(settings, SearchSettings | None):
+        raise TypeError(f"settings: found {type(settings).__name__}; accepted: SearchSettings, or options by name")
     settings = replace(settings or SearchSettings(), **options)
+    for name, given in (("callback", callback), ("criterion", settings.criterion)):
+        if not (given is None or callable(given) or isinstance(given, Observer)):
+            raise TypeError(f"{name}: found {type(given).__name__}; accepted: a function, or none")
     target = settings.target
     needs_head = settings.method == GRADIENT and settings.criterion is None and settings.labelled
     if needs_head and not model.has_head():
@@ -97,9 +102,10 @@ def search(
         )
     if target.timed and resume is not None and settings.latency is None:
         raise SearchSettingError("latency: found none to resume with; accepted: the table of the search that goes on")
-    place = placement_of(model, settings.device)
+    place = place_for(model, settings.device)
     settings = replace(settings, precision=settings.precision or default_precision(place.device))
     if val is not None:
+        require_batches(val)
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
         table = settings.latency or table_for(model, target, place.device)
@@ -108,18 +114,29 @@ def search(
     files = (None if path is None else Path(path) for path in (checkpoint, resume))
     task = Task(model, loader, settings, budget, place, val, *files, begun=time.monotonic())
     budget.check(task.space)
-    calibrated, again, history = None, None, ()
-    with generators_kept():
-        if settings.method == GRADIENT:
-            found, scores, history = search_by_gradient(task, callback)
-        else:
-            calibrated, again = search_at_hard_counts(task)
-            found = calibrated.schedule
-            scores = task.scores_at(found)
-        schedule, speed = confirmed(model, found, task.space, budget, settings.latency, again)
-        if schedule != found:
-            scores = task.scores_at(schedule)
-        model.schedule = schedule
+    before = model.compression.schedule
+    try:
+        with generators_kept():
+            return _found(task, callback)
+    except BaseException:
+        if model.compression.schedule != before:
+            model.compression.schedule = before
+        raise
+
+
+def _found(task: Task, callback: Callable[[StepRecord], None] | Observer | None) -> Found:
+    """The outcome of a task, which its model is left at."""
+    model, calibrated, again, history = task.model, None, None, ()
+    if task.settings.method == GRADIENT:
+        found, scores, history = search_by_gradient(task, callback)
+    else:
+        calibrated, again = search_at_hard_counts(task)
+        found = calibrated.schedule
+        scores = task.scores_at(found)
+    schedule, speed = confirmed(model, found, task.space, task.budget, task.settings.latency, again)
+    if schedule != found:
+        scores = task.scores_at(schedule)
+    model.schedule = schedule
     return Found(schedule, model.flops_at(schedule), scores, history, calibrated, speed)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrate.device import placement_of
+from diffrate.device import place_for
 from diffrate.evaluation import require_batches
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule, SearchSpace
@@ -83,7 +83,7 @@ def sensitivity(
     require_patched(model)
     require_batches(loader)
     candidates = _candidates(model.compression.space.every_block(), shares)
-    place, teacher = placement_of(model, device), Teacher(model, multi_label=multi_label)
+    place, teacher = place_for(model, device), Teacher(model, multi_label=multi_label)
     teacher.of_outputs = model.has_head()  # those without a pooling are compared as features are
     classes = teacher.of_outputs and not multi_label and model.num_classes != 1
     model.to(place.device)  # outside inference mode: the weights stay fit for training
