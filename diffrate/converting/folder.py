@@ -3,7 +3,6 @@ without transformers, by the readers of `diffrate.convert`."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 
-from diffrate.atomic import first_line
+from diffrate.atomic import first_line, read_json
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting.layout import Plan, State
 from diffrate.converting.transformers_vits import plan_of_files
@@ -143,8 +142,8 @@ def _within(source: str, name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{path.name}: cannot be read ({first_line(error)}); accepted: JSON") from error
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{path.name}: found {type(content).__name__}; accepted: a JSON object")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffrate.atomic import first_line
+from diffrate.atomic import first_line, parse_json
 from diffrate.files.header import SavedModelError
 from diffrate.patch.parts import FeatureHead, TextHead
 
@@ -71,7 +70,7 @@ def read_texts(path: str | Path) -> Texts:
 
 def _names(text: str | None, rows: int, path: str | Path) -> tuple[str, ...]:
     try:
-        names = json.loads(text or "null")
+        names = parse_json(text or "null")
     except ValueError:
         names = text
     found = repr(names)
