@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import alone, autocasts, in_graph, replaced, size_dtype
+from diffrate.blocks.tokens import alone, autocasts, in_graph, precise, replaced, size_dtype
 
 CACHED_ELEMENTS = 2**18  # of the maps that are made at a time on a CPU: 1 MiB in float32
 IMAGE_ELEMENTS = 2**20  # of one image's maps, up to which they pay there
@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 def size_bias(size: Tensor | None, pairs: Tensor | None = None) -> Tensor | None:
     """What is added to the scores: `log(size)` per key, `[B, 1, 1, N]`, and a bias of `pairs` `[B or 1, H, Q, N]`; None
     for nothing."""
-    bias = None if size is None else size.log()[:, None, None, :]
+    bias = None if size is None else size.log().unflatten(1, (1, 1, -1))
     if bias is None or pairs is None:
         return pairs if bias is None else bias
     return bias + pairs
@@ -115,29 +115,31 @@ def attend_with_map(
 
     Scores and weights are in float32 at least: in half precision importances tie.
     """
-    images = heads.query.shape[:2]
+    images, value = heads.query.shape[:2], heads.value.flatten(0, 1)
     if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
         scores = _full_scores(heads, bias)
     else:
         key = heads.key.flatten(0, 1).transpose(-2, -1)
-        scores = torch.bmm(heads.query.flatten(0, 1) * heads.scale, key).to(size_dtype(heads.query))
+        scores = precise(torch.bmm(heads.query.flatten(0, 1) * heads.scale, key))
         if bias is not None:
             scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
-    weights = scores.softmax(dim=-1)
+    # In place, a CPU's cache holds twice as many; a backward pass, and a graph, ask for a map of its own.
+    own = in_graph() or scores.requires_grad
+    weights = scores.softmax(-1) if own else torch.softmax(scores, -1, out=scores)
     rows = weights.unflatten(0, images)
     importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
-    mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
+    mixed = torch.bmm(drop(weights).to(value.dtype), value)
     return mixed.unflatten(0, images), importance
 
 
 def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
     them: passes of their own over the map, or over queries, take longer."""
-    images, precise = heads.query.shape[:2], size_dtype(heads.query)
-    query, key = heads.query.flatten(0, 1).to(precise), heads.key.flatten(0, 1).to(precise).transpose(-2, -1)
+    query, key = precise(heads.query.flatten(0, 1)), precise(heads.key.flatten(0, 1)).transpose(1, 2)
     if bias is None:
         return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
-    return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
+    bias = precise(bias).expand(*heads.query.shape[:2], -1, -1).flatten(0, 1)
+    return torch.baddbmm(bias, query, key, alpha=heads.scale)
 
 
 def parts_of(key: Tensor, elements: int) -> list[slice]:

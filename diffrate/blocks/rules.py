@@ -22,14 +22,13 @@ from diffrate.blocks.reduction import (
     add_up,
     after_prefix,
     full_product,
-    gathered,
     joined,
     keep_tokens,
     length_of,
     most_important,
     most_similar,
 )
-from diffrate.blocks.tokens import TokenState, moved, size_dtype, take
+from diffrate.blocks.tokens import TokenState, moved, precise, size_dtype, take
 from diffrate.schedule import Kept
 
 
@@ -68,7 +67,7 @@ class HalvesIntoHalves(Pairing):
         while left > kept.merged:
             sources = min(left - kept.merged, (left - prefix) // 2)
             index, destination, cosine = self._match(state.x if keys is None else keys, importance, sources, prefix)
-            state = _merged(state, index, destination, cosine, mean)
+            state = joined(state, index, precise(take(state.x, index)), destination, cosine if mean.cosine_sizes else None, mean)
             left -= sources
             if left > kept.merged:  # for another round
                 if importance is not None:  # of a merged token, the sum
@@ -135,7 +134,7 @@ class HighestEnergy(Pairing):
         sources, targets = order[:, : 2 * count : 2], order[:, 1 : 2 * count : 2]
         nearest, similarity = _nearest(take(keys, sources), take(keys, targets))
         index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
-        return _merged(state, index, nearest + prefix, similarity, mean)
+        return joined(state, index, precise(take(state.x, index)), nearest + prefix, similarity if mean.cosine_sizes else None, mean)
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,6 @@ class FirstTokens(Pairing):
             return first
         index = torch.arange(kept.merged, device=state.x.device).expand(state.x.shape[0], -1)
         return moved(state, first, index, index)
-
-
-def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor, mean: Mean) -> TokenState:
-    """All tokens in the order `index` `[B, N]`, the last ones merged into those at `destination` `[B, S]` of it."""
-    x, kept = gathered(state.x, index), index.shape[1] - destination.shape[1]
-    if x.ndim == 2:
-        destination, cosine = destination[0], cosine[0]
-    return joined(state, index, kept, x, destination, cosine if mean.cosine_sizes else None, mean)
 
 
 def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,12 @@ class TokenState(NamedTuple):
 
 def size_dtype(x: Tensor) -> torch.dtype:
     """Sizes stay in float32 beside half-precision features: bfloat16 cannot tell 256 from 257."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def precise(x: Tensor) -> Tensor:
+    """`x` in `size_dtype`: itself where it is."""
+    return x if x.dtype == size_dtype(x) else x.to(size_dtype(x))
 
 
 def alone(values: Tensor) -> bool:
@@ -96,10 +101,10 @@ def rows_of(index: Tensor, tokens: int) -> Tensor:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `[B, K]` of `values` `[B, N]`, `[1, N]` or `[B, N, C]`."""
-    if alone(index) and values.shape[0] == 1:
-        return values.index_select(1, index[0])
     if values.ndim == 2:
         return values.expand(index.shape[0], -1).gather(1, index)
+    if alone(index):
+        return values.index_select(1, index[0])
     # Whole rows are copied at once, where gather would look up each of their elements.
     return F.embedding(rows_of(index, values.shape[1]), values.flatten(0, 1))
 
