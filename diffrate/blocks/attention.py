@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import alone, autocasts, in_graph, precise, replaced, size_dtype
+from diffrate.blocks.tokens import alone, autocasts, full_precision, in_graph, precise, replaced, size_dtype
 
 CACHED_ELEMENTS = 2**18  # of the maps that are made at a time on a CPU: 1 MiB in float32
 IMAGE_ELEMENTS = 2**20  # of one image's maps, up to which they pay there
@@ -78,7 +78,7 @@ def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> T
     for first in range(queries):
         query = heads.query[:, :, first : first + 1]
         own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, first : first + 1]
-        if alone(query) and not autocasts(query.device.type):
+        if alone(query):
             rows.append(_full_scores(replaced(heads, query=query), own).softmax(dim=-1).mean(dim=0))
             continue
         # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
@@ -101,11 +101,11 @@ def _maps_pay(heads: Heads) -> bool:
     stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention runs on.
     """
     query = heads.query
-    if query.device.type != "cpu" or query.requires_grad or in_graph() or autocasts("cpu"):
+    if query.device.type != "cpu" or query.requires_grad or in_graph():
         return False
     if _map_elements(heads) > IMAGE_ELEMENTS:
         return False
-    return query.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
+    return heads.value.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
 
 
 def attend_with_map(
@@ -116,7 +116,7 @@ def attend_with_map(
     Scores and weights are in float32 at least: in half precision importances tie.
     """
     images, value = heads.query.shape[:2], heads.value.flatten(0, 1)
-    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
+    if heads.query.device.type == "cpu" and not in_graph() and (queries or not autocasts("cpu")):
         scores = _full_scores(heads, bias)
     else:
         key = heads.key.flatten(0, 1).transpose(-2, -1)
@@ -126,8 +126,7 @@ def attend_with_map(
     # In place, a CPU's cache holds twice as many; a backward pass, and a graph, ask for a map of its own.
     own = in_graph() or scores.requires_grad
     weights = scores.softmax(-1) if own else torch.softmax(scores, -1, out=scores)
-    rows = weights.unflatten(0, images)
-    importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
+    importance = weights.narrow(1, 0, queries or weights.shape[1]).sum(1).view(*images, -1).sum(1)
     mixed = torch.bmm(drop(weights).to(value.dtype), value)
     return mixed.unflatten(0, images), importance
 
@@ -136,10 +135,10 @@ def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
     them: passes of their own over the map, or over queries, take longer."""
     query, key = precise(heads.query.flatten(0, 1)), precise(heads.key.flatten(0, 1)).transpose(1, 2)
-    if bias is None:
-        return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
-    bias = precise(bias).expand(*heads.query.shape[:2], -1, -1).flatten(0, 1)
-    return torch.baddbmm(bias, query, key, alpha=heads.scale)
+    beta = 0 if bias is None else 1
+    start = query.new_empty(1, 1, 1) if bias is None else precise(bias).expand(*heads.query.shape[:2], -1, -1)
+    with full_precision(query.device.type):
+        return torch.baddbmm(start if bias is None else start.flatten(0, 1), query, key, beta=beta, alpha=heads.scale)
 
 
 def parts_of(key: Tensor, elements: int) -> list[slice]:

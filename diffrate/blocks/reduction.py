@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.attention import Heads
-from diffrate.blocks.tokens import TokenState, alone, autocasts, in_graph, moved, precise, rows_of, size_dtype, take
+from diffrate.blocks.tokens import TokenState, alone, full_precision, in_graph, moved, precise, rows_of, take
 from diffrate.schedule import Kept
 
 
@@ -30,10 +30,12 @@ def after_prefix(others: Tensor, prefix: int) -> Tensor:
     """The positions of the first `prefix` tokens, then `others` `[B, K]`, counted from behind the prefix."""
     if not prefix:
         return others
-    if prefix == 1:
-        return F.pad(others + 1, (1, 0))
-    first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
-    return torch.cat([first, others + prefix], dim=1)
+    if in_graph():
+        first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
+        return F.pad(others + 1, (1, 0)) if prefix == 1 else torch.cat([first, others + prefix], dim=1)
+    index = torch.arange(prefix + others.shape[1], device=others.device).repeat(others.shape[0], 1)
+    torch.add(others, prefix, out=index[:, prefix:])  # in less time than `F.pad`
+    return index
 
 
 def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
@@ -53,7 +55,7 @@ LEAST_SIZE = 1e-30
 
 def length_of(x: Tensor) -> Tensor:
     """The length of each token of `x` `[..., N, C]`, `[..., N]`, in float32 at least."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=size_dtype(x)).clamp(min=1e-12)
+    return torch.linalg.vector_norm(precise(x), dim=-1).clamp(min=1e-12)
 
 
 def most_similar(sources: Tensor, candidates: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -71,11 +73,8 @@ def most_similar(sources: Tensor, candidates: Tensor, lengths: Tensor | None = N
 def full_product(left: Tensor, right: Tensor) -> Tensor:
     """`left` `[B, S, C]` times `right` `[B, C, K]` in their own precision: half of it has not the range, and costs
     more on many a CPU."""
-    # Not `@`, which exporters copy both sides for.
-    if not autocasts(left.device.type):
-        return torch.bmm(left, right)
-    with torch.autocast(left.device.type, enabled=False):
-        return torch.bmm(left, right)
+    with full_precision(left.device.type):
+        return torch.bmm(left, right)  # not `@`, which exporters copy both sides for
 
 
 def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor
     """`start` `[B, K, C]` plus each of `values` `[B, S, C]` at its `destination`, as a product with a matrix of ones
     and zeros, `[B, K, S]`: the same sums each time."""
     goes_to = destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]
-    with torch.autocast(start.device.type, enabled=False):  # tokens keep the residual stream's precision
+    with full_precision(start.device.type):  # tokens keep the residual stream's precision
         return torch.baddbmm(start, goes_to.to(start.dtype), values)
 
 
@@ -135,40 +134,43 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean:
         return keep_tokens(state, index[:, :kept])
     x = precise(take(state.x, index))
     lengths, parts = length_of(x), (spared, kept - spared, x.shape[1] - kept)
-    (_, candidates, sources), (_, theirs, own) = x.split(parts, 1), lengths.split(parts, 1)
+    (_, candidates, sources), (_, theirs, own) = x.split_with_sizes(parts, 1), lengths.split_with_sizes(parts, 1)
     nearest, along = most_similar(sources, candidates, theirs)
-    return joined(state, index, x, nearest + spared, along / own if mean.cosine_sizes else None, mean)
+    cosine = along / own if mean.cosine_sizes else None
+    return joined(state, index, x, nearest + spared, cosine, mean)
 
 
 def joined(
-    state: TokenState, index: Tensor, x: Tensor, destination: Tensor, cosine: Tensor | None, mean: Mean
+    state: TokenState, index: Tensor, x: Tensor | None, destination: Tensor, cosine: Tensor | None, mean: Mean
 ) -> TokenState:
     """The tokens at `index` `[B, K + S]`, the last `S` averaged with the earlier ones that they go to.
 
-    `x` are the features at `index`, in float32 at least; `destination` and `cosine` `[B, S]` are the position in
-    `index` that each of the last goes to, and how similar the two are. `x` may be overwritten, unless a backward pass
-    asks for it.
+    `x` are the features at `index`, in float32 at least, None where they are not at hand; they may be overwritten,
+    unless a backward pass asks for them. `destination` and `cosine` `[B, S]` are the position in `index` that each of
+    the last goes to, and how similar the two are.
     """
+    x = precise(take(state.x, index)) if x is None else x
     leaving, weighed = destination.shape[1], state.size is not None
     kept = index.shape[1] - leaving
     whole = x.new_ones(x.shape[:2]) if state.size is None else take(state.size, index)
-    start, leaves = whole.split((kept, leaving), 1)
-    sizes = add_up(start, destination, leaves if cosine is None else leaves * cosine)
-    if cosine is not None:
+    start, leaves = whole.split_with_sizes((kept, leaving), 1)
+    sizes = add_up(start, destination, leaves * cosine if mean.cosine_sizes and cosine is not None else leaves)
+    if mean.cosine_sizes:
         sizes = sizes.clamp(min=LEAST_SIZE)
     if mean.by_size:
         x = x * whole.unsqueeze(-1) if weighed else x
-        total = sizes if cosine is None else add_up(start, destination, leaves)
-    elif weighed or cosine is not None:
+        total = add_up(start, destination, leaves) if mean.cosine_sizes else sizes
+    elif weighed or mean.cosine_sizes:
         ones = x.new_ones(x.shape[:2])
         total = add_up(ones.narrow(1, 0, kept), destination, ones.narrow(1, kept, leaving))
     else:
         total = sizes
-    staying = index[:, :kept]
-    place = None if state.place is None else take(state.place, staying)
-    merged = TokenState(averaged(x, destination, total).to(state.x.dtype), sizes, place=place)
+    place = None if state.place is None else take(state.place, index[:, :kept])
+    features = averaged(x, destination, total)
+    merged = TokenState(features if x.dtype == state.x.dtype else features.to(state.x.dtype), sizes, place=place)
     if state.origin is None:
         return merged
+    staying = index[:, :kept]
     stay = torch.arange(kept, device=index.device).expand_as(staying)
     return moved(state, merged, index, torch.cat([stay, destination], dim=1))
 

@@ -28,7 +28,7 @@ from diffrate.blocks.reduction import (
     most_important,
     most_similar,
 )
-from diffrate.blocks.tokens import TokenState, moved, precise, size_dtype, take
+from diffrate.blocks.tokens import TokenState, moved, size_dtype, take
 from diffrate.schedule import Kept
 
 
@@ -67,7 +67,7 @@ class HalvesIntoHalves(Pairing):
         while left > kept.merged:
             sources = min(left - kept.merged, (left - prefix) // 2)
             index, destination, cosine = self._match(state.x if keys is None else keys, importance, sources, prefix)
-            state = joined(state, index, precise(take(state.x, index)), destination, cosine if mean.cosine_sizes else None, mean)
+            state = joined(state, index, None, destination, cosine, mean)
             left -= sources
             if left > kept.merged:  # for another round
                 if importance is not None:  # of a merged token, the sum
@@ -134,7 +134,7 @@ class HighestEnergy(Pairing):
         sources, targets = order[:, : 2 * count : 2], order[:, 1 : 2 * count : 2]
         nearest, similarity = _nearest(take(keys, sources), take(keys, targets))
         index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
-        return joined(state, index, precise(take(state.x, index)), nearest + prefix, similarity if mean.cosine_sizes else None, mean)
+        return joined(state, index, None, nearest + prefix, similarity, mean)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -92,6 +93,11 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # the meta device knows none
 
 
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Where products are taken in the precision of their factors, under autocast, too."""
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+
+
 def rows_of(index: Tensor, tokens: int) -> Tensor:
     """Positions `[B, K]` of each image's `tokens` as rows of all images together."""
     if alone(index):
@@ -104,7 +110,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     if values.ndim == 2:
         return values.expand(index.shape[0], -1).gather(1, index)
     if alone(index):
-        return values.index_select(1, index[0])
+        return values.index_select(1, index.select(0, 0))
     # Whole rows are copied at once, where gather would look up each of their elements.
     return F.embedding(rows_of(index, values.shape[1]), values.flatten(0, 1))
 
