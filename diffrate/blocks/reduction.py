@@ -95,10 +95,19 @@ def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
 
 def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
     """`start` `[B, K, C]` plus each of `values` `[B, S, C]` at its `destination`, as a product with a matrix of ones
-    and zeros, `[B, K, S]`: the same sums each time."""
-    goes_to = destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]
-    with full_precision(start.device.type):  # tokens keep the residual stream's precision
-        return torch.baddbmm(start, goes_to.to(start.dtype), values)
+    and zeros: the same sums each time."""
+    return product_added(start, matrix_of(destination, start), values)
+
+
+def matrix_of(destination: Tensor, start: Tensor) -> Tensor:
+    """Ones where a value goes to, `[B, K, S]`, zeros elsewhere, for `start` `[B, K, C]` and `destination` `[B, S]`."""
+    return (destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]).to(start.dtype)
+
+
+def product_added(start: Tensor, goes_to: Tensor, values: Tensor) -> Tensor:
+    """`start` plus the product of the others; tokens keep the residual stream's precision."""
+    with full_precision(start.device.type):
+        return torch.baddbmm(start, goes_to, values)
 
 
 def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
@@ -108,19 +117,22 @@ def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
     return add_by_product(start[:, :, None], destination, values[:, :, None]).squeeze(-1)
 
 
-def averaged(x: Tensor, destination: Tensor, total: Tensor) -> Tensor:
+def averaged(x: Tensor, destination: Tensor, total: Tensor | None) -> Tensor:
     """The first tokens of `x` `[B, K + S, C]` plus each of the others at its `destination` `[B, S]`, over their `total`
-    `[B, K]`: `[B, K, C]`.
+    `[B, K]`, by default how many these are: `[B, K, C]`.
 
     `x` may be overwritten, unless a backward pass asks for it.
     """
-    kept, total = total.shape[1], total.unsqueeze(-1)
-    leaves = x.narrow(1, kept, destination.shape[1])
-    if not on_cpu(x):
-        return add_by_product(x[:, :kept], destination, leaves) / total
-    if in_graph() or x.requires_grad:  # a graph has nothing to do in place, and more runtimes know this
-        return x[:, :kept].scatter_add(1, destination[:, :, None].expand_as(leaves), leaves) / total
-    sums = add_by_index(x, destination, leaves)
+    leaving = destination.shape[1]
+    stays, leaves = x.split_with_sizes((x.shape[1] - leaving, leaving), 1)
+    if in_graph() or x.requires_grad or not on_cpu(x):  # a graph has nothing to do in place
+        goes_to = matrix_of(destination, stays)
+        total = goes_to.sum(-1) + 1 if total is None else total
+        return product_added(stays, goes_to, leaves) / total.unsqueeze(-1)
+    if total is None:
+        ones = x.new_ones(x.shape[:2])
+        total = add_up(ones.narrow(1, 0, stays.shape[1]), destination, ones.narrow(1, stays.shape[1], leaving))
+    sums, total = add_by_index(x, destination, leaves), total.unsqueeze(-1)
     return sums.div_(total) if sums.is_contiguous() else sums / total
 
 
@@ -133,9 +145,10 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean:
     if kept <= spared:
         return keep_tokens(state, index[:, :kept])
     x = precise(take(state.x, index))
-    lengths, parts = length_of(x), (spared, kept - spared, x.shape[1] - kept)
-    (_, candidates, sources), (_, theirs, own) = x.split_with_sizes(parts, 1), lengths.split_with_sizes(parts, 1)
-    nearest, along = most_similar(sources, candidates, theirs)
+    leaving = x.shape[1] - kept
+    _, lengths, own = length_of(x).split_with_sizes((spared, kept - spared, leaving), 1)
+    stays, sources = x.split_with_sizes((kept, leaving), 1)
+    nearest, along = most_similar(sources, stays[:, spared:], lengths)
     cosine = along / own if mean.cosine_sizes else None
     return joined(state, index, x, nearest + spared, cosine, mean)
 
@@ -157,14 +170,10 @@ def joined(
     sizes = add_up(start, destination, leaves * cosine if mean.cosine_sizes and cosine is not None else leaves)
     if mean.cosine_sizes:
         sizes = sizes.clamp(min=LEAST_SIZE)
+    total = None if weighed or mean.cosine_sizes else sizes
     if mean.by_size:
         x = x * whole.unsqueeze(-1) if weighed else x
         total = add_up(start, destination, leaves) if mean.cosine_sizes else sizes
-    elif weighed or mean.cosine_sizes:
-        ones = x.new_ones(x.shape[:2])
-        total = add_up(ones.narrow(1, 0, kept), destination, ones.narrow(1, kept, leaving))
-    else:
-        total = sizes
     place = None if state.place is None else take(state.place, index[:, :kept])
     features = averaged(x, destination, total)
     merged = TokenState(features if x.dtype == state.x.dtype else features.to(state.x.dtype), sizes, place=place)

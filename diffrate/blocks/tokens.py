@@ -102,7 +102,7 @@ def rows_of(index: Tensor, tokens: int) -> Tensor:
     """Positions `[B, K]` of each image's `tokens` as rows of all images together."""
     if alone(index):
         return index
-    return index + torch.arange(0, index.shape[0] * tokens, tokens, device=index.device)[:, None]
+    return index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
