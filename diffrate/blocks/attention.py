@@ -7,13 +7,14 @@ times, by adding `log(size)` to its scores.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import alone, autocasts, full_precision, in_graph, precise, replaced, size_dtype
+from diffrate.blocks.tokens import alone, autocasts, in_graph, precise, replaced, size_dtype, uncast
 
 CACHED_ELEMENTS = 2**18  # of the maps that are made at a time on a CPU: 1 MiB in float32
 IMAGE_ELEMENTS = 2**20  # of one image's maps, up to which they pay there
@@ -32,7 +33,7 @@ class Heads(NamedTuple):
 def size_bias(size: Tensor | None, pairs: Tensor | None = None) -> Tensor | None:
     """What is added to the scores: `log(size)` per key, `[B, 1, 1, N]`, and a bias of `pairs` `[B or 1, H, Q, N]`; None
     for nothing."""
-    bias = None if size is None else size.log().unflatten(1, (1, 1, -1))
+    bias = None if size is None else size.log().view(-1, 1, 1, size.shape[1])
     if bias is None or pairs is None:
         return pairs if bias is None else bias
     return bias + pairs
@@ -54,13 +55,10 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
     map, and a row of its own. That of all tokens takes every element of the map, but not all at once: a few images are
     treated at a time, so that on a CPU their maps stay in the cache.
     """
-    if queries and not _maps_pay(heads):
+    elements = heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]  # of one image's maps
+    if queries and not _maps_pay(heads, elements):
         return attend(heads, bias, dropout), first_tokens_attention(heads, bias, queries)
-
-    def drop(weights: Tensor) -> Tensor:
-        return F.dropout(weights, dropout) if dropout > 0 else weights
-
-    parts = parts_of(heads.key, _map_elements(heads))
+    parts, drop = parts_of(heads.key, elements), partial(F.dropout, p=dropout) if dropout > 0 else None
     if len(parts) == 1:
         return attend_with_map(heads, bias, drop, queries)
     found = []
@@ -91,25 +89,18 @@ def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> T
     return rows[0] if queries == 1 else torch.stack(rows).mean(0)
 
 
-def _map_elements(heads: Heads) -> int:
-    """The elements of one image's attention maps."""
-    return heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]
-
-
-def _maps_pay(heads: Heads) -> bool:
-    """Whether attention by products takes no longer than fused attention, as measured: on a CPU, while an image's maps
-    stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention runs on.
-    """
+def _maps_pay(heads: Heads, elements: int) -> bool:
+    """Whether attention by products takes no longer than fused attention, as measured: on a CPU, while the `elements`
+    of an image's maps stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention
+    runs on."""
     query = heads.query
-    if query.device.type != "cpu" or query.requires_grad or in_graph():
-        return False
-    if _map_elements(heads) > IMAGE_ELEMENTS:
+    if elements > IMAGE_ELEMENTS or query.device.type != "cpu" or query.requires_grad or in_graph():
         return False
     return heads.value.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
 
 
 def attend_with_map(
-    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor], queries: int
+    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor] | None, queries: int
 ) -> tuple[Tensor, Tensor]:
     """`attend_and_rank` by the attention maps of all images `[B * H, Q, N]`, which pass `drop` on their way to values.
 
@@ -123,22 +114,21 @@ def attend_with_map(
         scores = precise(torch.bmm(heads.query.flatten(0, 1) * heads.scale, key))
         if bias is not None:
             scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
-    # In place, a CPU's cache holds twice as many; a backward pass, and a graph, ask for a map of its own.
-    own = in_graph() or scores.requires_grad
-    weights = scores.softmax(-1) if own else torch.softmax(scores, -1, out=scores)
-    importance = weights.narrow(1, 0, queries or weights.shape[1]).sum(1).view(*images, -1).sum(1)
-    mixed = torch.bmm(drop(weights).to(value.dtype), value)
-    return mixed.unflatten(0, images), importance
+    weights = scores.softmax(dim=-1)
+    rows = weights.view(*images, *weights.shape[1:])
+    importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
+    mixed = torch.bmm((weights if drop is None else drop(weights)).to(value.dtype), value)
+    return mixed.view(*images, *mixed.shape[1:]), importance
 
 
 def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
     them: passes of their own over the map, or over queries, take longer."""
     query, key = precise(heads.query.flatten(0, 1)), precise(heads.key.flatten(0, 1)).transpose(1, 2)
-    beta = 0 if bias is None else 1
-    start = query.new_empty(1, 1, 1) if bias is None else precise(bias).expand(*heads.query.shape[:2], -1, -1)
-    with full_precision(query.device.type):
-        return torch.baddbmm(start if bias is None else start.flatten(0, 1), query, key, beta=beta, alpha=heads.scale)
+    if bias is None:
+        return uncast(torch.baddbmm, query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
+    bias = precise(bias).expand(*heads.query.shape[:2], -1, -1).flatten(0, 1)
+    return uncast(torch.baddbmm, bias, query, key, alpha=heads.scale)
 
 
 def parts_of(key: Tensor, elements: int) -> list[slice]:

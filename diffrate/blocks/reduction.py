@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.attention import Heads
-from diffrate.blocks.tokens import TokenState, alone, full_precision, in_graph, moved, precise, rows_of, take
+from diffrate.blocks.tokens import TokenState, alone, in_graph, moved, precise, rows_of, take, uncast
 from diffrate.schedule import Kept
 
 
@@ -33,8 +33,10 @@ def after_prefix(others: Tensor, prefix: int) -> Tensor:
     if in_graph():
         first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
         return F.pad(others + 1, (1, 0)) if prefix == 1 else torch.cat([first, others + prefix], dim=1)
-    index = torch.arange(prefix + others.shape[1], device=others.device).repeat(others.shape[0], 1)
+    index = others.new_zeros(others.shape[0], prefix + others.shape[1])
     torch.add(others, prefix, out=index[:, prefix:])  # in less time than `F.pad`
+    for position in range(1, prefix):
+        index[:, position] = position
     return index
 
 
@@ -73,8 +75,7 @@ def most_similar(sources: Tensor, candidates: Tensor, lengths: Tensor | None = N
 def full_product(left: Tensor, right: Tensor) -> Tensor:
     """`left` `[B, S, C]` times `right` `[B, C, K]` in their own precision: half of it has not the range, and costs
     more on many a CPU."""
-    with full_precision(left.device.type):
-        return torch.bmm(left, right)  # not `@`, which exporters copy both sides for
+    return uncast(torch.bmm, left, right)  # not `@`, which exporters copy both sides for
 
 
 def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
@@ -106,8 +107,7 @@ def matrix_of(destination: Tensor, start: Tensor) -> Tensor:
 
 def product_added(start: Tensor, goes_to: Tensor, values: Tensor) -> Tensor:
     """`start` plus the product of the others; tokens keep the residual stream's precision."""
-    with full_precision(start.device.type):
-        return torch.baddbmm(start, goes_to, values)
+    return uncast(torch.baddbmm, start, goes_to, values)
 
 
 def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
@@ -123,16 +123,15 @@ def averaged(x: Tensor, destination: Tensor, total: Tensor | None) -> Tensor:
 
     `x` may be overwritten, unless a backward pass asks for it.
     """
-    leaving = destination.shape[1]
-    stays, leaves = x.split_with_sizes((x.shape[1] - leaving, leaving), 1)
+    kept, leaving = x.shape[1] - destination.shape[1], destination.shape[1]
     if in_graph() or x.requires_grad or not on_cpu(x):  # a graph has nothing to do in place
+        stays, leaves = x.split_with_sizes((kept, leaving), 1)
         goes_to = matrix_of(destination, stays)
         total = goes_to.sum(-1) + 1 if total is None else total
         return product_added(stays, goes_to, leaves) / total.unsqueeze(-1)
     if total is None:
-        ones = x.new_ones(x.shape[:2])
-        total = add_up(ones.narrow(1, 0, stays.shape[1]), destination, ones.narrow(1, stays.shape[1], leaving))
-    sums, total = add_by_index(x, destination, leaves), total.unsqueeze(-1)
+        total = add_up(x.new_ones(x.shape[0], kept), destination, x.new_ones(destination.shape))
+    sums, total = add_by_index(x, destination, x.narrow(1, kept, leaving)), total.unsqueeze(-1)
     return sums.div_(total) if sums.is_contiguous() else sums / total
 
 

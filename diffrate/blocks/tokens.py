@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -93,9 +93,13 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # the meta device knows none
 
 
-def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Where products are taken in the precision of their factors, under autocast, too."""
-    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+def uncast(product: Callable[..., Tensor], *factors: Tensor, **options: Any) -> Tensor:
+    """`product` of `factors` in their precision, under autocast, too."""
+    kind = factors[0].device.type
+    if not autocasts(kind):
+        return product(*factors, **options)
+    with torch.autocast(kind, enabled=False):
+        return product(*factors, **options)
 
 
 def rows_of(index: Tensor, tokens: int) -> Tensor:
