@@ -33,7 +33,7 @@ class Heads(NamedTuple):
 def size_bias(size: Tensor | None, pairs: Tensor | None = None) -> Tensor | None:
     """What is added to the scores: `log(size)` per key, `[B, 1, 1, N]`, and a bias of `pairs` `[B or 1, H, Q, N]`; None
     for nothing."""
-    bias = None if size is None else size.log().view(-1, 1, 1, size.shape[1])
+    bias = None if size is None else size.log().view(size.shape[0], 1, 1, size.shape[1])
     if bias is None or pairs is None:
         return pairs if bias is None else bias
     return bias + pairs
