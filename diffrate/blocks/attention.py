@@ -7,13 +7,14 @@ times, by adding `log(size)` to its scores.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffrate.blocks.tokens import alone, autocasts, in_graph, replaced, size_dtype
+from diffrate.blocks.tokens import alone, autocasts, in_graph, precise, replaced, size_dtype, uncast
 
 CACHED_ELEMENTS = 2**18  # of the maps that are made at a time on a CPU: 1 MiB in float32
 IMAGE_ELEMENTS = 2**20  # of one image's maps, up to which they pay there
@@ -32,7 +33,7 @@ class Heads(NamedTuple):
 def size_bias(size: Tensor | None, pairs: Tensor | None = None) -> Tensor | None:
     """What is added to the scores: `log(size)` per key, `[B, 1, 1, N]`, and a bias of `pairs` `[B or 1, H, Q, N]`; None
     for nothing."""
-    bias = None if size is None else size.log()[:, None, None, :]
+    bias = None if size is None else size.log().view(size.shape[0], 1, 1, size.shape[1])
     if bias is None or pairs is None:
         return pairs if bias is None else bias
     return bias + pairs
@@ -54,13 +55,10 @@ def attend_and_rank(heads: Heads, bias: Tensor | None, dropout: float, queries: 
     map, and a row of its own. That of all tokens takes every element of the map, but not all at once: a few images are
     treated at a time, so that on a CPU their maps stay in the cache.
     """
-    if queries and not _maps_pay(heads):
+    elements = heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]  # of one image's maps
+    if queries and not _maps_pay(heads, elements):
         return attend(heads, bias, dropout), first_tokens_attention(heads, bias, queries)
-
-    def drop(weights: Tensor) -> Tensor:
-        return F.dropout(weights, dropout) if dropout > 0 else weights
-
-    parts = parts_of(heads.key, _map_elements(heads))
+    parts, drop = parts_of(heads.key, elements), partial(F.dropout, p=dropout) if dropout > 0 else None
     if len(parts) == 1:
         return attend_with_map(heads, bias, drop, queries)
     found = []
@@ -78,7 +76,7 @@ def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> T
     for first in range(queries):
         query = heads.query[:, :, first : first + 1]
         own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, first : first + 1]
-        if alone(query) and not autocasts(query.device.type):
+        if alone(query):
             rows.append(_full_scores(replaced(heads, query=query), own).softmax(dim=-1).mean(dim=0))
             continue
         # One row of scores of a batch: multiplying and adding up reads the keys where they lie. A matrix
@@ -91,43 +89,36 @@ def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> T
     return rows[0] if queries == 1 else torch.stack(rows).mean(0)
 
 
-def _map_elements(heads: Heads) -> int:
-    """The elements of one image's attention maps."""
-    return heads.key.shape[1] * heads.query.shape[2] * heads.key.shape[2]
-
-
-def _maps_pay(heads: Heads) -> bool:
-    """Whether attention by products takes no longer than fused attention, as measured: on a CPU, while an image's maps
-    stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention runs on.
-    """
+def _maps_pay(heads: Heads, elements: int) -> bool:
+    """Whether attention by products takes no longer than fused attention, as measured: on a CPU, while the `elements`
+    of an image's maps stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention
+    runs on."""
     query = heads.query
-    if query.device.type != "cpu" or query.requires_grad or in_graph() or autocasts("cpu"):
+    if elements > IMAGE_ELEMENTS or query.device.type != "cpu" or query.requires_grad or in_graph():
         return False
-    if _map_elements(heads) > IMAGE_ELEMENTS:
-        return False
-    return query.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
+    return heads.value.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
 
 
 def attend_with_map(
-    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor], queries: int
+    heads: Heads, bias: Tensor | None, drop: Callable[[Tensor], Tensor] | None, queries: int
 ) -> tuple[Tensor, Tensor]:
     """`attend_and_rank` by the attention maps of all images `[B * H, Q, N]`, which pass `drop` on their way to values.
 
     Scores and weights are in float32 at least: in half precision importances tie.
     """
-    images = heads.query.shape[:2]
-    if heads.query.device.type == "cpu" and not in_graph() and not autocasts("cpu"):
+    images, value = heads.query.shape[:2], heads.value.flatten(0, 1)
+    if heads.query.device.type == "cpu" and not in_graph() and (queries or not autocasts("cpu")):
         scores = _full_scores(heads, bias)
     else:
         key = heads.key.flatten(0, 1).transpose(-2, -1)
-        scores = torch.bmm(heads.query.flatten(0, 1) * heads.scale, key).to(size_dtype(heads.query))
+        scores = precise(torch.bmm(heads.query.flatten(0, 1) * heads.scale, key))
         if bias is not None:
             scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
     weights = scores.softmax(dim=-1)
-    rows = weights.unflatten(0, images)
+    rows = weights.view(*images, *weights.shape[1:])
     importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
-    mixed = torch.bmm(drop(weights).to(heads.value.dtype), heads.value.flatten(0, 1))
-    return mixed.unflatten(0, images), importance
+    mixed = torch.bmm((weights if drop is None else drop(weights)).to(value.dtype), value)
+    return mixed.view(*images, *mixed.shape[1:]), importance
 
 
 def weights_of(heads: Heads, bias: Tensor | None) -> Tensor:
@@ -138,11 +129,11 @@ def weights_of(heads: Heads, bias: Tensor | None) -> Tensor:
 def _full_scores(heads: Heads, bias: Tensor | None) -> Tensor:
     """Scores of all pairs with the bias, `[B * H, Q, N]`, by products in float32 at least, with scale and bias within
     them: passes of their own over the map, or over queries, take longer."""
-    images, precise = heads.query.shape[:2], size_dtype(heads.query)
-    query, key = heads.query.flatten(0, 1).to(precise), heads.key.flatten(0, 1).to(precise).transpose(-2, -1)
+    query, key = precise(heads.query.flatten(0, 1)), precise(heads.key.flatten(0, 1)).transpose(1, 2)
     if bias is None:
-        return torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
-    return torch.baddbmm(bias.to(precise).expand(*images, -1, -1).flatten(0, 1), query, key, alpha=heads.scale)
+        return uncast(torch.baddbmm, query.new_empty(1, 1, 1), query, key, beta=0, alpha=heads.scale)
+    bias = precise(bias).expand(*heads.query.shape[:2], -1, -1).flatten(0, 1)
+    return uncast(torch.baddbmm, bias, query, key, alpha=heads.scale)
 
 
 def parts_of(key: Tensor, elements: int) -> list[slice]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.attention import Heads
-from diffrate.blocks.tokens import TokenState, alone, autocasts, in_graph, moved, rows_of, size_dtype, take
+from diffrate.blocks.tokens import TokenState, alone, in_graph, moved, precise, rows_of, take, uncast
 from diffrate.schedule import Kept
 
 
@@ -30,10 +30,14 @@ def after_prefix(others: Tensor, prefix: int) -> Tensor:
     """The positions of the first `prefix` tokens, then `others` `[B, K]`, counted from behind the prefix."""
     if not prefix:
         return others
-    if prefix == 1:
-        return F.pad(others + 1, (1, 0))
-    first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
-    return torch.cat([first, others + prefix], dim=1)
+    if in_graph():
+        first = torch.arange(prefix, device=others.device).expand(others.shape[0], prefix)
+        return F.pad(others + 1, (1, 0)) if prefix == 1 else torch.cat([first, others + prefix], dim=1)
+    index = others.new_zeros(others.shape[0], prefix + others.shape[1])
+    torch.add(others, prefix, out=index[:, prefix:])  # in less time than `F.pad`
+    for position in range(1, prefix):
+        index[:, position] = position
+    return index
 
 
 def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
@@ -53,37 +57,25 @@ LEAST_SIZE = 1e-30
 
 def length_of(x: Tensor) -> Tensor:
     """The length of each token of `x` `[..., N, C]`, `[..., N]`, in float32 at least."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=size_dtype(x)).clamp(min=1e-12)
+    return torch.linalg.vector_norm(precise(x), dim=-1).clamp(min=1e-12)
 
 
-def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def most_similar(sources: Tensor, candidates: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which candidate each source is most similar to by their cosine, and the cosine times the source's own length,
-    which makes no difference to that: both `[..., S]`, of features `[..., S, C]` and `[..., K, C]` in float32 at least.
+    which makes no difference to that: both `[B, S]`, of features `[B, S, C]` and `[B, K, C]` in float32 at least.
+
+    lengths: of the candidates, `[B, K]`, where they are known.
     """
     # Of the candidates, which are many, the products are divided by their length, not the features.
-    products = full_product(sources, candidates.transpose(-2, -1))
-    along, nearest = (products / length_of(candidates).unsqueeze(-2)).max(dim=-1)
+    products = full_product(sources, candidates.transpose(1, 2))
+    along, nearest = (products / (length_of(candidates) if lengths is None else lengths).unsqueeze(1)).max(dim=-1)
     return nearest, along
 
 
 def full_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left` `[..., S, C]` times `right` `[..., C, K]` in their own precision: half of it has not the range, and costs
+    """`left` `[B, S, C]` times `right` `[B, C, K]` in their own precision: half of it has not the range, and costs
     more on many a CPU."""
-    # Not `@`, which exporters copy both sides for.
-    multiply = torch.mm if left.ndim == 2 else torch.bmm
-    if not autocasts(left.device.type):
-        return multiply(left, right)
-    with torch.autocast(left.device.type, enabled=False):
-        return multiply(left, right)
-
-
-def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
-    """`start` `[..., K]` plus each of `values` `[..., S]` at its `destination` `[..., S]`."""
-    if start.ndim == 1:
-        return start.index_add(0, destination, values)
-    if on_cpu(start):
-        return start.scatter_add(1, destination, values)
-    return add_by_product(start[:, :, None], destination, values[:, :, None]).squeeze(-1)
+    return uncast(torch.bmm, left, right)  # not `@`, which exporters copy both sides for
 
 
 def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
@@ -93,18 +85,54 @@ def add_by_index(x: Tensor, destination: Tensor, values: Tensor) -> Tensor:
     the last tokens of `x`.
     """
     (batch, tokens, _), sources = x.shape, destination.shape[1]
-    # Without the last image's sources, so that of one image no row is both read and written.
+    stays = x.narrow(1, 0, tokens - sources)
+    if alone(x):
+        return stays.index_add_(1, destination[0], values)
+    # Without the last image's sources, so that no row is both read and written.
     rows = x.flatten(0, 1)[: batch * tokens - sources]
     rows.index_add_(0, rows_of(destination, tokens).flatten(), values.flatten(0, 1))
-    return x[:, : tokens - sources]
+    return stays
 
 
 def add_by_product(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
     """`start` `[B, K, C]` plus each of `values` `[B, S, C]` at its `destination`, as a product with a matrix of ones
-    and zeros, `[B, K, S]`: the same sums each time."""
-    goes_to = destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]
-    with torch.autocast(start.device.type, enabled=False):  # tokens keep the residual stream's precision
-        return torch.baddbmm(start, goes_to.to(start.dtype), values)
+    and zeros: the same sums each time."""
+    return product_added(start, matrix_of(destination, start), values)
+
+
+def matrix_of(destination: Tensor, start: Tensor) -> Tensor:
+    """Ones where a value goes to, `[B, K, S]`, zeros elsewhere, for `start` `[B, K, C]` and `destination` `[B, S]`."""
+    return (destination[:, None] == torch.arange(start.shape[1], device=start.device)[:, None]).to(start.dtype)
+
+
+def product_added(start: Tensor, goes_to: Tensor, values: Tensor) -> Tensor:
+    """`start` plus the product of the others; tokens keep the residual stream's precision."""
+    return uncast(torch.baddbmm, start, goes_to, values)
+
+
+def add_up(start: Tensor, destination: Tensor, values: Tensor) -> Tensor:
+    """`start` `[B, K]` plus each of `values` `[B, S]` at its `destination` `[B, S]`."""
+    if on_cpu(start):
+        return start.scatter_add(1, destination, values)
+    return add_by_product(start[:, :, None], destination, values[:, :, None]).squeeze(-1)
+
+
+def averaged(x: Tensor, destination: Tensor, total: Tensor | None) -> Tensor:
+    """The first tokens of `x` `[B, K + S, C]` plus each of the others at its `destination` `[B, S]`, over their `total`
+    `[B, K]`, by default how many these are: `[B, K, C]`.
+
+    `x` may be overwritten, unless a backward pass asks for it.
+    """
+    kept, leaving = x.shape[1] - destination.shape[1], destination.shape[1]
+    if in_graph() or x.requires_grad or not on_cpu(x):  # a graph has nothing to do in place
+        stays, leaves = x.split_with_sizes((kept, leaving), 1)
+        goes_to = matrix_of(destination, stays)
+        total = goes_to.sum(-1) + 1 if total is None else total
+        return product_added(stays, goes_to, leaves) / total.unsqueeze(-1)
+    if total is None:
+        total = add_up(x.new_ones(x.shape[0], kept), destination, x.new_ones(destination.shape))
+    sums, total = add_by_index(x, destination, x.narrow(1, kept, leaving)), total.unsqueeze(-1)
+    return sums.div_(total) if sums.is_contiguous() else sums / total
 
 
 def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean: Mean) -> TokenState:
@@ -115,69 +143,44 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean:
     """
     if kept <= spared:
         return keep_tokens(state, index[:, :kept])
-    x = gathered(state.x, index)
-    precise, leaving = x.to(size_dtype(x)), x.shape[-2] - kept
-    candidates = precise.narrow(-2, spared, kept - spared)
-    nearest, along = most_similar(precise.narrow(-2, kept, leaving), candidates)
-    cosine = along / length_of(precise.narrow(-2, kept, leaving)) if mean.cosine_sizes else None
-    return joined(state, index, kept, x, nearest + spared, cosine, mean)
-
-
-def gathered(values: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` `[B, K]` of `values`, as `take`; of one image on a CPU without the first dimension, which takes
-    fewer operations."""
-    taken = take(values, index)
-    return taken[0] if alone(index) and on_cpu(values) else taken
+    x = precise(take(state.x, index))
+    leaving = x.shape[1] - kept
+    _, lengths, own = length_of(x).split_with_sizes((spared, kept - spared, leaving), 1)
+    stays, sources = x.split_with_sizes((kept, leaving), 1)
+    nearest, along = most_similar(sources, stays[:, spared:], lengths)
+    cosine = along / own if mean.cosine_sizes else None
+    return joined(state, index, x, nearest + spared, cosine, mean)
 
 
 def joined(
-    state: TokenState, index: Tensor, kept: int, x: Tensor, destination: Tensor, cosine: Tensor | None, mean: Mean
+    state: TokenState, index: Tensor, x: Tensor | None, destination: Tensor, cosine: Tensor | None, mean: Mean
 ) -> TokenState:
-    """The tokens at the first `kept` of `index` `[B, K]`, each averaged with those at the later ones that go to it.
+    """The tokens at `index` `[B, K + S]`, the last `S` averaged with the earlier ones that they go to.
 
-    `x` are the features at `index`, as `gathered`; `destination` and `cosine` `[..., K - kept]` are the position that
-    each later one goes to, and how similar the two are. `x` may be overwritten, unless a backward pass asks for it.
+    `x` are the features at `index`, in float32 at least, None where they are not at hand; they may be overwritten,
+    unless a backward pass asks for them. `destination` and `cosine` `[B, S]` are the position in `index` that each of
+    the last goes to, and how similar the two are.
     """
-    size = None if state.size is None else gathered(state.size, index)
-    precise = x.to(size_dtype(x))
-    ones = precise.new_ones(precise.shape[:-1])
-    whole = ones if size is None else size
-
-    def added(weights: Tensor, factor: Tensor | None = None) -> Tensor:
-        leaves = weights.narrow(-1, kept, x.shape[-2] - kept)
-        return add_up(weights.narrow(-1, 0, kept), destination, leaves if factor is None else leaves * factor)
-
-    sizes = added(whole) if cosine is None else added(whole, cosine).clamp(min=LEAST_SIZE)
-    weights = whole if mean.by_size else ones
-    if mean.by_size and size is not None:
-        precise = precise * size.unsqueeze(-1)
-    total = sizes if weights is whole and cosine is None else added(weights)
-    features = (add_features(precise, destination, kept) / total.unsqueeze(-1)).to(x.dtype)
-    if x.ndim == 2:
-        features, sizes, destination = features[None], sizes[None], destination[None]
-    staying = index[:, :kept]
-    place = None if state.place is None else take(state.place, staying)
-    merged = TokenState(features, sizes, place=place)
+    x = precise(take(state.x, index)) if x is None else x
+    leaving, weighed = destination.shape[1], state.size is not None
+    kept = index.shape[1] - leaving
+    whole = x.new_ones(x.shape[:2]) if state.size is None else take(state.size, index)
+    start, leaves = whole.split_with_sizes((kept, leaving), 1)
+    sizes = add_up(start, destination, leaves * cosine if mean.cosine_sizes and cosine is not None else leaves)
+    if mean.cosine_sizes:
+        sizes = sizes.clamp(min=LEAST_SIZE)
+    total = None if weighed or mean.cosine_sizes else sizes
+    if mean.by_size:
+        x = x * whole.unsqueeze(-1) if weighed else x
+        total = add_up(start, destination, leaves) if mean.cosine_sizes else sizes
+    place = None if state.place is None else take(state.place, index[:, :kept])
+    features = averaged(x, destination, total)
+    merged = TokenState(features if x.dtype == state.x.dtype else features.to(state.x.dtype), sizes, place=place)
     if state.origin is None:
         return merged
+    staying = index[:, :kept]
     stay = torch.arange(kept, device=index.device).expand_as(staying)
     return moved(state, merged, index, torch.cat([stay, destination], dim=1))
-
-
-def add_features(x: Tensor, destination: Tensor, kept: int) -> Tensor:
-    """The first `kept` tokens of `x` `[..., N, C]` plus each later one at its `destination`, `[..., kept, C]`.
-
-    `x` may be overwritten, unless a backward pass asks for it.
-    """
-    leaves = x.narrow(-2, kept, x.shape[-2] - kept)
-    if on_cpu(x) and in_graph():  # a graph has nothing to do in place, and more runtimes know this
-        return x[:, :kept].scatter_add(1, destination[:, :, None].expand_as(leaves), leaves)
-    if x.ndim == 2:
-        stays = x.narrow(0, 0, kept)
-        return (stays.clone() if x.requires_grad else stays).index_add_(0, destination, leaves)
-    if on_cpu(x):
-        return add_by_index(x.clone() if x.requires_grad else x, destination, leaves)
-    return add_by_product(x[:, :kept], destination, leaves)
 
 
 def on_cpu(x: Tensor) -> bool:

@@ -22,14 +22,13 @@ from diffrate.blocks.reduction import (
     add_up,
     after_prefix,
     full_product,
-    gathered,
     joined,
     keep_tokens,
     length_of,
     most_important,
     most_similar,
 )
-from diffrate.blocks.tokens import TokenState, moved, size_dtype, take
+from diffrate.blocks.tokens import TokenState, moved, precise, size_dtype, take
 from diffrate.schedule import Kept
 
 
@@ -68,7 +67,7 @@ class HalvesIntoHalves(Pairing):
         while left > kept.merged:
             sources = min(left - kept.merged, (left - prefix) // 2)
             index, destination, cosine = self._match(state.x if keys is None else keys, importance, sources, prefix)
-            state = _merged(state, index, destination, cosine, mean)
+            state = joined(state, index, None, destination, cosine, mean)
             left -= sources
             if left > kept.merged:  # for another round
                 if importance is not None:  # of a merged token, the sum
@@ -85,22 +84,20 @@ class HalvesIntoHalves(Pairing):
         patches = compared.shape[1] - prefix
         if self.by_rank:
             assert importance is not None
-            order = importance.argsort(dim=1, descending=True) + prefix
-            targets, sources = order[:, : patches - patches // 2], order[:, patches - patches // 2 :]
-            nearest, cosine = _nearest(take(compared, sources), take(compared, targets))
+            order = importance.argsort(dim=1, descending=True)
+            x, to, of = take(compared, order + prefix), slice(patches - patches // 2), slice(-(patches // 2), None)
         else:
-            order = torch.arange(prefix, compared.shape[1], device=compared.device).expand(compared.shape[0], -1)
-            targets, sources = order[:, ::2], order[:, 1::2]
-            nearest, cosine = _nearest(compared[:, prefix + 1 :: 2], compared[:, prefix::2])
-        rank = cosine
+            order = torch.arange(patches, device=compared.device).expand(compared.shape[0], -1)
+            x, to, of = compared[:, prefix:], slice(0, None, 2), slice(1, None, 2)
+        nearest, cosine = _nearest(x, of, to)
+        targets, sources, rank = order[:, to], order[:, of], cosine
         if self.aversion:
             assert importance is not None
             relative = importance / importance.mean(dim=1, keepdim=True)
-            rank = cosine - self.aversion * relative.gather(1, sources - prefix)
+            rank = cosine - self.aversion * relative.gather(1, sources)
         ranked = rank.argsort(dim=1, descending=True)
-        merging = ranked[:, :count]
-        patch_order = torch.cat([targets, sources.gather(1, ranked[:, count:]), sources.gather(1, merging)], dim=1)
-        index = after_prefix(patch_order - prefix, prefix)
+        merging, sources = ranked[:, :count], sources.gather(1, ranked)
+        index = after_prefix(torch.cat([targets, sources[:, count:], sources[:, :count]], dim=1), prefix)
         return index, nearest.gather(1, merging) + prefix, cosine.gather(1, merging)
 
 
@@ -133,9 +130,9 @@ class HighestEnergy(Pairing):
         if count > patches // 2:
             return keep_tokens(state, after_prefix(order[:, count:], prefix))
         sources, targets = order[:, : 2 * count : 2], order[:, 1 : 2 * count : 2]
-        nearest, similarity = _nearest(take(keys, sources), take(keys, targets))
+        nearest, similarity = _nearest(take(keys, order[:, : 2 * count]), slice(0, None, 2), slice(1, None, 2))
         index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
-        return _merged(state, index, nearest + prefix, similarity, mean)
+        return joined(state, index, None, nearest + prefix, similarity, mean)
 
 
 @dataclass(frozen=True)
@@ -157,20 +154,12 @@ class FirstTokens(Pairing):
         return moved(state, first, index, index)
 
 
-def _merged(state: TokenState, index: Tensor, destination: Tensor, cosine: Tensor, mean: Mean) -> TokenState:
-    """All tokens in the order `index` `[B, N]`, the last ones merged into those at `destination` `[B, S]` of it."""
-    x, kept = gathered(state.x, index), index.shape[1] - destination.shape[1]
-    if x.ndim == 2:
-        destination, cosine = destination[0], cosine[0]
-    return joined(state, index, kept, x, destination, cosine if mean.cosine_sizes else None, mean)
-
-
-def _nearest(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of `targets` `[B, T, C]` each of `sources` `[B, S, C]` is most similar to, and their cosine: `[B, S]`."""
-    precise = size_dtype(sources)
-    sources, targets = sources.to(precise), targets.to(precise)
-    nearest, along = most_similar(sources, targets)
-    return nearest, along / length_of(sources)
+def _nearest(x: Tensor, sources: slice, targets: slice) -> tuple[Tensor, Tensor]:
+    """Which of the `targets` in `x` `[B, N, C]` each of the `sources` is most similar to, and the cosine: `[B, S]`."""
+    x = precise(x)
+    lengths = length_of(x)
+    nearest, along = most_similar(x[:, sources], x[:, targets], lengths[:, targets])
+    return nearest, along / lengths[:, sources]
 
 
 # From the published rule, and the depth of the block: its number as a share of the model's blocks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -65,7 +66,12 @@ class TokenState(NamedTuple):
 
 def size_dtype(x: Tensor) -> torch.dtype:
     """Sizes stay in float32 beside half-precision features: bfloat16 cannot tell 256 from 257."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def precise(x: Tensor) -> Tensor:
+    """`x` in `size_dtype`: itself where it is."""
+    return x if x.dtype == size_dtype(x) else x.to(size_dtype(x))
 
 
 def alone(values: Tensor) -> bool:
@@ -87,19 +93,28 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # the meta device knows none
 
 
+def uncast(product: Callable[..., Tensor], *factors: Tensor, **options: Any) -> Tensor:
+    """`product` of `factors` in their precision, under autocast, too."""
+    kind = factors[0].device.type
+    if not autocasts(kind):
+        return product(*factors, **options)
+    with torch.autocast(kind, enabled=False):
+        return product(*factors, **options)
+
+
 def rows_of(index: Tensor, tokens: int) -> Tensor:
     """Positions `[B, K]` of each image's `tokens` as rows of all images together."""
     if alone(index):
         return index
-    return index + torch.arange(0, index.shape[0] * tokens, tokens, device=index.device)[:, None]
+    return index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Tokens `index` `[B, K]` of `values` `[B, N]`, `[1, N]` or `[B, N, C]`."""
-    if alone(index) and values.shape[0] == 1:
-        return values.index_select(1, index[0])
     if values.ndim == 2:
         return values.expand(index.shape[0], -1).gather(1, index)
+    if alone(index):
+        return values.index_select(1, index.select(0, 0))
     # Whole rows are copied at once, where gather would look up each of their elements.
     return F.embedding(rows_of(index, values.shape[1]), values.flatten(0, 1))
 

@@ -39,8 +39,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def highest(x: Any, dim: int, keepdim: bool = False) -> Any:
         """The highest values along `dim`, and where they are, by operators whose shapes the quantizer knows."""
-        index = op.ArgMax(x, axis=dim, keepdims=1)
-        found = op.GatherElements(x, index, axis=dim), index
+        found = op.TopK(x, op.Constant(value_ints=[1]), axis=dim)
         return found if keepdim else tuple(op.Squeeze(part, op.Constant(value_ints=[dim])) for part in found)
 
     def gelu(x: Any, approximate: str = "none") -> Any:
