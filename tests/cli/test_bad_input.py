@@ -40,10 +40,10 @@ class Row(NamedTuple):
 CHECKPOINTS = [  # after --checkpoint @/
     Row("empty.pth", NO_TENSORS),
     Row("empty.npz", "found no NumPy archive; accepted: one of numpy.savez"),
-    Row("empty.safetensors", "header too small"),
+    Row("empty.safetensors", NO_TENSORS),
     Row("text.pth", NO_TENSORS),
     Row("text.npz", "found no NumPy archive"),
-    Row("text.safetensors", "header too large"),
+    Row("text.safetensors", NO_TENSORS),
     Row("text.jpg", NO_TENSORS),
     Row("folder.pth", "no such file"),
     Row("folder.safetensors", "no such file"),
@@ -64,14 +64,14 @@ CHECKPOINTS = [  # after --checkpoint @/
     Row("space.pth", "(not plain tensors)"),
     Row("bomb.pth", PACKED),
     Row("bomb.npz", PACKED),
-    Row("longest.safetensors", "header too large"),
-    Row("negative.safetensors", "header too large"),
-    Row("no_json.safetensors", "invalid JSON in header"),
-    Row("overlap.safetensors", "invalid offset for tensor"),
-    Row("before.safetensors", "invalid JSON in header"),
-    Row("beyond.safetensors", "invalid shape, data type, or offset"),
-    Row("larger.safetensors", "overflow computing buffer size"),
-    Row("deep.safetensors", "invalid JSON in header"),
+    Row("longest.safetensors", NO_TENSORS),
+    Row("negative.safetensors", NO_TENSORS),
+    Row("no_json.safetensors", NO_TENSORS),
+    Row("overlap.safetensors", NO_TENSORS),
+    Row("before.safetensors", NO_TENSORS),
+    Row("beyond.safetensors", NO_TENSORS),
+    Row("larger.safetensors", NO_TENSORS),
+    Row("deep.safetensors", NO_TENSORS),
 ]
 RATES = [  # after --load_compression_rate --target_flops 0.02 --compression_rate_file @/
     Row("good.json", None),
@@ -341,6 +341,7 @@ def test_a_full_disk(words: str, said: str, cli: Cli, files: Path, small_disk: P
     if "--finetune" in words:
         flags = (*flags, "--no-repeated-aug", "--mixup", 0, "--cutmix", 0)
     if "--export" in words:
+        pytest.importorskip("torch", minversion="2.8", reason="which writes such files")
         flags = ("--checkpoint", saved_file(files / "data" / "small.safetensors"))
     given = [word.replace("%", str(small_disk)).replace("@", str(files)) for word in words.split(" ")]
     check(cli(*given, *flags), said.replace("%", str(small_disk)))
@@ -378,4 +379,4 @@ def test_an_output_folder_that_goes(
         flags = (*flags, "--target_flops", 0.025, "--epochs", 2)
     else:
         flags = ("--finetune", *flags, "--epochs", 2, "--no-repeated-aug", "--mixup", 0, "--cutmix", 0)
-    check(cli(*flags, "--output_dir", tmp_path / "out"), f"{tmp_path}/out/checkpoint.pth: No such file or")
+    check(cli(*flags, "--output_dir", tmp_path / "out"), f"{tmp_path}/out/", ": No such file or directory")

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate
-import models
 from diffrate.budget import meets_budget
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.gradient import paced
 from diffrate.searching.settings import SearchSettingError, SearchSettings
 from diffrate.searching.teacher import losses_at
+from tests.tiny_models import plain
 
 Batch = tuple[Tensor, Tensor]
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -211,8 +211,7 @@ def test_a_start_and_its_spread() -> None:
 
 
 def test_features_of_every_patch_are_not_every_familys() -> None:
-    with models.shapes_alone():
-        model = diffrate.patch.vit(timm.create_model("caformer_s18"))
+    model = diffrate.patch.vit(plain("caformer"))
     with pytest.raises(diffrate.UnsupportedModelError, match="loss: found 'tokens' for CompressedCaformer"):
         diffrate.search(model, batches(), share=0.9, loss="tokens")
 
