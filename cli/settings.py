@@ -84,6 +84,11 @@ def file_path(text: str) -> Path:
     return Path(location(text))
 
 
+def folder(text: str) -> Path:
+    """An argparse type: as `file_path`; an empty name is the current folder."""
+    return file_path(text or ".")
+
+
 class Benchmark(argparse.Action):
     """One of `BENCHMARKS`, the first where nothing is said, or names of files."""
 
@@ -142,7 +147,7 @@ class RunSettings:
         "--list-models PATTERN",
         const=ALL_NAMES,
     )
-    output_dir: Path | None = free("where logs and checkpoints go", flag="--output_dir DIR", group="what it leaves")
+    output_dir: Path | None = free("where logs and checkpoints go", folder, "--output_dir DIR", group="what it leaves")
     save: Path | None = free("leave the model, schedule included, in one file", flag="--save PATH")
     save_rates: bool = flag("add the result to compression_rate.json", flag="--save_compression_rate")
     export_dtype: str = free("precision of the weights in --export", EXPORTED_PRECISIONS, default="float32")

@@ -140,7 +140,6 @@ EVALUATIONS = [
     Row("--load_compression_rate --target_flops 1e999", "--target_flops: found 1e999; accepted: above 0"),
     Row("--load_compression_rate --target_flops -0.0", "--target_flops: found -0.0; accepted: above 0"),
     Row("--load_compression_rate --dense", "--dense keeps all tokens; accepted: "),
-    Row("--output_dir ", "--output_dir: found an empty name; accepted: a path"),
     Row("--output_dir @/text.jpg", "--output_dir @/text.jpg: File exists; accepted: a folder that can be made"),
     Row("--output_dir @/text.jpg/below", "--output_dir @/text.jpg/below: Not a directory; accepted: a folder"),
     Row("--output_dir /proc/below", "--output_dir /proc/below: No such file or directory; accepted: a folder"),

@@ -108,7 +108,7 @@ def test_the_search_moves_towards_the_target(cli: Cli, image_folder: Path, tmp_p
     cli(*words(image_folder, tmp_path / "out", "--epochs", 20, "--arch-lr", 0.2, "--flops_weight", 50))
     records = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
     gap = [abs(record["train_gflops"] - 0.025) for record in records]
-    assert gap[-1] < 0.3 * gap[0]
+    assert gap[-1] < 0.5 * gap[0]
 
 
 def test_a_run_repeats_with_its_seed_whatever_the_workers(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
