@@ -84,7 +84,7 @@ def file_path(text: str) -> Path:
     return Path(location(text))
 
 
-def folder(text: str) -> Path:
+def folder_path(text: str) -> Path:
     """An argparse type: as `file_path`; an empty name is the current folder."""
     return file_path(text or ".")
 
@@ -147,7 +147,9 @@ class RunSettings:
         "--list-models PATTERN",
         const=ALL_NAMES,
     )
-    output_dir: Path | None = free("where logs and checkpoints go", folder, "--output_dir DIR", group="what it leaves")
+    output_dir: Path | None = free(
+        "where logs and checkpoints go", folder_path, "--output_dir DIR", group="what it leaves"
+    )
     save: Path | None = free("leave the model, schedule included, in one file", flag="--save PATH")
     save_rates: bool = flag("add the result to compression_rate.json", flag="--save_compression_rate")
     export_dtype: str = free("precision of the weights in --export", EXPORTED_PRECISIONS, default="float32")

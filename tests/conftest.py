@@ -30,6 +30,12 @@ QUICK = (  # files of tests that `-m quick` runs, beside single tests that say s
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since tests wait for the processes that they start."""
+    return min(4, 1 + (os.cpu_count() or 1))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     files = {Path(__file__).parent / f"{name}.py" for name in QUICK}
     for item in items:

@@ -97,7 +97,7 @@ def test_a_checkpoint_from_before_there_was_a_choice(cli: Cli, image_folder: Pat
         (("--data-path", "{val}"), "val/ and no folder train/"),
         ((*PAPER, "--data-path", "{flat}"), "no folder val/"),
         ((*PAPER, "--mixup", 1, "--batch-size", 3), "--batch-size 3: accepted: an even number"),
-        (("--aa", "rand-mxx"), "--aa: found --search_transform eval; accepted: --search_transform train"),
+        (("--aa", "rand-m9"), "--aa: found --search_transform eval; accepted: --search_transform train"),
         (("--mixup", 0.3), "--mixup: found --search_transform eval; accepted: --search_transform train"),
     ],
 )

@@ -85,15 +85,15 @@ def exported_graphs() -> set[str]:
 
 
 @pytest.mark.slow
-@since("2.9", "torch")
+@since("2.8", "torch")
 @pytest.mark.parametrize("row", ROWS)
 def test_every_class_is_exported(row: str, exported_graphs: set[str], tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
+    """For torch, whose graphs the other writers start from, and which takes a fifth of the time."""
     _, model = compressed(ROWS[row])
     shapes = [(name, tensor.shape) for name, tensor in model.state_dict().items()]
     graph = repr((model, shapes, model.schedule, model.image_size))
     if graph not in exported_graphs:
-        assert diffrate.export(model, tmp_path / "model.onnx").agreement.difference < 1e-4
+        assert diffrate.export(model, tmp_path / "model.pt2").agreement.difference < 1e-4
     exported_graphs.add(graph)
 
 
@@ -109,13 +109,6 @@ def test_the_table_in_the_documentation_is_what_is_tested() -> None:
         assert all((ROWS[name] in BACK) == bool(back.strip()) for name in found)
         names += found
     assert sorted(names) == sorted(ROWS)
-
-
-def test_it_is_exported_for_torch_alone(tmp_path: Path) -> None:
-    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 8]:
-        pytest.skip("exports need torch 2.8")
-    _, model = compressed("dinov2")  # which has a part that timm has not
-    assert diffrate.export(model, tmp_path / "model.pt2").path.is_file()
 
 
 def test_a_search_by_gradient_runs_on_a_classifier_of_both_pooled_parts() -> None:
