@@ -136,8 +136,6 @@ class CompressedModel(nn.Module):
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        if not isinstance(schedule, Schedule):
-            raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
         self.check(schedule)
         self.compression.schedule = make_schedule(schedule.prune, schedule.merge, schedule.rules)
 
@@ -151,6 +149,8 @@ class CompressedModel(nn.Module):
 
     def check(self, schedule: Schedule, where: str = "") -> None:
         """Refuse a schedule that this model cannot run, with a ScheduleError that starts with `where` it comes from."""
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(f"{where or 'schedule: '}found {type(schedule).__name__}; accepted: a Schedule")
         space = self.compression.space
         check_schedule(schedule, space.limits, space.prunes, where, space.least)
 
