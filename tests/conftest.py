@@ -29,6 +29,12 @@ QUICK = (  # files of tests that `-m quick` runs, beside single tests that say s
 )
 
 
+LONGEST = (  # files that take a process most of a minute: they begin first, so that none of them ends alone
+    *("exporting/test_files", "exporting/test_sample", "library/test_convert", "cli/test_eval", "test_constructions"),
+    *("cli/test_compiled", "cli/test_distributed", "test_docs", "cli/test_search", "cli/test_checkpoints"),
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores, since tests wait for the processes that they start."""
@@ -41,6 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in files:
             item.add_marker(pytest.mark.quick)
+    order = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def free_port() -> int:
