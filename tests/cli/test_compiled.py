@@ -57,7 +57,7 @@ def test_evaluation_scores_the_same(cli: Cli, image_folder: Path, tmp_path: Path
     file = saved_file(tmp_path / "tiny.safetensors")
     words = ("--eval", "--checkpoint", file, "--data-path", image_folder, "--batch-size", 4, "--num_workers", 0)
     eager, compiled = (cli(*words, *more) for more in ((), ("--compile",)))
-    assert compiled[0] == 0
+    assert compiled[0] == 0, compiled[2]
     assert scores(compiled[1]) == pytest.approx(scores(eager[1]), abs=0.002)
 
 
