@@ -36,12 +36,6 @@ LONGEST = (  # files that take a process most of a minute: they begin first, so 
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, since tests wait for the processes that they start."""
-    return min(4, 1 + (os.cpu_count() or 1))
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     files = {Path(__file__).parent / f"{name}.py" for name in QUICK}
     for item in items:

@@ -217,6 +217,7 @@ def share(folder: Path, model: diffrate.CompressedModel, pairs: list[Any]) -> No
     scores = [asdict(diffrate.evaluate(model, part)) for part in (mine, nothing)]
     losses = losses_at(model, [KEPT], [batch for batch, _ in mine])
     torch.save((scores, losses), folder / f"rank{dist.get_rank()}")
+    dist.barrier()  # nobody leaves while the other still waits for it
     dist.destroy_process_group()
 
 

@@ -32,6 +32,7 @@ def search(folder: Path) -> None:
     content = {"kept": model.get_kept_num(), "images": scores.images, "loss": scores.loss}
     torch.save(content, folder / f"{processes}-{rank}.pth")
     if processes > 1:
+        dist.barrier()  # nobody leaves while the other still waits for it
         dist.destroy_process_group()
 
 
