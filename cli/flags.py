@@ -29,6 +29,7 @@ from cli.settings import (
     declared,
     dest_of,
     file_path,
+    in_plain_digits,
     mode_of,
     settings_from,
 )
@@ -109,7 +110,7 @@ def _number(kind: type[int] | type[float], accepted: Range) -> Callable[[str], i
     limits = replace(accepted, high=MOST if kind is int else LARGEST) if math.isinf(accepted.high) else accepted
 
     def convert(text: str) -> int | float:
-        if not (text.isascii() and "_" not in text):  # which Python reads, and nobody means
+        if not in_plain_digits(text):
             raise argparse.ArgumentTypeError(f"found {text}; accepted: {limits}, in plain digits")
         value = kind(text)
         if value not in limits:
@@ -278,16 +279,16 @@ def _fill(args: argparse.Namespace, parser: Parser) -> None:
 
 def _check_modes(args: argparse.Namespace, mode: str, parser: Parser) -> None:
     """The flags that go with some modes alone."""
-    spelled, group = {}, None
+    group = None
     for item in declared():
-        flag, group = flag_of(item), item.metadata["shown"].get("group", group)
-        name = item.metadata["shown"].get("dest") or dest_of(flag)
-        spelled[name], value = flag, getattr(args, name)
+        flag, shown = flag_of(item), item.metadata["shown"]
+        name, group = shown.get("dest") or dest_of(flag), shown.get("group", group)
+        value = getattr(args, name)
         modes = GOES_WITH.get(name, GROUPS.get(group))
         if modes and value is not None and value != parser.get_default(name) and mode not in modes:
             raise UsageError(f"{flag} goes with {modes}")
     if args.rule is not None and args.baseline in ("random", *PEERS):
-        raise UsageError(f"{spelled['rule']} goes with {GOES_WITH['rule']}; --baseline {args.baseline} has its own")
+        raise UsageError(f"--rule goes with {GOES_WITH['rule']}; --baseline {args.baseline} has its own")
     if args.load_compression_rate and mode in (*MEETING, "sensitivity"):
         raise UsageError("--load_compression_rate goes with --eval, --finetune, --visualize, --export and --benchmark")
 

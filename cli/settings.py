@@ -57,11 +57,18 @@ def flag(help: str = "", accepted: Any = None, flag: str = "", default: Any = No
 free = partial(flag, saved=False)  # for what may differ when a training goes on
 
 
+def in_plain_digits(text: str) -> bool:
+    """Whether a number has neither underscores nor digits of other scripts, which Python reads, and nobody means."""
+    return text.isascii() and "_" not in text
+
+
 def gflops(text: str) -> Target:
     """An argparse type: GFLOPs, or with `%` a share of the dense model's."""
     share = text.endswith("%")
     try:
-        value = float(text.removesuffix("%").replace("_", "?"))  # Python takes 1_0 for 10
+        if not in_plain_digits(text):
+            raise ValueError
+        value = float(text.removesuffix("%"))
     except ValueError as error:
         raise ArgumentTypeError(f"found {text}; accepted: GFLOPs, or a share such as 50%") from error
     if not (0 < value <= 100 if share else 0 < value < math.inf):
