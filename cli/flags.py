@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, replace
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -33,6 +35,7 @@ from cli.settings import (
     mode_of,
     settings_from,
 )
+from diffrate.atomic import HUB, SOURCES
 from diffrate.budget import PEERS
 from diffrate.files.header import ExportError, SavedModelError, about, check_destination, is_saved_model, target_of
 from diffrate.schedule import GRANULARITY
@@ -52,6 +55,8 @@ WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", SAVED, ".npz")  # how files o
 MOST = 2**31 - 1  # of what is counted
 LARGEST = 1e30  # of rates and weights: some way beyond, updates leave float32
 EXAMPLE = "such as vit_deit_small_patch16_224, timm's (--list-models), or a file that --save left as --checkpoint"
+NAMES = re.compile(r'(?:@register_model\s+def |name=")(\w+)')  # of models, in the sources of timm and the zoo
+CLOSE = 3  # names that a refusal suggests
 POLICIES = ("", "none", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")  # of timm
 # What suits small digits, where DeiT's recipe is made for photographs.
 SAMPLE_RECIPE = {
@@ -204,7 +209,7 @@ def parse_flags(words: Sequence[str] | None = None, usual: Mapping[str, Any] = M
 
 
 def check_paths(settings: Settings) -> None:
-    """Refuse files that are not there before torch is imported, which takes seconds.
+    """Refuse files that are not there, and models that nobody has, before torch is imported, which takes seconds.
 
     Raises:
         UsageError: names the flag.
@@ -216,6 +221,8 @@ def check_paths(settings: Settings) -> None:
             f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
             "(--list-models), or no --model where --save left the file"
         )
+    if name and not is_saved_model(checkpoint):  # a saved file says the name, and any
+        _check_name(name)
     elsewhere = checkpoint in (OFFICIAL, FROM_SCRATCH) or checkpoint.startswith(("http://", "https://"))
     if not elsewhere and not Path(checkpoint).is_file():
         raise UsageError(f"checkpoint {checkpoint}: no such file")
@@ -231,6 +238,25 @@ def check_paths(settings: Settings) -> None:
     for named, path in [*(("image", path) for path in run.images), *resumed]:
         if not Path(path).exists():
             raise UsageError(f"{named} {path}: cannot be read (no such file); accepted: a file that is there")
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that is nowhere in the sources of timm and the zoo, which are read, not imported."""
+    if name.startswith(SOURCES) or Path(name).is_dir():
+        return
+    timm = find_spec("timm")
+    folders = [Path(place, "models") for place in (timm and timm.submodule_search_locations) or ()]
+    files = [Path(__file__).parent.parent / "models" / "zoo.py", *(file for at in folders for file in at.glob("*.py"))]
+    text = "\n".join(file.read_text() for file in files)
+    architecture = name.partition(".")[0].replace("-", "_")
+    if architecture == SAMPLE_MODEL or re.search(rf"\b{re.escape(architecture)}\b", text):
+        return
+    instead = "accepted: the names of --list-models"
+    if "/" in name:
+        instead = f"accepted: {HUB}{name} for a repository, or the names of --list-models"
+    elif close := get_close_matches(architecture, {SAMPLE_MODEL, *NAMES.findall(text)}, CLOSE):
+        instead = f"nearest: {', '.join(close)}; {instead}"
+    raise UsageError(f"--model {name}: unknown model; {instead}")
 
 
 def _model_name(args: argparse.Namespace) -> str | None:

@@ -20,6 +20,8 @@ from urllib.request import getproxies, proxy_bypass
 
 WRITING = threading.RLock()  # held while a file is written: a process that ends takes it first
 SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
+HUB = "hf-hub:"
+SOURCES = (HUB, "local-dir:")  # timm's words before a model that is no name of its own
 ANSWER = 2.0  # seconds that a server has to take a connection
 LONGEST_NUMBER = 400  # digits of a whole number in JSON: Python reads up to 4,300
 LARGEST_JSON = 2**22  # bytes of a file: thousands of schedules; Python may take forty times as much for the values

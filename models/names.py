@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,14 +17,11 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from diffrate.atomic import first_line, hub_or_cache
+from diffrate.atomic import SOURCES, first_line, hub_or_cache
 from models.download import downloading, official_file
 from models.weights import load_weights
 from models.zoo import HUB_SITE, INPUTS, ZOO, InputSizeError, ModelEntry, Size, UnknownModelError, find
 
-HUB = "hf-hub:"
-SOURCES = (HUB, "local-dir:")  # timm's words before what is no name of its own
-CLOSE = 3  # names that a refusal suggests
 DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
 # What fills a tensor in place when a model is built, most of the time that it takes without storage.
 FILLING = frozenset(["uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"])
@@ -143,12 +139,8 @@ def full_name(name: str) -> str:
     architecture, tag = split_model_name_tag(spelled)
     current = timm.models.get_deprecated_models().get(architecture, architecture) if known else None
     if current is None:
-        instead = "accepted: the names of --list-models"
-        if "/" in name:
-            instead = f"accepted: {HUB}{name} for a repository, or the names of --list-models"
-        elif close := get_close_matches(architecture.replace("-", "_"), {*ZOO, *timm.list_models()}, CLOSE):
-            instead = f"nearest: {', '.join(close)}; {instead}"
-        raise UnknownModelError(f"--model {name}: {'no longer in timm' if known else 'unknown model'}; {instead}")
+        reason = "no longer in timm" if known else "unknown model"
+        raise UnknownModelError(f"--model {name}: {reason}; accepted: the names of --list-models")
     architecture, own_tag = split_model_name_tag(current)
     tag, configurations = tag or own_tag, get_arch_pretrained_cfgs(architecture)
     full = f"{architecture}.{tag}" if tag else next(iter(configurations), architecture)

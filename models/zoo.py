@@ -77,11 +77,11 @@ class ModelEntry:
         return self.num_classes == 0 or self.features
 
 
-def _deit(size: str, letter: str, digest: str) -> ModelEntry:
-    architecture = f"deit_{size}_patch16_224"
+def _deit(name: str, letter: str, digest: str) -> ModelEntry:
+    architecture = name.removeprefix("vit_")
     file = f"{architecture}-{digest}.pth"
     return ModelEntry(
-        name=f"vit_{architecture}",
+        name=name,
         architecture=architecture,
         schedule_key=f"ViT-{letter}-DeiT",
         weights=OfficialWeights(file, (f"{FACEBOOK}/deit/{file}", f"{HUB_SITE}timm/{architecture}.fb_in1k")),
@@ -90,11 +90,11 @@ def _deit(size: str, letter: str, digest: str) -> ModelEntry:
     )
 
 
-def _mae(size: str, letter: str, patch: int) -> ModelEntry:
-    file = f"mae_finetuned_vit_{size}.pth"
+def _mae(name: str, letter: str) -> ModelEntry:
+    file = f"mae_finetuned_vit_{name.split('_')[1]}.pth"
     return ModelEntry(
-        name=f"vit_{size}_patch{patch}_mae",
-        architecture=f"vit_{size}_patch{patch}_224",
+        name=name,
+        architecture=name.replace("mae", "224"),
         schedule_key=f"ViT-{letter}-MAE",
         weights=OfficialWeights(file, (f"{FACEBOOK}/mae/finetune/{file}",)),
         options={"global_pool": "avg"},
@@ -103,12 +103,12 @@ def _mae(size: str, letter: str, patch: int) -> ModelEntry:
 
 
 _ENTRIES = (
-    _deit("tiny", "T", "a1311bcf"),
-    _deit("small", "S", "cd65a155"),
-    _deit("base", "B", "b5f2ef4d"),
-    _mae("base", "B", 16),
-    _mae("large", "L", 16),
-    _mae("huge", "H", 14),
+    _deit(name="vit_deit_tiny_patch16_224", letter="T", digest="a1311bcf"),
+    _deit(name="vit_deit_small_patch16_224", letter="S", digest="cd65a155"),
+    _deit(name="vit_deit_base_patch16_224", letter="B", digest="b5f2ef4d"),
+    _mae(name="vit_base_patch16_mae", letter="B"),
+    _mae(name="vit_large_patch16_mae", letter="L"),
+    _mae(name="vit_huge_patch14_mae", letter="H"),
     ModelEntry(
         name="caformer_s36",
         architecture="caformer_s36",

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import models
@@ -113,11 +114,22 @@ GONE = "cannot be read (no such file); accepted: a file that is there"
         (("--benchmark", "gone.pt2"), "gone.pt2: found no such file; accepted: an exported file"),
         (("--visualize", "figures/digit.png", "gone.png"), f"image gone.png: {GONE}"),
         (("--resume", "gone.pth"), f"--resume gone.pth: {GONE}"),
+        (
+            ("--eval", "--model", "vit_deit_smal_patch16_224", "--data-path", "sample"),
+            "--model vit_deit_smal_patch16_224: unknown model; nearest: vit_deit_small_patch16_224, "
+            "deit_small_patch16_224, vit_deit_base_patch16_224; accepted: the names of --list-models",
+        ),
     ],
 )
-def test_paths_are_looked_for_before_torch_is_imported(words: tuple[str, ...], expected: str) -> None:
+def test_paths_and_names_are_looked_for_before_torch_is_imported(words: tuple[str, ...], expected: str) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
         check_paths(parse_flags(words))
+
+
+def test_no_name_of_timms_is_refused_before_torch_is_imported() -> None:
+    names = sorted({*timm.list_models(), *timm.models.get_deprecated_models(), *models.ZOO})
+    for name in names[::80]:
+        check_paths(parse_flags(["--eval", "--model", name, "--data-path", "sample"]))
 
 
 def test_malformed_json_gives_line_and_column(cli: Cli, tmp_path: Path) -> None:
