@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 
-from diffrate.atomic import first_line, read_json
+from diffrate.atomic import UNREADABLE, first_line, load_tensors, read_json
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting.layout import Plan, State
 from diffrate.converting.transformers_vits import plan_of_files
@@ -21,7 +21,8 @@ from diffrate.files.header import PREFIX, REFERENCE, SavedModelError, fetch
 from diffrate.patch.shapes import Size, as_size
 
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or in parts, which a file of this name and `INDEX` lists
+INDEX = ".index.json"
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 KNOWN = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb", "do_reduce_labels")
 # Whose one number for a size is the shorter side's, where that of others is both sides'.
@@ -99,22 +100,28 @@ class Folder(NamedTuple):
             raise UnsupportedModelError(f"{PROCESSOR}: {first_line(error)}") from error
 
     def _tensors(self, shapes: bool) -> State:
-        names, index = [WEIGHTS], None
-        if self.file(WEIGHTS) is None and (index := self.file(INDEX)) is not None:
-            found = _read_json(index).get("weight_map")
-            names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
         state: State = {}
-        for name in names:
+        for name in self._parts():
             file = self.file(name) if Path(name).name == name else None
             if file is None:
-                accepted = f"{WEIGHTS}, or {INDEX} and all that it names, as save_pretrained writes them"
+                accepted = f"{' or '.join(WEIGHTS)}, or {WEIGHTS[0]}{INDEX} and all that it names"
                 raise UnsupportedModelError(f"found no file {name}; accepted: {accepted}")
             try:
-                state |= _shapes(file) if shapes else load_file(file)
-            except (OSError, SafetensorError) as error:
-                accepted = "accepted: safetensors"
+                state |= _read(file, shapes)
+            except (*UNREADABLE, SafetensorError) as error:
+                accepted = "accepted: tensors, as save_pretrained writes them"
                 raise UnsupportedModelError(f"{name}: cannot be read ({first_line(error)}); {accepted}") from error
         return state
+
+    def _parts(self) -> list[str]:
+        """The names of the files of weights."""
+        for whole in WEIGHTS:
+            if self.file(whole) is not None:
+                return [whole]
+            if (index := self.file(whole + INDEX)) is not None:
+                found = _read_json(index).get("weight_map")
+                return sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+        return [WEIGHTS[0]]
 
 
 def open_folder(source: str) -> Folder | None:
@@ -150,7 +157,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shapes(file: Path) -> State:
+def _read(file: Path, shapes: bool) -> State:
+    if file.suffix != ".safetensors":
+        state = load_tensors(file)
+        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise ValueError("no names and tensors")
+        return {name: tensor.to("meta") for name, tensor in state.items()} if shapes else state
+    if not shapes:
+        return load_file(file)
     with safe_open(file, "pt") as opened:
         shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_the_pooler_of_another_class_is_left_out(tmp_path: Path) -> None:
     assert_gives(model, images, expected(images))
 
 
-def test_weights_lie_in_several_files_and_in_half_precision(tmp_path: Path) -> None:
+def test_weights_lie_in_several_files_in_half_precision_or_in_a_pickle(tmp_path: Path) -> None:
     write_folder(tmp_path, "vit")
     whole = load_file(tmp_path / "model.safetensors")
     expected, _ = model_of("--model", tmp_path)
@@ -127,6 +128,11 @@ def test_weights_lie_in_several_files_and_in_half_precision(tmp_path: Path) -> N
     save_file({name: tensor.half() for name, tensor in whole.items()}, tmp_path / "model.safetensors")
     half, _ = model_of("--model", tmp_path)
     torch.testing.assert_close(half(images), expected(images), atol=0.02, rtol=0)
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    pickled, _ = model_of("--model", tmp_path)
+    assert_gives(pickled, images, expected(images))
 
 
 def test_all_modes_run_without_transformers(
@@ -366,12 +372,19 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "labels": (said(id2label=LABELS), "config.json: found id2label of 2 labels; accepted: 0 to 2"),
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), "found no file model.safetensors"),
     "damaged": (written("model.safetensors", "what"), "model.safetensors: cannot be read ("),
+    "pickle": (
+        lambda folder: [
+            (folder / "model.safetensors").unlink(),
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps(print)),
+        ],
+        "pytorch_model.bin: cannot be read (",
+    ),
     "index": (
         lambda folder: [
             (folder / "model.safetensors").unlink(),
             written("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}')(folder),
         ],
-        "found no file ../b.safetensors; accepted: model.safetensors, or model.safetensors.index.json and all that it",
+        "found no file ../b.safetensors; accepted: model.safetensors or pytorch_model.bin, or model.safetensors.index.",
     ),
     "missing": (
         changed(lambda state: state.pop("vit.encoder.layer.1.intermediate.dense.weight")),
