@@ -20,12 +20,11 @@ import diffrate
 import models
 from benchmarks import speed
 from benchmarks.speed import Row, Setting, Subject, line, memory_mib, table, write_rows
-from cli.data import eval_dataset, eval_loader, input_size_of, view_of
+from cli.data import eval_dataset, eval_loader, eval_transform, input_size_of, view_of
 from cli.model import Weights, chosen_entry, compressed, for_inference, planned
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import latency_table, schedules_that_fit
 from cli.settings import DEFAULT_BATCH, FILES, FROM_SCRATCH, PROJECT, Settings
-from cli.transforms import eval_transform
 from datasets import DataError, ImageFiles, ImageLoader, LabelledDataset
 from diffrate.files.header import about, is_saved_model
 from diffrate.latency.measure import OTHER_RULES, random_schedule
@@ -58,9 +57,7 @@ def run(settings: Settings, runtime: Runtime) -> None:
     elif kind == "scaling":
         (rows, columns), chosen = subject.entry.input_size, settings.model.input_size
         sizes = [(round(rows * share), round(columns * share)) for share in speed.SIZES] if chosen is None else [chosen]
-        measured = _report("benchmark scaling", speed.scaling_rows(free, sizes, setting), runtime)
-        for exponent in speed.exponents(measured):
-            log.info(speed.EXPONENT.format_map(exponent))
+        _report("benchmark scaling", speed.scaling_rows(free, sizes, setting), runtime)
     elif kind == "loading":
         model, name = subject.compressed(), subject.entry.name
         flops = model.flops()
@@ -139,7 +136,7 @@ def _images(settings: Settings, entry: ModelEntry) -> Subset[Any]:
     return Subset(dataset, [index % len(dataset) for index in range(batches * size)])
 
 
-def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> list[Row]:
+def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> None:
     """Log the rows as they come and as a table, and write them to the output folder, if there is one."""
     rows = []
     for row in measured:
@@ -151,7 +148,6 @@ def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> list[Row]:
     if runtime.writes:
         assert runtime.output_dir is not None
         write_rows(rows, runtime.output_dir, mode.replace(" ", "_"))
-    return rows
 
 
 def step_row(subject: Subject, batch_size: int, rounds: int, device: torch.device) -> Row:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 import diffrate
 import models
 from cli import data, results
+from cli.flags import parse_flags
 from cli.model import (
     Plan,
     Weights,
@@ -28,11 +30,10 @@ from cli.model import (
     read_weights,
     trained_model,
 )
-from cli.recipe import with_augmentation, with_rate
 from cli.runtime import AMP_DTYPES, Runtime
 from cli.schedules import budgets_of, kept_as
-from cli.settings import OFFICIAL, Settings
-from datasets import DataError
+from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, OFFICIAL, Settings
+from datasets import DataError, has_validation
 from diffrate.budget import Budget, baseline_schedule
 from diffrate.device import generators_kept
 from diffrate.files.export import LEAST_IMAGES
@@ -40,16 +41,25 @@ from diffrate.files.graph import Normalization
 from diffrate.files.header import is_saved_model
 from diffrate.latency.confirm import confirmed
 from diffrate.schedule import PUBLISHED, Schedule, fields_of
-from engine import Training, dense_copy, evaluate, log_counts, read_training
+from engine import SCALED_BATCH, Training, dense_copy, evaluate, log_counts, read_training, step_rate
 from utils import UsageError
 
 COMPARED = 32  # images of --data-path that an exported file is compared on
+# DeiT's recipe is for 1.28 million images. Up to so many, its augmentation and learning rate leave too few steps.
+FEW = 50_000
+MILD = {"aa": "none", "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "repeated_aug": False, "drop_path": 0.0}
+# Epochs, and the rate of a step whatever its images: from fresh weights, and from trained ones.
+FEW_FROM_SCRATCH, FEW_FROM_WEIGHTS = {"epochs": 100, "lr": 1e-3}, {"lr": 5e-5}
+MANY_FROM_SCRATCH, MANY_FROM_WEIGHTS = {"epochs": 300, "lr": 5e-4}, {"lr": 1e-5}  # DeiT's own, and the paper's
+FALLING = ("cosine", "tanh", "poly")  # schedules that end at --min-lr
+ENDS = 0.1  # of the rate, where that lies below the usual end
 log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, runtime: Runtime) -> None:
     """Score, report, and with `--save` leave the model in a file."""
     plan, plain, weights, val = trained_model(settings, runtime)
+    assert val is not None, "labels are needed"
     data.warn_of_turned(settings, runtime, val)
     model = compressed(plain, settings.model, plan, weights)
     results.use_searched(model, settings, plan.entry, runtime)
@@ -108,6 +118,54 @@ def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -
     return compressed(model, settings.model, plan, weights)
 
 
+def with_augmentation(settings: Settings, images: int) -> Settings:
+    """`settings` with what the flags leave open of a training on so many images, but for its learning rate."""
+    usual = {name: value for name, value in _usual(settings, images).items() if name != "lr"}  # goes by the batches
+    return parse_flags(settings.run.words, usual)
+
+
+def with_rate(settings: Settings, images: int, batch_size: int, runtime: Runtime) -> Settings:
+    """`settings` with all that the flags leave open of a training, at `batch_size` images a step on each process.
+
+    Raises:
+        UsageError: the learning rate lies below the end that was asked for.
+    """
+    usual, step, training = _usual(settings, images), batch_size * runtime.processes.world, settings.training
+    if not training.unscaled:
+        usual["lr"] *= SCALED_BATCH / step if images <= FEW else max(1.0, DEFAULT_BATCH / step)
+    settings = parse_flags(settings.run.words, usual)
+    training = settings.training
+    rate, least = step_rate(training, step), training.least_learning_rate
+    scaled = "" if training.unscaled else f" (--lr {training.learning_rate:.3g} for {SCALED_BATCH})"
+    said = f"learning rate {rate:.3g} at {step} images a step{scaled}"
+    if rate < least and training.schedule in FALLING:
+        usual |= {"min_lr": ENDS * rate, "warmup_lr": ENDS * rate}
+        settings = parse_flags(settings.run.words, usual)
+        if settings.training.least_learning_rate == least:
+            raise UsageError(f"--min-lr {least:g}: found a {said}; accepted: up to that, or another --lr")
+        if runtime.processes.is_main:
+            log.warning("%s lies below the usual --min-lr %g, and ends at %.3g", said, least, ENDS * rate)
+    left = " ".join(_flag(name, value) for name, value in usual.items() if settings.run.flags[name] == value)
+    log.info("%d images, %d epochs, %s; by default %s", images, training.epochs, said, left or "nothing")
+    return settings
+
+
+def _usual(settings: Settings, images: int) -> dict[str, Any]:
+    """The defaults of a training on so many images."""
+    scratch = settings.model.checkpoint == FROM_SCRATCH
+    if images > FEW:
+        return dict(MANY_FROM_SCRATCH if scratch else MANY_FROM_WEIGHTS)
+    return MILD | (FEW_FROM_SCRATCH if scratch else FEW_FROM_WEIGHTS)
+
+
+def _flag(name: str, value: Any) -> str:
+    """A flag with its value, as it would be typed."""
+    dashed = name.replace("_", "-")
+    if value is False:
+        return f"--no-{dashed}"
+    return f"--{dashed} {value:.3g}" if isinstance(value, float) else f"--{dashed} {value}"
+
+
 def run_baseline(settings: Settings, runtime: Runtime) -> None:
     """One schedule for each target, and one line of scores where the model has a head."""
     entry, checkpoint, kind = chosen_entry(settings.model), settings.model.checkpoint, settings.run.baseline
@@ -119,6 +177,7 @@ def run_baseline(settings: Settings, runtime: Runtime) -> None:
         model = meta_model(settings.model, entry)  # the schedules alone need neither weights nor images
     else:
         _, plain, _, val = trained_model(settings, runtime)
+        assert val is not None, "labels are needed"
         data.warn_of_turned(settings, runtime, val)
         model = patched(plain, settings.model).to(runtime.device)
         loader = data.eval_loader(val, settings, runtime)
@@ -151,8 +210,10 @@ def run_export(settings: Settings, runtime: Runtime) -> None:
     model, names = named_model(settings, entry, runtime)
     if not runtime.processes.is_main:
         return
-    images = None if folder is None else data.pictures(settings, entry, COMPARED)
-    if images is not None:
+    images = None
+    if folder is not None:
+        split = "val" if has_validation(settings.data.data_set, folder) else None
+        images = torch.stack([image for image, _ in data.some_images(settings, entry, COMPARED, split)])
         if len(images) < LEAST_IMAGES:
             raise DataError(f"--data-path {folder}: found {len(images)} images; accepted: {LEAST_IMAGES} or more")
         log.info("comparing on %d images of %s", len(images), folder)

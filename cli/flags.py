@@ -327,7 +327,7 @@ def _check_numbers(args: argparse.Namespace, mode: str) -> None:
         raise UsageError(f"--batch-size: found {len(sizes)} sizes; accepted: one, or --benchmark")
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs > 0:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs}: accepted: less than --epochs {args.epochs}")
-    # A search may mix nothing, whatever the flags say: `cli/recipe.py`.
+    # A search may mix nothing, whatever the flags say: `cli/search.py`.
     if mode == "finetune" and (args.mixup > 0 or args.cutmix > 0) and sizes[0] % 2:
         raise UsageError(f"--batch-size {sizes[0]}: accepted: an even number with --mixup or --cutmix")
     if args.affine is not None:

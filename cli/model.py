@@ -24,7 +24,7 @@ from cli.results import use_searched
 from cli.runtime import Runtime, local_main_first
 from cli.schedules import chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings, size_words
-from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root
+from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root, has_validation
 from diffrate.atomic import first_line
 from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
@@ -36,7 +36,7 @@ from diffrate.files.text_head import read_texts
 from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
 from engine import flags_in
-from models.download import downloading
+from models.weights import downloading
 from models.zoo import ModelEntry, find
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
@@ -343,28 +343,36 @@ def compressed(model: nn.Module, settings: ModelSettings, plan: Plan, weights: W
 
 
 def trained_model(
-    settings: Settings, runtime: Runtime, **options: Any
-) -> tuple[Plan, nn.Module, Weights, LabelledDataset]:
-    """The plain model with the weights that the flags name, and what it was and is evaluated on; `options` go to
-    timm's constructor.
+    settings: Settings, runtime: Runtime, entry: ModelEntry | None = None, labelled: bool = True, **options: Any
+) -> tuple[Plan, nn.Module, Weights, LabelledDataset | None]:
+    """The plain model with the weights that the flags name, and what it was and is evaluated on, which may be None
+    where nobody needs it `labelled`; `options` go to timm's constructor.
 
     Raises:
         UsageError: there is no head, or the digits that ship do not fit it.
     """
-    entry = chosen_entry(settings.model)
-    plan = planned(settings, entry)
-    if entry.headless and settings.model.checkpoint == OFFICIAL:
+    entry = entry or chosen_entry(settings.model)
+    plan, digits = planned(settings, entry), settings.data.path is None and entry.name != SAMPLE_MODEL
+    if labelled and entry.headless and settings.model.checkpoint == OFFICIAL:
         raise _no_head(entry.name)  # before anything is downloaded
-    weights = read_weights(settings.model, plan, runtime)
-    if weights.headless:
+    if digits and not labelled:
+        raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name}")
+    weights, val = read_weights(settings.model, plan, runtime), None
+    if labelled and weights.headless:
         raise _no_head(f"{entry.name}, checkpoint {weights.name}")
-    try:
-        val = eval_dataset(settings, entry, weights.head, weights.classes)
-    except DataError as error:
-        if settings.data.path is not None or entry.name == SAMPLE_MODEL:
-            raise
-        raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name} ({error})") from error
-    return plan, plain_model(settings.model, entry, weights, len(val.classes), **options), weights, val
+    headless = entry.headless if weights.state is None else weights.headless
+    if labelled or (not headless and has_validation(settings.data.data_set, settings.data.path)):
+        try:
+            val = eval_dataset(settings, entry, weights.head, weights.classes)
+        except DataError as error:
+            if digits:
+                said = f"--data-path is needed: the digits that ship do not fit {entry.name} ({error})"
+                raise UsageError(said) from error
+            if labelled:
+                raise
+            log.info("no accuracy: %s", error)
+    outputs = entry.num_classes if val is None else len(val.classes)
+    return plan, plain_model(settings.model, entry, weights, outputs, **options), weights, val
 
 
 def named_model(

@@ -11,10 +11,9 @@ from typing import Any
 
 import diffrate
 import models
-from cli.recipe import PAPER
 from cli.runtime import RATES, Runtime
 from cli.schedules import PROJECT_RATES, fit_tokens
-from cli.settings import OFFICIAL, Settings, declared, dest_of, size_words
+from cli.settings import OFFICIAL, PAPER, Settings, declared, dest_of, size_words
 from diffrate import CompressedModel, Scores
 from diffrate.budget import LATENCY, SPEEDUP, Target
 from diffrate.schedule import Schedule, fields_of, save_schedule

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 import diffrate
 from benchmarks.speed import table as table_of
 from cli import data, results
+from cli.flags import parse_flags
 from cli.model import (
-    Weights,
     chosen_entry,
     for_inference,
     output_names,
@@ -26,16 +26,15 @@ from cli.model import (
     read_weights,
     trained_model,
 )
-from cli.recipe import with_recipe
 from cli.runtime import FOUND, SENSITIVITY, Progress, Runtime
 from cli.schedules import budgets_of, kept_as, schedule_at
-from cli.settings import OFFICIAL, Settings
-from datasets import DataError, ImageLoader, LabelledDataset, has_validation
+from cli.settings import OFFICIAL, PAPER, RecipeSettings, Settings
+from datasets import ImageLoader
 from diffrate import CompressedModel, Found, LatencyTable
 from diffrate.budget import Budget, Target, uniform_schedules
-from diffrate.schedule import fields_of
+from diffrate.schedule import PUBLISHED, fields_of
 from diffrate.searching.calibration import images_that_fit
-from diffrate.searching.settings import GRADIENT, SearchSettings
+from diffrate.searching.settings import CALIBRATED, GRADIENT, SearchSettings, flag_of
 from diffrate.searching.teacher import losses_at
 from engine import LAST, Reporter, build_criterion, build_mixup, evaluate, log_calibrated, log_counts
 from models import entry_of
@@ -44,6 +43,8 @@ from sample import MODEL as SAMPLE_MODEL
 from utils import StopSignals, UsageError, make_output_dir
 
 PART = 512  # images
+# Of models that the paper has no recipe for.
+OTHERS = RecipeSettings(loss="distill", transform="eval", budget="held", method=CALIBRATED)
 log = logging.getLogger(__name__)
 
 
@@ -90,22 +91,12 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
     """The model that the flags name, and its data, as its recipe asks for them."""
     entry = chosen_entry(settings.model)
     settings = with_recipe(settings, entry)
-    dropping = {"drop_path_rate": settings.model.drop_path}
-    val: LabelledDataset | None
-    if settings.search.labelled:
-        _, plain, weights, val = trained_model(settings, runtime, **dropping)
-    else:
-        plan = planned(settings, entry)
-        if settings.data.path is None and entry.name != SAMPLE_MODEL:
-            raise UsageError(f"--data-path is needed: the digits that ship do not fit {entry.name}")
-        weights = read_weights(settings.model, plan, runtime)
-        val = _validation(settings, entry, weights)
-        outputs = entry.num_classes if val is None else len(val.classes)
-        plain = plain_model(settings.model, entry, weights, outputs, **dropping)
+    labelled, dropping = settings.search.labelled, settings.model.drop_path
+    _, plain, weights, val = trained_model(settings, runtime, entry, labelled, drop_path_rate=dropping)
     train, unchanged = (
         data.search_dataset(settings, entry, weights.head, weights.classes, augmented) for augmented in (True, False)
     )
-    if settings.search.labelled and val is not None:
+    if labelled and val is not None:
         data.check_same_classes(train, val)
     data.warn_of_turned(settings, runtime, train, val)
     model = patched(plain, settings.model)
@@ -122,16 +113,39 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
     )
 
 
-def _validation(settings: Settings, entry: ModelEntry, weights: Weights) -> LabelledDataset | None:
-    """The validation split, where there is one whose classes are the model's."""
-    headless = entry.headless if weights.state is None else weights.headless
-    if headless or not has_validation(settings.data.data_set, settings.data.path):
-        return None
-    try:
-        return data.eval_dataset(settings, entry, weights.head, weights.classes)
-    except DataError as error:
-        log.info("no accuracy: %s", error)
-        return None
+def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:
+    """`settings` with what the flags leave open of a search as the model has it.
+
+    Images as in evaluation come once each, and are neither augmented nor mixed.
+
+    Raises:
+        UsageError: images that are mixed in pairs, and batches of no pairs; an augmentation that no image would have.
+    """
+    # What is to meet a time has no recipe in the paper.
+    timed = any(target.timed for target in settings.model.targets)
+    asked, usual = settings.recipe, PAPER if entry.published and not timed else OTHERS
+    recipe = replace(usual, **{name: value for name, value in vars(asked).items() if value is not None})
+    if recipe.method == CALIBRATED and asked.loss == SearchSettings.loss:
+        raise UsageError("--search_loss labels goes with --search gradient; hard counts are held to no labels")
+    augmentation, mixing = settings.augmentation, settings.mixing
+    if recipe.transform == "eval":
+        _refuse_augmentation(settings)
+        augmentation, mixing = replace(augmentation, repeated=False), replace(mixing, mixup=0.0, cutmix=0.0)
+    if mixing.mixes and settings.data.batch_size % 2:
+        raise UsageError(f"--batch-size {settings.data.batch_size}: accepted: an even number with --mixup or --cutmix")
+    rule = settings.search.rule or (PUBLISHED if entry.published else None)
+    search = replace(settings.search, loss=recipe.loss, budget=recipe.budget, method=recipe.method, rule=rule)
+    return replace(settings, recipe=recipe, search=search, augmentation=augmentation, mixing=mixing)
+
+
+def _refuse_augmentation(settings: Settings) -> None:
+    """Refuse flags that say how images are augmented or mixed, where none are. Labels may be smoothed all the same."""
+    usual = parse_flags(())  # the sample has defaults of its own
+    for part, other in ((settings.augmentation, usual.augmentation), (settings.mixing, usual.mixing)):
+        for item in fields(part):
+            value, defaults = getattr(part, item.name), (item.default, getattr(other, item.name))
+            if value and value not in defaults and item.name != "smoothing":
+                raise UsageError(f"{flag_of(item)}: found --search_transform eval; accepted: --search_transform train")
 
 
 def _search_one(
@@ -242,7 +256,7 @@ def run_sensitivity(settings: Settings, runtime: Runtime) -> None:
     images, entry = settings.run.sensitivity, chosen_entry(settings.model)
     assert images is not None, "the mode that is asked for"
     plan = planned(settings, entry)
-    dataset = data.calibration_dataset(settings, entry, images)  # before anything is downloaded
+    dataset = data.some_images(settings, entry, images)  # before anything is downloaded
     data.warn_of_turned(settings, runtime, dataset)
     if settings.model.checkpoint == OFFICIAL:
         _check_digits(settings, entry, entry.num_classes)

@@ -317,6 +317,11 @@ class RecipeSettings:
     method: str | None = None
 
 
+PAPER = RecipeSettings(
+    loss=SearchSettings.loss, transform="train", budget=SearchSettings.budget, method=SearchSettings.method
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How weights are trained: optimizer, its learning rate's course, average of the weights."""
@@ -351,12 +356,7 @@ class TrainingSettings:
 class Augmentation:
     """DeiT's training augmentation; `affine` is (degrees, shift, rescale), the last two fractions."""
 
-    color_jitter: float = flag(
-        "",
-        NOT_NEGATIVE,
-        default=0.3,
-        group=OF_IMAGES,
-    )
+    color_jitter: float = flag("", NOT_NEGATIVE, default=0.3, group=OF_IMAGES)
     auto_augment: str | None = flag(
         "timm's AutoAugment policy, or none",
         flag="--aa POLICY",

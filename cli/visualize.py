@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 import diffrate
-from cli.data import view_of
+from cli.data import View, crop_view, eval_transform, view_of
 from cli.model import chosen_entry, named_model
 from cli.plot import as_drawn
 from cli.runtime import Runtime
 from cli.settings import Settings
-from cli.transforms import View, crop_view, eval_transform
 from datasets import DataError, load_image
 from diffrate.atomic import whole_file
 from diffrate.patch.parts import TextHead
@@ -228,9 +227,13 @@ def run(settings: Settings, runtime: Runtime) -> None:
         if block > last:
             raise UsageError(f"--blocks {block}: accepted: 0 to {last}")
     assert folder is not None, "flags make sure of a folder"
-    seen_images = _seen(
-        model, paths, view_of(settings, entry), settings.data.batch_size, settings.run.attention, runtime
-    )
+    view, size = view_of(settings, entry), settings.data.batch_size
+
+    def looked_at(batch: Sequence[Path]) -> list[Seen]:
+        with runtime.autocast():
+            return see(model, [load_image(path) for path in batch], view, settings.run.attention)
+
+    seen_images = chain.from_iterable(looked_at(paths[start : start + size]) for start in range(0, len(paths), size))
     for path, name, seen in zip(paths, _file_names(paths), seen_images, strict=True):
         drawn = page(seen, names, f"{path.name}  |  {entry.name}  |  {model.flops() / 1e9:.3f} GFLOPs", blocks)
         with whole_file(folder / f"{name}.png") as file:
@@ -261,22 +264,6 @@ def _readable(paths: Sequence[Path], skip: bool, runtime: Runtime) -> list[Path]
     if not found:
         raise DataError(f"image {paths[0]}: cannot be read, nor any other; accepted: one that can")
     return found
-
-
-def _seen(
-    model: diffrate.CompressedModel,
-    paths: Sequence[Path],
-    view: View,
-    batch_size: int,
-    attention: bool,
-    runtime: Runtime,
-) -> Iterator[Seen]:
-    """What is seen of every image, read and run in batches."""
-    for start in range(0, len(paths), batch_size):
-        photographs = [load_image(path) for path in paths[start : start + batch_size]]
-        with runtime.autocast():
-            seen = see(model, photographs, view, attention)
-        yield from seen
 
 
 def _file_names(paths: Sequence[Path]) -> Iterator[str]:

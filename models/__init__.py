@@ -5,7 +5,16 @@ Importing this package registers the published names with timm, so that
 """
 
 # ruff: noqa: F401
-from models.download import fetch, official_file
 from models.names import bare_name, create, entry_of, full_name, shapes_alone, supported_names
-from models.weights import Read, StateDict, fit_state, head_classes, load_weights, read_file, read_official
+from models.weights import (
+    Read,
+    StateDict,
+    fetch,
+    fit_state,
+    head_classes,
+    load_weights,
+    official_file,
+    read_file,
+    read_official,
+)
 from models.zoo import ZOO, CheckpointError, InputSizeError, ModelEntry, Size, UnknownModelError

@@ -18,8 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from diffrate.atomic import SOURCES, first_line, hub_or_cache
-from models.download import downloading, official_file
-from models.weights import load_weights
+from models.weights import downloading, load_weights, official_file
 from models.zoo import HUB_SITE, INPUTS, ZOO, InputSizeError, ModelEntry, Size, UnknownModelError, find
 
 DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them

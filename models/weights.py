@@ -1,4 +1,4 @@
-"""Weights in every layout that timm knows, read for a timm model, dense or patched, and copied into one."""
+"""Weights in every layout that timm knows: fetched, read for a timm model, dense or patched, and copied into one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import inspect
 import logging
 import math
 import re
+import socket
 import sys
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
+import huggingface_hub
 import numpy as np
 import timm
 import torch
+from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, clean_state_dict, is_model, model_entrypoint
@@ -25,9 +31,8 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from diffrate.atomic import UNREADABLE as UNREADABLE_BY_TORCH
-from diffrate.atomic import check_unpacked, first_line, load_tensors
-from models.download import fetch, official_file, timm_state
-from models.zoo import CheckpointError, ModelEntry, Size
+from diffrate.atomic import answers, check_unpacked, first_line, hub_or_cache, load_tensors
+from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights, Size
 
 StateDict = dict[str, Tensor]
 SHOWN = 3  # names of each kind in a message
@@ -53,7 +58,11 @@ ALIGNED_CORNERS = ("base_patch16_radio_v3", "huge_patch16_radio_v3")
 # From timm 1.0.31 on. Before, it takes all positions for a square's, and leaves as many as the model has as they are.
 HEARS_OF_SIZES = "pretrained_model_args" in inspect.signature(build_model_with_cfg).parameters
 FLEXIBLE = "flexi"  # trained on patches of many sizes: those of another are interpolated
+# torch.hub checks a download against the first hex digits of its SHA-256 when the name carries them.
+HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
+CONNECT_SECONDS = 30
 log = logging.getLogger(__name__)
+progress = logging.getLogger("progress")  # --quiet silences it
 
 
 class Read(NamedTuple):
@@ -361,3 +370,102 @@ def _check_patches(shapes: Iterable[Sequence[int]], model: nn.Module, name: str)
         f"checkpoint {name} does not fit the model: it is for patches of {rows} by {columns} pixels; "
         f"accepted: of {own_rows} by {own_columns}{instead}"
     )
+
+
+def official_file(entry: ModelEntry, bar: bool = True) -> Path:
+    """The official weights of an entry of the zoo as a local file, downloaded on first use.
+
+    Raises:
+        CheckpointError: there are none, or no source can be reached; the message names each source, and the path where
+            the file may be put by hand.
+    """
+    if isinstance(entry.weights, Path):
+        return entry.weights
+    if not isinstance(entry.weights, OfficialWeights):
+        raise CheckpointError(f"--model {entry.name}: has no pretrained weights; accepted: a file with --checkpoint")
+    file, sources = entry.weights
+    return _first_of(sources, file, bar, f"the weights of {entry.name}: tried ", "name one with --checkpoint")
+
+
+def fetch(url: str, bar: bool = True) -> Path:
+    """Download `url` into the checkpoint directory, once; the hash in its name is checked if there.
+
+    Raises:
+        CheckpointError: the URL cannot be reached or the hash differs.
+    """
+    try:
+        name = Path(urlparse(url).path).name
+        if name in ("", ".."):
+            raise ValueError("found no file")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {url}: {error}; accepted: a URL that ends in a file's name") from error
+    return _first_of([url], name, bar, "", "give its path instead of the URL")
+
+
+def timm_state(name: str, source: str, bar: bool = True) -> dict[str, Tensor]:
+    """The tensors of a pretrained model as timm builds it, downloaded from `source` on first use.
+
+    Raises:
+        CheckpointError: they cannot be had; the message names the source and what to do.
+    """
+    try:
+        if "://" in source:
+            _check_answer(source, _checkpoints() / Path(urlparse(source).path).name)
+        with downloading(source, bar), hub_or_cache() if source.startswith(HUB_SITE) else nullcontext():
+            return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        remedy = "bring it into the Hugging Face cache (HF_HOME)" if source.startswith(HUB_SITE) else "connect"
+        raise CheckpointError(
+            f"cannot load the weights of {name}: tried {source} ({first_line(error)}). "
+            f"To go on, {remedy}, or name a file with --checkpoint"
+        ) from error
+
+
+@contextmanager
+def downloading(source: str, bar: bool = True) -> Iterator[None]:
+    """Show a bar for downloads inside, or without `bar` log one line. A silent server times out."""
+    if not bar:
+        progress.info("downloading %s", source)
+        disable_progress_bars()
+    timeout, verbosity = socket.getdefaulttimeout(), hub_logging.get_verbosity()
+    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub has no argument for it
+    hub_logging.set_verbosity_error()  # else the hub warns on each retry
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+        hub_logging.set_verbosity(verbosity)
+
+
+def _first_of(sources: Sequence[str], file: str, bar: bool, what: str, instead: str) -> Path:
+    """`file` in the checkpoint directory, which `TORCH_HOME` moves, from the first source that can be reached; of a
+    repository in the hub's own cache."""
+    target, failures = _checkpoints() / file, []
+    digest = HASH_IN_NAME.search(file)
+    if target.is_file():
+        return target
+    for source in sources:
+        try:
+            with downloading(source, bar), hub_or_cache() if source.startswith(HUB_SITE) else nullcontext():
+                if source.startswith(HUB_SITE):
+                    return Path(huggingface_hub.hf_hub_download(source.removeprefix(HUB_SITE), "model.safetensors"))
+                _check_answer(source, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Writes to a temporary file first, and renames when the hash agrees.
+                torch.hub.download_url_to_file(source, str(target), hash_prefix=digest and digest[1], progress=bar)
+                return target
+        except Exception as error:  # every source fails in its own way, and all mean: try the next
+            failures.append(f"{source} ({first_line(error)})")
+    tried = "; ".join(failures)
+    raise CheckpointError(f"cannot download {what}{tried}. Put the file by hand at {target}, or {instead}")
+
+
+def _checkpoints() -> Path:
+    """Where torch keeps what it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _check_answer(source: str, target: Path) -> None:
+    """Raise an OSError where `target` is not there yet and the server of the URL `source` is silent."""
+    if not target.is_file() and not answers(source):
+        raise OSError(f"no answer from {urlparse(source).netloc}")

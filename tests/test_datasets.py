@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from cli.data import View, _operations, eval_transform, train_transform
 from cli.settings import Augmentation
-from cli.transforms import View, _operations, eval_transform, train_transform
 from datasets import DataError, build_dataset, build_images, label_outputs, load_image
 from sample import ARCHIVE, unpack_sample
 from samplers import SeededOrder

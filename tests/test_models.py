@@ -171,7 +171,7 @@ def test_a_failed_download_says_what_and_where(name: str, tmp_path: Path, monkey
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    monkeypatch.setattr("models.download.answers", lambda _: True)
+    monkeypatch.setattr("models.weights.answers", lambda _: True)
     entry = models.entry_of(name)
     with pytest.raises(models.CheckpointError) as caught:
         models.official_file(entry)

@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parent.parent
 # From the door down: a room imports itself and rooms further down. A file that more rooms may import than the rest of
 # its folder is a room.
 ROOMS = (
-    *("main", "cli", "benchmarks", "engine", "cli.transforms", "datasets", "samplers", "cli.runtime", "cli.settings"),
+    *("main", "cli", "benchmarks", "engine", "datasets", "samplers", "cli.runtime", "cli.settings"),
     *("utils", "models", "sample", "diffrate", "diffrate.atomic"),
 )
 # The same inside the library.

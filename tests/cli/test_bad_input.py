@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import engine
-from cli.transforms import View, crop_view, eval_transform
+from cli.data import View, crop_view, eval_transform
 from datasets import load_image
 from diffrate.searching.checkpoint import Task
 from sample import MODEL

@@ -192,7 +192,7 @@ def test_a_download_that_fails(cli: Cli, tmp_path: Path, image_folder: Path, mon
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    monkeypatch.setattr("models.download.answers", lambda _: True)
+    monkeypatch.setattr("models.weights.answers", lambda _: True)
     result = cli("--eval", "--model", "vit_base_patch16_mae", "--data-path", image_folder)
     check(result, "no route to host", "mae_finetuned_vit_base.pth", str(tmp_path), "--checkpoint")
 

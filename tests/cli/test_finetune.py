@@ -12,8 +12,8 @@ import torch
 
 import engine
 import models
+from cli.evaluate import FEW, with_augmentation, with_rate
 from cli.flags import parse_flags
-from cli.recipe import FEW, with_augmentation, with_rate
 from cli.settings import Settings
 from diffrate.schedule import find_schedule
 from engine import step_rate

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffrate
-from cli.data import view_of
+from cli.data import eval_transform, view_of
 from cli.flags import parse_flags
 from cli.model import chosen_entry, plain_model, planned, read_weights
 from cli.runtime import Processes, Runtime
-from cli.transforms import eval_transform
 from diffrate.converting.transformers_vits import DEFAULTS
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores

@@ -108,7 +108,7 @@ def test_without_a_network(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    for place in ("diffrate.atomic.answers", "models.download.answers"):
+    for place in ("diffrate.atomic.answers", "models.weights.answers"):
         monkeypatch.setattr(place, lambda url: bool(asked.append(url)))
     start = time.monotonic()
     check(cli("--eval", *words, "--data-path", image_folder), said)

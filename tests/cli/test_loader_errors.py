@@ -19,7 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import cli.data
 import diffrate
-from cli.transforms import View, eval_transform
+from cli.data import View, eval_transform
 from datasets import ImageLoader, Samples, SeededSamples, build_dataset
 from tests.cli.test_errors import check
 from tests.cli.test_finetune import PLAIN

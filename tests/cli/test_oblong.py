@@ -18,9 +18,9 @@ import models
 from benchmarks import speed
 from benchmarks.speed import Setting, Subject, build_side, scaling_rows
 from cli.benchmark import build_step
+from cli.data import View, crop_view, eval_transform, train_transform
 from cli.flags import parse_flags
 from cli.settings import Augmentation
-from cli.transforms import View, crop_view, eval_transform, train_transform
 from cli.visualize import page, see
 from diffrate.files.header import about
 from diffrate.timing import Use

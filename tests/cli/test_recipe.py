@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 
 import engine
+from cli.data import View, _posterize, train_transform
 from cli.settings import Augmentation
-from cli.transforms import View, _posterize, train_transform
 from diffrate.device import seed_everything
 from tests.cli.test_eval import PROJECT
 from tests.cli.test_finetune import FULL, records

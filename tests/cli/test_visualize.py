@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cli.data import View, crop_view, eval_transform
 from cli.settings import PROJECT
-from cli.transforms import View, crop_view, eval_transform
 from cli.visualize import MOST_BLOCKS, Seen, page, see, shown_blocks
 from diffrate.pictures import PRUNED
 from tests.conftest import Cli, write_image

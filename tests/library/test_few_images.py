@@ -10,7 +10,7 @@ import torch
 import diffrate
 import models
 import sample
-from cli.transforms import View, eval_transform
+from cli.data import View, eval_transform
 from datasets import build_dataset, build_images
 from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.searching.teacher import losses_at
