@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,9 @@ from cli.runtime import AMP_DTYPES, Runtime, share
 from cli.settings import PROJECT, LatencySettings, ModelSettings, Settings
 from diffrate.budget import FLOPS, Budget, Target
 from diffrate.latency.measure import SECONDS
-from diffrate.latency.setting import setting_of
+from diffrate.latency.table import setting_of
 from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
-from diffrate.searching.target import budget_of, check_reach
+from diffrate.searching.search import budget_of
 from diffrate.timing import Use
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL
@@ -105,15 +104,14 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
 
 
 def latency_table(
-    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
+    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime
 ) -> diffrate.LatencyTable:
-    """The seconds of `model` at any schedule, used as the flags say; `targets` are checked before it is measured."""
+    """The seconds of `model` at any schedule, used as the flags say."""
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
     use = Use(settings.batch_size, dtype, settings.compile, runtime.device)
     setting = setting_of(model, use)
     file = settings.file or _cache_file(setting)
     log.info("latency: of %s on %s, kept in %s", use.words(), setting["machine"], file or "no file")
-    check_reach(model, targets, use, file)
     with share("Latency", SECONDS, runtime) as advance:
         return diffrate.measure_latency(
             model,
@@ -151,7 +149,7 @@ def budgets_of(
     if len(set(targets)) < len(targets):
         raise UsageError(f"--target_flops {' '.join(map(str, asked))}: accepted: each once")
     timed = any(target.timed for target in targets)
-    table = latency_table(settings.latency, model, runtime, targets) if timed else None
+    table = latency_table(settings.latency, model, runtime) if timed else None
     budgets = {target: budget_of(model, target, table) for target in targets}
     for budget in budgets.values():
         budget.check(model.compression.space.every_block())

@@ -11,10 +11,8 @@ from .files.graph import plain
 from .files.header import About, ExportError, SavedModelError, about
 from .files.save import load, save
 from .files.text_head import text_head
-from .latency.confirm import Confirmed, PredictionCheck, check_predictions
-from .latency.measure import measure_latency
-from .latency.setting import LatencyFileError
-from .latency.table import LatencyTable
+from .latency.measure import Confirmed, PredictionCheck, check_predictions, measure_latency
+from .latency.table import LatencyFileError, LatencyTable
 from .patch.base import CompressedModel
 from .pictures import AttentionMaps, VisualizationError, attention_maps, make_visualization
 from .schedule import Schedule, ScheduleError, scale_schedule

@@ -18,10 +18,20 @@ import diffrate
 from diffrate.blocks.masked import plan_search
 from diffrate.budget import LATENCY, SPEEDUP, Budget, choices_of, meets_budget, without_waste
 from diffrate.latency.measure import knots, probing_schedules, random_schedule
-from diffrate.latency.setting import LatencyFileError, read_table, write_table
-from diffrate.latency.table import BlockTimes, Curve, LatencyTable, fit_curve, fit_prices, fit_terms, reduction_terms
+from diffrate.latency.table import (
+    BlockTimes,
+    Curve,
+    LatencyFileError,
+    LatencyTable,
+    expected_seconds,
+    fit_curve,
+    fit_prices,
+    fit_terms,
+    read_table,
+    reduction_terms,
+    write_table,
+)
 from diffrate.schedule import RULES, Kept, Schedule, SearchSpace, running_counts
-from diffrate.searching.target import expected_seconds
 from tests.test_patch import patched
 
 TOKENS, BLOCKS = 65, 6

@@ -1,4 +1,5 @@
-"""From timed runs to what each part of a block costs at any number of tokens. Nothing here needs torch.
+"""What schedules take, by a table: each part of a block at any number of tokens, from timed runs; what a table is valid
+for; and its file.
 
 All parts are fitted at once to all samples of a kind of block, by least squares of relative errors in which
 outliers count less. Times over tokens are piecewise linear and never fall; what a reduction adds is linear in
@@ -6,16 +7,30 @@ the rows that it moves and in the pairs that it compares."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import timm
+import torch
 from scipy.optimize import lsq_linear
+from torch import Tensor
 
+from diffrate.atomic import UNREADABLE, first_line, read_json, whole_file
+from diffrate.blocks.block import form_of
+from diffrate.blocks.heads import projection_of
+from diffrate.blocks.masked import BlockPlan
+from diffrate.blocks.rates import with_gradient_of
+from diffrate.device import machine_name, placement_of
+from diffrate.patch.base import CompressedModel
+from diffrate.patch.shapes import block_shape
 from diffrate.schedule import PUBLISHED, RULES, Kept, RuleWork, Schedule, running_counts
+from diffrate.timing import SHORT_NAMES, Use, mode_name, precision_name
 
 REWEIGHTED = 6  # times
 OUTLIER = 2.0  # median deviations, from which on samples count less
@@ -246,3 +261,144 @@ class LatencyTable:
             return tuple((merging if term in MERGING_TERMS else going) * part for term, part in enumerate(weights))
 
         return replace(self, kinds=tuple(replace(kind, reduction=reduction(kind.reduction)) for kind in self.kinds))
+
+
+SMOOTHED = 16  # tokens to both sides that a slope is taken over: kernels move in steps, and would have none between
+
+
+def expected_seconds(table: LatencyTable, plans: Sequence[BlockPlan], rules: tuple[str, ...] | None = None) -> Tensor:
+    """Of one image, for the plans of all blocks and the `rules` of a schedule."""
+    prunes = any(plan.prune is not None for plan in plans)
+    merged = tuple(plan.merged for plan in plans)
+    schedule = Schedule(tuple(plan.pruned for plan in plans) if prunes else None, merged, rules=rules)
+    soft = plans[0].cost[0].new_zeros(())
+    for plan, step in zip(plans, table.steps(schedule), strict=True):
+        soft = soft + _block(plan, *step)
+    return with_gradient_of(soft.new_tensor(table.seconds(schedule)), soft / table.batch_size)
+
+
+def _block(plan: BlockPlan, times: BlockTimes, kept: Kept, sized: bool, work: RuleWork) -> Tensor:
+    """What carries the gradient of a block's seconds, for a batch."""
+    entering, leaving = plan.cost
+    soft = entering * _slope(times.plain, kept.entering)
+    if times.read is not None:
+        return soft
+    soft = soft + leaving * _slope(times.after, kept.merged)
+    fewer = max(1, kept.merged - 1)
+    pruning = 0.0 if plan.prune is None else times.price(Kept(kept.entering, fewer, fewer), sized, work)
+    merging = times.price(Kept(kept.entering, kept.entering, fewer), sized, work)
+    # The probabilities that a choice keeps fewer than the tokens that are there: the least important one goes.
+    prune = 0.0 if plan.prune is None else 1 - plan.prune.survival[plan.entering - 1]
+    merge = 0.0 if plan.merge is None else 1 - plan.merge.survival[plan.pruned - 1]
+    return soft + pruning * (1 - (1 - prune) * (1 - merge)) + max(0.0, merging - pruning) * merge
+
+
+def _slope(seconds: Sequence[float], tokens: int) -> float:
+    """Of a curve at every number of tokens, around one."""
+    low, high = max(0, tokens - SMOOTHED), min(len(seconds) - 1, tokens + SMOOTHED)
+    return (seconds[high] - seconds[low]) / max(1, high - low)
+
+
+WHAT = "measured seconds of the parts of a model's blocks, for a batch"
+
+
+class LatencyFileError(ValueError):
+    """A file of times that cannot be read or written."""
+
+
+def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
+    """The table at `path` if it was made for `setting`; None where there is no file, or one of another setting.
+    LatencyFileError where the file holds no table."""
+    try:
+        content = read_json(path)
+        if content["setting"] != setting:
+            return None
+        kinds = [
+            _made(BlockTimes, kind | {name: _made(Curve, kind[name]) for name in ("attention", "mlp")})
+            for kind in content["kinds"]
+        ]
+        return _made(LatencyTable, content | {"kinds": kinds})
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        raise LatencyFileError(
+            f"{path}: cannot be read ({first_line(error)}); accepted: a file of measured times, or none"
+        ) from error
+
+
+def write_table(path: Path, table: LatencyTable) -> None:
+    """Write the table to `path`, in a folder that is made where there is none; LatencyFileError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write((json.dumps({"what": WHAT, **asdict(table)}, indent=1) + "\n").encode())
+    except OSError as error:
+        raise LatencyFileError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def _made(kind: type[Any], content: dict[str, Any]) -> Any:
+    """A dataclass `kind` from its fields in a file, where tuples are lists."""
+    values = {item.name: content[item.name] for item in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+FORMAT = 3  # of the file, and of what is measured
+OF_MODEL = ("tokens", "blocks", "kinds", "parameters", "image_size", "classes", "model", "rule", "mode")
+
+
+def use_of(table: LatencyTable, device: torch.device) -> Use:
+    """How the model was used when `table` was made, on `device`."""
+    name = table.setting["precision"]
+    dtype = {short: dtype for dtype, short in SHORT_NAMES.items()}.get(name) or getattr(torch, name)
+    return Use(table.batch_size, dtype, table.setting["mode"] == mode_name(True), device)
+
+
+def kinds_of(model: CompressedModel) -> list[tuple[str, int | None]]:
+    """The kind of each compressible block: its description, and how many of its first tokens are used, None for all.
+
+    Blocks of one kind have parts of the same types and shapes; the last one differs where few of its tokens are used.
+    """
+    kinds, blocks = [], model.compressible_blocks()
+    for block in blocks:
+        shape, heads = block_shape(block), projection_of(getattr(block, form_of(block).attention))
+        shown = {"projections": shape.projections, "mixing": shape.mixing, "mlp": shape.mlp}
+        read = model.read if block is blocks[-1] else None
+        name = f"{type(block).__name__} {type(heads).__name__} {shown}, read {'all' if read is None else read}"
+        kinds.append((name, read))
+    return kinds
+
+
+def setting_of(model: CompressedModel, use: Use) -> dict[str, Any]:
+    """Everything that times depend on, as plain values by name."""
+    kinds = [name for name, _ in kinds_of(model)]
+    different = list(dict.fromkeys(kinds))
+    rates = {id(rate) for rate in model.arch_parameters()}
+    return {
+        "format": FORMAT,
+        "machine": machine_name(use.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "batch_size": use.batch_size,
+        "precision": precision_name(use.dtype),
+        "mode": mode_name(use.compiled),
+        "model": type(model).__name__,
+        "rule": str(model.rule),
+        "image_size": list(model.image_size),
+        "tokens": model.compression.space.limits[0],
+        "parameters": sum(weight.numel() for weight in model.parameters() if id(weight) not in rates),
+        "classes": model.num_classes,
+        "kinds": different,
+        "blocks": [different.index(kind) for kind in kinds],
+    }
+
+
+def check_table(table: LatencyTable, model: CompressedModel) -> None:
+    """ValueError where the table is of another model, as far as it shows that; names what differs."""
+    expected = setting_of(model, use_of(table, placement_of(model).device))
+    said = {**table.setting, "tokens": table.tokens, "blocks": list(table.order)}
+    for name in OF_MODEL:
+        if name in said and said[name] != expected[name]:
+            raise ValueError(
+                f"latency: found a table of a model with other {name} ({said[name]}); accepted: {expected[name]}"
+            )

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.rates import RateError
 from diffrate.device import all_sum, autocast, least, rank, seed_everything, step_seed, to_place, world
 from diffrate.evaluation import Scores, Tally, class_indices, modes_kept, multi_hot, split_batch
+from diffrate.latency.table import expected_seconds
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.checkpoint import (
@@ -35,7 +36,6 @@ from diffrate.searching.checkpoint import (
     read_checkpoint,
 )
 from diffrate.searching.settings import SMOOTHING, SearchSettingError
-from diffrate.searching.target import Multiplier, expected_seconds
 from diffrate.searching.teacher import Teacher
 
 TIMED = 3  # steps, after one to warm up; the fastest counts
@@ -139,6 +139,35 @@ def paced(epochs: int, steps: int, seconds: float, a_step: float) -> tuple[int, 
     fitting = max(1, int(seconds / a_step))
     steps = min(steps, fitting)
     return max(1, min(epochs, fitting // steps)), steps
+
+
+GAIN = 0.2  # of the value, a step, for each whole excess
+STIFFNESS = 60.0  # an excess of 2 % weighs about as much as the classification loss
+MOST = 0.1  # of an excess that the value takes in: far from the target, it would rise without end
+MEMORY = 0.9  # of the running mean
+
+
+@dataclass
+class Multiplier:
+    """What an excess costs: `value` in its `unit`, which is 0 before the first step."""
+
+    value: float = 0.0
+    unit: float = 0.0
+
+    def add(self, gradient: Tensor, slope: Tensor, excess: float, scale: float) -> None:
+        """Add the cost's part to the `gradient` of all rates, which is `scale` times that of the classification loss.
+
+        `slope` is the gradient of the excess, as a share of the target. Gradients that are no numbers are left to the
+        scaler, which passes the step over.
+        """
+        own, other = torch.stack([gradient.norm(), slope.norm()]).tolist()
+        unit = own / scale / other if other else math.nan
+        if not math.isfinite(unit):
+            return
+        self.unit = MEMORY * self.unit + (1 - MEMORY) * unit if self.unit else unit
+        weight = self.unit * (self.value + STIFFNESS * excess)
+        self.value += GAIN * max(-MOST, min(MOST, excess))
+        gradient.add_(slope, alpha=weight * scale)
 
 
 def search_by_gradient(

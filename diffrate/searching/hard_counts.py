@@ -17,7 +17,7 @@ from diffrate.atomic import UNREADABLE, first_line
 from diffrate.budget import Budget, BudgetError, baseline_schedule, uniform_schedules
 from diffrate.device import Placement, least, made_by_first, rank, world
 from diffrate.evaluation import modes_kept
-from diffrate.latency.confirm import Again
+from diffrate.latency.measure import Again
 from diffrate.schedule import PUBLISHED, Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of
 from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_record, plain_row, read_checkpoint

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
+from diffrate.budget import SHARE, SPEEDUP, Budget, Target
 from diffrate.device import default_precision, generators_kept, place_for
 from diffrate.evaluation import Batches, Scores, Tally, require_batches
-from diffrate.latency.confirm import Confirmed, confirmed
+from diffrate.latency.measure import Confirmed, confirmed, measure_latency
+from diffrate.latency.table import LatencyTable, check_table
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
 from diffrate.searching.checkpoint import StepRecord, Task
 from diffrate.searching.gradient import Observer, search_by_gradient
 from diffrate.searching.hard_counts import Calibrated, search_at_hard_counts
 from diffrate.searching.settings import GRADIENT, OPTIONS, SearchSettingError, SearchSettings, help_of
-from diffrate.searching.target import budget_of, table_for
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def search(
         require_batches(val)
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
-        table = settings.latency or table_for(model, target, place.device)
+        table = settings.latency or measure_latency(model, device=place.device)
         settings = replace(settings, flops_loss="relative", latency=table)
     budget = budget_of(model, target, settings.latency)
     files = (None if path is None else Path(path) for path in (checkpoint, resume))
@@ -133,11 +134,28 @@ def _found(task: Task, callback: Callable[[StepRecord], None] | Observer | None)
         calibrated, again = search_at_hard_counts(task)
         found = calibrated.schedule
         scores = task.scores_at(found)
-    schedule, speed = confirmed(model, found, task.space, task.budget, task.settings.latency, again)
+    schedule, speed, table = found, None, task.settings.latency
+    if table is not None and task.budget.timed:
+        schedule, speed = confirmed(model, found, task.space, task.budget, table, again)
     if schedule != found:
         scores = task.scores_at(schedule)
     model.schedule = schedule
     return Found(schedule, model.flops_at(schedule), scores, history, calibrated, speed)
+
+
+def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None) -> Budget:
+    """What a target is for `model`; one in seconds goes by `table`. SearchSettingError for another model's."""
+    dense = model.dense_schedule()
+    if not target.timed:
+        return Budget(model.flops_at, target.value * (model.flops_at(dense) if target.kind == SHARE else 1))
+    assert table is not None
+    try:
+        check_table(table, model)
+    except ValueError as error:
+        raise SearchSettingError(str(error)) from None
+    whole = table.seconds(dense)
+    seconds = whole / target.value if target.kind == SPEEDUP else target.value
+    return Budget(table.seconds, seconds, target.kind, whole)
 
 
 search.__doc__ = f"{search.__doc__}\n    Options:\n" + "".join(

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 import cli.benchmark
-import diffrate.latency.confirm as confirm
 import diffrate.latency.measure as measure
-import diffrate.searching.target as target
 from diffrate import timing
 from diffrate.schedule import find_schedule
 from diffrate.searching import hard_counts
@@ -35,13 +33,12 @@ def _short(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(timing, "FEWEST", 2)
     monkeypatch.setattr(measure, "RUNS", (20, 20))
     monkeypatch.setattr(measure, "NOISY", math.inf)  # other tests run beside these
-    monkeypatch.setattr(target, "REACH_SECONDS", 0.01)
-    monkeypatch.setattr(confirm, "SECONDS", 0.01)
-    monkeypatch.setattr(confirm, "TOO_SLOW", 0.9)  # what is tested is not how precise a time is
+    monkeypatch.setattr(measure, "CONFIRMED", 0.01)
+    monkeypatch.setattr(measure, "CLOSE", 0.9)  # what is tested is not how precise a time is
     monkeypatch.setattr(cli.benchmark, "RANDOM", 2)
     monkeypatch.setattr(hard_counts, "LOOKS_AN_IMAGE", 15)
-    measured = confirm.measured_speedup
-    monkeypatch.setattr(confirm, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
+    measured = measure.measured_speedup
+    monkeypatch.setattr(measure, "measured_speedup", lambda *which: measured(*which[:-1], seconds=0.01))
 
 
 @pytest.mark.parametrize("search", ["calibrated", "gradient"])
@@ -95,16 +92,3 @@ def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
 )
 def test_targets_that_make_no_sense(words: tuple[object, ...], message: str, cli: Cli, tmp_path: Path) -> None:
     check(cli(*words, "--output_dir", tmp_path / "out"), message)
-
-
-@pytest.mark.parametrize("option", ["--target_speedup", "--target_latency"])
-def test_what_is_far_out_of_reach_is_refused_before_a_table_is_measured(
-    option: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: object) -> None:
-        raise AssertionError("it takes a minute")
-
-    monkeypatch.setattr(measure, "_sampled", fails)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    check(cli(option, 99, "--output_dir", tmp_path / "out"), f"{option} 99", "; a larger batch")
-    assert not list(tmp_path.glob("cache/diffrate/latency/*.json"))
