@@ -16,12 +16,12 @@ from .latency.table import LatencyFileError, LatencyTable
 from .patch.base import CompressedModel
 from .pictures import AttentionMaps, VisualizationError, attention_maps, make_visualization
 from .schedule import Schedule, ScheduleError, scale_schedule
-from .searching.checkpoint import EpochRecord, SearchCheckpointError, StepRecord
-from .searching.gradient import NonFiniteLossError, Observer, StoppedError
+from .searching.checkpoint import EpochRecord, NonFiniteLossError, SearchCheckpointError, StepRecord, StoppedError
+from .searching.gradient import Observer
 from .searching.hard_counts import Calibrated, CalibrationObserver
 from .searching.search import Found, search
-from .searching.sensitivity import Sensitivity, sensitivity
 from .searching.settings import SearchSettingError, SearchSettings
+from .searching.teacher import Sensitivity, sensitivity
 from .searching.trials import TrialRecord
 from .timing import Speed, benchmark
 

@@ -15,8 +15,8 @@ from diffrate.blocks.tokens import TokenState
 from diffrate.device import Placement, all_sum, autocast, placement_of, rank, world
 from diffrate.evaluation import images_of
 from diffrate.schedule import Kept, Schedule
-from diffrate.searching.gradient import NonFiniteLossError, StoppedError
-from diffrate.searching.teacher import Teacher, spread_of
+from diffrate.searching.checkpoint import StoppedError
+from diffrate.searching.teacher import Teacher, finite, spread_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
 FIRST_PART = 8  # images that tell how long one takes
@@ -82,15 +82,6 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float)
     if there < 2:
         raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
     return torch.cat(found)
-
-
-def finite(loss: float) -> float:
-    """`loss` as it is; NonFiniteLossError where it is no number."""
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(
-            f"the loss is {loss} on the calibration images; accepted: images, weights and a precision that give numbers"
-        )
-    return loss
 
 
 def mean_of(values: Tensor, device: torch.device) -> tuple[float, float]:

@@ -59,6 +59,18 @@ class EpochRecord:
     best: bool
 
 
+class NonFiniteLossError(RuntimeError):
+    """A loss that is no number."""
+
+
+class StoppedError(Exception):
+    """An observer asked a search to stop. saved: False where there was nothing for its checkpoint to save yet."""
+
+    def __init__(self, message: str, saved: bool = True) -> None:
+        super().__init__(message)
+        self.saved = saved
+
+
 class SearchCheckpointError(ValueError):
     """A file that is no search's checkpoint, or that of another search."""
 

@@ -29,8 +29,10 @@ from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.checkpoint import (
     EpochRecord,
+    NonFiniteLossError,
     SearchCheckpointError,
     StepRecord,
+    StoppedError,
     Task,
     check_record,
     read_checkpoint,
@@ -41,19 +43,6 @@ from diffrate.searching.teacher import Teacher
 TIMED = 3  # steps, after one to warm up; the fastest counts
 SILENT = 3  # steps without any gradient of the loss, after which a search gives up
 SAVE_SECONDS = 5.0  # between checkpoints at most, where steps are slow
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss that is no number."""
-
-
-class StoppedError(Exception):
-    """An observer asked a search to stop, which saved its state where it has a checkpoint; `saved` is False where
-    there was nothing to save yet."""
-
-    def __init__(self, message: str, saved: bool = True) -> None:
-        super().__init__(message)
-        self.saved = saved
 
 
 class Observer:
