@@ -19,7 +19,6 @@ from diffrate.searching.checkpoint import StoppedError
 from diffrate.searching.teacher import Teacher, finite, spread_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
-FIRST_PART = 8  # images that tell how long one takes
 IMAGE_BYTES = 2**31  # of images
 STATE_BYTES = 2**30  # of the tokens that are kept between blocks
 LEAST_ODDS = 1.0  # of the mean loss, which is added to that of each image: none is left out
@@ -50,16 +49,15 @@ class Clock:
         """Seconds by the clock of this process alone."""
         return time.monotonic() - self.begun
 
-    def parts(self, count: int, most: int, until: float) -> Iterator[slice]:
-        """Yield parts of `count` images, up to `most` at a time, one part at least: all of them where `until` is
-        infinite, else as many as are done by then, judged by the time that those before took."""
-        limited = until < math.inf
-        begun, done, size = self.now(), 0, min(most, FIRST_PART) if limited else most
+    def parts(self, count: int, until: float) -> Iterator[slice]:
+        """Yield parts of `count` images: all of them where `until` is infinite, else one image, and then as many as are
+        done by then, judged by the time that those before took."""
+        begun, done, size = self.now(), 0, CHUNK if until == math.inf else 1
         while done < count and size > 0:
             yield slice(done, min(count, done + size))
             done, now = done + size, self.now()
-            if limited:
-                size = min(most, int(done * (until - now) / max(1e-9, now - begun)))
+            if until < math.inf:
+                size = min(CHUNK, int(done * (until - now) / max(1e-9, now - begun)))
 
 
 def images_that_fit(numbers: int, count: int) -> int:
@@ -113,7 +111,7 @@ class Calibration:
         # Losses of what `classify` gives: then blocks may be run from any one on.
         self.resumable = teacher.at == self.model.outputs_at
         self.work = 0.0
-        parts = self.clock.parts(len(images), CHUNK, math.inf if whole else TAUGHT * self.clock.seconds)
+        parts = self.clock.parts(len(images), math.inf if whole else TAUGHT * self.clock.seconds)
         self.taught = torch.cat([self.taught_on(images[part]) for part in parts])
         self.images = images[: len(self.taught)]
         self.felt, self.seen = torch.zeros(len(self.images)), torch.zeros(len(self.images))

@@ -77,7 +77,7 @@ class SearchCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """A search to do. file: its checkpoint. begun: the value of `time.monotonic` at its start."""
+    """A search to do. file: its checkpoint."""
 
     model: CompressedModel
     loader: Any
@@ -87,7 +87,6 @@ class Task:
     val: Batches | None
     file: Path | None
     resume: Path | None
-    begun: float
 
     @property
     def space(self) -> SearchSpace:

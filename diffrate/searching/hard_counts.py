@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.budget import Budget, BudgetError, baseline_schedule, uniform_schedules
-from diffrate.device import Placement, least, made_by_first, rank, world
+from diffrate.device import Placement, least, rank, world
 from diffrate.evaluation import modes_kept
 from diffrate.latency.measure import Again
 from diffrate.schedule import PUBLISHED, Schedule, make_schedule
-from diffrate.searching.calibration import CHUNK, FIRST_PART, LOADED, Calibration, Clock, gather_images, mean_of
+from diffrate.searching.calibration import CHUNK, LOADED, Calibration, Clock, gather_images, mean_of
 from diffrate.searching.checkpoint import SearchCheckpointError, Task, check_record, plain_row, read_checkpoint
 from diffrate.searching.moves import Moves
 from diffrate.searching.settings import CALIBRATED
@@ -92,18 +91,12 @@ class CalibrationObserver:
 
 def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
-    only once. Raises as `diffrate.search`."""
+    only once, or the time is over. Raises as `diffrate.search`."""
     settings, budget, space = task.settings, task.budget, task.space
     task.check_file()
     task.model.to(task.place.device)
     task = replace(task, loader=task.loader if settings.calibration is None else settings.calibration)
-    minutes, given = settings.minutes, {}
-
-    def left() -> float:
-        return made_by_first(lambda: (settings.minutes or 0.0) - (time.monotonic() - task.begun) / 60)
-
-    if minutes is not None:  # the rest is for a corrected budget
-        minutes = max(0.0, min(minutes * (1 - AGAIN if budget.timed else 1), left()))
+    given = {}
     if budget.timed:  # a speed may be out of reach of every uniform schedule
         ruled = space.ruled(settings.rule or PUBLISHED)
         given["at once"] = budget.rounded([space.least] * len(space.choices), ruled)
@@ -112,27 +105,23 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
         given["start"] = settings.start
 
     def again(corrected: Budget, before: Schedule, rounded: Schedule) -> Schedule:
-        """From the schedule before, where that costs no more, and the same rounded to the corrected budget, which is
-        all where the time is over."""
-        more = None if minutes is None else min(AGAIN * minutes, left())
-        if more is not None and more <= 0:
-            return rounded
+        """From the schedule before, where that costs no more, and the same rounded to the corrected budget."""
         starts = {"rounded": rounded} | ({"before": before} if corrected.cost(before) <= corrected.target else {})
-        return Calibrating(replace(task, budget=corrected), more, again=True).run(starts).schedule
+        return Calibrating(replace(task, budget=corrected), again=True).run(starts).schedule
 
-    found = Calibrating(task, minutes).run(given)
-    return found, None if isinstance(task.loader, Iterator) else again
+    once = isinstance(task.loader, Iterator) or settings.minutes is not None
+    return Calibrating(task).run(given), None if once else again
 
 
 class Calibrating:
-    """A search for the schedule that meets the budget of `task` at which the model loses least against its dense self,
-    within `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
+    """A search for the schedule that meets the budget of `task` at which the model loses least against its dense self;
+    `again` with a share of the work, neither reported to the observer nor saved.
 
     The model's own schedule is neither read nor set.
     """
 
-    def __init__(self, task: Task, minutes: float | None, again: bool = False) -> None:
-        self.task, self.model, self.minutes, self.again = task, task.model, minutes, again
+    def __init__(self, task: Task, again: bool = False) -> None:
+        self.task, self.model, self.again = task, task.model, again
         self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
         self.records: list[TrialRecord] = []
         self.before: dict[str, Any] = {}
@@ -149,6 +138,7 @@ class Calibrating:
             except UNREADABLE as error:
                 raise SearchCheckpointError(f"{task.resume}: does not fit this search ({first_line(error)})") from error
         self.saved: Trials | None = self.before.get("trials")
+        minutes = task.settings.minutes
         seconds = math.inf if minutes is None else 60 * minutes
         self.clock = Clock(task.place.device, seconds, self.observer.stop, self.saved is not None)
         self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
@@ -169,15 +159,9 @@ class Calibrating:
             search = self._search(calibration, given, len(chosen_on), speed)
             found = search.run(list(self.starts.values()), self._after)
             searched, state = clock.now(), search.state()
-            passes = (clock.seconds - clock.now()) * search.pace / world()
-            most = (passes / min(FIRST_PART, len(chosen_on)) - 1) / self.share
-            # As many as there is time for; the best one found and the starts come first.
-            tried = [(CALIBRATED, schedule) for schedule in found]
-            candidates = [*tried, *self.starts.items()]
-            if most < len(candidates):
-                candidates = [*tried[:1], *self.starts.items(), *tried[1:]][: max(2, int(most))]
+            candidates = [*((CALIBRATED, schedule) for schedule in found), *self.starts.items()]
             losses: list[list[Tensor]] = [[] for _ in candidates]
-            for part in clock.parts(len(chosen_on), CHUNK, clock.seconds):
+            for part in clock.parts(len(chosen_on), clock.seconds):
                 images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
                 for row, (_, schedule) in zip(losses, candidates, strict=True):
                     row.append(calibration.losses_on(images, taught, schedule)[0])
@@ -232,16 +216,16 @@ class Calibrating:
         choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
         reserve = min(choosing / speed, CHOICE * self.clock.seconds)
         work, images = settings.work, len(calibration.images)
-        if self.minutes is not None and work is None:
-            work = math.inf
-        else:
-            work = min(WORK, LOOKS_AN_IMAGE * images) if work is None else work
-            work *= AGAIN if self.again and self.minutes is None else 1.0
-            work = float(least(int(max(work, choosing + 2 * images)), self.clock.device))
-        search = CalibratedSearch(moves, calibration, work - choosing, settings.seed, self.saved, speed, reserve)
+        if work is None:
+            work = math.inf if self.clock.limited else min(WORK, LOOKS_AN_IMAGE * images)
+        if work < math.inf:
+            work = float(
+                least(int(max(AGAIN * work if self.again else work, choosing + 2 * images)), self.clock.device)
+            )
         if not self.again:
-            self.observer.on_plan(images + chosen_on, search.limit + choosing, speed)
-        return search
+            self.observer.on_plan(images + chosen_on, min(work, speed * self.clock.seconds), speed)
+        end = self.clock.seconds - reserve
+        return CalibratedSearch(moves, calibration, work - choosing, settings.seed, self.saved, end)
 
     def _uniform(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], tuple[str, ...]]:
         """The uniform schedules to begin with, and the rules to try in each block, the best one first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +112,7 @@ def search(
         settings = replace(settings, flops_loss="relative", latency=table)
     budget = budget_of(model, target, settings.latency)
     files = (None if path is None else Path(path) for path in (checkpoint, resume))
-    task = Task(model, loader, settings, budget, place, val, *files, begun=time.monotonic())
+    task = Task(model, loader, settings, budget, place, val, *files)
     budget.check(task.space)
     before = model.compression.schedule
     try:

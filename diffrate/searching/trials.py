@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 import torch
 
-from diffrate.device import made_by_first, step_seed, world
+from diffrate.device import made_by_first, step_seed
 from diffrate.schedule import Schedule
 from diffrate.searching.calibration import Calibration, Draw, Reference
 from diffrate.searching.moves import Counts, Moves, Surrogate
@@ -33,8 +33,7 @@ DARING = 1.0  # how many deviations better than the mean a schedule is hoped to 
 PATIENCE = 0.4  # of the work, without a better schedule
 BETTER = 0.005  # of the first reference's loss, at least
 FINALISTS = 6  # schedules among which images held back decide
-COMPARED = 0.1  # of the work that time leaves, to compare the starts with
-BEGUN = (0.3, 0.4, 0.55, 0.65)  # of the time: starts, starts again, schedules drawn, and these again are over by then
+BEGUN = 0.5  # of the time, after which nothing is measured before the surrogate is asked
 LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
 
 
@@ -81,11 +80,7 @@ class Trials:
 
 
 class CalibratedSearch:
-    """A search with `work` forward passes of the dense model, from the better ones of `starts`.
-
-    pace: forward passes a second. Where the calibration's clock has a limit, the search ends `reserve` seconds before
-    that, and its phases go by how much work fits in.
-    """
+    """A search with `work` forward passes of the dense model, which is over by `end` of the calibration's clock."""
 
     def __init__(
         self,
@@ -94,12 +89,10 @@ class CalibratedSearch:
         work: float,
         seed: int,
         trials: Trials | None,
-        pace: float,
-        reserve: float,
+        end: float,
     ) -> None:
-        self.moves, self.calibration, self.limit, self.seed, self.pace = moves, calibration, work, seed, pace
-        self.clock, self.most, self.end = calibration.clock, work, calibration.clock.seconds - reserve
-        self._fit_in()
+        self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
+        self.clock, self.end = calibration.clock, end
         self.surrogate = Surrogate(moves.groups())
         self.trials = trials or Trials(calibration.work, calibration.felt, calibration.seen)
         self.begun = time.monotonic() - self.trials.seconds
@@ -118,13 +111,10 @@ class CalibratedSearch:
         search. SearchSettingError where the first schedules all come to the same loss, ValueError where none of
         `starts` can be brought onto the budget.
         """
-        begun, before, trials = self.clock.now(), self.calibration.work, self.trials
+        trials = self.trials
         if not trials.measured:
             self._begin(starts)
         while True:
-            if self.calibration.work > before:  # from here on with all that is computed between trials
-                self.pace = (self.calibration.work - before) / max(1e-9, self.clock.now() - begun)
-            self._fit_in()
             quiet = self.calibration.work - trials.improved
             if self._spent() or trials.exhausted or quiet > PATIENCE * self.limit:
                 return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
@@ -147,11 +137,10 @@ class CalibratedSearch:
         if not fitted:
             raise ValueError("starts: none of them can be brought onto the budget")
         first, _ = self.calibration.drawn(LOOKS, rng)
-        looks = COMPARED * (self.limit - self.calibration.work) / (len(fitted) * len(first[0]) * world())
-        index = torch.cat(first[: max(1, int(looks)) if self.clock.limited else LOOKS])
+        index = torch.cat(first[:1] if self.clock.limited else first)
         losses: list[float] = []
         for counts in fitted:
-            if not losses or self._in_time(BEGUN[0]):
+            if not losses or self._in_time():
                 losses.append(self.calibration.mean(moves.schedule(counts), index))
         trials.scale = max(min(losses), 1e-12)
         best = fitted[int(np.argmin(losses))]
@@ -159,7 +148,7 @@ class CalibratedSearch:
         trials.measured.append((best, 0.0, 1e-4))
         for counts in fitted:
             for _ in range(2 if counts != best else 0):
-                if self._in_time(BEGUN[1]):
+                if self._in_time():
                     self._measure(counts, rng)
         found = []
         for trial in range(FIRST):  # one near a start in three, else of a few steps
@@ -169,10 +158,10 @@ class CalibratedSearch:
                 drawn = moves.changed(drawn, rng) or drawn
             found.append(drawn)
         for counts in dict.fromkeys(counts for counts in found if counts is not None):
-            if self._in_time(BEGUN[2]):
+            if self._in_time():
                 self._measure(counts, rng, part=GLANCE)
         for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
-            if counts != best and self._in_time(BEGUN[3]):
+            if counts != best and self._in_time():
                 self._measure(counts, rng)
         tried = {counts for counts, _, _ in trials.measured}
         if len(tried) > 1 and all(value == 0 for _, value, _ in trials.measured):
@@ -185,7 +174,7 @@ class CalibratedSearch:
 
     def _round(self) -> None:
         """Measure what the surrogate hopes for; at the end of a phase, change the reference."""
-        trials, calibration = self.trials, self.calibration
+        trials = self.trials
         trials.round += 1
         seed = step_seed(self.seed, trials.round)  # of its own: a search goes on as if it had not stopped
         rng = Random(seed)
@@ -197,14 +186,12 @@ class CalibratedSearch:
             if not self._spent():
                 self._measure(counts, rng)
         self._fit()
-        looked_at = len(calibration.images)  # by the dense model
-        span = max(1.0, self.limit - looked_at)
-        if not self._spent() and calibration.work - looked_at > (trials.phase + 1) / PHASES * span:
+        if (trials.phase + 1) / PHASES < self._done() < 1:
             trials.phase += 1
             self._change(rng)
         leader = self._best(1)[0][1]
         if leader < trials.best - BETTER:
-            trials.best, trials.improved = leader, calibration.work
+            trials.best, trials.improved = leader, self.calibration.work
 
     def _change(self, rng: Random) -> None:
         """Compare the leaders on fresh images; the best of them is the next reference."""
@@ -305,13 +292,14 @@ class CalibratedSearch:
         return [(tried[index], float(mean[index])) for index in np.argsort(mean + deviation, kind="stable")[:count]]
 
     def _spent(self) -> bool:
-        return self.calibration.work >= self.limit or not self._in_time(1.0)
+        return self._done() >= 1
 
-    def _in_time(self, share: float) -> bool:
-        """Whether less than a `share` of the time is over."""
-        return not self.clock.limited or self.clock.now() < share * self.end
+    def _done(self) -> float:
+        """How much is over of the work after the dense model's own, or of the time."""
+        looked_at = len(self.calibration.images)
+        work = (self.calibration.work - looked_at) / max(1.0, self.limit - looked_at)
+        return max(work, self.clock.now() / self.end) if self.clock.limited else work
 
-    def _fit_in(self) -> None:
-        """Make the work what is left of the time suffices for."""
-        if self.clock.limited:
-            self.limit = min(self.most, self.calibration.work + self.pace * max(0.0, self.end - self.clock.now()))
+    def _in_time(self) -> bool:
+        """Whether there is time for more before the surrogate is asked."""
+        return not self.clock.limited or self.clock.now() < BEGUN * self.end
