@@ -22,7 +22,7 @@ from cli.runtime import (
 )
 from cli.settings import Settings
 from datasets import DataError, listed
-from diffrate.budget import BaselineError, BudgetError
+from diffrate.budget import BudgetError
 from diffrate.device import default_precision, seed_everything
 from diffrate.searching.settings import SearchSettingError
 from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
@@ -39,7 +39,6 @@ FUNCTIONS = {
 }
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
 # The library names its arguments, which the flags of these are called like.
-NAMED_LIKE_FLAGS = (BudgetError, BaselineError)
 INPUT_ERRORS = (
     UsageError,
     DataError,
@@ -90,7 +89,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
     said = str(error).strip() or type(error).__name__
     # Ours are of one line, but for what they cite; those of others end in what is wrong.
     line = said if isinstance(error, INPUT_ERRORS) else said.splitlines()[-1]
-    if isinstance(error, NAMED_LIKE_FLAGS):
+    if isinstance(error, BudgetError):
         return f"error: --{line}", 2
     # "loader: found" fewer batches than the library needs: the rest cannot be read.
     if isinstance(error, INPUT_ERRORS) or line.startswith("loader: found"):

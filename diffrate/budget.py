@@ -25,11 +25,7 @@ Assemble = Callable[[Sequence[int]], Schedule]
 
 
 class BudgetError(ValueError):
-    """A target that no schedule of the model meets."""
-
-
-class TargetError(ValueError):
-    """A target that is out of the accepted range."""
+    """A target that is no number in its range, or that no schedule of the model meets."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Target:
     many times as fast as that; or `target_latency`, seconds of an image.
 
     Raises:
-        TargetError: names the kind.
+        BudgetError: names the kind.
     """
 
     kind: str
@@ -48,11 +44,11 @@ class Target:
 
     def __post_init__(self) -> None:
         if not hasattr(self.value, "__float__"):
-            raise TargetError(f"{self.kind}: found {self.value!r}; accepted: a number")
+            raise BudgetError(f"{self.kind}: found {self.value!r}; accepted: a number")
         if self.kind == SHARE and not 0 < self.value <= 1:
-            raise TargetError(f"share: found {self.value!r}; accepted: above 0 to 1, of the dense model's FLOPs")
+            raise BudgetError(f"share: found {self.value!r}; accepted: above 0 to 1, of the dense model's FLOPs")
         if self.timed and not 0 < self.value < math.inf:
-            raise TargetError(f"{self.kind}: found {self.value!r}; accepted: above 0")
+            raise BudgetError(f"{self.kind}: found {self.value!r}; accepted: above 0")
 
     @property
     def timed(self) -> bool:
@@ -227,56 +223,40 @@ PEERS = ("tome", "pitome")  # baselines by the names of their rules
 BASELINES = ("prune", "merge", "both", "random", *PEERS)
 
 
-class BaselineError(ValueError):
-    """A baseline that the model's family cannot run."""
-
-
 def baseline_schedule(kind: str, space: SearchSpace, budget: Budget) -> Schedule:
     """The schedule `kind` that meets `budget`: of a constant keep ratio by the rule of `space`, with "random" by
-    another; of the `PEERS` by their own rule, the same number in each block.
+    another; of the `PEERS` by their own rule, the same number in each block, but never more than half of the patches.
 
     Raises:
-        BaselineError: pruning in a model that only merges.
-        BudgetError: the target cannot be met.
+        BudgetError: the target cannot be met, or it prunes in a model that only merges.
     """
     if kind in PEERS:
-        return _constant_number(space.ruled(kind).every_block(), budget)
-    if not space.prunes and kind != "merge":
-        raise BaselineError(f"baseline {kind}: this model only merges; accepted: {', '.join(('merge', *PEERS))}")
-    space = space.ruled(kind) if kind == "random" else space
-    blocks = len(space.searchable)
+        space = space.ruled(kind).every_block()
+    elif not space.prunes and kind != "merge":
+        raise BudgetError(f"baseline {kind}: this model only merges; accepted: {', '.join(('merge', *PEERS))}")
+    elif kind == "random":
+        space = space.ruled(kind)
     halves = 2 if kind == "both" else 1
 
     def counts_at(share: float) -> list[float]:
-        """Tokens kept after each step of removal when each keeps `1 - share` of them, `halves` a block."""
-        ratio = (1 - share) ** (1 / halves)
-        return [space.tokens * ratio**step for step in range(1, blocks * halves + 1)]
-
-    def assemble(kept: Sequence[int]) -> Schedule:
-        if kind == "both" or not space.prunes:
-            return space.schedule(kept)
-        whole = space.tokens
-        pairs = [(whole, count) if kind == "merge" else (count, count) for count in kept]
-        return space.schedule([count for pair in pairs for count in pair])
-
-    return budget.fitted(counts_at, 1.0, assemble, space.least)
-
-
-def _constant_number(space: SearchSpace, budget: Budget) -> Schedule:
-    """The schedule that merges the same number of tokens in every block, but never more than half of the patches."""
-
-    def counts_at(share: float) -> list[float]:
+        """Tokens kept after each step of removal when each keeps `1 - share` of them, `halves` a block, or of peers
+        when each takes a `share` of all."""
         left, counts = float(space.tokens), []
+        if kind not in PEERS:
+            ratio = (1 - share) ** (1 / halves)
+            return [space.tokens * ratio**step for step in range(1, len(space.searchable) * halves + 1)]
         for _ in space.searchable:
             left -= min(share * space.tokens, (left - space.prefix) / 2)
             counts.append(left)
         return counts
 
     def assemble(kept: Sequence[int]) -> Schedule:
-        whole = space.tokens
-        return space.schedule([left for count in kept for left in ((whole, count) if space.prunes else (count,))])
+        if kind == "both" or not space.prunes:
+            return space.schedule(kept)
+        prunes = kind in ("prune", "random")
+        return space.schedule([left for count in kept for left in (count if prunes else space.tokens, count)])
 
-    return budget.fitted(counts_at, 0.5, assemble, space.least)
+    return budget.fitted(counts_at, 0.5 if kind in PEERS else 1.0, assemble, space.least)
 
 
 def uniform_schedules(space: SearchSpace, budget: Budget) -> dict[str, Schedule]:

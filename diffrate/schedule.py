@@ -182,18 +182,11 @@ def read_schedules(path: Path) -> dict[str, Any]:
     Raises:
         ScheduleError: the file is missing, not JSON, or not of that shape.
     """
-    accepted = "accepted: an object of models, each an object of targets"
+    accepted = "accepted: JSON, an object of models, each an object of targets"
     try:
         table = read_json(path)
-    except OSError as error:
-        raise ScheduleError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ScheduleError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ScheduleError(f"{path}: {where}: {error.msg}; accepted: JSON") from error
-    except ValueError as error:  # too large, nested too deeply, a name twice, or a number of thousands of digits
-        raise ScheduleError(f"{path}: {first_line(error)}; {accepted}") from error
+    except (OSError, ValueError) as error:
+        raise ScheduleError(f"{path}: cannot be read ({first_line(error)}); {accepted}") from error
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ScheduleError(f"{path}: {accepted}")
     return table

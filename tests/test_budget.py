@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import diffrate
 import models
 from diffrate.blocks.rates import expectation, flattest_logits
-from diffrate.budget import BASELINES, PEERS, BaselineError, Budget, BudgetError, baseline_schedule, meets_budget
+from diffrate.budget import BASELINES, PEERS, Budget, BudgetError, baseline_schedule, meets_budget
 from diffrate.schedule import Schedule, find_schedule, make_schedule, running_counts, save_schedule
 from tests.tiny_models import plain
 
@@ -89,7 +89,7 @@ def test_caformer_has_the_merging_baseline_alone() -> None:
     model = full_size("caformer_s36")
     budget = Budget(model.flops_at, 0.7 * model.flops_at(model.compression.space.dense()))
     assert baseline_schedule("merge", model.compression.space, budget).prune is None
-    with pytest.raises(BaselineError, match="only merges; accepted: merge"):
+    with pytest.raises(BudgetError, match="only merges; accepted: merge"):
         baseline_schedule("prune", model.compression.space, budget)
 
 

@@ -48,7 +48,7 @@ def test_arrays_and_the_published_strings_read_alike(tmp_path: Path, fields: Any
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ('{"M": {"1.0": {,}}}', "line 1, column 16"),
+        ('{"M": {"1.0": {,}}}', "line 1 column 16"),
         ("[1, 2]", "an object of models"),
         ({"M": [1]}, "an object of models"),
         ({"K": {}}, "no schedules for M; accepted: K"),

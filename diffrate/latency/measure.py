@@ -23,7 +23,7 @@ from torch import Tensor
 from diffrate.blocks.block import attended, mlp_branch, removes
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import replaced
-from diffrate.budget import SPEEDUP, BaselineError, Budget, BudgetError, baseline_schedule, choices_of
+from diffrate.budget import SPEEDUP, Budget, BudgetError, baseline_schedule, choices_of
 from diffrate.device import generators_kept, made_by_first, place_for, placement_of
 from diffrate.latency.table import (
     LatencyTable,
@@ -244,7 +244,7 @@ def _repriced(model: CompressedModel, use: Use, table: LatencyTable) -> LatencyT
     space, schedules, seen = model.compression.space, [], []
     dense = model.dense_schedule()
     for kind, share in WHOLE:
-        with suppress(BaselineError, BudgetError):
+        with suppress(BudgetError):
             schedules.append(baseline_schedule(kind, space, Budget(model.flops_at, share * model.flops_at(dense))))
     begun = time.monotonic()
     for schedule in schedules:

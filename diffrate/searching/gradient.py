@@ -98,29 +98,24 @@ def batches_from(loader: Any, epoch: int, batch: int, seed: int) -> Iterator[Any
 
 
 def _an_epoch(task: Task) -> tuple[Any, int]:
-    """The loader of every epoch, and its number of updates: `steps`, or as many as there are batches for.
-
-    A loader without a length is counted where there are no `steps`; an iterator is kept in memory for that.
-    SearchSettingError where there is no batch, or none for an update, or `minutes` for an iterator with `steps`.
-    """
-    steps, accumulate, minutes = task.settings.steps, task.settings.accumulate, task.settings.minutes
+    """The loader of every epoch, and its number of updates: `steps`, or as many as there are batches for, which are
+    counted where the loader has no length, and kept in memory where it is an iterator."""
+    steps, accumulate = task.settings.steps, task.settings.accumulate
     once = isinstance(task.loader, Iterator)
-    if once and steps is not None and minutes is not None:
-        raise SearchSettingError(f"minutes: found {minutes!r} and a generator with steps; accepted: one of them")
+    if once and steps is not None and task.settings.minutes is not None:
+        raise SearchSettingError("minutes: found a generator with steps; accepted: one of them")
     loader = list(task.loader) if once and steps is None else task.loader
-    try:
-        batches = len(loader)
-    except TypeError:  # a generator, or a data set that streams
-        batches = None if steps is not None else sum(1 for _ in loader)
+    if steps is not None and not hasattr(loader, "__len__"):
+        return loader, steps
+    batches = len(loader) if hasattr(loader, "__len__") else sum(1 for _ in loader)
     if batches == 0:
         raise SearchSettingError("loader: found no batch; accepted: batches of images and labels")
-    if batches is not None and batches < accumulate:
+    if batches < accumulate:
         raise SearchSettingError(f"accumulate: found {accumulate}; accepted: up to {batches}, the batches of an epoch")
-    most = math.inf if batches is None else batches // accumulate
-    if steps is not None and not 1 <= steps <= most:
-        accepted = "from 1" if batches is None else f"1 to {most}, the updates of an epoch"
-        raise SearchSettingError(f"steps: found {steps}; accepted: {accepted}")
-    return loader, int(most if steps is None else steps)
+    most = batches // accumulate
+    if steps is not None and steps > most:
+        raise SearchSettingError(f"steps: found {steps}; accepted: 1 to {most}, the updates of an epoch")
+    return loader, steps or most
 
 
 def paced(epochs: int, steps: int, seconds: float, a_step: float) -> tuple[int, int]:

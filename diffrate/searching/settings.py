@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, Target, TargetError
+from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, BudgetError, Target
 from diffrate.schedule import RULE_NAMES, SLICED
 
 if TYPE_CHECKING:  # what takes its time to import
@@ -140,7 +140,7 @@ class SearchSettings:
         "outputs stand for labels of their own, by a sigmoid each: losses are binary cross-entropies, and scores "
         "mean average precisions",
     )
-    steps: int | None = keyword("updates an epoch, where the loader has no length, or fewer")
+    steps: int | None = keyword("updates an epoch, where the loader has no length, or fewer", None, Range(1))
     calibration: Iterable[Any] | None = keyword("what hard counts are tried on, by default `loader`")
     images: int = keyword("of these, at most", 4096, Range(2))
     work: float | None = keyword(
@@ -219,7 +219,7 @@ class SearchSettings:
             raise SearchSettingError(f"{', '.join(TARGETS)}: found {found}; accepted: one of them")
         try:
             return Target(*next(iter(given.items())))
-        except TargetError as error:
+        except BudgetError as error:
             raise SearchSettingError(str(error)) from None
 
     def record(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tests.conftest import Cli, write_image
 from tests.tiny_models import saved_file
 
 NO_TENSORS = "cannot be read, cut short or not a checkpoint"
-OBJECTS = "accepted: an object of models, each an object of targets"
+OBJECTS = "accepted: JSON, an object of models, each an object of targets"
 PACKED = "accepted: up to twice as many"
 
 
@@ -80,12 +80,12 @@ RATES = [  # after --load_compression_rate --target_flops 0.02 --compression_rat
     Row("more_fields.json", None),
     Row("gone.json", "cannot be read (No such file or directory)"),
     Row("folder.json", "cannot be read (Is a directory)"),
-    Row("empty.json", "line 1, column 1: Expecting value; accepted: JSON"),
-    Row("text.json", "line 1, column 1: Expecting value"),
-    Row("zeros.json", "line 1, column 1: Expecting value"),
+    Row("empty.json", f"cannot be read (Expecting value: line 1 column 1 (char 0)); {OBJECTS}"),
+    Row("text.json", "cannot be read (Expecting value: line 1 column 1"),
+    Row("zeros.json", "cannot be read (Expecting value: line 1 column 1"),
     Row("large.json", "found 100,000,000 bytes; accepted: up to 4,194,304"),
-    Row("utf16.json", "not UTF-8 text"),
-    Row("deep.json", f"nested too deeply; {OBJECTS}"),
+    Row("utf16.json", f"0: invalid start byte); {OBJECTS}"),
+    Row("deep.json", f"cannot be read (nested too deeply); {OBJECTS}"),
     Row("deep_objects.json", "nested too deeply"),
     Row("array.json", OBJECTS),
     Row("null.json", OBJECTS),
@@ -103,7 +103,7 @@ RATES = [  # after --load_compression_rate --target_flops 0.02 --compression_rat
     Row("nan.json", "merge_kept_num[0]: found nan; accepted: whole numbers"),
     Row("infinite.json", "merge_kept_num[0]: found inf; accepted: whole numbers"),
     Row("zero.json", "merge_kept_num[0]: found 0; accepted: 1 to 50"),
-    Row("underscore.json", "line 1, column 93: Expecting ',' delimiter"),
+    Row("underscore.json", "Expecting ',' delimiter: line 1 column 93"),
     Row("digits.json", "found a number of 5000 digits"),
     Row("digits_in_text.json", "merge_kept_num: found '[999"),
     Row("deep_in_text.json", "merge_kept_num: found '[[["),
