@@ -21,7 +21,7 @@ ROOMS = (
 # The same inside the library.
 LIBRARY = (
     *("converting", "files", "searching", "latency", "timing", "pictures", "evaluation", "patch", "blocks", "device"),
-    *("budget", "schedule", "atomic"),
+    *("budget", "flops", "schedule", "atomic"),
 )
 BESIDE = {"models": {"diffrate"}}  # but for its room `diffrate.atomic`
 ASKED_FOR = {"main", "engine", "datasets", "samplers", "utils"}

@@ -17,8 +17,9 @@ from diffrate.blocks.rates import CompressionState
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.rules import NAMED
 from diffrate.blocks.tokens import TokenState, in_graph, replaced
+from diffrate.flops import Count
 from diffrate.patch.parts import FeatureHead
-from diffrate.patch.shapes import Count, channels_of, weights
+from diffrate.patch.shapes import channels_of, weights
 from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients

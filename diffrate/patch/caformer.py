@@ -14,9 +14,10 @@ from diffrate.blocks.block import UnsupportedModelError, check_block, check_meth
 from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState
+from diffrate.flops import Count, StageShape, caformer_flops
 from diffrate.patch.base import CompressedModel, Entry, compress, mlps_of
 from diffrate.patch.features import as_map, restore
-from diffrate.patch.shapes import Count, Size, StageShape, as_size, caformer_flops
+from diffrate.patch.shapes import Size, as_size
 from diffrate.schedule import GRANULARITY, MERGE_FIELD, Kept, Schedule, ScheduleError, SearchSpace
 
 MIXERS = (SepConv, SepConv, Attention, Attention)

@@ -19,20 +19,18 @@ from diffrate.blocks.block import UnsupportedModelError, check_block, check_meth
 from diffrate.blocks.heads import Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
+from diffrate.flops import Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel, PlannedCost, compress, mlps_of
 from diffrate.patch.features import POOLS, as_map, pool_parts, pooled, restore
 from diffrate.patch.parts import ClassAndMean
 from diffrate.patch.shapes import (
-    Count,
     Size,
-    VitShape,
     as_size,
     block_shape,
     channels_of,
     configured_size,
     pooling_flops,
     stem_flops,
-    vit_flops,
     weights,
 )
 from diffrate.schedule import Schedule, SearchSpace
