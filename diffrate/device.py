@@ -65,6 +65,10 @@ class Placement(NamedTuple):
     device: torch.device
     dtype: torch.dtype
 
+    def take(self, images: Tensor) -> Tensor:
+        """Images as the model takes them."""
+        return images.to(self.device, self.dtype, non_blocking=True)
+
 
 def placement_of(model: nn.Module, device: torch.device | str | None = None) -> Placement:
     """Where `model` is, or is to be."""
@@ -93,11 +97,6 @@ def place_for(model: object, device: torch.device | str | None) -> Placement:
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f"device: found {device!r} ({first_line(error)}); accepted: cpu, or a GPU") from error
     return place
-
-
-def to_place(images: Tensor, labels: Tensor, place: Placement) -> tuple[Tensor, Tensor]:
-    """A batch where it is computed."""
-    return images.to(place.device, place.dtype, non_blocking=True), labels.to(place.device, non_blocking=True)
 
 
 def default_precision(device: torch.device) -> torch.dtype | None:

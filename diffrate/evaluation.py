@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import Placement, all_parts, all_sum, autocast, place_for
+from diffrate.device import all_parts, all_sum, autocast, place_for
 from diffrate.patch.base import CompressedModel, has_classifier
 
 IMAGES = ("pixel_values", "image", "images", "img", "input")
@@ -48,11 +48,6 @@ def split_batch(batch: Any) -> tuple[Tensor, Any]:
     else:
         return images, labels
     raise ValueError(f"batch: found {found}{inside}; accepted: {ACCEPTED}")
-
-
-def images_of(batch: Any, place: Placement) -> Tensor:
-    """The images of a batch, on the device and in the precision of the model; raises as `split_batch`."""
-    return split_batch(batch)[0].to(place.device, place.dtype, non_blocking=True)
 
 
 def require_batches(loader: Any) -> None:
@@ -286,7 +281,7 @@ def evaluate(
         for batch in loader:
             images, labels = split_batch(batch)
             with autocast(place.device, precision):
-                logits = model(images.to(place.device, place.dtype, non_blocking=True), **options)
+                logits = model(place.take(images), **options)
             tally.add(logits.float(), labels)
             if callback is not None:
                 callback(tally)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.device import Placement, all_sum, autocast, placement_of, rank, world
-from diffrate.evaluation import images_of
+from diffrate.device import all_sum, autocast, placement_of, rank, world
+from diffrate.evaluation import split_batch
 from diffrate.schedule import Kept, Schedule
 from diffrate.searching.checkpoint import StoppedError
 from diffrate.searching.teacher import Teacher, finite, spread_of
@@ -68,9 +68,9 @@ def images_that_fit(numbers: int, count: int) -> int:
 def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float) -> Tensor:
     """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large or not read
     in time; ValueError where there are fewer than two."""
-    cpu, found, there = Placement(torch.device("cpu"), torch.float32), [], 0
+    found, there = [], 0
     for batch in loader:
-        images = images_of(batch, cpu)
+        images = split_batch(batch)[0].to("cpu", torch.float32)
         most = images_that_fit(images.shape[1:].numel(), count)
         found.append(images[: max(0, most - there)])
         there += len(found[-1])
@@ -120,7 +120,7 @@ class Calibration:
     def taught_on(self, images: Tensor) -> Tensor:
         """The dense model's outputs for images, on the CPU."""
         with torch.inference_mode(), autocast(self.place.device, self.precision):
-            taught = self.teacher.taught(self._to(images)).cpu()
+            taught = self.teacher.taught(self.place.take(images)).cpu()
         self._worked(len(images), 1.0)
         return taught
 
@@ -160,7 +160,7 @@ class Calibration:
     ) -> tuple[Tensor, list[TokenState]]:
         """What is lost at `schedule` on each of the images, `[n]` on the CPU, and where blocks may be resumed the
         tokens after each; from block `start` on, which `state` enters."""
-        model, there, states = self.model, self._to(images), []
+        model, there, states = self.model, self.place.take(images), []
         with torch.inference_mode(), autocast(self.place.device, self.precision):
             if self.resumable:
                 entry = model.enter(there)
@@ -183,9 +183,6 @@ class Calibration:
 
     def _worked(self, images: int, share: float) -> None:
         self.work += images * world() * share
-
-    def _to(self, images: Tensor) -> Tensor:
-        return images.to(self.place.device, self.place.dtype, non_blocking=True)
 
 
 class Reference:

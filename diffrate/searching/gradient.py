@@ -22,7 +22,7 @@ from torch.nn.utils import parameters_to_vector
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.rates import RateError
-from diffrate.device import all_sum, autocast, least, rank, seed_everything, step_seed, to_place, world
+from diffrate.device import all_sum, autocast, least, rank, seed_everything, step_seed, world
 from diffrate.evaluation import Scores, Tally, class_indices, modes_kept, multi_hot, split_batch
 from diffrate.latency.table import expected_seconds
 from diffrate.patch.base import CompressedModel
@@ -254,8 +254,7 @@ class Search:
 
     def fit_into(self, seconds: float) -> None:
         """Take as many steps as fit into `seconds`, by the first batches; the same in all processes."""
-        batches, times = batches_from(self.task.loader, 0, 0, self.settings.seed), []
-        self._set_modes()
+        batches, times = self._batches(), []
         for _ in range(min(1 + TIMED, self.steps)):
             begun = time.monotonic()
             for _ in range(self.settings.accumulate):
@@ -321,17 +320,16 @@ class Search:
         compression = self.model.compression
         return self.task.budget.rounded(compression.expected_counts(), compression.space)
 
-    def _set_modes(self) -> None:
-        if self.teacher is None:
-            self.model.train_to_search()
-        else:
-            self.model.eval()  # no dropout in what is compared with the dense model
+    def _batches(self) -> Iterator[Any]:
+        """The batches of the epoch that are left, with the model ready for them."""
+        batches = batches_from(self.task.loader, self.epoch, self.step * self.settings.accumulate, self.settings.seed)
+        # No dropout in what is compared with the dense model.
+        self.model.train_to_search() if self.teacher is None else self.model.eval()
+        return batches
 
     def _epoch(self) -> None:
         """The steps of one epoch that are left."""
-        settings = self.settings
-        batches = batches_from(self.task.loader, self.epoch, self.step * settings.accumulate, settings.seed)
-        self._set_modes()
+        settings, batches = self.settings, self._batches()
         self.observer.on_start(self.epoch, self.step)
         while self.step < self.steps:
             record, stop = self._update(batches)
@@ -433,7 +431,7 @@ class Search:
                     f"loader: found {found}; accepted: images and labels, both tensors, or the loss 'distill'"
                 )
             labels = torch.zeros(len(images), dtype=torch.int64)
-        return to_place(images, labels, self.task.place)
+        return self.task.place.take(images), labels.to(self.task.place.device, non_blocking=True)
 
     def _finished(self) -> EpochRecord:
         """The epoch that is over, scored with tokens really dropped where there are images for it."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import Placement, all_sum, autocast, place_for, placement_of
-from diffrate.evaluation import images_of, modes_kept, require_batches
+from diffrate.evaluation import modes_kept, require_batches, split_batch
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier, require_patched
 from diffrate.patch.plain_vit import CompressedVit
 from diffrate.schedule import Schedule, SearchSpace
@@ -136,7 +136,7 @@ def means_over(
     with modes_kept(teacher.model):
         teacher.model.eval()
         for batch in loader:
-            images = images_of(batch, place)
+            images = place.take(split_batch(batch)[0])
             with autocast(place.device, precision):
                 found, taught = sums_of(images)
             sums += found
