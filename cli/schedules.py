@@ -19,7 +19,7 @@ from diffrate.budget import FLOPS, Budget, Target
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.table import setting_of
 from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
-from diffrate.searching.search import budget_of
+from diffrate.searching.checkpoint import budget_of
 from diffrate.timing import Use
 from models.zoo import ModelEntry
 from sample import MODEL as SAMPLE_MODEL

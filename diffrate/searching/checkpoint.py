@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from diffrate.atomic import UNREADABLE, first_line, load_tensors, whole_file
-from diffrate.budget import Budget
+from diffrate.budget import SHARE, SPEEDUP, Budget, Target
 from diffrate.device import Placement
 from diffrate.evaluation import Batches, Scores, evaluate
+from diffrate.latency.table import LatencyTable, check_table
 from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, ScheduleError, SearchSpace, fields_of, make_schedule
 from diffrate.searching.settings import GRADIENT, SearchSettingError, SearchSettings
@@ -123,6 +124,21 @@ class Task:
         schedules = {"schedule": plain_row(schedule), "best_schedule": None if best is None else plain_row(best)}
         with whole_file(self.file) as file:
             torch.save({**notes, "mode": KIND, "tokens": schedule.tokens, **schedules, **content}, file)
+
+
+def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None) -> Budget:
+    """What a target is for `model`; one in seconds goes by `table`. SearchSettingError for another model's."""
+    dense = model.dense_schedule()
+    if not target.timed:
+        return Budget(model.flops_at, target.value * (model.flops_at(dense) if target.kind == SHARE else 1))
+    assert table is not None
+    try:
+        check_table(table, model)
+    except ValueError as error:
+        raise SearchSettingError(str(error)) from None
+    whole = table.seconds(dense)
+    seconds = whole / target.value if target.kind == SPEEDUP else target.value
+    return Budget(table.seconds, seconds, target.kind, whole)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.budget import SHARE, SPEEDUP, Budget, Target
 from diffrate.device import default_precision, generators_kept, place_for
 from diffrate.evaluation import Batches, Scores, Tally, require_batches
 from diffrate.latency.measure import Confirmed, confirmed, measure_latency
-from diffrate.latency.table import LatencyTable, check_table
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
-from diffrate.searching.checkpoint import StepRecord, Task
+from diffrate.searching.checkpoint import StepRecord, Task, budget_of
 from diffrate.searching.gradient import Observer, search_by_gradient
 from diffrate.searching.hard_counts import Calibrated, search_at_hard_counts
 from diffrate.searching.settings import GRADIENT, OPTIONS, SearchSettingError, SearchSettings, help_of
@@ -140,21 +138,6 @@ def _found(task: Task, callback: Callable[[StepRecord], None] | Observer | None)
         scores = task.scores_at(schedule)
     model.schedule = schedule
     return Found(schedule, model.flops_at(schedule), scores, history, calibrated, speed)
-
-
-def budget_of(model: CompressedModel, target: Target, table: LatencyTable | None) -> Budget:
-    """What a target is for `model`; one in seconds goes by `table`. SearchSettingError for another model's."""
-    dense = model.dense_schedule()
-    if not target.timed:
-        return Budget(model.flops_at, target.value * (model.flops_at(dense) if target.kind == SHARE else 1))
-    assert table is not None
-    try:
-        check_table(table, model)
-    except ValueError as error:
-        raise SearchSettingError(str(error)) from None
-    whole = table.seconds(dense)
-    seconds = whole / target.value if target.kind == SPEEDUP else target.value
-    return Budget(table.seconds, seconds, target.kind, whole)
 
 
 search.__doc__ = f"{search.__doc__}\n    Options:\n" + "".join(
