@@ -100,10 +100,10 @@ def batches_from(loader: Any, epoch: int, batch: int, seed: int) -> Iterator[Any
 def _an_epoch(task: Task) -> tuple[Any, int]:
     """The loader of every epoch, and its number of updates: `steps`, or as many as there are batches for, which are
     counted where the loader has no length, and kept in memory where it is an iterator."""
-    steps, accumulate = task.settings.steps, task.settings.accumulate
+    steps, accumulate, minutes = task.settings.steps, task.settings.accumulate, task.settings.minutes
     once = isinstance(task.loader, Iterator)
-    if once and steps is not None and task.settings.minutes is not None:
-        raise SearchSettingError("minutes: found a generator with steps; accepted: one of them")
+    if once and steps is not None and minutes is not None:
+        raise SearchSettingError(f"minutes: found {minutes!r} and a generator with steps; accepted: one of them")
     loader = list(task.loader) if once and steps is None else task.loader
     if steps is not None and not hasattr(loader, "__len__"):
         return loader, steps

@@ -91,7 +91,7 @@ class CalibrationObserver:
 
 def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
-    only once, or the time is over. Raises as `diffrate.search`."""
+    only once. Raises as `diffrate.search`."""
     settings, budget, space = task.settings, task.budget, task.space
     task.check_file()
     task.model.to(task.place.device)
@@ -105,22 +105,29 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
         given["start"] = settings.start
 
     def again(corrected: Budget, before: Schedule, rounded: Schedule) -> Schedule:
-        """From the schedule before, where that costs no more, and the same rounded to the corrected budget."""
+        """From the schedule before, where that costs no more, and the same rounded to the corrected budget, which is
+        all where the time is over."""
+        left = None if settings.minutes is None else settings.minutes - first.clock.now() / 60
+        if left is not None and left <= 0:
+            return rounded
         starts = {"rounded": rounded} | ({"before": before} if corrected.cost(before) <= corrected.target else {})
-        return Calibrating(replace(task, budget=corrected), again=True).run(starts).schedule
+        return Calibrating(replace(task, budget=corrected), left, again=True).run(starts).schedule
 
-    once = isinstance(task.loader, Iterator) or settings.minutes is not None
-    return Calibrating(task).run(given), None if once else again
+    minutes = settings.minutes
+    if minutes is not None and budget.timed:  # the rest is for a corrected budget
+        minutes *= 1 - AGAIN
+    first = Calibrating(task, minutes)
+    return first.run(given), None if isinstance(task.loader, Iterator) else again
 
 
 class Calibrating:
-    """A search for the schedule that meets the budget of `task` at which the model loses least against its dense self;
-    `again` with a share of the work, neither reported to the observer nor saved.
+    """A search for the schedule that meets the budget of `task` at which the model loses least against its dense self,
+    within `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
 
     The model's own schedule is neither read nor set.
     """
 
-    def __init__(self, task: Task, again: bool = False) -> None:
+    def __init__(self, task: Task, minutes: float | None, again: bool = False) -> None:
         self.task, self.model, self.again = task, task.model, again
         self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
         self.records: list[TrialRecord] = []
@@ -138,7 +145,6 @@ class Calibrating:
             except UNREADABLE as error:
                 raise SearchCheckpointError(f"{task.resume}: does not fit this search ({first_line(error)})") from error
         self.saved: Trials | None = self.before.get("trials")
-        minutes = task.settings.minutes
         seconds = math.inf if minutes is None else 60 * minutes
         self.clock = Clock(task.place.device, seconds, self.observer.stop, self.saved is not None)
         self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
@@ -219,9 +225,8 @@ class Calibrating:
         if work is None:
             work = math.inf if self.clock.limited else min(WORK, LOOKS_AN_IMAGE * images)
         if work < math.inf:
-            work = float(
-                least(int(max(AGAIN * work if self.again else work, choosing + 2 * images)), self.clock.device)
-            )
+            work = max(AGAIN * work if self.again else work, choosing + 2 * images)
+            work = float(least(int(work), self.clock.device))
         if not self.again:
             self.observer.on_plan(images + chosen_on, min(work, speed * self.clock.seconds), speed)
         end = self.clock.seconds - reserve

@@ -592,5 +592,5 @@ def test_minutes_are_steps_that_fit() -> None:
 
 
 def test_minutes_and_batches_that_come_once() -> None:
-    with pytest.raises(SearchSettingError, match="minutes: found a generator with steps"):
+    with pytest.raises(SearchSettingError, match="minutes: found 1 and a generator with steps"):
         diffrate.search(small(), iter(batches(4)), share=0.8, steps=2, minutes=1)
