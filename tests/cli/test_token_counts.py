@@ -150,6 +150,4 @@ def test_a_file_nested_too_deeply(content: str, cli: Cli, image_folder: Path, tm
     file = tmp_path / "a.json"
     file.write_text(content)
     flags = ("--load_compression_rate", "--compression_rate_file", file)
-    check(
-        cli(*evaluation(image_folder, *flags)), f"{file}: cannot be read (nested too deeply); accepted: JSON, an object"
-    )
+    check(cli(*evaluation(image_folder, *flags)), f"{file}: cannot be read (nested too deeply); accepted")
