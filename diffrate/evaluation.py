@@ -147,7 +147,7 @@ class Tally:
             raise ScoresError(f"outputs: found the shape {list(logits.shape)}; accepted: [B, classes], with a pooling")
         multi_label = self.average_precision is not None
         if multi_label or logits.shape[1] == 1:
-            targets = multi_hot(labels, logits) if multi_label else _numbers(labels, logits)
+            targets = multi_hot(labels, logits)
             wrong = targets[(targets != 0) & (targets != 1)] if multi_label else targets[:0]
             if wrong.numel():
                 raise ScoresError(f"labels: found {wrong[0]:g} with multi_label; accepted: 0 and 1")
@@ -213,20 +213,12 @@ def class_indices(labels: Any, logits: Tensor) -> Tensor:
 def multi_hot(labels: Any, logits: Tensor) -> Tensor:
     """Labels `[B, K]`, or class indices `[B]` as one-hot, in float64 on the device of the logits `[B, K]`; for one
     output, `[B]` are its labels. A ScoresError for any others."""
-    if isinstance(labels, Tensor) and labels.ndim == 1:
-        if logits.shape[1] == 1:
-            return _numbers(labels, logits)
+    count, one = len(logits), logits.shape[1] == 1
+    if isinstance(labels, Tensor) and labels.ndim == 1 and not one:
         return F.one_hot(class_indices(labels, logits), logits.shape[1]).double()
-    return _real(labels, logits, [logits.shape], f"{list(logits.shape)} of 0 and 1, or class indices [{len(logits)}]")
-
-
-def _numbers(labels: Any, logits: Tensor) -> Tensor:
-    """Labels `[B]` or `[B, 1]` of a head with one output, as `[B, 1]`."""
-    shapes = [logits.shape, logits.shape[:1]]
-    return _real(labels, logits, shapes, f"numbers [{len(logits)}] or [{len(logits)}, 1]")
-
-
-def _real(labels: Any, logits: Tensor, shapes: Sequence[torch.Size], accepted: str) -> Tensor:
+    shapes, accepted = [logits.shape], f"{list(logits.shape)} of 0 and 1, or class indices [{count}]"
+    if one:
+        shapes, accepted = [logits.shape, logits.shape[:1]], f"numbers [{count}] or [{count}, 1]"
     if not isinstance(labels, Tensor) or labels.is_complex() or labels.shape not in shapes:
         raise ScoresError(f"labels: found {_described(labels)}; accepted: {accepted}")
     return labels.to(logits.device, torch.float64, non_blocking=True).view_as(logits)
