@@ -118,11 +118,10 @@ def _an_epoch(task: Task) -> tuple[Any, int]:
     return loader, steps or most
 
 
-def paced(epochs: int, steps: int, seconds: float, a_step: float) -> tuple[int, int]:
-    """As many of the `epochs` of `steps` as fit into `seconds`: fewer epochs, then fewer steps, one at least."""
-    fitting = max(1, int(seconds / a_step))
-    steps = min(steps, fitting)
-    return max(1, min(epochs, fitting // steps)), steps
+def paced(epochs: int, steps: int, most: int) -> tuple[int, int]:
+    """As many of the `epochs` of `steps` as come to `most` steps: fewer epochs, then fewer steps, one at least."""
+    steps = max(1, min(steps, most))
+    return max(1, min(epochs, most // steps)), steps
 
 
 GAIN = 0.2  # of the value, a step, for each whole excess
@@ -261,8 +260,8 @@ class Search:
                 self._backward(batches).tolist()  # waits for the device
             times.append(time.monotonic() - begun)
         self.optimizer.zero_grad(set_to_none=True)
-        epochs, steps = paced(self.epochs, self.steps, seconds, max(1e-6, min(times)))
-        self.epochs, self.steps = paced(self.epochs, self.steps, least(epochs * steps, self.task.place.device), 1.0)
+        fitting = least(int(seconds / max(1e-6, min(times))), self.task.place.device)
+        self.epochs, self.steps = paced(self.epochs, self.steps, fitting)
 
     def restore(self, path: Path) -> None:
         """Go on where the checkpoint at `path` was written; with `minutes`, for as many steps as it was to take.
@@ -275,7 +274,7 @@ class Search:
         saved = content.get("settings", {})
         if self.settings.minutes is not None:
             total = saved.get("epochs", self.epochs) * saved.get("steps", self.steps)
-            self.epochs, self.steps = paced(self.epochs, self.steps, total, 1.0)
+            self.epochs, self.steps = paced(self.epochs, self.steps, total)
         check_record(path, saved, self.record())
         try:
             with torch.no_grad():

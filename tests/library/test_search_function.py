@@ -587,7 +587,7 @@ def test_a_model_without_a_block_to_reduce_in_is_refused() -> None:
 
 
 def test_minutes_are_steps_that_fit() -> None:
-    fitting = [paced(3, 10, seconds, a_step=0.5) for seconds in (0.1, 2.0, 5.0, 11.0, 100.0)]
+    fitting = [paced(3, 10, most) for most in (0, 4, 10, 22, 200)]
     assert fitting == [(1, 1), (1, 4), (1, 10), (2, 10), (3, 10)]
 
 
