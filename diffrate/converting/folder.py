@@ -166,8 +166,8 @@ def _read(file: Path, shapes: bool) -> State:
     if not shapes:
         return load_file(file)
     with safe_open(file, "pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in found.items()}
 
 
 def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs:
