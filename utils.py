@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
@@ -114,6 +115,28 @@ def make_output_dir(path: Path) -> Path:
     if not os.access(path, os.W_OK):
         raise UsageError(f"--output_dir {path}: cannot be written")
     return path
+
+
+@contextmanager
+def alone_in(folder: Path, name: str) -> Iterator[None]:
+    """Keep other runs from writing to a folder while the block runs, by a lock on its file `name`.
+
+    The system lets go of it when the process ends, however it does; loader processes do not hold it. File systems
+    without locks go without.
+
+    Raises:
+        UsageError: another run writes there.
+    """
+    with (folder / name).open("a") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UsageError(f"--output_dir {folder}: another run writes to it; accepted: another folder") from error
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def keep_freed_memory() -> bool:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from termcolor import colored
 from tqdm import tqdm
 
-from diffrate.atomic import one_line, whole_file
+from diffrate.atomic import first_line, one_line, whole_file
 from diffrate.device import autocast
 from utils import UsageError
 
@@ -49,7 +49,7 @@ def processes_from_environment(environment: Mapping[str, str] = os.environ) -> P
     """What torchrun or `torch.distributed.launch --use_env` says of this process.
 
     Raises:
-        UsageError: one of the variables is not a number, or nothing joins the tasks of a SLURM step.
+        UsageError: one of the variables is not a number or too large, or nothing joins the tasks of a SLURM step.
     """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}
     found = {name: environment.get(name, default) for name, default in defaults.items()}
@@ -59,7 +59,10 @@ def processes_from_environment(environment: Mapping[str, str] = os.environ) -> P
     *of_process, tasks = map(int, found.values())
     if "WORLD_SIZE" not in environment and tasks > 1:  # they would write the same files
         raise UsageError(f"environment: SLURM_STEP_NUM_TASKS={tasks}; accepted: 1, or tasks that run torchrun")
-    return Processes(*of_process)
+    processes = Processes(*of_process)
+    if processes.rank >= processes.world:  # it would wait for others that never come
+        raise UsageError(f"environment: RANK={processes.rank}; accepted: below WORLD_SIZE={processes.world}")
+    return processes
 
 
 @contextmanager
@@ -67,22 +70,26 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     """Join the other processes while the block runs; nothing to do for a single one.
 
     Raises:
-        LostProcessError: another process was gone while this one waited for it.
+        LostProcessError: another process was gone while this one waited for it, or never came.
+        UsageError: the environment does not say where they meet.
     """
     if processes.world == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except ValueError as error:  # of MASTER_ADDR and MASTER_PORT
+            raise UsageError(f"environment: {first_line(error)}; accepted: as torchrun sets it") from error
         yield
+        dist.barrier()  # nobody leaves while another still waits for it
     except RuntimeError as error:
         gloo = type(error) is RuntimeError and "gloo/" in str(error)  # which has no class of its own
         if isinstance(error, dist.DistError) or gloo:
             raise LostProcessError(f"another process is gone ({str(error).splitlines()[0]})") from error
         raise
-    dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
 
 
@@ -99,6 +106,7 @@ def local_main_first(processes: Processes) -> Iterator[None]:
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The files that a run leaves in its output folder.
+RUN_LOG = "log_rank0.txt"  # what the terminal shows; locked while a run writes to the folder
 LOG = "log.txt"  # a JSON line for each epoch, score and timing
 STEPS = "search_steps.txt"  # how the expected counts of a search moved, a JSON line every few steps
 FOUND = "found.txt"  # what searches ended with, JSON lines
@@ -211,7 +219,7 @@ class _Formatter(logging.Formatter):
 
 
 def setup_logging(output_dir: Path | None, is_main: bool, lines: bool = True) -> None:
-    """Log to the terminal and to `log_rank0.txt` in `output_dir`; other ranks keep to warnings.
+    """Log to the terminal and to `RUN_LOG` in `output_dir`; other ranks keep to warnings.
 
     Without `lines`, those of progress are kept from the terminal.
     """
@@ -226,7 +234,7 @@ def setup_logging(output_dir: Path | None, is_main: bool, lines: bool = True) ->
     root.addHandler(terminal)
     root.setLevel(logging.INFO if is_main else logging.WARNING)
     if output_dir is not None and is_main:
-        file = logging.FileHandler(output_dir / "log_rank0.txt", encoding="utf-8")
+        file = logging.FileHandler(output_dir / RUN_LOG, encoding="utf-8")
         file.setFormatter(_Formatter(color=False))
         root.addHandler(file)
     for chatty in ("timm", "torch", "PIL", "httpx", "matplotlib"):
@@ -243,6 +251,8 @@ class Progress:
         self.total, self.header, self.images, self.every = total, header, images, runtime.print_freq
         self.start, self.position = time.perf_counter(), 0
         self.bar = tqdm(total=total, desc=header, unit="step", disable=not runtime.bar, dynamic_ncols=True)
+        self.bar._time = time.monotonic  # its own clock may be set back, and the bar would stand still until then
+        self.bar.unpause()
         self.close = self.bar.close  # leaves the bar as it is
 
     def advance(self, describe: Callable[[], str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from importlib import import_module
 
 import torch
@@ -12,6 +13,7 @@ import diffrate
 import models
 from cli.runtime import (
     AMP_DTYPES,
+    RUN_LOG,
     LostProcessError,
     Runtime,
     open_board,
@@ -23,9 +25,9 @@ from cli.runtime import (
 from cli.settings import Settings
 from datasets import DataError, listed
 from diffrate.budget import BudgetError
-from diffrate.device import default_precision, seed_everything
+from diffrate.device import default_precision, made_by_first, seed_everything
 from diffrate.searching.settings import SearchSettingError
-from utils import STOPPED, StopRequestedError, UsageError, keep_freed_memory, make_output_dir
+from utils import STOPPED, StopRequestedError, UsageError, alone_in, keep_freed_memory, make_output_dir
 
 log = logging.getLogger(__name__)
 # The file in this folder and its function, of modes that are not `run` in a file of their name.
@@ -38,6 +40,7 @@ FUNCTIONS = {
     "sensitivity": ("search", "run_sensitivity"),
 }
 WITHOUT_PLOTS = ("visualize", "export", "plot", "list_models")
+BESIDE_OTHERS = (*WITHOUT_PLOTS, "eval")  # these may go on in the output folder of another run
 # The library names its arguments, which the flags of these are called like.
 INPUT_ERRORS = (
     UsageError,
@@ -67,10 +70,12 @@ def run(settings: Settings) -> None:
     bar = processes.is_main and not asked.quiet and sys.stdout.isatty() and sys.stderr.isatty()
     setup_logging(output_dir, processes.is_main, lines=not bar and not asked.quiet)
     seed_everything(asked.seed)  # fresh weights are the same in every process
-    board = open_board(output_dir, processes.is_main) if asked.tensorboard else None
     amp = default_precision(device) if asked.amp is None else AMP_DTYPES[asked.amp]
-    runtime = Runtime(processes, device, amp, asked.print_freq, output_dir, board, bar=bar)
-    with process_group(processes, device):
+    with process_group(processes, device), ExitStack() as held:
+        if output_dir is not None and asked.mode not in BESIDE_OTHERS:
+            made_by_first(lambda: held.enter_context(alone_in(output_dir, RUN_LOG)))
+        board = open_board(output_dir, processes.is_main) if asked.tensorboard else None
+        runtime = Runtime(processes, device, amp, asked.print_freq, output_dir, board, bar=bar)
         try:
             file, function = FUNCTIONS.get(asked.mode, (asked.mode, "run"))
             getattr(import_module(f"cli.{file}"), function)(settings, runtime)
