@@ -195,6 +195,20 @@ def made_by_first(make: Callable[[], Made]) -> Made:
     return outcome[0]
 
 
+def made_by_each(make: Callable[[], Made]) -> Made:
+    """What this process makes; where one of them fails, its error is raised in all: none waits for one that ends."""
+    made: Any = None
+    error: Exception | None = None
+    try:
+        made = make()
+    except Exception as failed:
+        error = failed
+    failures = [failed for failed in all_parts(error) if failed is not None]
+    if failures:
+        raise error or failures[0]
+    return made
+
+
 def all_parts(part: Any) -> list[Any]:
     """The `part` of every process, in their order; for a single one its own alone."""
     if not _joined():

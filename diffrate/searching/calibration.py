@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.device import all_sum, autocast, placement_of, rank, world
+from diffrate.device import all_sum, autocast, least, placement_of, rank, world
 from diffrate.evaluation import split_batch
 from diffrate.schedule import Kept, Schedule
 from diffrate.searching.checkpoint import StoppedError
@@ -77,6 +77,7 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float)
         if there >= most or clock.stop() or (there >= 2 and clock.here() > until):
             break
     clock.now()
+    there = least(there, clock.device)
     if there < 2:
         raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
     return torch.cat(found)

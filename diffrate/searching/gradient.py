@@ -22,7 +22,7 @@ from torch.nn.utils import parameters_to_vector
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.rates import RateError
-from diffrate.device import all_sum, autocast, least, rank, seed_everything, step_seed, world
+from diffrate.device import all_sum, autocast, least, made_by_each, rank, seed_everything, step_seed, world
 from diffrate.evaluation import Scores, Tally, class_indices, modes_kept, multi_hot, split_batch
 from diffrate.latency.table import expected_seconds
 from diffrate.patch.base import CompressedModel
@@ -161,7 +161,7 @@ def search_by_gradient(
     observer = callback if isinstance(callback, Observer) else Observer()
     if callback is not None and callback is not observer:
         observer.on_step = callback  # type: ignore[method-assign]
-    loader, steps = _an_epoch(task)
+    loader, steps = made_by_each(lambda: _an_epoch(task))
     steps = least(steps, task.place.device)
     task.check_file()
     with _restored(model):

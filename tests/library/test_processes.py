@@ -6,6 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 import torch.distributed as dist
@@ -32,6 +33,10 @@ def search(folder: Path) -> None:
     content = {"kept": model.get_kept_num(), "images": scores.images, "loss": scores.loss}
     torch.save(content, folder / f"{processes}-{rank}.pth")
     if processes > 1:
+        for method, said in (("gradient", "found no batch"), ("calibrated", "found 0 images")):
+            # The second has no images: nobody is left waiting for it.
+            with pytest.raises(ValueError, match=said):
+                diffrate.search(model, [] if rank else loader, share=0.8, method=method)
         dist.barrier()  # nobody leaves while the other still waits for it
         dist.destroy_process_group()
 
