@@ -109,6 +109,8 @@ def signalled(scratch: Path, command: Callable[..., list[str]]) -> None:
         begun = time.monotonic()
         both[1 - lost].join(60)
         seconds = time.monotonic() - begun
+        both[lost].join(10)
+        both[lost].kill()
         done: list[Ended] = ended(both, folder)
         print(f"{number.name} to process {lost}, after {seconds:.1f} s:", *(f"{one.code} {one.err!r}" for one in done))
 
