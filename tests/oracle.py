@@ -128,7 +128,8 @@ class Oracle:
             return self.by_energy(left, merge, 0.9 - 0.9 * number / len(self.rules))
         importance = {index: float(seen.first[index]) for index in patches}
         if rule == "random":
-            drawn = self.draws.pop(0)
+            # None is drawn in the last block where nobody reads what goes.
+            drawn = self.draws.pop(0) if self.draws else np.arange(len(tokens))
             importance = {index: float(drawn[index]) for index in patches}
         if rule.startswith("received"):
             importance = {index: float(seen.all[index]) for index in patches}
