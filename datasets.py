@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from diffrate.atomic import first_line, parse_json
+from diffrate.atomic import first_line, parse_json, refuse_pipe
 from diffrate.device import generators_kept, seed_everything
 from sample import ARCHIVE, unpack_sample
 from samplers import SeededOrder
@@ -286,6 +286,7 @@ def _inaturalist(root: Path, split: str, year: int) -> Labelled:
     labels are the category ids in order."""
     index = root / f"{split}{year}.json"
     try:
+        refuse_pipe(index)
         content = parse_json(index.read_text(encoding="utf-8"))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         label = {category["id"]: position for position, category in enumerate(categories)}
@@ -359,6 +360,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The file as Pillow opens it, without a word about damaged EXIF: the picture is whole."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*orrupt EXIF")
+        refuse_pipe(path)
         with Image.open(path) as image:
             # Else Pillow maps files into memory, and TIFFs at the size after turning: they come out garbled.
             image.filename = ""  # type: ignore[attr-defined]

@@ -114,6 +114,8 @@ def make_output_dir(path: Path) -> Path:
         raise UsageError(f"--output_dir {path}: {error.strerror}; accepted: a folder that can be made") from error
     if not os.access(path, os.W_OK):
         raise UsageError(f"--output_dir {path}: cannot be written")
+    if pipe := next((inside for inside in path.iterdir() if inside.is_fifo()), None):  # which a run would wait for
+        raise UsageError(f"--output_dir {path}: holds a pipe, {pipe.name}; accepted: a folder of files")
     return path
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from cli.runtime import FOUND, LATENCY, LOG, SCALING, SENSITIVITY, SPEED, STEPS, WORK, Runtime
 from cli.settings import Settings
-from diffrate.atomic import first_line, one_line, parse_json, whole_file
+from diffrate.atomic import first_line, one_line, parse_json, refuse_pipe, whole_file
 from diffrate.budget import PEERS
 from diffrate.schedule import MERGE_FIELD, PRUNE_FIELD, RULES_FIELD, Kept, ScheduleError, make_schedule, running_counts
 from utils import UsageError
@@ -356,6 +356,7 @@ def _records(path: Path) -> list[Record]:
     table = path.suffix == ".json"
     accepted = "rows of a benchmark" if table else "a JSON object a line"
     try:
+        refuse_pipe(path)
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error

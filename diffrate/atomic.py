@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
 import pickle
 import socket
+import stat
 import tempfile
 import threading
 import warnings
@@ -91,6 +93,13 @@ def one_line(text: str) -> str:
     return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
 
 
+def refuse_pipe(path: Path | str) -> None:
+    """OSError where a path is a pipe or a device: to read it may take for ever."""
+    mode = Path(path).stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe or a device, no file", str(path))
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file of ours holds.
 
@@ -98,6 +107,7 @@ def read_json(path: Path) -> Any:
         OSError, UnicodeDecodeError: the file cannot be read, or is no text.
         ValueError: it is too large, or as `parse_json` says.
     """
+    refuse_pipe(path)
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"found {path.stat().st_size:,} bytes; accepted: up to {LARGEST_JSON:,}")
     return parse_json(path.read_text(encoding="utf-8"))
@@ -150,6 +160,7 @@ def check_unpacked(path: Path | str) -> None:
     Raises:
         OSError, ValueError, zipfile.BadZipFile: there is no such file, or it is such a one, or damaged.
     """
+    refuse_pipe(path)
     size = Path(path).stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from diffrate.atomic import UNREADABLE as UNREADABLE_BY_TORCH
-from diffrate.atomic import answers, check_unpacked, first_line, hub_or_cache, load_tensors
+from diffrate.atomic import answers, check_unpacked, first_line, hub_or_cache, load_tensors, refuse_pipe
 from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights, Size
 
 StateDict = dict[str, Tensor]
@@ -204,6 +204,7 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
     """
     try:
         with safe_globals([Namespace]):  # official files hold their flags
+            refuse_pipe(path)
             safe = path.suffix == ".safetensors"
             content: Any = load_file(path) if safe else load_tensors(path)
     except UNREADABLE as error:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
-from diffrate.atomic import first_line, hub_or_cache, parse_json
+from diffrate.atomic import first_line, hub_or_cache, parse_json, refuse_pipe
 from diffrate.schedule import (
     MERGE_FIELD,
     PRUNE_FIELD,
@@ -269,6 +269,7 @@ def is_saved_model(path: str | Path) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    refuse_pipe(path)
     with safe_open(path, "numpy") as file:
         return file.metadata() or {}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from diffrate.atomic import SCRATCH, first_line, parse_json
+from diffrate.atomic import SCRATCH, first_line, parse_json, refuse_pipe
 from diffrate.device import errors_alone, no_warnings_of
 from diffrate.files.graph import translations
 from diffrate.files.header import FORMAT_FIELD, LEAST_OPSET, ExportError, Header, arrays_as_tuples, target_of
@@ -149,6 +149,7 @@ def run_openvino(path: Path, threads: int | None = None) -> tuple[Answer, Mappin
     """As `run_onnx`, for each single request in turn."""
     import openvino
 
+    refuse_pipe(path)
     with path.open("rb") as file:
         if not file.read(1).startswith(b"<"):  # OpenVINO would try the formats of others, and say so on the terminal
             raise ExportError("found no XML")

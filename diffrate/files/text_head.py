@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffrate.atomic import first_line, parse_json
+from diffrate.atomic import first_line, parse_json, refuse_pipe
 from diffrate.files.header import SavedModelError
 from diffrate.patch.parts import FeatureHead, TextHead
 
@@ -43,6 +43,7 @@ def read_texts(path: str | Path) -> Texts:
         SavedModelError: the file cannot be read, or a tensor or the names are missing or cannot be what they are for.
     """
     try:
+        refuse_pipe(path)
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}

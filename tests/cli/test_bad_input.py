@@ -3,6 +3,7 @@ result. Nothing runs, and nothing is left behind."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -379,3 +380,28 @@ def test_an_output_folder_that_goes(
     else:
         flags = ("--finetune", *flags, "--epochs", 2, "--no-repeated-aug", "--mixup", 0, "--cutmix", 0)
     check(cli(*flags, "--output_dir", tmp_path / "out"), f"{tmp_path}/out/", ": No such file or directory")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("--load_compression_rate --compression_rate_file %/a.json", "a.json"),
+        ("--resume %/a.pth", "a.pth"),
+        ("--resume %/zero.pth", "zero.pth"),
+        ("--checkpoint %/a.safetensors", "a.safetensors"),
+        ("--visualize %/a.png --output_dir %/out", "a.png"),
+        ("--target_speedup 1.2 --latency_file %/a.json --output_dir %/out", "a.json"),
+        ("--output_dir %", "holds a pipe, a"),
+        ("--plot %/logs", "log.txt"),
+    ],
+)
+def test_pipes_and_devices_are_not_waited_for(words: str, name: str, cli: Cli, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for pipe in ("a.json", "a.pth", "a.safetensors", "a.png", "logs/log.txt"):
+        os.mkfifo(tmp_path / pipe)
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    given = ["--model", MODEL, "--checkpoint", "scratch", "--data-path", files / "data", "--num_workers", 0]
+    given = ["--eval", *given] if words.split()[0] in ("--load_compression_rate", "--resume", "--output_dir") else given
+    given = ["--eval", "--num_workers", 0] if "--checkpoint" in words else [] if "--plot" in words else given
+    check(cli(*given, *words.replace("%", str(tmp_path)).split(" ")), name)
