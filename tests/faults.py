@@ -33,6 +33,7 @@ from tests.conftest import write_image
 from tests.forked import with_torch
 from tests.tiny_models import saved_file
 
+DAY = 86_400  # seconds
 SLOW = 0.15  # seconds that each file takes to reach the disk
 
 
@@ -45,7 +46,10 @@ def data_in(root: Path) -> Path:
 
 
 def prepare(slow: bool) -> None:
-    """Few looks at an image, checkpoints after every step, and files that take their time."""
+    """Few looks at an image, checkpoints after every step, files that take their time, and a clock that is set
+    forth or back by a day each time that it is asked."""
+    wall = time.time
+    time.time = lambda: wall() + random.SystemRandom().choice((-DAY, DAY))
     torch.set_num_threads(1)
     hard_counts.LOOKS_AN_IMAGE = 40.0
     engine.SAVE_SECONDS = -1.0
@@ -109,6 +113,7 @@ def kills(kind: str, command: Callable[[Path], list[str]], ends: list[str], scra
         process.join()
         for path in out.glob("*.pth") if out.exists() else ():
             torch.load(path, weights_only=True)  # the last good one loads
+            os.utime(path, (0, 0) if slow else None)
         code = ran([*command(out), "--resume", "auto"])
         if code or not all(same(out / name, whole / name) for name in ends):
             lost.append(count)
