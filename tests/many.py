@@ -8,6 +8,7 @@ Figures for docs/promises.md; too slow for the tests.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import os
@@ -140,17 +141,19 @@ class Watched(CalibrationObserver):
     """Memory, open files, threads and temporary files from a tenth of `most` schedules on."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.seen, self.tried, self.next = most, [], 0, most // 10
+        self.most, self.tried, self.next = most, 0, most // 10
 
     def on_trials(self, record: TrialRecord) -> None:
         self.tried = record.trials
         if self.tried >= self.next:
             self.next += self.most // 10
             gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # what is freed counts no longer
+                ctypes.CDLL(None).malloc_trim(0)
             files = len(list(Path("/proc/self/fd").iterdir()))
             left = len(list(Path(tempfile.gettempdir()).iterdir()))
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.seen.append((self.tried, int(status["VmRSS"].split()[0]), files, int(status["Threads"]), left))
+            print(self.tried, int(status["VmRSS"].split()[0]), files, int(status["Threads"]), left, flush=True)
 
     def stop(self) -> bool:
         return self.tried >= self.most
@@ -160,13 +163,11 @@ def long_search(scratch: Path, most: int = 5000) -> None:
     (scratch / "temporary").mkdir()
     tempfile.tempdir = str(scratch / "temporary")  # others use the system's
     model = diffrate.patch.vit(timm.create_model("vit_tiny_patch16_224", **SIZES | {"depth": 6}), 1, 1)
-    watched, loader = Watched(most), [torch.randn(16, 3, 32, 32) for _ in range(16)]
+    watched, loader = Watched(most), [torch.randn(16, 3, 32, 32) for _ in range(2)]
     options = {"method": "calibrated", "work": 1e9, "trials": watched, "checkpoint": scratch / "long.pth"}
+    print("schedules tried, RSS in kB, open files, threads, files in the temporary folder:", flush=True)
     with contextlib.suppress(diffrate.StoppedError):
         diffrate.search(model, loader, share=0.6, **options)
-    print("schedules tried, RSS in kB, open files, threads, files in the temporary folder:")
-    for row in watched.seen:
-        print(*row, flush=True)
 
 
 if __name__ == "__main__":
