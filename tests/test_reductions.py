@@ -89,11 +89,11 @@ def test_pruning_keeps_the_most_important(shape: tuple[int, int, int], data: st.
     batch, tokens, seed = shape
     kept = data.draw(st.integers(1, tokens))
     state = random_state(batch, tokens, seed)
-    importance = torch.rand(batch, tokens - class_token, generator=torch.Generator().manual_seed(seed))
+    importance = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed))
     index = most_important(importance, kept, class_token)
     pruned = keep_tokens(state, index)
     for image in range(batch):
-        order = importance[image].argsort(descending=True).tolist()
+        order = importance[image, int(class_token) :].argsort(descending=True).tolist()
         expected = [0, *(position + 1 for position in order)][:kept] if class_token else order[:kept]
         assert index[image].tolist() == expected
         torch.testing.assert_close(pruned.x[image], state.x[image][expected])
@@ -156,7 +156,7 @@ def test_one_image_is_reduced_as_in_a_batch(dtype: torch.dtype) -> None:
         found = first_tokens_attention(own, size_bias(size[one]), 1)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, importance[one], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-    index = most_important(importance[:, 1:], 20, 1)
+    index = most_important(importance, 20, 1)
     merged = merge_tokens(TokenState(x, size), index, 12, 1, Mean(cosine_sizes=True))
     assert merged.size is not None
     for image in range(3):

@@ -94,9 +94,9 @@ def _maps_pay(heads: Heads, elements: int) -> bool:
     of an image's maps stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention
     runs on."""
     query = heads.query
-    if elements > IMAGE_ELEMENTS or query.device.type != "cpu" or query.requires_grad or in_graph():
+    if elements > IMAGE_ELEMENTS or query.device.type != "cpu" or query.requires_grad:
         return False
-    return heads.value.dtype == size_dtype(query) or not torch.cpu._is_amx_tile_supported()
+    return heads.value.dtype == size_dtype(query) or not (in_graph() or torch.cpu._is_amx_tile_supported())
 
 
 def attend_with_map(
@@ -108,15 +108,14 @@ def attend_with_map(
     """
     images, value = heads.query.shape[:2], heads.value.flatten(0, 1)
     if heads.query.device.type == "cpu" and not in_graph() and (queries or not autocasts("cpu")):
-        scores = _full_scores(heads, bias)
+        weights = _full_scores(heads, bias).softmax(dim=-1)
+        maps = weights.view(*images, *weights.shape[1:])
     else:
         key = heads.key.flatten(0, 1).transpose(-2, -1)
-        scores = precise(torch.bmm(heads.query.flatten(0, 1) * heads.scale, key))
-        if bias is not None:
-            scores = (scores.unflatten(0, images) + bias).flatten(0, 1)
-    weights = scores.softmax(dim=-1)
-    rows = weights.view(*images, *weights.shape[1:])
-    importance = (rows[:, :, :queries] if queries else rows).sum(dim=(1, 2))
+        scores = precise(torch.bmm(heads.query.flatten(0, 1) * heads.scale, key)).unflatten(0, images)
+        maps = (scores if bias is None else scores + bias).softmax(dim=-1)
+        weights = maps.flatten(0, 1)
+    importance = (maps[:, :, :queries] if queries else maps).sum(dim=(1, 2))
     mixed = torch.bmm((weights if drop is None else drop(weights)).to(value.dtype), value)
     return mixed.view(*images, *mixed.shape[1:]), importance
 

@@ -272,7 +272,7 @@ def _reduce_in_order(
     there, sizes = slice(plan.pruned), state.sizes()
     part = TokenState(state.x[:, there], sizes[:, there]).traced().placed()
     few, kept = replaced(heads, key=heads.key[:, :, there]), Kept(plan.pruned, plan.pruned, plan.merged)
-    left = rule.pairing.reduce(part, importance[:, rule.prefix : plan.pruned], few, kept, rule.prefix, rule.mean)
+    left = rule.pairing.reduce(part, importance[:, : plan.pruned], few, kept, rule.prefix, rule.mean)
     assert left.place is not None
     assert left.origin is not None
     stays = left.place.expand(len(state.x), -1)

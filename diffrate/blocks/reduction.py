@@ -17,13 +17,16 @@ from diffrate.blocks.attention import Heads
 from diffrate.blocks.tokens import TokenState, alone, in_graph, moved, precise, rows_of, take, uncast
 from diffrate.schedule import Kept
 
+FIRST = 1e30  # more than any importance
+
 
 def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
-    """Positions `[B, kept]` of the tokens to keep: the first `prefix`, then the most important of the others.
-
-    `importance` `[B, N - prefix]` leaves the prefix out; the others come in falling order.
-    """
-    return after_prefix(importance.topk(kept - prefix, dim=1).indices, prefix)
+    """Positions `[B, kept]` of the tokens to keep: the first `prefix`, then the most important of the others, in
+    falling order of `importance` `[B, N]`."""
+    if in_graph():  # where what is added is a constant
+        ahead = torch.arange(prefix, prefix - importance.shape[1], -1, device=importance.device).clamp(min=0) * FIRST
+        return (importance + ahead).topk(kept, dim=1).indices
+    return after_prefix(importance[:, prefix:].topk(kept - prefix, dim=1).indices, prefix)
 
 
 def after_prefix(others: Tensor, prefix: int) -> Tensor:
@@ -42,7 +45,7 @@ def after_prefix(others: Tensor, prefix: int) -> Tensor:
 
 def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
     """The tokens at `index` `[B, K]`, in that order; the others are pruned."""
-    size = None if state.size is None else take(state.size, index)
+    size = None if state.size is None else state.size.gather(1, index)
     place = None if state.place is None else take(state.place, index)
     kept = TokenState(take(state.x, index), size, place=place)
     if state.origin is None:
@@ -55,20 +58,29 @@ def keep_tokens(state: TokenState, index: Tensor) -> TokenState:
 LEAST_SIZE = 1e-30
 
 
-def length_of(x: Tensor) -> Tensor:
-    """The length of each token of `x` `[..., N, C]`, `[..., N]`, in float32 at least."""
-    return torch.linalg.vector_norm(precise(x), dim=-1).clamp(min=1e-12)
+def length_of(x: Tensor, keepdim: bool = False) -> Tensor:
+    """The length of each token of `x` `[..., N, C]`, `[..., N]` or `[..., N, 1]`, in float32 at least."""
+    return torch.linalg.vector_norm(precise(x), dim=-1, keepdim=keepdim).clamp(min=1e-12)
 
 
-def most_similar(sources: Tensor, candidates: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def directions(x: Tensor) -> Tensor:
+    """`x` `[..., N, C]` at a length of 1, in float32 at least."""
+    return precise(x) / length_of(x, keepdim=True)
+
+
+def matched(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Which candidate each source is most similar to, and their cosine: both `[B, S]`, of `directions` `[B, S, C]` and
+    `[B, K, C]`."""
+    cosine, nearest = full_product(sources, candidates.transpose(1, 2)).max(dim=-1)
+    return nearest, cosine
+
+
+def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Which candidate each source is most similar to by their cosine, and the cosine times the source's own length,
-    which makes no difference to that: both `[B, S]`, of features `[B, S, C]` and `[B, K, C]` in float32 at least.
-
-    lengths: of the candidates, `[B, K]`, where they are known.
-    """
+    which makes no difference to that: both `[B, S]`, of features `[B, S, C]` and `[B, K, C]` in float32 at least."""
     # Of the candidates, which are many, the products are divided by their length, not the features.
     products = full_product(sources, candidates.transpose(1, 2))
-    along, nearest = (products / (length_of(candidates) if lengths is None else lengths).unsqueeze(1)).max(dim=-1)
+    along, nearest = (products / length_of(candidates).unsqueeze(1)).max(dim=-1)
     return nearest, along
 
 
@@ -127,8 +139,8 @@ def averaged(x: Tensor, destination: Tensor, total: Tensor | None) -> Tensor:
     if in_graph() or x.requires_grad or not on_cpu(x):  # a graph has nothing to do in place
         stays, leaves = x.split_with_sizes((kept, leaving), 1)
         goes_to = matrix_of(destination, stays)
-        total = goes_to.sum(-1) + 1 if total is None else total
-        return product_added(stays, goes_to, leaves) / total.unsqueeze(-1)
+        total = goes_to.sum(-1, keepdim=True) + 1 if total is None else total.unsqueeze(-1)
+        return product_added(stays, goes_to, leaves) / total
     if total is None:
         total = add_up(x.new_ones(x.shape[0], kept), destination, x.new_ones(destination.shape))
     sums, total = add_by_index(x, destination, x.narrow(1, kept, leaving)), total.unsqueeze(-1)
@@ -144,11 +156,8 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean:
     if kept <= spared:
         return keep_tokens(state, index[:, :kept])
     x = precise(take(state.x, index))
-    leaving = x.shape[1] - kept
-    _, lengths, own = length_of(x).split_with_sizes((spared, kept - spared, leaving), 1)
-    stays, sources = x.split_with_sizes((kept, leaving), 1)
-    nearest, along = most_similar(sources, stays[:, spared:], lengths)
-    cosine = along / own if mean.cosine_sizes else None
+    _, candidates, sources = directions(x).split_with_sizes((spared, kept - spared, x.shape[1] - kept), 1)
+    nearest, cosine = matched(sources, candidates)
     return joined(state, index, x, nearest + spared, cosine, mean)
 
 
@@ -164,7 +173,7 @@ def joined(
     x = precise(take(state.x, index)) if x is None else x
     leaving, weighed = destination.shape[1], state.size is not None
     kept = index.shape[1] - leaving
-    whole = x.new_ones(x.shape[:2]) if state.size is None else take(state.size, index)
+    whole = x.new_ones(x.shape[:2]) if state.size is None else state.size.gather(1, index)
     start, leaves = whole.split_with_sizes((kept, leaving), 1)
     sizes = add_up(start, destination, leaves * cosine if mean.cosine_sizes and cosine is not None else leaves)
     if mean.cosine_sizes:
@@ -250,8 +259,8 @@ class Pairing(ABC):
     def reduce(
         self, state: TokenState, importance: Tensor | None, heads: Heads, kept: Kept, prefix: int, mean: Mean
     ) -> TokenState:
-        """What is left of `state` at the counts `kept`; `importance` `[B, N - prefix]` is that of all tokens but the
-        first `prefix`, None where neither pruning nor pairing asks for it."""
+        """What is left of `state` at the counts `kept`: the first `prefix` tokens, and others; `importance` `[B, N]` is
+        None where neither pruning nor pairing asks for it."""
 
 
 @dataclass(frozen=True)
@@ -286,5 +295,5 @@ class ReductionRule:
     def reduced(self, state: TokenState, seen: Seen, kept: Kept) -> TokenState:
         """What is left of `state` of `kept.entering` tokens, given what was `seen` of their attention."""
         attention, heads = seen
-        importance = None if attention is None else self.importance.of(attention, heads)[:, self.prefix :]
+        importance = None if attention is None else self.importance.of(attention, heads)
         return self.pairing.reduce(state, importance, heads, kept, self.prefix, self.mean)

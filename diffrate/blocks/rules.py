@@ -21,14 +21,14 @@ from diffrate.blocks.reduction import (
     ReductionRule,
     add_up,
     after_prefix,
+    directions,
     full_product,
     joined,
     keep_tokens,
-    length_of,
+    matched,
     most_important,
-    most_similar,
 )
-from diffrate.blocks.tokens import TokenState, moved, precise, size_dtype, take
+from diffrate.blocks.tokens import TokenState, moved, size_dtype, take
 from diffrate.schedule import Kept
 
 
@@ -59,7 +59,7 @@ class HalvesIntoHalves(Pairing):
         if kept.pruned < kept.entering:
             assert importance is not None
             index = most_important(importance, kept.pruned, prefix)
-            state, importance = keep_tokens(state, index), take(importance, index[:, prefix:] - prefix)
+            state, importance = keep_tokens(state, index), take(importance, index)
             keys = None if keys is None else take(keys, index)
         if kept.merged <= prefix:
             return keep_tokens(state, torch.arange(prefix, device=state.x.device).expand(state.x.shape[0], prefix))
@@ -71,8 +71,8 @@ class HalvesIntoHalves(Pairing):
             left -= sources
             if left > kept.merged:  # for another round
                 if importance is not None:  # of a merged token, the sum
-                    parts = importance.gather(1, index[:, prefix:] - prefix)
-                    importance = add_up(parts[:, : left - prefix], destination - prefix, parts[:, left - prefix :])
+                    parts = importance.gather(1, index)
+                    importance = add_up(parts[:, :left], destination, parts[:, left:])
                 keys = None if keys is None else take(keys, index[:, :left])
         return state
 
@@ -82,6 +82,7 @@ class HalvesIntoHalves(Pairing):
         """All tokens in an order `[B, N]` in which the `count` sources that merge come last, the position in it that
         each of them goes to, and their cosine, both `[B, count]`."""
         patches = compared.shape[1] - prefix
+        importance = None if importance is None else importance[:, prefix:]
         if self.by_rank:
             assert importance is not None
             order = importance.argsort(dim=1, descending=True)
@@ -89,7 +90,8 @@ class HalvesIntoHalves(Pairing):
         else:
             order = torch.arange(patches, device=compared.device).expand(compared.shape[0], -1)
             x, to, of = compared[:, prefix:], slice(0, None, 2), slice(1, None, 2)
-        nearest, cosine = _nearest(x, of, to)
+        x = directions(x)
+        nearest, cosine = matched(x[:, of], x[:, to])
         targets, sources, rank = order[:, to], order[:, of], cosine
         if self.aversion:
             assert importance is not None
@@ -123,14 +125,15 @@ class HighestEnergy(Pairing):
         """The prefix, the destinations, and the tokens of lower energy."""
         keys = heads.key.mean(dim=1, dtype=size_dtype(heads.key))[:, prefix:]
         patches, count = keys.shape[1], kept.entering - kept.merged
-        unit = keys / length_of(keys).unsqueeze(-1)
+        unit = directions(keys)
         cosine = full_product(unit, unit.transpose(1, 2))
         near = torch.where(cosine >= self.margin, cosine, (cosine - self.margin).exp() - 1)
         order = near.mean(dim=-1).argsort(dim=1, descending=True)
         if count > patches // 2:
             return keep_tokens(state, after_prefix(order[:, count:], prefix))
         sources, targets = order[:, : 2 * count : 2], order[:, 1 : 2 * count : 2]
-        nearest, similarity = _nearest(take(keys, order[:, : 2 * count]), slice(0, None, 2), slice(1, None, 2))
+        unit = take(unit, order[:, : 2 * count])
+        nearest, similarity = matched(unit[:, ::2], unit[:, 1::2])
         index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
         return joined(state, index, None, nearest + prefix, similarity, mean)
 
@@ -152,14 +155,6 @@ class FirstTokens(Pairing):
             return first
         index = torch.arange(kept.merged, device=state.x.device).expand(state.x.shape[0], -1)
         return moved(state, first, index, index)
-
-
-def _nearest(x: Tensor, sources: slice, targets: slice) -> tuple[Tensor, Tensor]:
-    """Which of the `targets` in `x` `[B, N, C]` each of the `sources` is most similar to, and the cosine: `[B, S]`."""
-    x = precise(x)
-    lengths = length_of(x)
-    nearest, along = most_similar(x[:, sources], x[:, targets], lengths[:, targets])
-    return nearest, along / lengths[:, sources]
 
 
 # From the published rule, and the depth of the block: its number as a share of the model's blocks.
