@@ -91,8 +91,8 @@ def first_tokens_attention(heads: Heads, bias: Tensor | None, queries: int) -> T
 
 def _maps_pay(heads: Heads, elements: int) -> bool:
     """Whether attention by products takes no longer than fused attention, as measured: on a CPU, while the `elements`
-    of an image's maps stay in its cache. Not in half precision where the CPU has a matrix unit, which fused attention
-    runs on."""
+    of an image's maps stay in its cache. Not in half precision in a graph, or where the CPU has a matrix unit, which
+    fused attention runs on."""
     query = heads.query
     if elements > IMAGE_ELEMENTS or query.device.type != "cpu" or query.requires_grad:
         return False

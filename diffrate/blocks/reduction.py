@@ -17,14 +17,12 @@ from diffrate.blocks.attention import Heads
 from diffrate.blocks.tokens import TokenState, alone, in_graph, moved, precise, rows_of, take, uncast
 from diffrate.schedule import Kept
 
-FIRST = 1e30  # more than any importance
-
 
 def most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
     """Positions `[B, kept]` of the tokens to keep: the first `prefix`, then the most important of the others, in
     falling order of `importance` `[B, N]`."""
-    if in_graph():  # where what is added is a constant
-        ahead = torch.arange(prefix, prefix - importance.shape[1], -1, device=importance.device).clamp(min=0) * FIRST
+    if in_graph():  # where what is added, far more than any importance, is a constant
+        ahead = torch.arange(prefix, prefix - importance.shape[1], -1, device=importance.device).clamp(min=0) * 1e30
         return (importance + ahead).topk(kept, dim=1).indices
     return after_prefix(importance[:, prefix:].topk(kept - prefix, dim=1).indices, prefix)
 
@@ -69,10 +67,9 @@ def directions(x: Tensor) -> Tensor:
 
 
 def matched(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Which candidate each source is most similar to, and their cosine: both `[B, S]`, of `directions` `[B, S, C]` and
-    `[B, K, C]`."""
-    cosine, nearest = full_product(sources, candidates.transpose(1, 2)).max(dim=-1)
-    return nearest, cosine
+    """The cosine of each source and the candidate that it is most similar to, and which that is: both `[B, S]`, of
+    `directions` `[B, S, C]` and `[B, K, C]`."""
+    return full_product(sources, candidates.transpose(1, 2)).max(dim=-1)
 
 
 def most_similar(sources: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +154,7 @@ def merge_tokens(state: TokenState, index: Tensor, kept: int, spared: int, mean:
         return keep_tokens(state, index[:, :kept])
     x = precise(take(state.x, index))
     _, candidates, sources = directions(x).split_with_sizes((spared, kept - spared, x.shape[1] - kept), 1)
-    nearest, cosine = matched(sources, candidates)
+    cosine, nearest = matched(sources, candidates)
     return joined(state, index, x, nearest + spared, cosine, mean)
 
 

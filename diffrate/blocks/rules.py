@@ -91,7 +91,7 @@ class HalvesIntoHalves(Pairing):
             order = torch.arange(patches, device=compared.device).expand(compared.shape[0], -1)
             x, to, of = compared[:, prefix:], slice(0, None, 2), slice(1, None, 2)
         x = directions(x)
-        nearest, cosine = matched(x[:, of], x[:, to])
+        cosine, nearest = matched(x[:, of], x[:, to])
         targets, sources, rank = order[:, to], order[:, of], cosine
         if self.aversion:
             assert importance is not None
@@ -133,7 +133,7 @@ class HighestEnergy(Pairing):
             return keep_tokens(state, after_prefix(order[:, count:], prefix))
         sources, targets = order[:, : 2 * count : 2], order[:, 1 : 2 * count : 2]
         unit = take(unit, order[:, : 2 * count])
-        nearest, similarity = matched(unit[:, ::2], unit[:, 1::2])
+        similarity, nearest = matched(unit[:, ::2], unit[:, 1::2])
         index = after_prefix(torch.cat([targets, order[:, 2 * count :], sources], dim=1), prefix)
         return joined(state, index, None, nearest + prefix, similarity, mean)
 
