@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -104,9 +105,9 @@ def fit_tokens(schedule: Schedule, model: diffrate.CompressedModel) -> Schedule:
 
 
 def latency_table(
-    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime
+    settings: LatencySettings, model: diffrate.CompressedModel, runtime: Runtime, targets: Iterable[Target] = ()
 ) -> diffrate.LatencyTable:
-    """The seconds of `model` at any schedule, used as the flags say."""
+    """The seconds of `model` at any schedule, used as the flags say; `targets` are checked before it is measured."""
     dtype = AMP_DTYPES[settings.precision] or runtime.dtype
     use = Use(settings.batch_size, dtype, settings.compile, runtime.device)
     setting = setting_of(model, use)
@@ -121,6 +122,7 @@ def latency_table(
             compile=use.compiled,
             file=file,
             progress=advance,
+            targets=targets,
         )
 
 
@@ -149,7 +151,7 @@ def budgets_of(
     if len(set(targets)) < len(targets):
         raise UsageError(f"--target_flops {' '.join(map(str, asked))}: accepted: each once")
     timed = any(target.timed for target in targets)
-    table = latency_table(settings.latency, model, runtime) if timed else None
+    table = latency_table(settings.latency, model, runtime, targets) if timed else None
     budgets = {target: budget_of(model, target, table) for target in targets}
     for budget in budgets.values():
         budget.check(model.compression.space.every_block())

@@ -23,11 +23,12 @@ from torch import Tensor
 from diffrate.blocks.block import attended, mlp_branch, removes
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import replaced
-from diffrate.budget import SPEEDUP, Budget, BudgetError, baseline_schedule, choices_of
+from diffrate.budget import ADVICE, SPEEDUP, WORDS, Budget, BudgetError, Target, baseline_schedule, choices_of
 from diffrate.device import generators_kept, made_by_first, place_for, placement_of
 from diffrate.latency.table import (
     LatencyTable,
     block_times,
+    check_folder,
     check_table,
     fit_prices,
     fit_terms,
@@ -137,6 +138,8 @@ WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is timed as a whole
 WHOLE = (("both", 0.5), ("merge", 0.8), ("prune", 0.5), ("both", 0.8), ("merge", 0.5), ("prune", 0.8))
 NOISY = 0.1  # equal runs differ by 0.6 to 6 % on an idle machine, by 11 to 48 % where its cores are taken
 WARM = 3  # runs before the first that counts
+REACH = 1.15  # a few seconds tell a ratio no better: what is further away than this is out of reach
+REACH_SECONDS = 2.0
 DENSE_EVERY = 4  # runs: how fast the machine is at the moment
 
 log = logging.getLogger(__name__)
@@ -153,6 +156,7 @@ def measure_latency(
     seconds: float = SECONDS,
     file: str | Path | None = None,
     progress: Progress | None = None,
+    targets: Iterable[Target] = (),
 ) -> LatencyTable:
     """Measure what `model` costs at any schedule, in seconds: from forward passes on random images in which each part
     of each block is timed, at schedules that show it at many numbers of tokens.
@@ -165,8 +169,10 @@ def measure_latency(
         file: where the table is kept. A table that is there is used if model, machine, versions and use are the same,
             and replaced otherwise.
         progress: gets the number of runs that are done, and the share of the time that is over.
+        targets: of a search: one that is far out of reach is refused within seconds, before a table is measured.
 
     Raises:
+        BudgetError: names the target, and the range in reach.
         UnsupportedModelError: the model is not patched.
         ValueError: a batch size below 1, or seconds not above 0.
         LatencyFileError: the file cannot be read or written.
@@ -187,7 +193,9 @@ def measure_latency(
             known = read_table(path, setting)
             if known is not None:
                 return known
+            check_folder(path.parent)
         with generators_kept():
+            _check_reach(model, [target for target in targets if target.timed], use)
             runs, noise = _steadied(_sampled(model, use, seconds, progress))
             table = _repriced(model, use, _table(model, setting, runs))
         if noise > NOISY:
@@ -201,6 +209,21 @@ def measure_latency(
         return table
 
     return made_by_first(read_or_measured)
+
+
+def _check_reach(model: CompressedModel, targets: Sequence[Target], use: Use) -> None:
+    """BudgetError where a speed is far out of reach of the schedule with the fewest tokens, timed beside dense."""
+    if not targets:
+        return
+    times = measured_times(model, model.compression.space.every_block().fewest(), use, REACH_SECONDS)
+    dense, least = (median(side) / use.batch_size for side in (times.baseline, times.rival))
+    for target in targets:
+        low, high = (1.0, times.ratio) if target.kind == SPEEDUP else (least, dense)
+        if not low / REACH <= target.value <= high * REACH:
+            raise BudgetError(
+                f"{target.kind} {target}{WORDS[target.kind]}: accepted: {low:.3g} to {high:.3g}, measured with all "
+                f"tokens and with the fewest ({use.words()}){ADVICE[target.kind]}"
+            )
 
 
 def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[TimedRun]]:

@@ -8,6 +8,7 @@ the rows that it moves and in the pairs that it compares."""
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -326,10 +327,20 @@ def read_table(path: Path, setting: dict[str, Any]) -> LatencyTable | None:
         ) from error
 
 
+def check_folder(folder: Path) -> None:
+    """Make `folder` where there is none; LatencyFileError where it cannot be made, or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LatencyFileError(f"{folder}: cannot be written to ({first_line(error)}); accepted: a folder") from error
+
+
 def write_table(path: Path, table: LatencyTable) -> None:
     """Write the table to `path`, in a folder that is made where there is none; LatencyFileError where that fails."""
+    check_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write((json.dumps({"what": WHAT, **asdict(table)}, indent=1) + "\n").encode())
     except OSError as error:

@@ -106,7 +106,7 @@ def search(
         require_batches(val)
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
-        table = settings.latency or measure_latency(model, device=place.device)
+        table = settings.latency or measure_latency(model, device=place.device, targets=[target])
         settings = replace(settings, flops_loss="relative", latency=table)
     budget = budget_of(model, target, settings.latency)
     files = (None if path is None else Path(path) for path in (checkpoint, resume))

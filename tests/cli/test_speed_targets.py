@@ -33,6 +33,7 @@ def _short(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(timing, "FEWEST", 2)
     monkeypatch.setattr(measure, "RUNS", (20, 20))
     monkeypatch.setattr(measure, "NOISY", math.inf)  # other tests run beside these
+    monkeypatch.setattr(measure, "REACH_SECONDS", 0.01)
     monkeypatch.setattr(measure, "CONFIRMED", 0.01)
     monkeypatch.setattr(measure, "CLOSE", 0.9)  # what is tested is not how precise a time is
     monkeypatch.setattr(cli.benchmark, "RANDOM", 2)
@@ -92,3 +93,16 @@ def test_the_parts_of_a_block(cli: Cli, tmp_path: Path) -> None:
 )
 def test_targets_that_make_no_sense(words: tuple[object, ...], message: str, cli: Cli, tmp_path: Path) -> None:
     check(cli(*words, "--output_dir", tmp_path / "out"), message)
+
+
+@pytest.mark.parametrize("option", ["--target_speedup", "--target_latency"])
+def test_what_is_far_out_of_reach_is_refused_before_a_table_is_measured(
+    option: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise AssertionError("it takes a minute")
+
+    monkeypatch.setattr(measure, "_sampled", fails)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    check(cli(option, 99, "--output_dir", tmp_path / "out"), f"{option} 99", "; a larger batch")
+    assert not list(tmp_path.glob("cache/diffrate/latency/*.json"))

@@ -28,6 +28,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SHORT", 0.001)
     monkeypatch.setattr(timing, "FEWEST", 2)
     monkeypatch.setattr(measure, "NOISY", math.inf)  # other tests run beside these
+    monkeypatch.setattr(measure, "REACH_SECONDS", 0.01)
     monkeypatch.setattr(measure, "CONFIRMED", 0.01)
 
 
@@ -73,6 +74,12 @@ def test_a_noisy_table_says_so_and_is_not_kept(
     assert table.batch_size == 2
     assert "times are rough, and not kept" in caplog.text
     assert not file.exists()
+
+
+def test_a_speed_far_out_of_reach_is_refused_before_a_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_sampled", lambda *_, **__: pytest.fail("it takes a minute"))
+    with pytest.raises(diffrate.BudgetError, match=r"target_speedup 50: accepted: 1 to .*a larger batch or input size"):
+        diffrate.search(patched("deit"), images(), target_speedup=50, loss="distill")
 
 
 def test_a_model_that_is_not_patched_is_refused() -> None:
