@@ -25,13 +25,13 @@ from cli.runtime import Runtime, local_main_first
 from cli.schedules import chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings, size_words
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root, has_validation
-from diffrate.atomic import first_line
+from diffrate.atomic import HUB, first_line
 from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
 from diffrate.converting.convert import completed
 from diffrate.converting.folder import Folder, open_folder
 from diffrate.device import FixedBatch, compile_model
-from diffrate.files.header import PREFIX, about, is_saved_model, timms_and_own
+from diffrate.files.header import about, is_saved_model, timms_and_own
 from diffrate.files.text_head import read_texts
 from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
@@ -285,7 +285,7 @@ def _read_folder(settings: ModelSettings, plan: Plan, folder: Folder, runtime: R
 
 def _fetching(name: str, bar: bool = True) -> AbstractContextManager[None]:
     """Where files are read, that may have to be downloaded."""
-    return downloading(name, bar) if name.startswith(PREFIX) else nullcontext()
+    return downloading(name, bar) if name.startswith(HUB) else nullcontext()
 
 
 def _headed(state: models.StateDict, settings: ModelSettings) -> tuple[models.StateDict, tuple[str, ...] | None]:

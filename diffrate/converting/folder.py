@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 
-from diffrate.atomic import UNREADABLE, first_line, load_tensors, read_json, refuse_pipe
+from diffrate.atomic import HUB, UNREADABLE, first_line, load_tensors, read_json, refuse_pipe
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting.layout import Plan, State
 from diffrate.converting.transformers_vits import plan_of_files
-from diffrate.files.header import PREFIX, REFERENCE, SavedModelError, fetch
+from diffrate.files.header import REFERENCE, SavedModelError, fetch
 from diffrate.patch.shapes import Size, as_size
 
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
@@ -131,7 +131,7 @@ def open_folder(source: str) -> Folder | None:
     Raises:
         UnsupportedModelError: it has no `config.json` that can be read.
     """
-    hub = source.startswith(PREFIX)
+    hub = source.startswith(HUB)
     if not (REFERENCE.fullmatch(source) if hub else Path(source).is_dir()):
         return None
     path = Folder(source, {}).file(CONFIG)
@@ -142,7 +142,7 @@ def open_folder(source: str) -> Folder | None:
 
 def _within(source: str, name: str) -> str:
     """How to name a file of a folder or of a repository."""
-    if not source.startswith(PREFIX):
+    if not source.startswith(HUB):
         return str(Path(source) / name)
     repository, at, revision = source.partition("@")
     return f"{repository}/{name}{at}{revision}"

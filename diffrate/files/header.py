@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
-from diffrate.atomic import first_line, hub_or_cache, parse_json, refuse_pipe
+from diffrate.atomic import HUB, first_line, hub_or_cache, parse_json, refuse_pipe
 from diffrate.schedule import (
     MERGE_FIELD,
     PRUNE_FIELD,
@@ -27,8 +27,7 @@ from diffrate.schedule import (
     check_schedule,
 )
 
-PREFIX = "hf-hub:"
-REFERENCE = re.compile(PREFIX + r"(?P<repository>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
+REFERENCE = re.compile(HUB + r"(?P<repository>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
 FORMAT_FIELD = "format"
 FORMAT = "diffrate 1"
 CROP_MODES = ("center", "squash", "border")
@@ -230,11 +229,11 @@ def fetch(path: str | Path) -> Path:
         SavedModelError: the reference is of another form, or the file cannot be had.
     """
     reference = str(path)
-    if not reference.startswith(PREFIX):
+    if not reference.startswith(HUB):
         return Path(path)
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        raise SavedModelError(f"found {reference!r}; accepted: {PREFIX}USER/NAME, with /FILE and @REVISION or without")
+        raise SavedModelError(f"found {reference!r}; accepted: {HUB}USER/NAME, with /FILE and @REVISION or without")
     file = parts["file"] or "model.safetensors"
     try:
         with hub_or_cache():
