@@ -116,7 +116,7 @@ def strange(folder: Path, split: str) -> Path:
 def command(mode: str, folder: Path, out: Path) -> list[object]:
     match mode:
         case "search":
-            return [*words(folder, out), "--no-repeated-aug"]
+            return [*words(folder, out), "--no-repeated-aug", "--epochs", 1]
         case "finetune":
             return [*PLAIN, "--data-path", folder, "--output_dir", out, "--epochs", 1]
         case _:

@@ -133,7 +133,7 @@ def test_pictures_of_any_file(cli: Cli, tmp_path: Path) -> None:
     turned.getexif()[0x0112] = 6
     turned.save(folder / "turned.jpg", exif=turned.getexif())
     files = [folder / name for name in ("a.png", "b/a.png", "grey.png", "long.png", "dot.jpg", "turned.jpg")]
-    words = ("--visualize", *files, "--load_compression_rate", "--output_dir", out, "--batch-size", 2)
+    words = ("--visualize", *files, "--load_compression_rate", "--output_dir", out, "--batch-size", 2, "--blocks", 0)
     code, text, err = cli(*words)
     assert (code, err) == (0, "")
     names = ["a", "a-2", "grey", "long", "dot", "turned"]
@@ -176,7 +176,7 @@ def test_turned_pictures_are_drawn_upright(cli: Cli, tmp_path: Path) -> None:
     clear.putalpha(mask)
     clear.save(tmp_path / "clear.png", exif=exif)
     files = [tmp_path / f"{name}.png" for name in ("upright", "lying", "clear")]
-    words = ("--visualize", *files, "--load_compression_rate", "--output_dir", tmp_path / "out")
+    words = ("--visualize", *files, "--load_compression_rate", "--output_dir", tmp_path / "out", "--blocks", 0)
     assert cli(*words)[0] == 0
     drawn = [Image.open(tmp_path / "out" / f"{file.stem}_tokens.png").tobytes() for file in files]
     assert drawn[0] == drawn[1] == drawn[2]

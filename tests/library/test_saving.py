@@ -189,7 +189,7 @@ def drop_path_rates(model: Any) -> list[float]:
 
 
 @needs_arguments
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(options=vit_options(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_arguments_come_back(path: Path, options: dict[str, Any], dtype: torch.dtype) -> None:
     model = scheduled(vit(timm.create_model("vit_tiny_patch16_224", **options).to(dtype)))
@@ -460,7 +460,7 @@ def test_headers_that_do_not_fit_are_refused(saved: Path, field: str, text: str 
     assert part in message
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["qk_norm", "img_size", "patch_size", "embed_dim", "mlp_ratio", "in_chans", "num_heads"]),
     value=st.one_of(
