@@ -88,7 +88,7 @@ def exported_graphs() -> set[str]:
 @since("2.8", "torch")
 @pytest.mark.parametrize("row", ROWS)
 def test_every_class_is_exported(row: str, exported_graphs: set[str], tmp_path: Path) -> None:
-    """For torch, whose graphs the other writers start from, and which takes a fifth of the time; of the fewest blocks."""
+    """For torch, whose graphs the other writers start from, and which takes a fifth of the time. Of few blocks."""
     plain = diffrate.convert(foreign(ROWS[row]))
     del plain.blocks[2 if plain.global_pool == "token" else 3 :]
     model = diffrate.patch.vit(plain, 1, 1)
