@@ -209,28 +209,36 @@ def test_the_first_command_of_export(cli: Cli, tmp_path: Path) -> None:
     assert diffrate.load(path).flops() < diffrate.load(path).flops_at(diffrate.load(path).dense_schedule())
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches take less than a second."""
+    search = diffrate.search
+    monkeypatch.setattr(diffrate, "search", lambda *given, **options: search(*given, **{**options, "minutes": 0.005}))
+
+
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("page", [README, DOCS / "library.md"], ids=lambda page: page.name)
 def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a small model with fresh weights, in seconds; but for exports and other libraries, with tests of their own."""
-    build, search = timm.create_model, diffrate.search
+    build = timm.create_model
+    narrow: dict[str, Any] = {"embed_dim": 24, "num_heads": 2, "num_classes": 10}
+    if page == README:  # no line of it counts tokens
+        narrow |= {"depth": 4, "img_size": 64}
+    side = narrow.get("img_size", 224)
 
     def untrained(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
-        narrow = {"embed_dim": 24, "num_heads": 2, "num_classes": 10}
         return build("vit_tiny_patch16_224", **{**narrow, **options})
 
-    def brief(*given: Any, **options: Any) -> diffrate.Found:
-        return search(*given, **{**options, "minutes": 0.005})
-
     monkeypatch.setattr(timm, "create_model", untrained)
-    monkeypatch.setattr(diffrate, "search", brief)
     monkeypatch.setattr("diffrate.latency.measure.WHOLE_RUNS", 0.01)
     few: dict[str, Any] = {"measure_latency": {"seconds": 0.1}, "benchmark": {"rounds": 1}}
     for name, less in (few | {"check_predictions": {"seconds": 0.1}}).items():
         monkeypatch.setattr(diffrate, name, partial(getattr(diffrate, name), **less))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    loader = [(torch.randn(2, 3, 224, 224), torch.randint(10, (2,))) for _ in range(2)]
-    names = {"loader": loader, "val_loader": loader, "images": loader[0][0], "photograph": Image.new("RGB", (224, 224))}
+    loader = [(torch.randn(2, 3, side, side), torch.randint(10, (2,))) for _ in range(2)]
+    names: dict[str, Any] = {"loader": loader, "val_loader": loader, "images": loader[0][0]}
+    names["photograph"] = Image.new("RGB", (side, side))
     for block in blocks(page, "python"):
         if "diffrate.export(" not in block and "transformers" not in block:
             exec(compile(block, page.name, "exec"), names)
@@ -264,6 +272,7 @@ def test_the_segmentation_head_is_trained(cli: Cli, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("page", [README, DOCS / "convert.md"], ids=lambda page: page.name)
 def test_the_pages_python_runs_with_transformers(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On small models with fresh weights, in place of the published ones. Files of texts have tests of their own."""
