@@ -77,8 +77,9 @@ def test_a_process_that_fails_takes_the_other_down(image_folder: Path, tmp_path:
     bad = image_folder / "val" / "cat" / "1.jpg"
     bad.write_bytes(b"not a picture")
     words = ("--eval", "--model", "vit_sample_patch4_28", "--checkpoint", "scratch", "--data-path", image_folder)
-    first, second = two_mains(tmp_path, *words)
-    assert 0 not in (first.code, second.code)
+    run = partial(as_command, (*words, "--num_workers", 0))
+    first, second = ended(started(run, tmp_path), tmp_path)
+    assert (first.code, second.code) == (1, 2)
     assert f"main.py: error: image {bad}: cannot be read" in second.err
 
 
