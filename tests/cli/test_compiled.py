@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from functools import partial
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
 
 import engine
 from diffrate.device import FixedBatch
-from tests.cli.test_eval import scores
+from tests.cli.test_eval import PROJECT, scores
 from tests.conftest import Cli
-from tests.forked import as_command, ended, started
 from tests.test_patch import images, patched
 from tests.tiny_models import saved_file
 
@@ -77,18 +76,14 @@ def test_training_takes_the_same_course(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def in_vain(words: Sequence[object], cache: Path) -> NoReturn:
-    os.environ |= {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    as_command(words)
-
-
 def test_without_a_compiler_one_line_says_so(image_folder: Path, tmp_path: Path) -> None:
     file = saved_file(tmp_path / "tiny.safetensors")
     words = ("--eval", "--checkpoint", file, "--data-path", image_folder, "--batch-size", 4, "--num_workers", 0)
-    run = partial(in_vain, (*words, "--compile"), tmp_path / "cache")
-    ((code, _, err),) = ended(started(run, tmp_path, 1), tmp_path)
-    assert code == 2
-    line = err.splitlines()[-1]
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--compile"]
+    nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
     assert line.startswith("main.py: error: --compile: ")
     assert "/nowhere/c++" in line
-    assert "Traceback" not in err
+    assert "Traceback" not in done.stderr
