@@ -28,7 +28,7 @@ from tests.constructions import build, images_for
 from tests.forked import two
 from tests.library.test_search_function import batches, small
 
-SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 500}
+SETTING: dict[str, Any] = {"share": 0.6, "method": "calibrated", "work": 1000}
 
 
 @cache
