@@ -244,6 +244,9 @@ def _check_name(name: str) -> None:
     """Refuse a name that is nowhere in the sources of timm and the zoo, which are read, not imported."""
     if name.startswith(SOURCES) or Path(name).is_dir():
         return
+    listed = "the names of --list-models"
+    if "/" in name:
+        raise UsageError(f"--model {name}: unknown model; accepted: {HUB}{name} for a repository, or {listed}")
     timm = find_spec("timm")
     folders = [Path(place, "models") for place in (timm and timm.submodule_search_locations) or ()]
     files = [Path(__file__).parent.parent / "models" / "zoo.py", *(file for at in folders for file in at.glob("*.py"))]
@@ -251,12 +254,9 @@ def _check_name(name: str) -> None:
     architecture = name.partition(".")[0].replace("-", "_")
     if architecture == SAMPLE_MODEL or re.search(rf"\b{re.escape(architecture)}\b", text):
         return
-    instead = "accepted: the names of --list-models"
-    if "/" in name:
-        instead = f"accepted: {HUB}{name} for a repository, or the names of --list-models"
-    elif close := get_close_matches(architecture, {SAMPLE_MODEL, *NAMES.findall(text)}, CLOSE):
-        instead = f"nearest: {', '.join(close)}; {instead}"
-    raise UsageError(f"--model {name}: unknown model; {instead}")
+    close = get_close_matches(architecture, {SAMPLE_MODEL, *NAMES.findall(text)}, CLOSE)
+    nearest = f"nearest: {', '.join(close)}; " if close else ""
+    raise UsageError(f"--model {name}: unknown model; {nearest}accepted: {listed}")
 
 
 def _model_name(args: argparse.Namespace) -> str | None:

@@ -136,7 +136,7 @@ def test_malformed_json_gives_line_and_column(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     file.write_text('{"ViT-Sample": {\n  "0.02": oops}}')
     result = cli(*SAMPLE, "--load_compression_rate", "--compression_rate_file", file)
-    check(result, "line 2, column 11", str(file))
+    check(result, "line 2 column 11", str(file))
 
 
 def test_no_val(cli: Cli, image_folder: Path) -> None:
