@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -121,12 +122,15 @@ def test_the_command_itself_with_loader_processes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_benchmark_reports_each_batch_size_and_precision(cli: Cli, tmp_path: Path) -> None:
+def test_the_benchmark_reports_each_batch_size_and_precision(
+    cli: Cli, tmp_path: Path, memory: Callable[..., float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("--benchmark", "--load_compression_rate", "--rounds")
     code, _, err = cli(*words, 1, "--batch-size", 1, "--output_dir", tmp_path / "both")
     assert (code, err) == (0, "")
     both = json.loads((tmp_path / "both" / "benchmark.json").read_text())
     assert [(row["batch_size"], row["precision"]) for row in both] == [(1, "float32"), (1, "bf16")]
+    monkeypatch.setattr("benchmarks.speed.memory_mib", memory)
     code, out, err = cli(*words, 2, "--batch-size", 1, 8, "--amp", "off", "--output_dir", tmp_path)
     assert (code, err) == (0, "")
     rows = json.loads((tmp_path / "benchmark.json").read_text())
