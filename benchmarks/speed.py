@@ -19,6 +19,7 @@ from functools import reduce
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from statistics import linear_regression
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -117,6 +118,13 @@ log = logging.getLogger(__name__)
 SIDES = ("dense", "compressed")
 SIZES = (Fraction(1), Fraction(12, 7), Fraction(16, 7))  # of the model's own input: 224, 384 and 512 pixels of 224
 SHARES = (0.75, 0.5, 0.25)  # of the tokens, kept from the first compressed block on
+EXPONENT = "images/s ~ ({axis})^{measured:+.2f}, by the FLOPs ^{ideal:+.2f} ({held})"
+# What throughput goes with, and what is said of each where it is held.
+AXES = {
+    "input_size": "{input_size} pixels",
+    "tokens_kept": "{kept_share:.0%} of the tokens",
+    "batch_size": "batch {batch_size}",
+}
 
 
 @dataclass(frozen=True)
@@ -290,6 +298,23 @@ def share_schedule(space: SearchSpace, share: float) -> Schedule:
     kept = max(1, round(share * space.tokens))
     choices = (space.tokens, kept) if space.prunes else (kept,)
     return space.schedule(choices * len(space.searchable))
+
+
+def exponents(rows: Sequence[Row]) -> Iterator[Row]:
+    """Images per second grow as an axis to the power `measured`, by the FLOPs to the power `ideal`, with the other two
+    axes `held`: the slopes of logarithms, by least squares."""
+    for axis in AXES:
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            held = ", ".join(text.format_map(row) for name, text in AXES.items() if name != axis)
+            groups.setdefault(held, []).append(row)
+        # The speed-ups along the tokens kept do not depend on how the machine's pace changes between rows.
+        paced = "speedup" if axis == "tokens_kept" else "images_per_second"
+        for held, group in groups.items():
+            if len({row[axis] for row in group}) > 1:
+                along, speeds, costs = ([math.log(row[name]) for row in group] for name in (axis, paced, "gflops"))
+                measured, ideal = linear_regression(along, speeds).slope, -linear_regression(along, costs).slope
+                yield {"axis": axis.replace("_", " "), "measured": measured, "ideal": ideal, "held": held}
 
 
 class File(NamedTuple):

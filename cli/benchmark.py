@@ -57,7 +57,9 @@ def run(settings: Settings, runtime: Runtime) -> None:
     elif kind == "scaling":
         (rows, columns), chosen = subject.entry.input_size, settings.model.input_size
         sizes = [(round(rows * share), round(columns * share)) for share in speed.SIZES] if chosen is None else [chosen]
-        _report("benchmark scaling", speed.scaling_rows(free, sizes, setting), runtime)
+        measured = _report("benchmark scaling", speed.scaling_rows(free, sizes, setting), runtime)
+        for exponent in speed.exponents(measured):
+            log.info(speed.EXPONENT.format_map(exponent))
     elif kind == "loading":
         model, name = subject.compressed(), subject.entry.name
         flops = model.flops()
@@ -136,7 +138,7 @@ def _images(settings: Settings, entry: ModelEntry) -> Subset[Any]:
     return Subset(dataset, [index % len(dataset) for index in range(batches * size)])
 
 
-def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> None:
+def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> list[Row]:
     """Log the rows as they come and as a table, and write them to the output folder, if there is one."""
     rows = []
     for row in measured:
@@ -148,6 +150,7 @@ def _report(mode: str, measured: Iterable[Row], runtime: Runtime) -> None:
     if runtime.writes:
         assert runtime.output_dir is not None
         write_rows(rows, runtime.output_dir, mode.replace(" ", "_"))
+    return rows
 
 
 def step_row(subject: Subject, batch_size: int, rounds: int, device: torch.device) -> Row:

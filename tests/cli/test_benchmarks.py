@@ -1,4 +1,4 @@
-"""`--benchmark scaling` and `--benchmark loading`."""
+"""`--benchmark scaling` and `--benchmark loading`, and the exponents that they fit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,42 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks.speed import line, share_schedule, table
+from benchmarks.speed import Row, exponents, line, share_schedule, table
 from tests.conftest import Cli
 from tests.test_patch import patched
 from tests.tiny_models import FAMILIES, TOKENS
+
+
+def row(size: int, batch: int, share: float, speed: float) -> Row:
+    tokens = (size // 16) ** 2
+    kept = round(share * tokens)
+    about = {"input_size": size, "batch_size": batch, "tokens_kept": kept, "kept_share": share}
+    return about | {"gflops": kept / 100, "images_per_second": speed, "speedup": speed}
+
+
+@given(st.floats(-2, -0.5), st.floats(-1.5, -0.3), st.floats(-0.1, 0.9))
+def test_power_laws_are_found_again(by_size: float, by_tokens: float, by_batch: float) -> None:
+    """Rows of `size^a kept^b batch^c`: tokens grow with the input's area at a fixed share."""
+    rows = [
+        row(size, batch, share, size**by_size * round(share * (size // 16) ** 2) ** by_tokens * batch**by_batch)
+        for size in (224, 384, 512)
+        for batch in (1, 8)
+        for share in (1.0, 0.5, 0.25)
+    ]
+    found = list(exponents(rows))
+    assert len(found) == 3 * 2 + 3 * 2 + 3 * 3  # every axis, for each setting of the other two
+    expected = {"input size": by_size + 2 * by_tokens, "tokens kept": by_tokens, "batch size": by_batch}
+    ideal = {"input size": -2, "tokens kept": -1, "batch size": 0}
+    for fit in found:
+        assert fit["measured"] == pytest.approx(expected[fit["axis"]], abs=1e-6)
+        assert fit["ideal"] == pytest.approx(ideal[fit["axis"]], abs=1e-6)
+
+
+def test_a_single_value_of_an_axis_has_no_exponent() -> None:
+    assert {fit["axis"] for fit in exponents([row(224, 1, 1.0, 9.0), row(224, 1, 0.5, 12.0)])} == {"tokens kept"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,9 +54,10 @@ def test_a_share_of_the_tokens_goes_through_the_blocks(family: str, share: float
     assert {schedule.merge[block] for block in searchable} == {round(share * TOKENS[family])}
 
 
+@pytest.mark.usefixtures("painted")
 def test_scaling_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
     words = ("--benchmark", "scaling", "--batch-size", 1, 2, "--rounds", 1, "--input-size", 28)
-    code, _, err = cli(*words, "--output_dir", tmp_path)
+    code, out, err = cli(*words, "--output_dir", tmp_path)
     assert (code, err) == (0, "")
     rows = json.loads((tmp_path / "benchmark_scaling.json").read_text())
     assert [(row["batch_size"], row["tokens_kept"]) for row in rows] == [
@@ -34,6 +66,9 @@ def test_scaling_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
     for row in rows:
         assert row["images_per_second"] == pytest.approx(1000 / row["ms_per_image"])
         assert row["ideal_speedup"] == pytest.approx(rows[0]["gflops"] / row["gflops"])
+    assert "(tokens kept)^" in out
+    assert "(batch size)^" in out
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
 def test_sizes_that_the_model_does_not_allow_are_left_out(cli: Cli) -> None:
