@@ -166,8 +166,8 @@ def measure_latency(
 
     Args:
         seconds: of timed runs; some runs of the whole model come on top, and a least number of runs is always made.
-        file: where the table is kept. A table that is there is used if model, machine, versions and use are the same,
-            and replaced otherwise.
+        file: where the table is kept, but for times that are too noisy, which a warning says. A table that is there is
+            used if model, machine, versions and use are the same, and replaced otherwise.
         progress: gets the number of runs that are done, and the share of the time that is over.
         targets: of a search: one that is far out of reach is refused within seconds, before a table is measured.
 
@@ -176,8 +176,6 @@ def measure_latency(
         UnsupportedModelError: the model is not patched.
         ValueError: a batch size below 1, or seconds not above 0.
         LatencyFileError: the file cannot be read or written.
-
-    A warning is logged where times are too noisy to be kept in `file`.
     """
     require_patched(model)
     if not isinstance(batch_size, SupportsIndex) or batch_size < 1:
@@ -190,8 +188,7 @@ def measure_latency(
     def read_or_measured() -> LatencyTable:
         setting = setting_of(model, use)
         if path is not None:
-            known = read_table(path, setting)
-            if known is not None:
+            if (known := read_table(path, setting)) is not None:
                 return known
             check_folder(path.parent)
         with generators_kept():
