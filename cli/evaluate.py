@@ -107,14 +107,14 @@ def _finetuned(settings: Settings, plan: Plan, weights: Weights, classes: int) -
         entry = replace(entry, own={**entry.own, "feature_head": None})
         state = None if state is None else {key: state[key] for key in state if not key.startswith("head.")}
     model = models.create(entry, size, num_classes=classes, drop_path_rate=drop_path)
-    notes: tuple[str, ...] = ("training from scratch",)
+    log.info("training from %s", weights.name)
     if state is not None:
         fitted = models.fit_state(model, state, weights.name, fresh_head=True)
-        notes = fitted.notes
         if settings.training.distill is not None and fitted.reinitialized:
-            raise UsageError(f"--distill: {notes[0]}, and teach nothing; accepted: weights with the data's classes")
-    for note in notes:
-        log.info(note)
+            said = f"{fitted.notes[0]}, and teach nothing"
+            raise UsageError(f"--distill: {said}; accepted: weights with the data's classes")
+        for note in fitted.notes:
+            log.info(note)
     return compressed(model, settings.model, plan, weights)
 
 

@@ -223,9 +223,7 @@ def check_paths(settings: Settings) -> None:
         )
     if name and not is_saved_model(checkpoint):  # a saved file says the name, and any
         _check_name(name)
-    elsewhere = checkpoint in (OFFICIAL, FROM_SCRATCH) or checkpoint.startswith(("http://", "https://"))
-    if not elsewhere and not Path(checkpoint).is_file():
-        raise UsageError(f"checkpoint {checkpoint}: no such file")
+    _check_checkpoint(checkpoint)
     for flag, folder in (("--data-path", data), ("--plot", run.folder)):
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"{flag} {folder}: no such folder")
@@ -238,6 +236,13 @@ def check_paths(settings: Settings) -> None:
     for named, path in [*(("image", path) for path in run.images), *resumed]:
         if not Path(path).exists():
             raise UsageError(f"{named} {path}: cannot be read (no such file); accepted: a file that is there")
+
+
+def _check_checkpoint(name: str) -> None:
+    """Refuse a file that is not there."""
+    elsewhere = name in (OFFICIAL, FROM_SCRATCH) or name.startswith(("http://", "https://"))
+    if not elsewhere and not Path(name).is_file():
+        raise UsageError(f"checkpoint {name}: no such file")
 
 
 def _check_name(name: str) -> None:
@@ -271,6 +276,8 @@ def _model_name(args: argparse.Namespace) -> str | None:
         return None  # the files say it
     if args.data_path is None and args.data_set in (None, "SAMPLE"):
         return SAMPLE_MODEL
+    if checkpoint:
+        _check_checkpoint(checkpoint)
     if "://" not in checkpoint and Path(checkpoint).suffix == SAVED:
         try:
             about(checkpoint)

@@ -32,7 +32,7 @@ from cli.settings import OFFICIAL, PAPER, RecipeSettings, Settings
 from datasets import ImageLoader
 from diffrate import CompressedModel, Found, LatencyTable
 from diffrate.budget import Budget, Target, uniform_schedules
-from diffrate.schedule import PUBLISHED, fields_of
+from diffrate.schedule import GRANULARITY, PUBLISHED, fields_of
 from diffrate.searching.calibration import images_that_fit
 from diffrate.searching.settings import CALIBRATED, GRADIENT, SearchSettings, flag_of
 from diffrate.searching.teacher import losses_at
@@ -71,9 +71,6 @@ def run(settings: Settings, runtime: Runtime) -> None:
     batches, accumulate, model = len(searched.train), settings.search.accumulate, searched.model.to(runtime.device)
     if accumulate > batches:
         raise UsageError(f"--accum-steps {accumulate}: accepted: up to {batches}, the batches of an epoch")
-    if min(len(rate) for rate in model.arch_parameters()) < 2:
-        most = model.compression.patches - 1
-        raise UsageError(f"--granularity {settings.model.granularity}: accepted: from 1 to {most}")
     budgets, table = budgets_of(settings, model, runtime)
     output_dir = runtime.output_dir
     assert output_dir is not None, "flags make sure of a folder"
@@ -100,6 +97,7 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
         data.check_same_classes(train, val)
     data.warn_of_turned(settings, runtime, train, val)
     model = patched(plain, settings.model)
+    settings = _with_choices(settings, model.compression.patches - 1)
     pixels = 3 * math.prod(data.input_size_of(settings.model, entry))
     return Searched(
         settings,
@@ -111,6 +109,16 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
         data.part_loader(unchanged, PART, settings, runtime),
         data.part_loader(unchanged, images_that_fit(pixels, settings.search.images), settings, runtime),
     )
+
+
+def _with_choices(settings: Settings, most: int) -> Settings:
+    """`settings` with a granularity up to `most`, so that a count has two candidates; only the usual one gives way."""
+    if (asked := settings.model.granularity) <= most:
+        return settings
+    if asked != GRANULARITY or most < 1:
+        raise UsageError(f"--granularity {asked}: accepted: from 1 to {most}")
+    log.info("granularity %d: the usual %d leaves %d patches no choice", most, asked, most + 1)
+    return replace(settings, search=replace(settings.search, granularity=most))
 
 
 def with_recipe(settings: Settings, entry: ModelEntry) -> Settings:

@@ -167,6 +167,7 @@ EVALUATIONS = [
 OTHER = [  # of any mode
     Row("--eval --model @/text.pth", "--model @/text.pth: a file of weights is given as --checkpoint @/text.pth"),
     Row("--eval --model a\nb", r"--model a\nb: unknown model"),
+    Row("--eval --data-path @ --checkpoint @/nowhere.pth", "checkpoint @/nowhere.pth: no such file"),
     Row("--eval --model ../x", "--model ../x: unknown model; accepted: hf-hub:../x"),
     Row("--eval --data-path @ --model hf-hub:../../x", "--model hf-hub:../../x: cannot read its config.json (Repo id"),
     Row("--eval --data-path @ --model local-dir:@", "--model local-dir:@: cannot read its config.json"),

@@ -228,6 +228,16 @@ def test_a_checkpoint_of_another_search_is_refused(
     assert err.count("\n") == 1
 
 
+def test_the_usual_granularity_gives_way_where_there_are_few_patches(
+    cli: Cli, image_folder: Path, tmp_path: Path
+) -> None:
+    few = ("--model", "test_vit", "--checkpoint", "scratch", "--input-size", 32, "--data-path", image_folder)
+    fast = ("--search", "gradient", "--epochs", 1, "--batch-size", 4, "--num_workers", 0, "--target_flops", "60%")
+    code, out, err = cli(*few, *fast, "--output_dir", tmp_path)
+    assert (code, err) == (0, "")
+    assert "granularity 3: the usual 4 leaves 4 patches no choice" in out
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
