@@ -196,12 +196,18 @@ def search_dataset(
     return _images("train" if settings.search.labelled else None, settings, transform, head, names)
 
 
-def _images(split: str | None, settings: Settings, transform: Transform, *labels: Any) -> LabelledDataset:
+def _images(
+    split: str | None,
+    settings: Settings,
+    transform: Transform,
+    head: int | None = None,
+    names: Sequence[str] | None = None,
+) -> LabelledDataset:
     """A split of the data set; without one, the images to search on, whatever their labels."""
     data = settings.data
     if split is None:
         return build_images(data.data_set, data.path, transform, data.exif)
-    return build_dataset(data.data_set, data.path, split, transform, *labels, upright=data.exif)
+    return build_dataset(data.data_set, data.path, split, transform, head, names, upright=data.exif)
 
 
 def check_same_classes(train: LabelledDataset, val: LabelledDataset) -> None:

@@ -112,7 +112,7 @@ def _searched(settings: Settings, runtime: Runtime) -> Searched:
 
 
 def _with_choices(settings: Settings, most: int) -> Settings:
-    """`settings` with a granularity up to `most`, so that a count has two candidates; only the usual one gives way."""
+    """Lower the default granularity to `most`, so that each count has two candidates; refuse any other above it."""
     if (asked := settings.model.granularity) <= most:
         return settings
     if asked != GRANULARITY or most < 1:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 
-from diffrate.atomic import HUB, UNREADABLE, first_line, load_tensors, read_json, refuse_pipe
+from diffrate.atomic import HUB, UNREADABLE, first_line, load_tensors, read_json
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting.layout import Plan, State
 from diffrate.converting.transformers_vits import plan_of_files
@@ -107,7 +107,6 @@ class Folder(NamedTuple):
                 accepted = f"{' or '.join(WEIGHTS)}, or {WEIGHTS[0]}{INDEX} and all that it names"
                 raise UnsupportedModelError(f"found no file {name}; accepted: {accepted}")
             try:
-                refuse_pipe(file)
                 state |= _read(file, shapes)
             except (*UNREADABLE, SafetensorError) as error:
                 accepted = "accepted: tensors, as save_pretrained writes them"
