@@ -35,6 +35,7 @@ BETTER = 0.005  # of the first reference's loss, at least
 FINALISTS = 6  # schedules among which images held back decide
 BEGUN = 0.5  # of the time, after which nothing is measured before the surrogate is asked
 LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
+FITTED = 1000  # schedules that the surrogate is fitted to, the best ones: memory grows with their square
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class CalibratedSearch:
     ) -> None:
         self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
         self.clock, self.end = calibration.clock, end
-        self.surrogate = Surrogate(moves.groups())
+        self.surrogate, self.fitted = Surrogate(moves.groups()), list[Counts]()
         self.trials = trials or Trials(calibration.work, calibration.felt, calibration.seen)
         self.begun = time.monotonic() - self.trials.seconds
         if trials is not None:
@@ -270,8 +271,8 @@ class CalibratedSearch:
         self.reference = Reference(self.calibration, self.moves.schedule(counts), self.trials.draw)
 
     def _fit(self, seed: int | None = None) -> None:
-        """Fit the surrogate to each schedule's mean over all looks and the variance of that; with a seed, its scales,
-        too."""
+        """Fit the surrogate to the best schedules' means over all looks and the variances of these; with a seed, its
+        scales, too."""
         measured = self.trials.measured
         # Few images are lost badly: a look that happens to miss them must not seem surer than the others.
         usual = float(np.median([variance for _, value, variance in measured if value < LINEAR]))
@@ -279,17 +280,19 @@ class CalibratedSearch:
         for counts, value, variance in measured:
             weight = 1 / max(variance, usual)
             sums[counts] = sums.get(counts, np.zeros(2)) + np.array([weight, weight * value])
-        weights, weighed = np.array(list(sums.values())).T
-        known = self.moves.features(list(sums)), weighed / weights, 1 / weights
+        tried, (weights, weighed) = list(sums), np.array(list(sums.values())).T
+        best = np.sort(np.argsort(weighed / weights, kind="stable")[:FITTED])
+        self.fitted = [tried[index] for index in best]
+        known = self.moves.features(self.fitted), (weighed / weights)[best], (1 / weights)[best]
         if seed is not None:
             self.surrogate.choose_scales(*known, seed=seed)
         self.surrogate.fit(*known)
 
     def _best(self, count: int) -> list[tuple[Counts, float]]:
-        """The measured schedules that are surely good, with what the surrogate makes of them."""
-        tried = list(dict.fromkeys(counts for counts, _, _ in self.trials.measured))
-        mean, deviation = self.surrogate.predict(self.moves.features(tried))
-        return [(tried[index], float(mean[index])) for index in np.argsort(mean + deviation, kind="stable")[:count]]
+        """The schedules that are surely good, with what the surrogate makes of them."""
+        mean, deviation = self.surrogate.predict(self.surrogate.features)
+        best = np.argsort(mean + deviation, kind="stable")[:count]
+        return [(self.fitted[index], float(mean[index])) for index in best]
 
     def _spent(self) -> bool:
         return self._done() >= 1

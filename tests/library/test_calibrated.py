@@ -120,6 +120,17 @@ def test_the_surrogate_learns_effects_from_noisy_values() -> None:
     assert (apart < 3 * deviation + 0.1).mean() > 0.8
 
 
+def test_many_trials_take_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surrogate's matrix would grow with their square."""
+    sizes, fit = [], Surrogate.fit
+    monkeypatch.setattr("diffrate.searching.trials.FITTED", 12)
+    monkeypatch.setattr(Surrogate, "fit", lambda self, *known: (sizes.append(len(known[0])), fit(self, *known)))
+    found = diffrate.search(small(), batches(8), **SETTING | {"work": 700}).calibrated
+    assert found is not None
+    assert max(sizes) == 12 < found.trials[-1].trials / 2
+    assert found.trials[-1].loss <= found.trials[0].loss
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_going_on_from_the_block_where_schedules_part_changes_nothing(pool: str) -> None:
     model = small(pool)
