@@ -208,7 +208,7 @@ class Training:
                 self.scheduler.step_update(epoch * steps + step)
             loss = _train_step(self.trained, self, *next(batches))
             totals = torch.stack([loss, loss.new_tensor(float(signals.requested))])
-            mean, stop = (all_sum(totals) / processes.world).tolist()
+            mean, stop = (all_sum(totals, None) / processes.world).tolist()
             if not math.isfinite(mean):
                 raise diffrate.NonFiniteLossError(
                     f"the loss is {mean} at epoch {epoch}, step {step}; try a lower --lr or --amp off"

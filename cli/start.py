@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
     amp = default_precision(device) if asked.amp is None else AMP_DTYPES[asked.amp]
     with process_group(processes, device), ExitStack() as held:
         if output_dir is not None and asked.mode not in BESIDE_OTHERS:
-            made_by_first(lambda: held.enter_context(alone_in(output_dir, RUN_LOG)))
+            made_by_first(lambda: held.enter_context(alone_in(output_dir, RUN_LOG)), None)
         board = open_board(output_dir, processes.is_main) if asked.tensorboard else None
         runtime = Runtime(processes, device, amp, asked.print_freq, output_dir, board, bar=bar)
         try:

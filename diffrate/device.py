@@ -7,9 +7,9 @@ import platform
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffrate.atomic import first_line
 
 Made = TypeVar("Made")
+Group: TypeAlias = "dist.ProcessGroup | None"  # processes that work together; None for torch's default group
 
 
 def seed_everything(seed: int) -> None:
@@ -60,10 +61,11 @@ def machine_name(device: torch.device) -> str:
 
 
 class Placement(NamedTuple):
-    """The device of a model and the type of its weights, which its images take."""
+    """The device of a model, the type of its weights, which its images take, and the processes that work together."""
 
     device: torch.device
     dtype: torch.dtype
+    group: Group = None
 
     def take(self, images: Tensor) -> Tensor:
         """Images as the model takes them."""
@@ -76,13 +78,15 @@ def placement_of(model: nn.Module, device: torch.device | str | None = None) -> 
     return Placement(weight.device if device is None else torch.device(device), weight.dtype)
 
 
-def place_for(model: object, device: torch.device | str | None) -> Placement:
+def place_for(model: object, device: torch.device | str | None, group: Group = None) -> Placement:
     """`placement_of` as users ask for it.
 
     Raises:
-        TypeError: `model` is none of torch.
-        ValueError: there are no weights, or they have no storage; or there is no such device to compute on.
+        TypeError: `model` is none of torch, or `group` no process group.
+        ValueError: there are no weights, or they have no storage; there is no such device to compute on; or this
+            process is not in `group`.
     """
+    _check_group(group)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}; accepted: a torch.nn.Module")
     weight = next(model.parameters(), None)
@@ -96,7 +100,7 @@ def place_for(model: object, device: torch.device | str | None) -> Placement:
         torch.empty(0, device=place.device)
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f"device: found {device!r} ({first_line(error)}); accepted: cpu, or a GPU") from error
-    return place
+    return place._replace(group=group)
 
 
 def default_precision(device: torch.device) -> torch.dtype | None:
@@ -159,43 +163,43 @@ class FixedBatch(nn.Module):
         return self.model(images, return_flop=False)[:count]
 
 
-# The processes that work together, if there are several: torch's initialised process group.
+# The processes that work together, if there are several. Every call says which: in another group none would answer.
 
 
-def rank() -> int:
-    """This process's number, 0 for a single one."""
-    return dist.get_rank() if _joined() else 0
+def rank(group: Group) -> int:
+    """This process's number within the group, 0 for a single one."""
+    return dist.get_rank(group) if _joined() else 0
 
 
-def world() -> int:
+def world(group: Group) -> int:
     """How many processes there are."""
-    return dist.get_world_size() if _joined() else 1
+    return dist.get_world_size(group) if _joined() else 1
 
 
-def all_sum(values: Tensor) -> Tensor:
+def all_sum(values: Tensor, group: Group) -> Tensor:
     """`values` summed over all processes, in place; unchanged for a single one."""
     if _joined():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values
 
 
-def made_by_first(make: Callable[[], Made]) -> Made:
+def made_by_first(make: Callable[[], Made], group: Group) -> Made:
     """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
     if not _joined():
         return make()
     outcome: list[Any] = [None, None]  # what is made, or the error
-    if rank() == 0:
+    if rank(group) == 0:
         try:
             outcome[0] = make()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def made_by_each(make: Callable[[], Made]) -> Made:
+def made_by_each(make: Callable[[], Made], group: Group) -> Made:
     """What this process makes; where one of them fails, its error is raised in all: none waits for one that ends."""
     made: Any = None
     error: Exception | None = None
@@ -203,29 +207,43 @@ def made_by_each(make: Callable[[], Made]) -> Made:
         made = make()
     except Exception as failed:
         error = failed
-    failures = [failed for failed in all_parts(error) if failed is not None]
+    failures = [failed for failed in all_parts(error, group) if failed is not None]
     if failures:
         raise error or failures[0]
     return made
 
 
-def all_parts(part: Any) -> list[Any]:
+def all_parts(part: Any, group: Group) -> list[Any]:
     """The `part` of every process, in their order; for a single one its own alone."""
     if not _joined():
         return [part]
-    parts: list[Any] = [None] * world()
-    dist.all_gather_object(parts, part)
+    parts: list[Any] = [None] * world(group)
+    dist.all_gather_object(parts, part, group=group)
     return parts
 
 
-def least(value: int, device: torch.device) -> int:
-    """The smallest `value` of all processes, which meet on `device`."""
+def least(value: int, place: Placement) -> int:
+    """The smallest `value` of all processes, which meet on the device of `place`."""
     if not _joined():
         return value
-    shared = torch.tensor(value, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    shared = torch.tensor(value, device=place.device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=place.group)
     return int(shared)
 
 
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _check_group(group: object) -> None:
+    """Refuse what is no process group with a TypeError, and one that this process is not in with a ValueError."""
+    if group is None:
+        return
+    accepted = "a process group of torch.distributed with this process in it, or None"
+    if dist.is_available() and isinstance(group, dist.ProcessGroup):
+        with suppress(ValueError):  # it was destroyed
+            dist.get_rank(group)
+            return
+    elif not dist.is_available() or group is not dist.GroupMember.NON_GROUP_MEMBER:  # `new_group` gives it to others
+        raise TypeError(f"group: found {type(group).__name__}; accepted: {accepted}")
+    raise ValueError(f"group: found one without this process; accepted: {accepted}")

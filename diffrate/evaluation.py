@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import all_parts, all_sum, autocast, place_for
+from diffrate.device import Group, all_parts, all_sum, autocast, place_for
 from diffrate.patch.base import CompressedModel, has_classifier
 
 IMAGES = ("pixel_values", "image", "images", "img", "input")
@@ -112,16 +112,18 @@ class Scores:
 class Tally:
     """The scores of the batches so far. Sums stay on the device, which is not synchronised until they are read.
 
+    group: of the processes whose batches `shared` takes, by default all.
     kept: outputs and labels `[B, 2, K]` of each batch, for heads whose figures are no sums.
 
     Raises:
         ScoresError: `multi_label` is set, and scikit-learn is missing.
     """
 
-    def __init__(self, device: torch.device, multi_label: bool = False) -> None:
+    def __init__(self, device: torch.device, multi_label: bool = False, group: Group = None) -> None:
         # Loss, top-1 hits, top-5 hits, images, and how many of them are kept.
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.kept: list[Tensor] = []
+        self.group = group
         self.average_precision: Any = None
         if multi_label:
             try:
@@ -168,10 +170,10 @@ class Tally:
 
     def shared(self) -> Scores:
         """Of the batches of all processes; a ValueError where there is none."""
-        sums = all_sum(self.sums.clone())
+        sums = all_sum(self.sums.clone(), self.group)
         if sums[3] == 0:
             raise ValueError("loader: found no batch; accepted: batches of images and labels")
-        return self._scores(sums, all_parts(self._rows()) if sums[4] else [])
+        return self._scores(sums, all_parts(self._rows(), self.group) if sums[4] else [])
 
     def _rows(self) -> Tensor | None:
         return torch.cat(self.kept).cpu() if self.kept else None
@@ -238,6 +240,7 @@ def evaluate(
     device: torch.device | str | None = None,
     precision: torch.dtype | None = None,
     callback: Callable[[Tally], None] | None = None,
+    group: Group = None,
 ) -> Scores:
     """Score `model`, patched or plain, on batches of images `[B, 3, H, W]` and labels.
 
@@ -251,22 +254,23 @@ def evaluate(
             indices `[B]`; of a head with one output numbers, `[B]` or `[B, 1]`.
         multi_label: each output is a label of its own, by a sigmoid: labels are 0 and 1, `[B, K]`, or class indices
             `[B]`. Needs scikit-learn.
+        group: the processes whose images count, all of which call this; others do not. By default the default group.
 
     Raises:
         UnsupportedModelError: the model has no head.
         ScoresError: labels do not fit the head, or scikit-learn is missing.
-        TypeError: the model is none of torch.
-        ValueError: there is no batch, or one of another form; or no such device or precision, or weights without
-            storage.
+        TypeError: the model is none of torch, or `group` no process group.
+        ValueError: there is no batch, or one of another form; no such device or precision, or weights without
+            storage; or this process is not in `group`.
     """
     require_batches(loader)
-    place = place_for(model, device)
+    place = place_for(model, device, group)
     if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
     # A compressed model may be inside a compiled, a distributed or a filled-up one.
     compressed = any(isinstance(module, CompressedModel) for module in model.modules())
     options: dict[str, Any] = {"return_flop": False} if compressed else {}
-    tally = Tally(place.device, multi_label)
+    tally = Tally(place.device, multi_label, group)
     model.to(place.device)  # outside inference mode: the weights stay fit for training
     with torch.inference_mode(), modes_kept(model):
         model.eval()

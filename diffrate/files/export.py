@@ -182,7 +182,7 @@ def _checked(
     model: CompressedModel, path: Path, metadata: Metadata, normalization: nn.Module, seed: int, images: Tensor | None
 ) -> Agreement:
     """How the file at `path` compares with `model`, on `images` or on random ones; an `ExportError` if it differs."""
-    (device, dtype), source = placement_of(model), "random" if images is None else "given"
+    (device, dtype, _), source = placement_of(model), "random" if images is None else "given"
     inside, outside = (normalization, nn.Identity()) if metadata.normalizes else (nn.Identity(), normalization)
 
     def live(images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from diffrate.blocks.block import attended, mlp_branch, removes
 from diffrate.blocks.reduction import ReductionRule
 from diffrate.blocks.tokens import replaced
 from diffrate.budget import ADVICE, SPEEDUP, WORDS, Budget, BudgetError, Target, baseline_schedule, choices_of
-from diffrate.device import generators_kept, made_by_first, place_for, placement_of
+from diffrate.device import Group, generators_kept, made_by_first, place_for, placement_of
 from diffrate.latency.table import (
     LatencyTable,
     block_times,
@@ -157,6 +157,7 @@ def measure_latency(
     file: str | Path | None = None,
     progress: Progress | None = None,
     targets: Iterable[Target] = (),
+    group: Group = None,
 ) -> LatencyTable:
     """Measure what `model` costs at any schedule, in seconds: from forward passes on random images in which each part
     of each block is timed, at schedules that show it at many numbers of tokens.
@@ -170,11 +171,14 @@ def measure_latency(
             used if model, machine, versions and use are the same, and replaced otherwise.
         progress: gets the number of runs that are done, and the share of the time that is over.
         targets: of a search: one that is far out of reach is refused within seconds, before a table is measured.
+        group: the processes that get the table of the first of them, all of which call this; by default the default
+            group.
 
     Raises:
         BudgetError: names the target, and the range in reach.
         UnsupportedModelError: the model is not patched.
-        ValueError: a batch size below 1, or seconds not above 0.
+        TypeError: `group` is no process group.
+        ValueError: a batch size below 1, seconds not above 0, or this process is not in `group`.
         LatencyFileError: the file cannot be read or written.
     """
     require_patched(model)
@@ -182,7 +186,7 @@ def measure_latency(
         raise ValueError(f"batch_size: found {batch_size}; accepted: from 1")
     if not seconds > 0:
         raise ValueError(f"seconds: found {seconds}; accepted: above 0")
-    use = Use(batch_size, dtype, compile, place_for(model, device).device)
+    use = Use(batch_size, dtype, compile, place_for(model, device, group).device)
     path = None if file is None else Path(file)
 
     def read_or_measured() -> LatencyTable:
@@ -205,7 +209,7 @@ def measure_latency(
             write_table(path, table)
         return table
 
-    return made_by_first(read_or_measured)
+    return made_by_first(read_or_measured, group)
 
 
 def _check_reach(model: CompressedModel, targets: Sequence[Target], use: Use) -> None:
@@ -340,9 +344,10 @@ def confirmed(
     budget: Budget,
     table: LatencyTable,
     again: Again | None = None,
+    group: Group = None,
 ) -> tuple[Schedule, Confirmed]:
     """`schedule` and its speeds, or another where it is measured to be slower or faster than asked: the budget, of
-    seconds, is corrected by the ratio of measured and predicted. The first process measures for all.
+    seconds, is corrected by the ratio of measured and predicted. The first process of `group` measures for all.
 
     `again` finds a better schedule of the corrected budget than rounding among the choices of `space` does. Without
     it, a schedule that is faster than asked stays.
@@ -358,7 +363,7 @@ def confirmed(
     found = []
     corrected, slowest, spent = budget, budget.target / (1 - CLOSE), again is None
     while True:
-        cost = made_by_first(partial(seconds_at, schedule))
+        cost = made_by_first(partial(seconds_at, schedule), group)
         found.append((cost, schedule))
         fast = cost < budget.target / (1 + CLOSE)
         if len(found) > CORRECTIONS or (cost <= slowest and (spent or not fast)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.device import all_sum, autocast, least, placement_of, rank, world
+from diffrate.device import Placement, all_sum, autocast, least, rank, world
 from diffrate.evaluation import split_batch
 from diffrate.schedule import Kept, Schedule
 from diffrate.searching.checkpoint import StoppedError
@@ -26,21 +26,21 @@ LOADED, TAUGHT = 0.2, 0.35  # of the time, after which no more images are loaded
 
 
 class Clock:
-    """Runs from now on, for `seconds`, the same in all processes.
+    """Runs from now on, for `seconds`, the same in all processes of `place`.
 
     stop: whether this process was asked to stop; all stop where one was. saved: whether a checkpoint was written.
     """
 
-    def __init__(self, device: torch.device, seconds: float, stop: Callable[[], bool], saved: bool) -> None:
-        self.device, self.seconds, self.stop, self.saved = device, seconds, stop, saved
+    def __init__(self, place: Placement, seconds: float, stop: Callable[[], bool], saved: bool) -> None:
+        self.place, self.seconds, self.stop, self.saved = place, seconds, stop, saved
         self.begun, self.limited = time.monotonic(), seconds < math.inf
 
     def now(self) -> float:
         """Seconds by the first process's clock. All processes ask together; StoppedError where one is to stop."""
-        passed, asked = self.here(), self.stop()
-        if world() > 1:
-            own = torch.tensor([passed if rank() == 0 else 0.0, float(asked)], dtype=torch.float64, device=self.device)
-            passed, asked = all_sum(own).tolist()
+        passed, asked, (device, _, group) = self.here(), self.stop(), self.place
+        if world(group) > 1:
+            own = torch.tensor([passed if rank(group) == 0 else 0.0, float(asked)], dtype=torch.float64, device=device)
+            passed, asked = all_sum(own, group).tolist()
         if asked:
             raise StoppedError("stopped while schedules were tried", self.saved)
         return passed
@@ -77,17 +77,17 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float)
         if there >= most or clock.stop() or (there >= 2 and clock.here() > until):
             break
     clock.now()
-    there = least(there, clock.device)
+    there = least(there, clock.place)
     if there < 2:
         raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
     return torch.cat(found)
 
 
-def mean_of(values: Tensor, device: torch.device) -> tuple[float, float]:
+def mean_of(values: Tensor, place: Placement) -> tuple[float, float]:
     """The mean over the losses of all processes, as `finite`, and the variance of that; 0 of a single one."""
     values = values.double()
     sums = torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(values))])
-    total, squares, count = all_sum(sums.to(device)).tolist()
+    total, squares, count = all_sum(sums.to(place.device), place.group).tolist()
     mean = finite(total / count)
     return mean, max(squares / count - mean**2, 0.0) / max(1.0, count - 1)
 
@@ -107,7 +107,7 @@ class Calibration:
         self, teacher: Teacher, images: Tensor, precision: torch.dtype | None, clock: Clock, whole: bool
     ) -> None:
         self.teacher, self.model, self.precision, self.clock = teacher, teacher.model, precision, clock
-        self.place = placement_of(self.model)
+        self.place = clock.place
         self.dense = self.model.flops_at(self.model.dense_schedule())
         # Losses of what `classify` gives: then blocks may be run from any one on.
         self.resumable = teacher.at == self.model.outputs_at
@@ -116,7 +116,7 @@ class Calibration:
         self.taught = torch.cat([self.taught_on(images[part]) for part in parts])
         self.images = images[: len(self.taught)]
         self.felt, self.seen = torch.zeros(len(self.images)), torch.zeros(len(self.images))
-        self.spread = spread_of(teacher.moments(self.taught).to(self.place.device))
+        self.spread = spread_of(teacher.moments(self.taught).to(self.place.device), self.place.group)
 
     def taught_on(self, images: Tensor) -> Tensor:
         """The dense model's outputs for images, on the CPU."""
@@ -130,7 +130,7 @@ class Calibration:
 
         One after the other at equal steps through all odds, so that none is drawn more often than it should be.
         """
-        size = max(1, min(CHUNK // world(), (len(self.images) + 1) // 2))
+        size = max(1, min(CHUNK // world(self.place.group), (len(self.images) + 1) // 2))
         count = size * max(2, min(most, len(self.images) // size))
         mean = (self.felt.sum() / self.seen.sum()).item() if self.seen.any() else 1.0
         likely = (self.felt + mean) / (self.seen + 1)
@@ -145,7 +145,7 @@ class Calibration:
     def mean(self, schedule: Schedule, index: Tensor) -> float:
         """The mean of the losses at `schedule` on the images `index` of all processes."""
         parts = [self.losses(schedule, part)[0] for part in index.split(CHUNK)]
-        return mean_of(torch.cat(parts), self.place.device)[0]
+        return mean_of(torch.cat(parts), self.place)[0]
 
     def losses(
         self, schedule: Schedule, index: Tensor, start: int = 0, state: TokenState | None = None
@@ -183,7 +183,7 @@ class Calibration:
         return [(kept, rule if kept.merged < kept.entering else None) for kept, rule in pairs]
 
     def _worked(self, images: int, share: float) -> None:
-        self.work += images * world() * share
+        self.work += images * world(self.place.group) * share
 
 
 class Reference:
@@ -221,7 +221,7 @@ class Reference:
             parts = (one if one is None or len(one) != whole else one[:count] for one in states[start - 1])
             state = TokenState(*parts)  # type: ignore[arg-type]
         theirs, _ = held.losses(schedule, self.images[chunk][:count], start, state)
-        return mean_of(self.weights[chunk][:count] * (theirs - ours[:count]), held.place.device)
+        return mean_of(self.weights[chunk][:count] * (theirs - ours[:count]), held.place)
 
     def at(self, chunk: int) -> Tensor:
         """What the reference itself loses on each image of a chunk, `[n]`."""

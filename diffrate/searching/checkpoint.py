@@ -101,7 +101,8 @@ class Task:
             return None
         self.model.schedule = schedule
         multi_label, precision = self.settings.multi_label, self.settings.precision
-        return evaluate(self.model, self.val, multi_label=multi_label, precision=precision, callback=callback)
+        options = {"multi_label": multi_label, "precision": precision, "group": self.place.group}
+        return evaluate(self.model, self.val, callback=callback, **options)
 
     def check_file(self) -> None:
         """SearchSettingError where the checkpoint cannot be written: no such folder, or notes that cannot be saved."""

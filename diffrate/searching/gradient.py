@@ -71,19 +71,20 @@ class Observer:
         return False
 
 
-def batches_from(loader: Any, epoch: int, batch: int, seed: int) -> Iterator[Any]:
+def batches_from(task: Task, epoch: int, batch: int) -> Iterator[Any]:
     """The batches of `epoch` from number `batch` on: by the loader's own `batches_from`, where it has one.
 
     Any other loader begins anew, from a seed of its own for the epoch, as do the generators that it or its sampler
     holds, and the batches before are read and left out. A sampler with `set_epoch` gets the epoch. Loader processes
     that persist have generators out of reach.
     """
+    loader = task.loader
     if hasattr(loader, "batches_from"):
         return loader.batches_from(epoch, batch)
     sampler = getattr(loader, "sampler", None)
     if sampler is not None and hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
-    drawn = step_seed(seed, epoch, rank())
+    drawn = step_seed(task.settings.seed, epoch, rank(task.place.group))
     seed_everything(drawn)
     for owner in (loader, sampler):
         generator = getattr(owner, "generator", None)
@@ -161,8 +162,8 @@ def search_by_gradient(
     observer = callback if isinstance(callback, Observer) else Observer()
     if callback is not None and callback is not observer:
         observer.on_step = callback  # type: ignore[method-assign]
-    loader, steps = made_by_each(lambda: _an_epoch(task))
-    steps = least(steps, task.place.device)
+    loader, steps = made_by_each(lambda: _an_epoch(task), task.place.group)
+    steps = least(steps, task.place)
     task.check_file()
     with _restored(model):
         model.to(task.place.device)
@@ -208,7 +209,9 @@ class Search:
         if settings.start is not None:
             self.model.check(settings.start, "start: ")
             compression.start_at(settings.start, settings.start_spread)
-        self.teacher = None if settings.labelled else Teacher(task.model, settings.loss, settings.multi_label)
+        self.group, self.teacher = task.place.group, None
+        if not settings.labelled:
+            self.teacher = Teacher(task.model, settings.loss, settings.multi_label, self.group)
         self.criterion = settings.criterion or partial(default_criterion, multi_label=settings.multi_label)
         self.cost = None
         if settings.latency and task.budget.timed:
@@ -260,7 +263,7 @@ class Search:
                 self._backward(batches).tolist()  # waits for the device
             times.append(time.monotonic() - begun)
         self.optimizer.zero_grad(set_to_none=True)
-        fitting = least(int(seconds / max(1e-6, min(times))), self.task.place.device)
+        fitting = least(int(seconds / max(1e-6, min(times))), self.task.place)
         self.epochs, self.steps = paced(self.epochs, self.steps, fitting)
 
     def restore(self, path: Path) -> None:
@@ -292,7 +295,7 @@ class Search:
             raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
 
     def _save(self) -> None:
-        if self.task.file is None or rank() != 0:
+        if self.task.file is None or rank(self.group) != 0:
             return
         settings, (best, scores) = self.settings, self.best or (None, None)
         self.task.save(
@@ -321,7 +324,7 @@ class Search:
 
     def _batches(self) -> Iterator[Any]:
         """The batches of the epoch that are left, with the model ready for them."""
-        batches = batches_from(self.task.loader, self.epoch, self.step * self.settings.accumulate, self.settings.seed)
+        batches = batches_from(self.task, self.epoch, self.step * self.settings.accumulate)
         # No dropout in what is compared with the dense model.
         self.model.train_to_search() if self.teacher is None else self.model.eval()
         return batches
@@ -349,7 +352,7 @@ class Search:
         NonFiniteLossError where it is no number, SearchSettingError where it has no gradient.
         """
         epoch, step, settings = self.epoch, self.step, self.settings
-        seed_everything(step_seed(settings.seed, epoch, rank(), step))
+        seed_everything(step_seed(settings.seed, epoch, rank(self.group), step))
         # Cosine over all steps, from the first rate to the last step's.
         first, last = settings.learning_rate, settings.last_rate
         share = (epoch * self.steps + step) / max(1, self.epochs * self.steps - 1)
@@ -362,7 +365,7 @@ class Search:
         for _ in range(settings.accumulate):
             totals[:3] += self._backward(batches) / settings.accumulate
         totals[4] = not self.silent
-        loss, flops_loss, gflops, stop, told = (all_sum(totals) / world()).tolist()
+        loss, flops_loss, gflops, stop, told = (all_sum(totals, self.group) / world(self.group)).tolist()
         if not all(math.isfinite(value) for value in (loss, flops_loss, gflops)):
             good = "" if self.task.file is None else "; the last checkpoint is good"
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}{good}")
@@ -373,7 +376,7 @@ class Search:
             )
         # The mean over all processes: a few kilobytes, and nothing for weights.
         gradients = [torch.zeros_like(rate) if rate.grad is None else rate.grad for rate in self.rates]
-        gradient = all_sum(parameters_to_vector(gradients)) / world()
+        gradient = all_sum(parameters_to_vector(gradients), self.group) / world(self.group)
         if settings.held:
             self.multiplier.add(gradient, self.slope, gflops * 1e9 / self.target - 1, self.scaler.get_scale())
         for rate, part in zip(self.rates, gradient.split([rate.numel() for rate in self.rates]), strict=True):

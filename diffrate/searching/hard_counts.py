@@ -146,7 +146,7 @@ class Calibrating:
                 raise SearchCheckpointError(f"{task.resume}: does not fit this search ({first_line(error)})") from error
         self.saved: Trials | None = self.before.get("trials")
         seconds = math.inf if minutes is None else 60 * minutes
-        self.clock = Clock(task.place.device, seconds, self.observer.stop, self.saved is not None)
+        self.clock = Clock(task.place, seconds, self.observer.stop, self.saved is not None)
         self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
         self.share = task.budget.target / task.budget.cost(self.model.dense_schedule())
 
@@ -180,7 +180,7 @@ class Calibrating:
             Stage("calibrated search", state.work, searched - ready),
             Stage("choice", calibration.work - state.work, clock.now() - searched),
         )
-        means = [(name, mean_of(row, task.place.device)[0]) for (name, _), row in zip(candidates, lost, strict=True)]
+        means = [(name, mean_of(row, task.place)[0]) for (name, _), row in zip(candidates, lost, strict=True)]
         return Calibrated(schedule, name, tuple(means), stages, tuple(self.records), alike, noise)
 
     def _images(self) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ class Calibrating:
         count = before["images"] if before is not None and timed else settings.images
         until = LOADED * self.clock.seconds if before is None else math.inf
         images = gather_images(self.task.loader, count, self.clock, until)
-        count = least(len(images), self.clock.device)
+        count = least(len(images), self.task.place)
         images = images[:count]
         if timed:  # the first of them may be all that there is time for
             images = images[torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))]
@@ -226,7 +226,7 @@ class Calibrating:
             work = math.inf if self.clock.limited else min(WORK, LOOKS_AN_IMAGE * images)
         if work < math.inf:
             work = max(AGAIN * work if self.again else work, choosing + 2 * images)
-            work = float(least(int(work), self.clock.device))
+            work = float(least(int(work), self.task.place))
         if not self.again:
             self.observer.on_plan(images + chosen_on, min(work, speed * self.clock.seconds), speed)
         end = self.clock.seconds - reserve
@@ -251,8 +251,8 @@ class Calibrating:
             return starts, (settings.rule,)
         left = self.clock.seconds - self.clock.now()
         passes = RULES_SHARE * min(settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images)), left * speed)
-        images = max(1, int(min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK)) // world())
-        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[:images]
+        passes, several = min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK), world(self.task.place.group)
+        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[: max(1, int(passes) // several)]
         merging: dict[str, Schedule] = {}
         losses: dict[str, float] = {}
         begun = self.clock.now()
@@ -278,7 +278,7 @@ class Calibrating:
     def _save(self, trials: Trials, best: Schedule) -> None:
         if self.task.file is None or self.again:
             return
-        if rank() == 0:
+        if rank(self.task.place.group) == 0:
             rows = {name: plain_row(schedule) for name, schedule in self.starts.items()}
             content = {"setting": self.setting, "rules": self.rules, "starts": rows, "trials": vars(trials)}
             self.task.save(best, best, epoch=0, step=trials.round, calibrated=content)
@@ -288,9 +288,9 @@ class Calibrating:
 def _chosen(names: list[str], losses: list[Tensor], place: Placement) -> tuple[int, tuple[str, ...], float]:
     """Which candidate it is, the names of those that are as good by measurement, and the standard error of the
     difference between its loss and the least."""
-    means = [mean_of(row, place.device)[0] for row in losses]
+    means = [mean_of(row, place)[0] for row in losses]
     least_lost = losses[means.index(min(means))].double()
-    apart, known = [mean_of(row.double() - least_lost, place.device) for row in losses], KNOWN * max(0.0, min(means))
+    apart, known = [mean_of(row.double() - least_lost, place) for row in losses], KNOWN * max(0.0, min(means))
     errors = [math.sqrt(variance) for _, variance in apart]
     alike = [
         index

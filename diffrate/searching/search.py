@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import default_precision, generators_kept, place_for
+from diffrate.device import Group, default_precision, generators_kept, place_for
 from diffrate.evaluation import Batches, Scores, Tally, require_batches
 from diffrate.latency.measure import Confirmed, confirmed, measure_latency
 from diffrate.patch.base import CompressedModel, require_patched
@@ -46,6 +46,7 @@ def search(
     callback: Callable[[StepRecord], None] | Observer | None = None,
     checkpoint: str | Path | None = None,
     resume: str | Path | None = None,
+    group: Group = None,
     **options: Any,
 ) -> Found:
     """Search the kept counts with which a patched `model` meets a budget (paper, sections 3.3 and 3.4).
@@ -69,9 +70,11 @@ def search(
         callback: called with a record after each step, or an `Observer`.
         checkpoint: file that is written every `save_every` steps and after each epoch.
         resume: a file to go on from, bit for bit on a CPU unless loader processes that persist draw augmentation.
+        group: the processes that search together, all of which call this; others do not. Seeds go by the number of a
+            process within it, and its first one writes the checkpoint. By default the default group.
 
     Raises:
-        TypeError: there is no such option; or settings, callback or criterion are of another type.
+        TypeError: there is no such option; or settings, callback, criterion or group are of another type.
         UnsupportedModelError: the model is not patched, or has no head for the default loss.
         SearchSettingError, BudgetError, RateError, ScheduleError: an option, the target, the granularity or
             the start makes no sense; or the loss is the same whatever the schedule.
@@ -79,7 +82,7 @@ def search(
         NonFiniteLossError: the loss is no number.
         StoppedError: the observer asked to stop.
         ScoresError: labels do not fit the head, or `val` is to be scored without scikit-learn.
-        ValueError: the loader ends before an epoch does, or a batch has another form.
+        ValueError: the loader ends before an epoch does, a batch has another form, or this process is not in `group`.
     """
     require_patched(model)
     require_batches(loader)
@@ -100,13 +103,13 @@ def search(
         )
     if target.timed and resume is not None and settings.latency is None:
         raise SearchSettingError("latency: found none to resume with; accepted: the table of the search that goes on")
-    place = place_for(model, settings.device)
+    place = place_for(model, settings.device, group)
     settings = replace(settings, precision=settings.precision or default_precision(place.device))
     if val is not None:
         require_batches(val)
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
-        table = settings.latency or measure_latency(model, device=place.device, targets=[target])
+        table = settings.latency or measure_latency(model, device=place.device, targets=[target], group=group)
         settings = replace(settings, flops_loss="relative", latency=table)
     budget = budget_of(model, target, settings.latency)
     files = (None if path is None else Path(path) for path in (checkpoint, resume))
@@ -133,7 +136,7 @@ def _found(task: Task, callback: Callable[[StepRecord], None] | Observer | None)
         scores = task.scores_at(found)
     schedule, speed, table = found, None, task.settings.latency
     if table is not None and task.budget.timed:
-        schedule, speed = confirmed(model, found, task.space, task.budget, table, again)
+        schedule, speed = confirmed(model, found, task.space, task.budget, table, again, task.place.group)
     if schedule != found:
         scores = task.scores_at(schedule)
     model.schedule = schedule

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
-from diffrate.device import Placement, all_sum, autocast, place_for, placement_of
+from diffrate.device import Group, Placement, all_sum, autocast, place_for, placement_of
 from diffrate.evaluation import modes_kept, require_batches, split_batch
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier, require_patched
 from diffrate.patch.plain_vit import CompressedVit
@@ -49,9 +49,9 @@ def _an_image(apart: Tensor) -> Tensor:
     return apart if apart.ndim == 1 else apart.mean(1)
 
 
-def spread_of(moments: Tensor) -> float:
+def spread_of(moments: Tensor, group: Group) -> float:
     """The variance of numbers from their `Teacher.moments`, those of all processes, never 0; 1 where there are none."""
-    count, total, squares = all_sum(moments).tolist()
+    count, total, squares = all_sum(moments, group).tolist()
     if count == 0:
         return 1.0
     return max(squares / count - (total / count) ** 2, LEAST_SPREAD * squares / count, 1e-12)
@@ -72,10 +72,14 @@ class Teacher:
 
     multi_label: outputs are sigmoids' and not a softmax's. A head with one output is compared by squared errors, which
     count relative to the variance of the dense outputs. of_outputs: whether outputs are compared, not features.
+    group: of the processes that `searching` takes this variance over.
     UnsupportedModelError where the model's family has no features of every patch.
     """
 
-    def __init__(self, model: CompressedModel, loss: str = "distill", multi_label: bool = False) -> None:
+    def __init__(
+        self, model: CompressedModel, loss: str = "distill", multi_label: bool = False, group: Group = None
+    ) -> None:
+        self.group = group
         self.model, self.multi_label, self.of_outputs = model, multi_label, loss != "tokens" and has_classifier(model)
         if loss != "tokens":
             self.at, self.step = model.outputs_at, model.search_step
@@ -115,7 +119,7 @@ class Teacher:
         outputs, spent = self.step(images, cost)
         taught = self.taught(images)
         apart = self.apart(outputs, taught).mean()
-        return apart / spread_of(self.moments(taught)) if self.relative(taught) else apart, spent
+        return apart / spread_of(self.moments(taught), self.group) if self.relative(taught) else apart, spent
 
 
 @torch.inference_mode()
@@ -142,11 +146,11 @@ def means_over(
             sums += found
             moments += teacher.moments(taught)
             count += len(images)
-    total = int(all_sum(count))
+    total = int(all_sum(count, place.group))
     if total == 0:
         raise ValueError("loader: found no batch; accepted: batches of images")
-    means = all_sum(sums) / total
-    means[:, 0] /= spread_of(moments)
+    means = all_sum(sums, place.group) / total
+    means[:, 0] /= spread_of(moments, place.group)
     return means.tolist(), total
 
 
@@ -211,6 +215,7 @@ def sensitivity(
     device: torch.device | str | None = None,
     precision: torch.dtype | None = None,
     callback: Callable[[int], None] | None = None,
+    group: Group = None,
 ) -> tuple[Sensitivity, ...]:
     """Measure what a patched model's outputs lose where one block alone prunes, or merges, down to each of `shares`.
 
@@ -226,17 +231,19 @@ def sensitivity(
         shares: of a block's tokens, kept; those that round to the same number of tokens count once.
         multi_label: the loss is that of `diffrate.search` with it.
         callback: told the block, after each block of each batch.
+        group: the processes whose images count, as `evaluate` takes it.
 
     Raises:
         UnsupportedModelError: the model is not patched.
         SearchSettingError: a share that keeps all, or nothing.
         NonFiniteLossError: a loss is no number.
-        ValueError: there is no batch, or one of another form.
+        TypeError: `group` is no process group.
+        ValueError: there is no batch, or one of another form; or this process is not in `group`.
     """
     require_patched(model)
     require_batches(loader)
     candidates = _candidates(model.compression.space.every_block(), shares)
-    place, teacher = place_for(model, device), Teacher(model, multi_label=multi_label)
+    place, teacher = place_for(model, device, group), Teacher(model, multi_label=multi_label)
     teacher.of_outputs = model.has_head()  # those without a pooling are compared as features are
     classes = teacher.of_outputs and not multi_label and model.num_classes != 1
     model.to(place.device)  # outside inference mode: the weights stay fit for training

@@ -234,7 +234,7 @@ class CalibratedSearch:
             # The same images have no more to tell of the same counts.
             unseen = (counts for counts in pool if counts not in chosen and self._unseen(counts))
             chosen += islice(unseen, 1)
-        return made_by_first(lambda: chosen)  # others may round otherwise
+        return made_by_first(lambda: chosen, self.clock.place.group)  # others may round otherwise
 
     def _measure(self, counts: Counts, rng: Random, chunk: int | None = None, part: float = 1.0) -> None:
         """How much worse than the reference `counts` are, on `chunk`, or the next one that is left."""

@@ -63,7 +63,7 @@ def uniform_of(model: diffrate.CompressedModel, share: float) -> dict[str, diffr
 def calibration(model: diffrate.CompressedModel, count: int = 24) -> Calibration:
     model.eval()
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    clock = Clock(torch.device("cpu"), math.inf, lambda: False, saved=False)
+    clock = Clock(placement_of(model), math.inf, lambda: False, saved=False)
     return Calibration(Teacher(model), images, None, clock, whole=True)
 
 
