@@ -112,7 +112,7 @@ class Scores:
 class Tally:
     """The scores of the batches so far. Sums stay on the device, which is not synchronised until they are read.
 
-    group: of the processes whose batches `shared` takes, by default all.
+    group: the processes whose batches are `shared`, as `evaluate` takes it.
     kept: outputs and labels `[B, 2, K]` of each batch, for heads whose figures are no sums.
 
     Raises:
@@ -254,7 +254,7 @@ def evaluate(
             indices `[B]`; of a head with one output numbers, `[B]` or `[B, 1]`.
         multi_label: each output is a label of its own, by a sigmoid: labels are 0 and 1, `[B, K]`, or class indices
             `[B]`. Needs scikit-learn.
-        group: the processes whose images count, all of which call this; others do not. By default the default group.
+        group: of torch.distributed: the processes whose images count. All of them call this. None: the default group.
 
     Raises:
         UnsupportedModelError: the model has no head.

@@ -171,8 +171,7 @@ def measure_latency(
             used if model, machine, versions and use are the same, and replaced otherwise.
         progress: gets the number of runs that are done, and the share of the time that is over.
         targets: of a search: one that is far out of reach is refused within seconds, before a table is measured.
-        group: the processes that get the table of the first of them, all of which call this; by default the default
-            group.
+        group: the processes that get the table of the first of them, as `evaluate` takes it.
 
     Raises:
         BudgetError: names the target, and the range in reach.

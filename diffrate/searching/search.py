@@ -70,8 +70,8 @@ def search(
         callback: called with a record after each step, or an `Observer`.
         checkpoint: file that is written every `save_every` steps and after each epoch.
         resume: a file to go on from, bit for bit on a CPU unless loader processes that persist draw augmentation.
-        group: the processes that search together, all of which call this; others do not. Seeds go by the number of a
-            process within it, and its first one writes the checkpoint. By default the default group.
+        group: of torch.distributed: the processes that search together. All of them call this. Seeds go by a process's
+            number within it, and its first one writes the checkpoint. None: the default group.
 
     Raises:
         TypeError: there is no such option; or settings, callback, criterion or group are of another type.
