@@ -216,12 +216,13 @@ def check_paths(settings: Settings) -> None:
     """
     checkpoint, data, run = settings.model.checkpoint, settings.data.path, settings.run
     name = settings.model.name or ""
-    if Path(name).suffix in WEIGHTS or Path(name).is_file():
+    named = not is_saved_model(checkpoint)  # which says the name, and any
+    if named and (Path(name).is_file() or (Path(name).suffix in WEIGHTS and not Path(name).is_dir())):
         raise UsageError(
             f"--model {name}: a file of weights is given as --checkpoint {name}; accepted: the model's name "
             "(--list-models), or no --model where --save left the file"
         )
-    if name and not is_saved_model(checkpoint):  # a saved file says the name, and any
+    if named and name:
         _check_name(name)
     _check_checkpoint(checkpoint)
     for flag, folder in (("--data-path", data), ("--plot", run.folder)):

@@ -35,9 +35,11 @@ def step_seed(*numbers: int) -> int:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Restore the generators of Python, NumPy and torch, on the CPU and on every GPU in use, after the block."""
+def generators_kept(*own: torch.Generator) -> Iterator[None]:
+    """Restore the generators of Python, NumPy and torch, on the CPU and on every GPU in use, and `own` ones after the
+    block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what timm draws from)
+    states = [generator.get_state() for generator in own]
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=gpus):
@@ -45,6 +47,8 @@ def generators_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
 
 
 def machine_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -267,18 +268,22 @@ def evaluate(
     place = place_for(model, device, group)
     if not has_classifier(model):
         raise UnsupportedModelError("found a model without a head; accepted: one with classes")
-    # A compressed model may be inside a compiled, a distributed or a filled-up one.
-    compressed = any(isinstance(module, CompressedModel) for module in model.modules())
-    options: dict[str, Any] = {"return_flop": False} if compressed else {}
+    options: dict[str, Any] = {}
+    # A compressed model may be inside a compiled, a distributed or a filled-up one: these hand on what they are told.
+    if any(isinstance(module, CompressedModel) for module in model.modules()):
+        taken = signature(model.forward).parameters
+        if "return_flop" in taken or any(one.kind is Parameter.VAR_KEYWORD for one in taken.values()):
+            options["return_flop"] = False
     tally = Tally(place.device, multi_label, group)
-    model.to(place.device)  # outside inference mode: the weights stay fit for training
-    with torch.inference_mode(), modes_kept(model):
+    # Outside inference mode weights stay fit for training, and so do images that the loader keeps.
+    model.to(place.device)
+    with modes_kept(model):
         model.eval()
         for batch in loader:
             images, labels = split_batch(batch)
-            with autocast(place.device, precision):
+            with torch.inference_mode(), autocast(place.device, precision):
                 logits = model(place.take(images), **options)
-            tally.add(logits.float(), labels)
+                tally.add(logits.float(), labels)
             if callback is not None:
                 callback(tally)
     return tally.shared()

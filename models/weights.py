@@ -213,7 +213,7 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
             "accepted: a file of torch.save with plain tensors, safetensors, or for Google's ViTs .npz"
         ) from error
     notes: list[str] = []
-    while isinstance(content, dict) and (words := [word for word in WRAPPERS if isinstance(content.get(word), dict)]):
+    while isinstance(content, dict) and (words := [word for word in WRAPPERS if _holds(content, word)]):
         if len(notes) == MOST_WRAPPERS:
             raise CheckpointError(f"checkpoint {path}: found {words[0]!r} in itself; accepted: a state dict")
         others = f", not {', '.join(map(repr, words[1:]))}" if len(words) > 1 else ""
@@ -234,6 +234,10 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
     while len(tensors) > 1 and all("." in key for key in tensors) and len({key.split(".")[0] for key in tensors}) == 1:
         tensors = {key.partition(".")[2]: value for key, value in tensors.items()}
     return tensors, notes
+
+
+def _holds(content: dict[Any, Any], word: str) -> bool:
+    return isinstance(content.get(word), dict) and bool(content[word])
 
 
 def _numpy_tensors(path: Path, model: Any, size: Size | None) -> tuple[StateDict, list[str]]:
@@ -293,8 +297,12 @@ def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_a
         names, accepted = (", ".join(list(keys)[:SHOWN]) for keys in (found, expected))
         told = f"found {names}, ...; accepted: {accepted}, ..."
         raise CheckpointError(f"checkpoint {name} does not fit the model: {told}")
+    learned = {key for key, _ in model.named_parameters()}
     for key, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        floats = value.is_floating_point() and value.element_size() > 1
+        if key in learned and not floats:
+            raise CheckpointError(f"checkpoint {name}: {key}: found {value.dtype}; accepted: floats of 16 bits or more")
+        if floats and not bool(value.isfinite().all()):
             raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
     held = {value.untyped_storage().data_ptr() for value in found.values()}
     made = [key for key in state if key.endswith(POSITIONS) and state[key].untyped_storage().data_ptr() not in held]

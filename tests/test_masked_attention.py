@@ -53,20 +53,21 @@ def inputs(with_bias: bool, seed: int = 0, prefix: int = 1) -> tuple[list[Tensor
     [(9, 1, False), (9, 2, False), (9, 0, False), (9, 0, True), (4, 1, False), (4, 2, False), (1, 1, False)],
 )
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("with_pairs", [True, False])
+@pytest.mark.parametrize("with_pairs", [0, 1, 3])
 @pytest.mark.parametrize("cached", [1, 2**18])
 def test_values_and_gradients(
     queries: int,
     masked_queries: bool,
     with_bias: bool,
-    with_pairs: bool,
+    with_pairs: int,
     cached: int,
     rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Image by image and all at once, with the queries of all tokens and of the first ones."""
+    """Image by image and all at once, with the queries of all tokens and of the first ones, and a bias of pairs for all
+    images, or one for each."""
     monkeypatch.setattr(attention, "CACHED_ELEMENTS", cached)
-    pairs = torch.randn(1, 2, rows, 9, dtype=torch.float64) if with_pairs else None
+    pairs = torch.randn(with_pairs, 2, rows, 9, dtype=torch.float64) if with_pairs else None
     results = []
     for attend in (masked_attention, by_the_formula):
         (query, key, value), bias, mask = inputs(with_bias, prefix=max(1, queries))

@@ -57,7 +57,7 @@ def test_every_layout_loads(family: str, layout: str, tmp_path: Path) -> None:
             "bare": official_state(family, torch.float32).get("model", official_state(family, torch.float32)),
             "timm": {"state_dict": state, "args": argparse.Namespace(lr=1.0)},
             "ours": {"model": {**state, **kept}, "kept": ([65] * 6, [65] * 6), "acc1": 90.0},
-            "averaged": {"model": noise, "model_ema": state},
+            "averaged": {"model": noise, "model_ema": state, "state_dict_ema": {}},
             "parallel": {"model": {f"module.{name}": value for name, value in state.items()}},
         }
         torch.save(content[layout], file)
@@ -65,6 +65,14 @@ def test_every_layout_loads(family: str, layout: str, tmp_path: Path) -> None:
     report = models.load_weights(loaded, file)
     assert same(loaded, expected)
     assert report.reinitialized == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: value.to(dtype) for name, value in plain("deit").state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(models.CheckpointError, match=f"cls_token: found {dtype}; accepted: floats of 16 bits or more"):
+        models.load_weights(plain("deit"), tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -52,8 +52,8 @@ def masked_attention(
     """Attention `[B, H, Q, V]` where masked tokens are seen by themselves alone, and importance `[B, N]`.
 
     The rows may be those of the first Q tokens alone, `queries` at least. `mask` is
-    `[B, N]`, `bias` `[B, 1, 1, N]` or None, and `pairs` a bias of pairs `[1, H, Q, N]` or None, which takes
-    no gradient. Importance is the attention of the first `queries` tokens, the mean over them, or with
+    `[B, N]`, `bias` `[B, 1, 1, N]` or None, and `pairs` a bias of pairs `[B or 1, H, Q, N]` or None, which
+    takes no gradient. Importance is the attention of the first `queries` tokens, the mean over them, or with
     0 the attention received from all that are there, with `masked_queries` from the others
     too, heads averaged; it takes no gradient. Computed in float32 at least, also under autocast.
     """
@@ -98,7 +98,9 @@ class _MaskedAttention(torch.autograd.Function):
             scores = (query[part] @ key[part].transpose(-2, -1)).mul_(scale)
             if bias is not None:
                 scores += bias[part, None, None]
-            softmax = (scores if pairs is None else scores.add_(pairs)).softmax(-1)
+            if pairs is not None:
+                scores += pairs if len(pairs) == 1 else pairs[part]
+            softmax = scores.softmax(-1)
             inverse, highest = softmax.max(-1, keepdim=True)  # 1 / S, and where E is 1
             hidden = softmax.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * hides[part]  # d (1 - m)
             product = softmax @ visible[part]

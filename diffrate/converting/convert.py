@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ def torchvision_vit(model: Any) -> Plan:
     if not isinstance(last, nn.Linear | nn.Identity):
         raise UnsupportedModelError(f"{kind}: found heads of {type(last).__name__}; accepted: Linear, or Identity")
     heads, size = model.encoder.layers[0].num_heads, as_size(model.image_size)
-    plan = planned(kind, parts_of(model), TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer="gelu")
+    bent = _activation((block.mlp[1] for block in model.encoder.layers), kind)
+    arguments = {"global_pool": "token", "act_layer": bent}
+    plan = planned(kind, parts_of(model), TORCHVISION, IMAGENET_VIT, heads, size, **arguments)
     if "head.weight" in plan.state:
         plan.add_head({})
     inside = model.attention_dropout
@@ -71,11 +73,12 @@ def open_clip_vit(model: Any) -> Plan:
     if model.attn_pool is not None or model.pool_type not in ("tok", "avg"):
         found = model.pool_type if model.attn_pool is None else type(model.attn_pool).__name__
         raise UnsupportedModelError(f"{kind}: found the pooling {found!r}; accepted: 'tok', 'avg'")
-    mean, block = model.pool_type == "avg", model.transformer.resblocks[0]
+    mean, blocks = model.pool_type == "avg", model.transformer.resblocks
     after = mean and model.final_ln_after_pool
     pooled = {"global_pool": "avg" if mean else "token", "fc_norm": after}
-    pooled |= {"pre_norm": not isinstance(model.ln_pre, nn.Identity), "act_layer": _activation(block.mlp.gelu, kind)}
-    heads, size = block.attn.num_heads, as_size(model.image_size)
+    pooled |= {"pre_norm": not isinstance(model.ln_pre, nn.Identity)}
+    pooled |= {"act_layer": _activation((block.mlp.gelu for block in blocks), kind)}
+    heads, size = blocks[0].attn.num_heads, as_size(model.image_size)
     plan = planned(kind, parts_of(model), OPEN_CLIP, CLIP, heads, size, **pooled)
     if after:
         plan.state |= {f"fc_{name}": plan.state.pop(name) for name in ("norm.weight", "norm.bias")}
@@ -88,13 +91,20 @@ def open_clip_vit(model: Any) -> Plan:
     return plan
 
 
-def _activation(module: Any, kind: str) -> str:
-    """timm's name of an activation of open_clip."""
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    if name_of(type(module)) == "open_clip.transformer.QuickGELU":
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # of what GELU approximates by
+
+
+def _activation(modules: Iterable[Any], kind: str) -> str:
+    """timm's name of the one activation that all blocks have."""
+    found = {module.approximate if type(module) is nn.GELU else name_of(type(module)) for module in modules}
+    name = found.pop() if len(found) == 1 else ", ".join(sorted(found))
+    if name == "open_clip.transformer.QuickGELU":
         return "quick_gelu"
-    raise UnsupportedModelError(f"{kind}: found the activation {type(module).__name__}; accepted: GELU, QuickGELU")
+    if name not in ACTIVATIONS:
+        found = f"found the activation {name.rpartition('.')[2]}"
+        raise UnsupportedModelError(f"{kind}: {found}; accepted: GELU, QuickGELU, one in all blocks")
+    return ACTIVATIONS[name]
 
 
 def timm_tower(model: Any) -> nn.Module:
@@ -210,7 +220,7 @@ def completed(plan: Plan, expected: State, kind: str) -> State:
         found = left.pop(name, None)
         if found is None and name.endswith("bias"):
             found = torch.zeros(own.shape)
-        if found is None or found.shape != own.shape or found.is_meta or not found.is_floating_point():
+        if found is None or found.is_meta or found.shape != own.shape or found.dtype not in FLOATS:
             shown = "nothing" if found is None else f"{found.dtype} {list(found.shape)} on {found.device}"
             raise UnsupportedModelError(f"{kind}: found {shown} for timm's {name}; accepted: floats {list(own.shape)}")
         state[name] = found

@@ -24,6 +24,10 @@ CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "proc
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or in parts, which a file of this name and `INDEX` lists
 INDEX = ".index.json"
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+REFUSED = ("crop_pct", "rescale_offset", "do_flip_channel_order")  # other pixels than the command line makes
+RESIZES_MORE = "LevitImageProcessor"  # than its size says
+# What may be unsaid, of which step.
+USUAL = {"resample": "do_resize", "image_mean": "do_normalize", "image_std": "do_normalize"}
 KNOWN = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb", "do_reduce_labels")
 # Whose one number for a size is the shorter side's, where that of others is both sides'.
 SHORTEST = ("CLIPFeatureExtractor", "CLIPImageProcessor", "BitImageProcessor")
@@ -175,6 +179,14 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
     others = [name for name, value in said.items() if name.startswith("do_") and name not in KNOWN and value]
     notes = [f"{PROCESSOR}: {name} is left out" for name in others]
     said = {name: value for name, value in said.items() if value is not None}
+    for name in REFUSED:
+        if said.get(name):
+            raise ValueError(f"found {name} {said[name]!r}; accepted: none")
+    if said.get("image_processor_type") == RESIZES_MORE:
+        raise ValueError(f"found the {RESIZES_MORE}; accepted: processors that resize to the size that they say")
+    unsaid = [name for name, step in USUAL.items() if name not in said and said.get(step, True)]
+    if unsaid:
+        notes.append(f"{PROCESSOR}: no {', '.join(unsaid)}; as usual for its layout")
     factor = said.get("rescale_factor", 1 / 255)
     if not said.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
         raise ValueError(f"found rescale_factor {factor}; accepted: 1 / 255, with do_rescale")
@@ -187,7 +199,9 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
         found = said.get(key) or facts[name]
         if not said.get("do_normalize", True):
             found = none
-        if len(found) != 3 or not all(math.isfinite(value) and value > (name == "mean") * -1e9 for value in found):
+        if not isinstance(found, list | tuple) or len(found) != 3:
+            raise ValueError(f"found {key} {found!r}; accepted: three numbers")
+        if not all(math.isfinite(value) and value > (name == "mean") * -1e9 for value in found):
             raise ValueError(f"found {key} {found}; accepted: three numbers{', above 0' if name == 'std' else ''}")
         facts[name] = tuple(map(float, found))
     size, shortest = _sides(said.get("size"), said)

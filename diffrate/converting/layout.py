@@ -61,11 +61,22 @@ class Names:
             found = self.block.match(name)
             prefix = "" if found is None else f"blocks.{found[1]}."
             state[prefix + self.renamed(name if found is None else name[found.end() :])] = tensor
+        _check_biases(state)
         for prefix in [name.removesuffix("q.weight") for name in state if name.endswith(".attn.q.weight")]:
             _join(state, [prefix + part for part in "qkv"], prefix + "qkv")
         for prefix in [name.removesuffix("gate.weight") for name in state if name.endswith(".mlp.gate.weight")]:
             _join(state, [prefix + "gate", prefix + "fc1"], prefix + "fc1")  # timm has the gate's half first
         return state
+
+
+def _check_biases(state: State) -> None:
+    """Refuse a block that lacks a bias which the same layer of another block has."""
+    layers = [name.removesuffix(".weight") for name in state if re.match(r"blocks\..*\.weight$", name)]
+    biased = {layer.split(".", 2)[2] for layer in layers if f"{layer}.bias" in state}
+    for layer in layers:
+        if layer.split(".", 2)[2] in biased and f"{layer}.bias" not in state:
+            wrong = f"found nothing for timm's {layer}.bias"
+            raise UnsupportedModelError(f"{wrong}; accepted: a bias in all blocks, or in none")
 
 
 def _join(state: State, parts: Iterable[str], joined: str) -> None:

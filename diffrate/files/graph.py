@@ -34,7 +34,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         """The Euclidean length along `dim`: onnxruntime's quantizer knows the shape of a sum, not that of a norm."""
         if ord != 2 or dim is None:
             raise ValueError(f"norm: found order {ord} over {dim}; accepted: order 2 over some dimensions")
-        axes = op.Constant(value_ints=list(dim))
+        x, axes = x if dtype == -1 else op.Cast(x, to=dtype), op.Constant(value_ints=list(dim))
         return op.Sqrt(op.ReduceSum(op.Mul(x, x), axes, keepdims=int(keepdim)))
 
     def highest(x: Any, dim: int, keepdim: bool = False) -> Any:

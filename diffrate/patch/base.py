@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -151,8 +152,8 @@ class CompressedModel(nn.Module):
         """Refuse a schedule that this model cannot run, with a ScheduleError that starts with `where` it comes from."""
         if not isinstance(schedule, Schedule):
             raise ScheduleError(f"{where or 'schedule: '}found {type(schedule).__name__}; accepted: a Schedule")
-        space = self.compression.space
-        check_schedule(schedule, space.limits, space.prunes, where, space.least)
+        space, made = self.compression.space, make_schedule(schedule.prune, schedule.merge, schedule.rules, where)
+        check_schedule(replace(made, tokens=schedule.tokens), space.limits, space.prunes, where, space.least)
 
     def get_kept_num(self) -> tuple[list[int] | None, list[int]]:
         """The counts of `schedule`, prune (None for CAFormer) and merge."""

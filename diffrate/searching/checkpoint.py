@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from diffrate.atomic import UNREADABLE, first_line, load_tensors, whole_file
 from diffrate.budget import SHARE, SPEEDUP, Budget, Target
-from diffrate.device import Placement
+from diffrate.device import Placement, rank, seed_everything, step_seed
 from diffrate.evaluation import Batches, Scores, evaluate
 from diffrate.latency.table import LatencyTable, check_table
 from diffrate.patch.base import CompressedModel
@@ -94,6 +94,24 @@ class Task:
         """The choices: by gradient the published ones, at hard counts those of every block."""
         space = self.model.compression.space
         return space if self.settings.method == GRADIENT else space.every_block()
+
+    def generators(self) -> list[torch.Generator]:
+        """Those that the loader or its sampler holds."""
+        owners = (self.loader, getattr(self.loader, "sampler", None))
+        held = (getattr(owner, "generator", None) for owner in owners)
+        return [generator for generator in held if isinstance(generator, torch.Generator)]
+
+    def epoch_of(self, epoch: int) -> Iterator[Any]:
+        """The batches of `epoch`, from a seed of its own, as are the generators that the loader or its sampler holds. A
+        sampler with `set_epoch` gets the epoch. Loader processes that persist have generators out of reach."""
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        drawn = step_seed(self.settings.seed, epoch, rank(self.place.group))
+        seed_everything(drawn)
+        for generator in self.generators():
+            generator.manual_seed(drawn)
+        return iter(self.loader)
 
     def scores_at(self, schedule: Schedule, callback: Any = None) -> Scores | None:
         """The scores of the model at `schedule`, which it is left at; None without images for it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
@@ -72,25 +73,11 @@ class Observer:
 
 
 def batches_from(task: Task, epoch: int, batch: int) -> Iterator[Any]:
-    """The batches of `epoch` from number `batch` on: by the loader's own `batches_from`, where it has one.
-
-    Any other loader begins anew, from a seed of its own for the epoch, as do the generators that it or its sampler
-    holds, and the batches before are read and left out. A sampler with `set_epoch` gets the epoch. Loader processes
-    that persist have generators out of reach.
-    """
-    loader = task.loader
-    if hasattr(loader, "batches_from"):
-        return loader.batches_from(epoch, batch)
-    sampler = getattr(loader, "sampler", None)
-    if sampler is not None and hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    drawn = step_seed(task.settings.seed, epoch, rank(task.place.group))
-    seed_everything(drawn)
-    for owner in (loader, sampler):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(drawn)
-    left = iter(loader)
+    """The batches of `epoch` from number `batch` on: by the loader's own `batches_from`, where it has one, else by
+    `Task.epoch_of`, and the batches before are read and left out."""
+    if hasattr(task.loader, "batches_from"):
+        return task.loader.batches_from(epoch, batch)
+    left = task.epoch_of(epoch)
     # Now, not at the first step, which draws from a seed of its own: a shuffling sampler draws its order here.
     batches = chain(list(islice(left, 1)), left)
     for _ in islice(batches, batch):
@@ -106,9 +93,12 @@ def _an_epoch(task: Task) -> tuple[Any, int]:
     if once and steps is not None and minutes is not None:
         raise SearchSettingError(f"minutes: found {minutes!r} and a generator with steps; accepted: one of them")
     loader = list(task.loader) if once and steps is None else task.loader
-    if steps is not None and not hasattr(loader, "__len__"):
-        return loader, steps
-    batches = len(loader) if hasattr(loader, "__len__") else sum(1 for _ in loader)
+    try:
+        batches = len(loader)
+    except TypeError:  # there is none; PyTorch's, of a stream, has a `__len__` all the same
+        if steps is not None:
+            return loader, steps
+        batches = sum(1 for _ in loader)
     if batches == 0:
         raise SearchSettingError("loader: found no batch; accepted: batches of images and labels")
     if batches < accumulate:
@@ -291,6 +281,8 @@ class Search:
             self.rows = array("d", content["history"].flatten().tolist())
             self.multiplier = Multiplier(*content["multiplier"])
             self.silent = False  # its first steps were checked
+            if isinstance(self.task.loader, Iterator):  # which goes on from epoch to epoch
+                deque(islice(self.task.loader, self.epoch * self.steps * self.settings.accumulate), maxlen=0)
         except UNREADABLE as error:
             raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
 
@@ -487,4 +479,4 @@ def _restored(model: CompressedModel) -> Iterator[None]:
         compression.space = space
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
-            parameter.grad = gradient
+            parameter.grad = gradient if gradient is None or gradient.dtype == parameter.dtype else None

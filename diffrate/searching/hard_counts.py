@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
-from diffrate.budget import Budget, BudgetError, baseline_schedule, uniform_schedules
+from diffrate.budget import Budget, BudgetError, baseline_schedule, meets_budget, uniform_schedules
 from diffrate.device import Placement, least, rank, world
 from diffrate.evaluation import modes_kept
 from diffrate.latency.measure import Again
@@ -165,7 +165,9 @@ class Calibrating:
             search = self._search(calibration, given, len(chosen_on), speed)
             found = search.run(list(self.starts.values()), self._after)
             searched, state = clock.now(), search.state()
-            candidates = [*((CALIBRATED, schedule) for schedule in found), *self.starts.items()]
+            cost, target = task.budget.cost, task.budget.target  # a start may cost something else
+            met = [(name, start) for name, start in self.starts.items() if meets_budget(cost(start), target)]
+            candidates = [*((CALIBRATED, schedule) for schedule in found), *met]
             losses: list[list[Tensor]] = [[] for _ in candidates]
             for part in clock.parts(len(chosen_on), clock.seconds):
                 images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
@@ -193,7 +195,7 @@ class Calibrating:
         timed = self.clock.limited if before is None else before["timed"]
         count = before["images"] if before is not None and timed else settings.images
         until = LOADED * self.clock.seconds if before is None else math.inf
-        images = gather_images(self.task.loader, count, self.clock, until)
+        images = gather_images(self.task.epoch_of(0), count, self.clock, until)
         count = least(len(images), self.task.place)
         images = images[:count]
         if timed:  # the first of them may be all that there is time for

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import Group, default_precision, generators_kept, place_for
@@ -107,6 +109,7 @@ def search(
     settings = replace(settings, precision=settings.precision or default_precision(place.device))
     if val is not None:
         require_batches(val)
+        val = list(val) if isinstance(val, Iterator) else val  # for every epoch
         Tally(place.device, settings.multi_label)  # raises before the search where scikit-learn is missing
     if target.timed:
         table = settings.latency or measure_latency(model, device=place.device, targets=[target], group=group)
@@ -117,7 +120,8 @@ def search(
     budget.check(task.space)
     before = model.compression.schedule
     try:
-        with generators_kept():
+        # What is called without gradients learns all the same.
+        with generators_kept(*task.generators()), torch.inference_mode(False):
             return _found(task, callback)
     except BaseException:
         if model.compression.schedule != before:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from diffrate.budget import FLOPS, LATENCY, SHARE, SPEEDUP, BudgetError, Target
 from diffrate.schedule import RULE_NAMES, SLICED
@@ -180,6 +180,8 @@ class SearchSettings:
                 fine = accepted in {kind.__name__ for kind in type(value).__mro__}
             else:
                 fine = value in accepted
+                if fine and item.type in ("int", "int | None") and not isinstance(value, SupportsIndex):
+                    fine, words = False, f"a whole number {words}"
             if isinstance(accepted, tuple):
                 words = (" or " if len(accepted) == 2 else ", ").join(accepted)
             if not fine:
@@ -190,6 +192,8 @@ class SearchSettings:
             raise SearchSettingError(f"least_learning_rate: found {least!r}; accepted: 0 to learning_rate")
         if self.warmup and self.held:
             raise SearchSettingError("warmup: found True; accepted: False where the budget is held")
+        if self.method == GRADIENT and self.rule == "pitome":  # it takes no notice of what a block is to prune
+            raise SearchSettingError("rule: found 'pitome' by gradient; accepted: another, or the method 'calibrated'")
         if self.criterion is not None and not self.labelled:
             raise SearchSettingError(
                 f"criterion: found one with the loss {self.loss!r}; accepted: none, or the loss 'labels'"

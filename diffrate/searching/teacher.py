@@ -122,7 +122,6 @@ class Teacher:
         return apart / spread_of(self.moments(taught), self.group) if self.relative(taught) else apart, spent
 
 
-@torch.inference_mode()
 def means_over(
     teacher: Teacher,
     loader: Iterable[Any],
@@ -141,10 +140,10 @@ def means_over(
         teacher.model.eval()
         for batch in loader:
             images = place.take(split_batch(batch)[0])
-            with autocast(place.device, precision):
+            with torch.inference_mode(), autocast(place.device, precision):
                 found, taught = sums_of(images)
+                moments += teacher.moments(taught)
             sums += found
-            moments += teacher.moments(taught)
             count += len(images)
     total = int(all_sum(count, place.group))
     if total == 0:

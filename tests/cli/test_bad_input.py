@@ -61,7 +61,7 @@ CHECKPOINTS = [  # after --checkpoint @/
     Row("repeated.pth", "head.weight: found a tensor of [100000, 100000]; accepted: one with all its numbers"),
     Row("scalar.pth", "has no head"),
     Row("nothing.pth", "has no head"),
-    Row("whole.pth", "has 2 classes, the checkpoint's head 10"),
+    Row("whole.pth", "head.weight: found torch.int64; accepted: floats of 16 bits or more"),
     Row("space.pth", "(not plain tensors)"),
     Row("bomb.pth", PACKED),
     Row("bomb.npz", PACKED),

@@ -399,6 +399,18 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         changed(lambda state: state.update({"vit.layernorm.weight": torch.ones(32, dtype=torch.int8)})),
         "found torch.int8 [32] on cpu for timm's norm.weight",
     ),
+    "float8": (
+        changed(lambda state: state.update({"vit.layernorm.weight": torch.ones(32).to(torch.float8_e4m3fn)})),
+        "found torch.float8_e4m3fn [32] on cpu for timm's norm.weight",
+    ),
+    "a_bias": (
+        changed(lambda state: state.pop("vit.encoder.layer.1.attention.output.dense.bias")),
+        "found nothing for timm's blocks.1.attn.proj.bias; accepted: a bias in all blocks, or in none",
+    ),
+    "a_query_bias": (
+        changed(lambda state: state.pop("vit.encoder.layer.0.attention.attention.query.bias")),
+        "found nothing for timm's blocks.0.attn.q.bias; accepted: a bias in all blocks, or in none",
+    ),
     "unknown_tensor": (
         changed(lambda state: state.update({"vit.adapter.weight": torch.ones(2)})), "found adapter.weight; accepted: "
     ),
@@ -410,6 +422,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "processor": (written("preprocessor_config.json", "no"), "preprocessor_config.json: cannot be read"),
     "mean": (said("preprocessor_config.json", image_mean=[1, 2]), "found image_mean [1, 2]; accepted: three numbers"),
     "std": (said("preprocessor_config.json", image_std=[0, 1, 1]), "found image_std [0, 1, 1]; accepted: three"),
+    "number": (said("preprocessor_config.json", image_mean=0.5), "found image_mean 0.5; accepted: three numbers"),
+    "crop_pct": (said("preprocessor_config.json", crop_pct=0.875), "found crop_pct 0.875; accepted: none"),
+    "offset": (said("preprocessor_config.json", rescale_offset=True), "found rescale_offset True; accepted: none"),
+    "flipped": (said("preprocessor_config.json", do_flip_channel_order=True), "found do_flip_channel_order True"),
+    "levit": (
+        said("preprocessor_config.json", image_processor_type="LevitImageProcessor"),
+        "found the LevitImageProcessor; accepted: processors that resize to the size that they say",
+    ),
     "words": (said("preprocessor_config.json", image_std=["a", "b", "c"]), "preprocessor_config.json: "),
     "edge": (said("preprocessor_config.json", size={"longest_edge": 32}), "found the size {'longest_edge': 32}"),
     "resample": (said("preprocessor_config.json", resample=9), "found resample 9; accepted: 0 to 5, nearest, lanczos"),
@@ -448,6 +468,10 @@ def test_what_is_adapted_is_said(cli: Cli, image_folder: Path, tmp_path: Path) -
     assert "no crop_size; the centre of an image is cut out as a square" in text
     assert "positions interpolated for 48 pixels, from 32" in text
     assert "pos_drop_rate 0.1, proj_drop_rate 0.1 of its configuration left out" in text
+    said("preprocessor_config.json", resample=None, image_std=None)(folder)
+    code, text, err = cli(*flags)
+    assert (code, err) == (0, "")
+    assert "preprocessor_config.json: no resample, image_std; as usual for its layout" in text
     (folder / "preprocessor_config.json").unlink()
     code, text, err = cli(*flags)
     assert (code, err) == (0, "")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import diffrate
 import models
-from cli.flags import parse_flags
+from cli.flags import check_paths, parse_flags
 from cli.model import chosen_entry
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
@@ -226,6 +226,14 @@ def test_with_its_weights_the_tag_is_named(
     words = ("--finetune", "official", "--model", "test_vit", "--data-path", image_folder, "--epochs", 1, *FAST)
     assert cli(*words, "--output_dir", tmp_path / "out")[::2] == (0, "")
     assert names_in(tmp_path / "out") == {"test_vit.r160_in1k"}
+
+
+def test_a_saved_model_may_have_any_name(tmp_path: Path) -> None:
+    file, model = tmp_path / "saved.safetensors", models.create(models.entry_of("test_vit"), 64, num_classes=3)
+    diffrate.save(diffrate.patch.vit(model), file, name="a v1.pth")
+    settings = parse_flags(["--eval", "--checkpoint", str(file), "--data-path", str(tmp_path)])
+    check_paths(settings)
+    assert settings.model.name == "a v1.pth"
 
 
 def test_a_saved_model_is_cropped_as_its_file_says(tmp_path: Path) -> None:

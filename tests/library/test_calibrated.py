@@ -197,6 +197,13 @@ def test_never_worse_than_by_hand() -> None:
     assert calibrated.trials[-1].work <= SETTING["work"]
 
 
+def test_a_start_off_the_budget_is_brought_onto_it() -> None:
+    model = small()
+    dense = model.dense_schedule()
+    found = diffrate.search(model, batches(8), **SETTING | {"work": 300}, start=dense)
+    assert meets_budget(found.flops, 0.6 * model.flops_at(dense))
+
+
 def test_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     file = tmp_path / "search.pth"
     _, expected = whole()

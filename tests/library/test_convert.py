@@ -207,6 +207,18 @@ def _with_two_epsilons() -> nn.Module:
     return model
 
 
+def _without_a_bias() -> nn.Module:
+    model: Any = _torchvision()
+    model.encoder.layers[1].mlp[0].bias = None
+    return model
+
+
+def _with_an_activation() -> nn.Module:
+    model: Any = _torchvision()
+    model.encoder.layers[1].mlp[1] = nn.ReLU()
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another forward": (lambda: _torchvision(Changed), "Changed"),
     "no model": (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear; accepted: .*ViTModel"),
@@ -216,6 +228,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "found heads of Sequential; accepted: Linear, or",
     ),
     "an adapter": (_with_a_part_beside, r"found blocks\.1\.adapter\.weight, .*; accepted: parts"),
+    "a bias that one block lacks": (
+        _without_a_bias,
+        r"found nothing for timm's blocks\.1\.mlp\.fc1\.bias; accepted: a bias",
+    ),
+    "another activation": (_with_an_activation, "found the activation .*ReLU; accepted: GELU, QuickGELU, one in all"),
     "two epsilons": (_with_two_epsilons, r"epsilon \[1e-06, 0\.1\]; accepted"),
 }
 REFUSED_OF_TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -234,6 +251,10 @@ REFUSED_OF_TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "pooler": (
         lambda: of_transformers("ViTModel", "ViTConfig", pooler_act="relu"),
         "ViTModel: found config.pooler_act 'relu'; accepted: tanh",
+    ),
+    "tables of oblong images": (
+        lambda: of_transformers("BeitModel", "BeitConfig", image_size=(32, 48), use_relative_position_bias=True),
+        r"BeitModel: found config.image_size \(32, 48\); accepted: a square, with relative positions",
     ),
     "another task": (lambda: of_transformers("ViTForMaskedImageModeling", "ViTConfig"), "ViTForMaskedImageModeling"),
     "another model": (lambda: of_transformers("ViTMSNModel", "ViTMSNConfig"), "ViTMSNModel; accepted"),

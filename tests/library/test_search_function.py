@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import diffrate
 from diffrate.budget import meets_budget
@@ -288,13 +288,15 @@ def shuffled() -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, labels), batch_size=4, shuffle=True)
 
 
-def test_a_shuffling_loader_repeats_with_its_seed() -> None:
-    torch.manual_seed(5)
-    first = diffrate.search(small(), shuffled(), share=0.7, epochs=2)
-    torch.manual_seed(6)
-    assert diffrate.search(small(), shuffled(), share=0.7, epochs=2).history == first.history
-    other = diffrate.search(small(), shuffled(), share=0.7, epochs=2, seed=1)
-    assert other.history != first.history
+@pytest.mark.parametrize("more", [{"epochs": 2}, {"method": "calibrated", "work": 200}])
+def test_a_shuffling_loader_repeats_with_its_seed(more: dict[str, Any]) -> None:
+    def found(drawn: int, **others: Any) -> Any:
+        torch.manual_seed(drawn)
+        result = diffrate.search(small(), shuffled(), share=0.7, **more, **others)
+        return result.history or (result.calibrated and result.calibrated.losses)
+
+    assert found(6) == found(5)
+    assert found(5, seed=1) != found(5)
 
 
 @pytest.mark.parametrize("make", [batches, shuffled])
@@ -383,6 +385,11 @@ def test_options_are_keywords_or_settings() -> None:
         ({"share": 0.7, "loss": "tokens", "criterion": len}, SearchSettingError, "criterion: found one with the loss"),
         ({"share": 0.7, "start_spread": 0.0}, SearchSettingError, "start_spread: found 0.0"),
         ({"share": 0.7, "seed": -1}, SearchSettingError, "seed: found -1"),
+        ({"share": 0.7, "epochs": 1.5}, SearchSettingError, "epochs: found 1.5; accepted: a whole number from 1"),
+        ({"share": 0.7, "steps": 2.5}, SearchSettingError, "steps: found 2.5; accepted: a whole number from 1"),
+        ({"share": 0.7, "rule": "pitome"}, SearchSettingError, "rule: found 'pitome' by gradient; accepted: another"),
+        ({"share": 0.7, "start": diffrate.Schedule((17,) * 4, ("a",) * 4)}, diffrate.ScheduleError, "start: merge_"),
+        ({"share": 0.7, "start": diffrate.Schedule(30, 30)}, diffrate.ScheduleError, "start: "),
         ({"share": 0.7, "checkpoint": "/nowhere/at/all.pth"}, SearchSettingError, "checkpoint: found"),
         ({"share": 0.7, "start": diffrate.Schedule((17,), (17,))}, diffrate.ScheduleError, "start: "),
     ],
@@ -402,7 +409,20 @@ class Stream:
         return iter(batches())
 
 
-@pytest.mark.parametrize("make", [Stream, lambda: (batch for batch in batches()), lambda: tuple(batches())])
+class Flow(IterableDataset[Any]):
+    """The images of `batches`, one by one: its loader has a `__len__`, which raises."""
+
+    def __iter__(self) -> Any:
+        return (pair for images, labels in batches() for pair in zip(images, labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(Stream, lambda: (batch for batch in batches()), lambda: tuple(batches())),
+        lambda: DataLoader(Flow(), batch_size=4),
+    ],
+)
 def test_any_iterable_is_a_loader(make: Any) -> None:
     expected = diffrate.search(small(), batches(), share=0.7, epochs=2)
     assert diffrate.search(small(), make(), share=0.7, epochs=2) == expected
@@ -413,6 +433,34 @@ def test_a_generator_runs_dry_and_says_so() -> None:
         diffrate.search(small(), (batch for batch in batches()), share=0.7, steps=3, epochs=2)
     with pytest.raises(SearchSettingError, match="loader: found no batch"):
         diffrate.search(small(), [], share=0.7)
+
+
+def test_a_generator_with_steps_goes_on_where_it_was(tmp_path: Path) -> None:
+    class Stop(diffrate.Observer):
+        asked = 0
+
+        def stop(self) -> bool:
+            self.asked += 1
+            return self.asked == 4
+
+    setting: dict[str, Any] = {"share": 0.7, "epochs": 2, "steps": 3}
+    whole = diffrate.search(small(), iter(batches(6)), **setting)
+    with pytest.raises(diffrate.StoppedError):
+        diffrate.search(small(), iter(batches(6)), **setting, checkpoint=tmp_path / "a.pth", callback=Stop())
+    assert diffrate.search(small(), iter(batches(6)), **setting, resume=tmp_path / "a.pth") == whole
+
+
+def test_images_to_score_may_come_once() -> None:
+    found = [diffrate.search(small(), batches(), share=0.7, epochs=2, val=make(batches(2))) for make in (list, iter)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
+def test_a_search_learns_whoever_calls_it(within: Any) -> None:
+    loader, model = batches(), small()
+    expected = diffrate.search(small(), loader, share=0.7)
+    with within():
+        assert diffrate.search(model, loader, share=0.7) == expected
 
 
 def test_a_model_that_is_not_patched_is_refused() -> None:
@@ -530,9 +578,46 @@ def test_a_model_that_was_evaluated_elsewhere_still_trains() -> None:
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
+def test_images_that_a_loader_keeps_can_be_trained_on() -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.cache: list[Batch] = []
+
+        def __iter__(self) -> Any:
+            self.cache = self.cache or [(images.clone(), labels) for images, labels in batches(1)]
+            return iter(self.cache)
+
+    model, asked = small(), []
+    for call in (
+        lambda loader: diffrate.evaluate(
+            model, loader, callback=lambda _: asked.append(torch.is_inference_mode_enabled())
+        ),
+        lambda loader: diffrate.sensitivity(model, loader, shares=[0.5]),
+    ):
+        loader = Kept()
+        call(loader)
+        assert not loader.cache[0][0].is_inference()
+    assert asked == [False]
+
+
+def test_evaluation_takes_a_module_that_holds_a_compressed_model() -> None:
+    class Ours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = small()
+            self.backbone.return_flop = False
+
+        def forward(self, images: Tensor) -> Tensor:
+            return 2 * self.backbone(images)
+
+    assert diffrate.evaluate(Ours(), batches()).images == 12
+
+
 def test_rates_are_where_the_model_is_and_search_in_float32() -> None:
     assert {rate.device.type for rate in diffrate.patch.vit(_plain().to("meta")).arch_parameters()} == {"meta"}
     model = small().to(torch.bfloat16)
+    for rate in model.arch_parameters():
+        rate.grad = torch.ones_like(rate)  # of a step by hand
     diffrate.search(model, batches(), share=0.7)
     assert {rate.dtype for rate in model.arch_parameters()} == {torch.float32}
 
@@ -566,7 +651,9 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_bit_for_bit(tmp_path: Path
 
     with pytest.raises(diffrate.StoppedError):
         diffrate.search(small(), own(), share=0.7, epochs=2, checkpoint=file, callback=Stop())
-    assert diffrate.search(small(), own(), share=0.7, epochs=2, resume=file).history == whole.history
+    loader = own()
+    assert diffrate.search(small(), loader, share=0.7, epochs=2, resume=file).history == whole.history
+    assert loader.generator.initial_seed() == 7  # as it was
 
 
 def test_notes_that_no_checkpoint_can_hold_are_refused(tmp_path: Path) -> None:
