@@ -97,6 +97,8 @@ def search(
     for name, given in (("callback", callback), ("criterion", settings.criterion)):
         if not (given is None or callable(given) or isinstance(given, Observer)):
             raise TypeError(f"{name}: found {type(given).__name__}; accepted: a function, or none")
+    if settings.method == GRADIENT and settings.rule == "pitome":  # it takes no notice of what a block is to prune
+        raise SearchSettingError("rule: found 'pitome' by gradient; accepted: another, or the method 'calibrated'")
     target = settings.target
     needs_head = settings.method == GRADIENT and settings.criterion is None and settings.labelled
     if needs_head and not model.has_head():

@@ -192,8 +192,6 @@ class SearchSettings:
             raise SearchSettingError(f"least_learning_rate: found {least!r}; accepted: 0 to learning_rate")
         if self.warmup and self.held:
             raise SearchSettingError("warmup: found True; accepted: False where the budget is held")
-        if self.method == GRADIENT and self.rule == "pitome":  # it takes no notice of what a block is to prune
-            raise SearchSettingError("rule: found 'pitome' by gradient; accepted: another, or the method 'calibrated'")
         if self.criterion is not None and not self.labelled:
             raise SearchSettingError(
                 f"criterion: found one with the loss {self.loss!r}; accepted: none, or the loss 'labels'"

@@ -256,6 +256,7 @@ def test_the_usual_granularity_gives_way_where_there_are_few_patches(
         (("--init_compression_rate", 9), "no --init_compression_rate 9"),
         (("--baseline", "best"), "--baseline"),
         (("--baseline", "tome", "--rule", "similar"), "--baseline tome has its own"),
+        (("--rule", "pitome"), "rule: found 'pitome' by gradient; accepted: another"),
     ],
 )
 def test_bad_input(more: tuple[object, ...], expected: str, cli: Cli, image_folder: Path, tmp_path: Path) -> None:
