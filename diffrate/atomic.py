@@ -153,6 +153,11 @@ def load_tensors(path: Path | str, **options: Any) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
+def holds_weights(tensor: Any) -> bool:
+    """Whether it holds floats of 16 bits or more, as weights do: not the numbers of a quantised model."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
+
+
 def check_unpacked(path: Path | str) -> None:
     """Refuse a file of which little makes much: an archive of more than twice its size, or a pickle that asks for space
     by a number. No weights are packed that tightly.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from diffrate.atomic import UNREADABLE as UNREADABLE_BY_TORCH
-from diffrate.atomic import answers, check_unpacked, first_line, hub_or_cache, load_tensors, refuse_pipe
+from diffrate.atomic import answers, check_unpacked, first_line, holds_weights, hub_or_cache, load_tensors, refuse_pipe
 from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights, Size
 
 StateDict = dict[str, Tensor]
@@ -299,10 +299,9 @@ def _converted(found: StateDict, notes: list[str], model: Any, name: str, made_a
         raise CheckpointError(f"checkpoint {name} does not fit the model: {told}")
     learned = {key for key, _ in model.named_parameters()}
     for key, value in state.items():
-        floats = value.is_floating_point() and value.element_size() > 1
-        if key in learned and not floats:
+        if key in learned and not holds_weights(value):
             raise CheckpointError(f"checkpoint {name}: {key}: found {value.dtype}; accepted: floats of 16 bits or more")
-        if floats and not bool(value.isfinite().all()):
+        if holds_weights(value) and not bool(value.isfinite().all()):
             raise CheckpointError(f"checkpoint {name}: {key} holds NaN or infinite values; accepted: finite weights")
     held = {value.untyped_storage().data_ptr() for value in found.values()}
     made = [key for key in state if key.endswith(POSITIONS) and state[key].untyped_storage().data_ptr() not in held]

@@ -10,6 +10,7 @@ import torch
 from timm.layers.drop import DropPath
 from torch import nn
 
+from diffrate.atomic import holds_weights
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting import transformers_vits
 from diffrate.converting.layout import CLIP, IMAGENET_VIT, Names, Plan, State, parts_of, planned
@@ -57,8 +58,7 @@ def torchvision_vit(model: Any) -> Plan:
         raise UnsupportedModelError(f"{kind}: found heads of {type(last).__name__}; accepted: Linear, or Identity")
     heads, size = model.encoder.layers[0].num_heads, as_size(model.image_size)
     bent = _activation((block.mlp[1] for block in model.encoder.layers), kind)
-    arguments = {"global_pool": "token", "act_layer": bent}
-    plan = planned(kind, parts_of(model), TORCHVISION, IMAGENET_VIT, heads, size, **arguments)
+    plan = planned(kind, parts_of(model), TORCHVISION, IMAGENET_VIT, heads, size, global_pool="token", act_layer=bent)
     if "head.weight" in plan.state:
         plan.add_head({})
     inside = model.attention_dropout
@@ -91,20 +91,22 @@ def open_clip_vit(model: Any) -> Plan:
     return plan
 
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # of what GELU approximates by
+# timm's names of activations, by their classes and what these approximate by.
+ACTIVATIONS = {
+    ("torch.nn.modules.activation.GELU", "none"): "gelu",
+    ("torch.nn.modules.activation.GELU", "tanh"): "gelu_tanh",
+    ("open_clip.transformer.QuickGELU", None): "quick_gelu",
+}
 
 
 def _activation(modules: Iterable[Any], kind: str) -> str:
     """timm's name of the one activation that all blocks have."""
-    found = {module.approximate if type(module) is nn.GELU else name_of(type(module)) for module in modules}
-    name = found.pop() if len(found) == 1 else ", ".join(sorted(found))
-    if name == "open_clip.transformer.QuickGELU":
-        return "quick_gelu"
-    if name not in ACTIVATIONS:
-        found = f"found the activation {name.rpartition('.')[2]}"
-        raise UnsupportedModelError(f"{kind}: {found}; accepted: GELU, QuickGELU, one in all blocks")
-    return ACTIVATIONS[name]
+    found = {(name_of(type(module)), getattr(module, "approximate", None)) for module in modules}
+    if len(found) > 1 or not found <= ACTIVATIONS.keys():
+        shown = ", ".join(sorted(name.rpartition(".")[2] for name, _ in found))
+        accepted = "GELU, QuickGELU, one in all blocks"
+        raise UnsupportedModelError(f"{kind}: found the activation {shown}; accepted: {accepted}")
+    return ACTIVATIONS[found.pop()]
 
 
 def timm_tower(model: Any) -> nn.Module:
@@ -220,7 +222,7 @@ def completed(plan: Plan, expected: State, kind: str) -> State:
         found = left.pop(name, None)
         if found is None and name.endswith("bias"):
             found = torch.zeros(own.shape)
-        if found is None or found.is_meta or found.shape != own.shape or found.dtype not in FLOATS:
+        if found is None or found.is_meta or found.shape != own.shape or not holds_weights(found):
             shown = "nothing" if found is None else f"{found.dtype} {list(found.shape)} on {found.device}"
             raise UnsupportedModelError(f"{kind}: found {shown} for timm's {name}; accepted: floats {list(own.shape)}")
         state[name] = found

@@ -25,7 +25,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or in parts, which a fil
 INDEX = ".index.json"
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 REFUSED = ("crop_pct", "rescale_offset", "do_flip_channel_order")  # other pixels than the command line makes
-RESIZES_MORE = "LevitImageProcessor"  # than its size says
+# These resize to more than the size that they say.
+LARGER = ("LevitFeatureExtractor", "LevitImageProcessor", "LevitImageProcessorFast")
 # What may be unsaid, of which step.
 USUAL = {"resample": "do_resize", "image_mean": "do_normalize", "image_std": "do_normalize"}
 KNOWN = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb", "do_reduce_labels")
@@ -182,8 +183,8 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
     for name in REFUSED:
         if said.get(name):
             raise ValueError(f"found {name} {said[name]!r}; accepted: none")
-    if said.get("image_processor_type") == RESIZES_MORE:
-        raise ValueError(f"found the {RESIZES_MORE}; accepted: processors that resize to the size that they say")
+    if (kind := _kind_of(said)) in LARGER:
+        raise ValueError(f"found the {kind}; accepted: processors that resize to the size that they say")
     unsaid = [name for name, step in USUAL.items() if name not in said and said.get(step, True)]
     if unsaid:
         notes.append(f"{PROCESSOR}: no {', '.join(unsaid)}; as usual for its layout")
@@ -199,9 +200,8 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
         found = said.get(key) or facts[name]
         if not said.get("do_normalize", True):
             found = none
-        if not isinstance(found, list | tuple) or len(found) != 3:
-            raise ValueError(f"found {key} {found!r}; accepted: three numbers")
-        if not all(math.isfinite(value) and value > (name == "mean") * -1e9 for value in found):
+        three = isinstance(found, list | tuple) and len(found) == 3
+        if not three or not all(math.isfinite(value) and value > (name == "mean") * -1e9 for value in found):
             raise ValueError(f"found {key} {found}; accepted: three numbers{', above 0' if name == 'std' else ''}")
         facts[name] = tuple(map(float, found))
     size, shortest = _sides(said.get("size"), said)
@@ -223,13 +223,17 @@ def _inputs(said: Mapping[str, Any], own: Size, facts: dict[str, Any]) -> Inputs
     return wanted, facts, notes
 
 
+def _kind_of(said: Mapping[str, Any]) -> Any:
+    """The class of a processor, by the field of either name."""
+    return said.get("image_processor_type") or said.get("feature_extractor_type")
+
+
 def _sides(size: Any, said: Mapping[str, Any]) -> tuple[Size | None, bool]:
     """Height and width, and whether they are what the shorter side becomes."""
     if size is None:
         return None, False
     if not isinstance(size, dict):
-        kind = said.get("image_processor_type") or said.get("feature_extractor_type")
-        return as_size(size, "size"), kind in SHORTEST and not isinstance(size, list)
+        return as_size(size, "size"), _kind_of(said) in SHORTEST and not isinstance(size, list)
     names = {name for name, side in size.items() if side is not None}
     if names == {"height", "width"}:
         return as_size([size["height"], size["width"]], "size"), False

@@ -52,7 +52,7 @@ class Names:
         layer, dot, part = name.rpartition(".")
         return self.ours.get(name) or (self.ours[layer] + dot + part if layer in self.ours else name)
 
-    def read(self, tensors: State) -> State:
+    def read(self, tensors: State, kind: str) -> State:
         """The `tensors` of a module under timm's names, queries, keys and values joined."""
         state: State = {}
         for name, tensor in tensors.items():
@@ -61,7 +61,7 @@ class Names:
             found = self.block.match(name)
             prefix = "" if found is None else f"blocks.{found[1]}."
             state[prefix + self.renamed(name if found is None else name[found.end() :])] = tensor
-        _check_biases(state)
+        _check_biases(state, kind)
         for prefix in [name.removesuffix("q.weight") for name in state if name.endswith(".attn.q.weight")]:
             _join(state, [prefix + part for part in "qkv"], prefix + "qkv")
         for prefix in [name.removesuffix("gate.weight") for name in state if name.endswith(".mlp.gate.weight")]:
@@ -69,14 +69,14 @@ class Names:
         return state
 
 
-def _check_biases(state: State) -> None:
+def _check_biases(state: State, kind: str) -> None:
     """Refuse a block that lacks a bias which the same layer of another block has."""
     layers = [name.removesuffix(".weight") for name in state if re.match(r"blocks\..*\.weight$", name)]
     biased = {layer.split(".", 2)[2] for layer in layers if f"{layer}.bias" in state}
     for layer in layers:
         if layer.split(".", 2)[2] in biased and f"{layer}.bias" not in state:
-            wrong = f"found nothing for timm's {layer}.bias"
-            raise UnsupportedModelError(f"{wrong}; accepted: a bias in all blocks, or in none")
+            found = f"found nothing for timm's {layer}.bias"
+            raise UnsupportedModelError(f"{kind}: {found}; accepted: a bias in all blocks, or in none")
 
 
 def _join(state: State, parts: Iterable[str], joined: str) -> None:
@@ -149,7 +149,7 @@ def planned(
     Raises:
         UnsupportedModelError: parts that all ViTs have are missing, or layer norms differ.
     """
-    state, epsilons = names.read(parts.tensors), list(parts.epsilons)
+    state, epsilons = names.read(parts.tensors, kind), list(parts.epsilons)
     missing = [name for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if name not in state]
     if missing or len(epsilons) != 1:
         found = f"found nothing for timm's {missing[0]}" if missing else f"found layer norms of epsilon {epsilons}"

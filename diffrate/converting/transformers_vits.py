@@ -169,7 +169,7 @@ def distilled(source: Source) -> Plan:
 def beit(source: Source) -> Plan:
     """BEiT, with tables of relative positions for each block, for all, or none."""
     config = source.config
-    if source.size[0] != source.size[1] and any(getattr(config, name) for name in TABLES):  # it would mix up the sides
+    if source.size[0] != source.size[1] and any(getattr(config, name) for name in TABLES):  # transformers mixes them up
         raise source.refusal("image_size", "a square, with relative positions")
     plan = source.plan(
         BEIT,

@@ -281,10 +281,10 @@ class Search:
             self.rows = array("d", content["history"].flatten().tolist())
             self.multiplier = Multiplier(*content["multiplier"])
             self.silent = False  # its first steps were checked
-            if isinstance(self.task.loader, Iterator):  # which goes on from epoch to epoch
-                deque(islice(self.task.loader, self.epoch * self.steps * self.settings.accumulate), maxlen=0)
         except UNREADABLE as error:
             raise SearchCheckpointError(f"{path}: does not fit this search ({first_line(error)})") from error
+        if isinstance(self.task.loader, Iterator):  # which goes on from epoch to epoch
+            deque(islice(self.task.loader, self.epoch * self.steps * self.settings.accumulate), maxlen=0)
 
     def _save(self) -> None:
         if self.task.file is None or rank(self.group) != 0:

@@ -430,6 +430,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         said("preprocessor_config.json", image_processor_type="LevitImageProcessor"),
         "found the LevitImageProcessor; accepted: processors that resize to the size that they say",
     ),
+    "levit_of_old": (
+        said("preprocessor_config.json", image_processor_type=None, feature_extractor_type="LevitFeatureExtractor"),
+        "found the LevitFeatureExtractor; accepted: processors",
+    ),
     "words": (said("preprocessor_config.json", image_std=["a", "b", "c"]), "preprocessor_config.json: "),
     "edge": (said("preprocessor_config.json", size={"longest_edge": 32}), "found the size {'longest_edge': 32}"),
     "resample": (said("preprocessor_config.json", resample=9), "found resample 9; accepted: 0 to 5, nearest, lanczos"),

@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an adapter": (_with_a_part_beside, r"found blocks\.1\.adapter\.weight, .*; accepted: parts"),
     "a bias that one block lacks": (
         _without_a_bias,
-        r"found nothing for timm's blocks\.1\.mlp\.fc1\.bias; accepted: a bias",
+        r"of torchvision: found nothing for timm's blocks\.1\.mlp\.fc1\.bias; accepted: a bias",
     ),
     "another activation": (_with_an_activation, "found the activation .*ReLU; accepted: GELU, QuickGELU, one in all"),
     "two epsilons": (_with_two_epsilons, r"epsilon \[1e-06, 0\.1\]; accepted"),

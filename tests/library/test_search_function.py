@@ -450,6 +450,13 @@ def test_a_generator_with_steps_goes_on_where_it_was(tmp_path: Path) -> None:
         diffrate.search(small(), iter(batches(6)), **setting, checkpoint=tmp_path / "a.pth", callback=Stop())
     assert diffrate.search(small(), iter(batches(6)), **setting, resume=tmp_path / "a.pth") == whole
 
+    def failing() -> Any:
+        raise OSError("the disk is gone")
+        yield
+
+    with pytest.raises(OSError, match="the disk is gone"):  # not called a fault of the checkpoint
+        diffrate.search(small(), failing(), **setting, resume=tmp_path / "a.pth")
+
 
 def test_images_to_score_may_come_once() -> None:
     found = [diffrate.search(small(), batches(), share=0.7, epochs=2, val=make(batches(2))) for make in (list, iter)]
