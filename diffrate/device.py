@@ -167,7 +167,7 @@ class FixedBatch(nn.Module):
         return self.model(images, return_flop=False)[:count]
 
 
-# The processes that work together, if there are several. Every call says which: in another group none would answer.
+# The processes that work together, if there are several. Every call names their group: others would never answer.
 
 
 def rank(group: Group) -> int:

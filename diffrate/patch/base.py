@@ -137,8 +137,7 @@ class CompressedModel(nn.Module):
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        self.check(schedule)
-        self.compression.schedule = make_schedule(schedule.prune, schedule.merge, schedule.rules)
+        self.compression.schedule = self.check(schedule)
 
     def set_kept_num(self, prune: Sequence[SupportsIndex] | None, merge: Sequence[SupportsIndex]) -> None:
         """Set the `schedule` to these counts, with the paper's rule; `prune` is None for CAFormer.
@@ -148,12 +147,14 @@ class CompressedModel(nn.Module):
         """
         self.schedule = make_schedule(prune, merge)
 
-    def check(self, schedule: Schedule, where: str = "") -> None:
-        """Refuse a schedule that this model cannot run, with a ScheduleError that starts with `where` it comes from."""
+    def check(self, schedule: Schedule, where: str = "") -> Schedule:
+        """The schedule in tuples, with a rule for each block where it has any. One that this model cannot run ends in a
+        ScheduleError that starts with `where` it comes from."""
         if not isinstance(schedule, Schedule):
             raise ScheduleError(f"{where or 'schedule: '}found {type(schedule).__name__}; accepted: a Schedule")
         space, made = self.compression.space, make_schedule(schedule.prune, schedule.merge, schedule.rules, where)
         check_schedule(replace(made, tokens=schedule.tokens), space.limits, space.prunes, where, space.least)
+        return made
 
     def get_kept_num(self) -> tuple[list[int] | None, list[int]]:
         """The counts of `schedule`, prune (None for CAFormer) and merge."""

@@ -60,14 +60,15 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         whole = schedule is not None and min(schedule.merge[: len(self.stages[2].blocks)]) == prod(self.grids[2])
         return state if whole else state.traced()
 
-    def check(self, schedule: Schedule, where: str = "") -> None:
-        super().check(schedule, where)
-        for block in range(len(self.stages[2].blocks), len(schedule.merge)):
-            count, limit = schedule.merge[block], self.compression.space.limits[block]
+    def check(self, schedule: Schedule, where: str = "") -> Schedule:
+        made = super().check(schedule, where)
+        for block in range(len(self.stages[2].blocks), len(made.merge)):
+            count, limit = made.merge[block], self.compression.space.limits[block]
             if count != limit:
                 raise ScheduleError(
                     f"{where}{MERGE_FIELD}[{block}]: found {count}; accepted: {limit}, stage 4 is never compressed"
                 )
+        return made
 
     def cost(self, counts: Iterable[tuple[Count, Count]]) -> Count | int:
         kernel = self.stages[0].blocks[0].token_mixer.dwconv.kernel_size[0]

@@ -197,8 +197,7 @@ class Search:
         self.model.requires_grad_(False)
         compression.reset()
         if settings.start is not None:
-            self.model.check(settings.start, "start: ")
-            compression.start_at(settings.start, settings.start_spread)
+            compression.start_at(self.model.check(settings.start, "start: "), settings.start_spread)
         self.group, self.teacher = task.place.group, None
         if not settings.labelled:
             self.teacher = Teacher(task.model, settings.loss, settings.multi_label, self.group)

@@ -101,8 +101,7 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
         ruled = space.ruled(settings.rule or PUBLISHED)
         given["at once"] = budget.rounded([space.least] * len(space.choices), ruled)
     if settings.start is not None:
-        task.model.check(settings.start, "start: ")
-        given["start"] = settings.start
+        given["start"] = task.model.check(settings.start, "start: ")
 
     def again(corrected: Budget, before: Schedule, rounded: Schedule) -> Schedule:
         """From the schedule before, where that costs no more, and the same rounded to the corrected budget, which is
@@ -253,8 +252,8 @@ class Calibrating:
             return starts, (settings.rule,)
         left = self.clock.seconds - self.clock.now()
         passes = RULES_SHARE * min(settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images)), left * speed)
-        passes, several = min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK), world(self.task.place.group)
-        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[: max(1, int(passes) // several)]
+        images = min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK) // world(self.task.place.group)
+        index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[: max(1, int(images))]
         merging: dict[str, Schedule] = {}
         losses: dict[str, float] = {}
         begun = self.clock.now()

@@ -122,7 +122,7 @@ def search(
     budget.check(task.space)
     before = model.compression.schedule
     try:
-        # What is called without gradients learns all the same.
+        # The search takes gradients where its caller has switched them off.
         with generators_kept(*task.generators()), torch.inference_mode(False):
             return _found(task, callback)
     except BaseException:
