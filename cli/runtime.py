@@ -84,13 +84,21 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         except ValueError as error:  # of MASTER_ADDR and MASTER_PORT
             raise UsageError(f"environment: {first_line(error)}; accepted: as torchrun sets it") from error
         yield
-        dist.barrier()  # nobody leaves while another still waits for it
+        leave_group()
     except RuntimeError as error:
         gloo = type(error) is RuntimeError and "gloo/" in str(error)  # which has no class of its own
         if isinstance(error, dist.DistError) or gloo:
             raise LostProcessError(f"another process is gone ({str(error).splitlines()[0]})") from error
         raise
-    dist.destroy_process_group()
+
+
+def leave_group(group: dist.ProcessGroup | None = None) -> None:
+    """Destroy a process group, torch's default one unless another is given, once all of its processes are here."""
+    dist.barrier(group)  # nobody leaves while another still waits for it
+    # Until torch 2.8 destruction joins gloo's threads under Python's lock, which they wait for where a tensor dies with
+    # them: one in seven runs never ended. Asleep, this thread lets them have it.
+    time.sleep(0.1)
+    dist.destroy_process_group(group)
 
 
 @contextmanager

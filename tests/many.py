@@ -66,8 +66,7 @@ def as_rank(folder: Path) -> None:
             kept = model.get_kept_num()
             outcome = {"kept": kept, "logits": logits, "images": scores.images, "loss": scores.loss, "error": error}
             torch.save(outcome, folder / f"{name} {method} {rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+    cli.runtime.leave_group()
 
 
 def torchrun(*command: object) -> list[str]:

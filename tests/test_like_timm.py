@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import diffrate
+from cli.runtime import leave_group
 from tests.constructions import build, images_for, size_of
 from tests.test_constructions import GRAPHS
 
@@ -58,7 +59,7 @@ def test_distributed_training_at_fixed_counts_goes_on_after_a_step(tmp_path: Any
         for _ in range(3):
             nn.functional.cross_entropy(model(images())[0], torch.arange(5)).backward()
     finally:
-        torch.distributed.destroy_process_group()
+        leave_group()
 
 
 def test_rates_learn_only_while_they_say_the_counts() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffrate
+from cli.runtime import leave_group
 from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.device import placement_of
 from diffrate.searching.calibration import Calibration, Clock, Reference
@@ -346,8 +347,7 @@ def search_apart(folder: Path) -> None:
     kept = found.schedule
     assert kept.prune is not None
     torch.save([list(kept.prune), list(kept.merge), *found.calibrated.losses], folder / f"rank{rank}")
-    dist.barrier()  # nobody leaves while the other still waits for it
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_share_the_images_and_find_the_same(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffrate
+from cli.runtime import leave_group
 from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.teacher import Teacher, losses_at, sigmoid_divergence
 from tests.forked import two
@@ -217,8 +218,7 @@ def share(folder: Path, model: diffrate.CompressedModel, pairs: list[Any]) -> No
     scores = [asdict(diffrate.evaluate(model, part)) for part in (mine, nothing)]
     losses = losses_at(model, [KEPT], [batch for batch, _ in mine])
     torch.save((scores, losses), folder / f"rank{dist.get_rank()}")
-    dist.barrier()  # nobody leaves while the other still waits for it
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_the_images_of_all_processes_count(tmp_path: Path) -> None:

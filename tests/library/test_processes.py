@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import diffrate
+from cli.runtime import leave_group
 from diffrate import device
 from diffrate.latency import measure
 from tests.forked import ended, started, two
@@ -47,8 +48,7 @@ def search(folder: Path) -> None:
             # The second has no images: nobody is left waiting for it.
             with pytest.raises(ValueError, match=said):
                 diffrate.search(model, [] if rank else loader, share=0.8, method=method)
-        dist.barrier()  # nobody leaves while the other still waits for it
-        dist.destroy_process_group()
+        leave_group()
 
 
 def test_two_processes_are_one_with_all_of_the_images(tmp_path: Path) -> None:
@@ -172,10 +172,9 @@ def by_halves(folder: Path) -> None:
     asked = ("get_rank", "get_world_size", "all_reduce", "all_gather_object", "broadcast_object_list")
     device.dist = SimpleNamespace(**vars(dist) | {name: with_a_group(getattr(dist, name)) for name in asked})
     worked(half, place, groups[half], folder / "four")
-    dist.destroy_process_group(groups[half])
+    leave_group(groups[half])
     refused(groups[half], ValueError, "one without this process")
-    dist.barrier()  # nobody leaves while another still waits for it
-    dist.destroy_process_group()
+    leave_group()
 
 
 def alone(folder: Path) -> None:
@@ -183,8 +182,7 @@ def alone(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=1))
     for number in range(len(WORK)):
         worked(number, dist.get_rank(), None, folder / "two")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_each_half_of_four_processes_works_on_its_own(tmp_path: Path) -> None:
