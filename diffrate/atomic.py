@@ -9,7 +9,6 @@ import os
 import pickle
 import socket
 import stat
-import tempfile
 import threading
 import warnings
 import zipfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
+from uuid import uuid4
 
 WRITING = threading.RLock()  # held while a file is written: a process that ends takes it first
 SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
@@ -183,30 +183,27 @@ def check_unpacked(path: Path | str) -> None:
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """An empty scratch file for the block to write by its name. It becomes `path` when the block ends without an
-    error, and is removed otherwise.
+    """An empty scratch file for the block to write by its name. It becomes `path`, or the file that this links to, with
+    the permissions of the file that was there, when the block ends without an error, and is removed otherwise.
 
     Raises:
         OSError: the folder cannot be written.
     """
+    real = Path(os.path.realpath(path))
+    scratch = real.with_name(f".{real.name}-{uuid4().hex}")
     with WRITING:
-        try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        except OSError as error:
-            error.filename = str(path)  # not the scratch file's
-            raise
-        os.close(descriptor)
-        scratch = Path(name)
         SCRATCH.add(scratch)
         try:
+            scratch.touch(exist_ok=False)
+            mode = (real if real.is_file() else scratch).stat().st_mode  # writers change it
             yield scratch
             with scratch.open("rb+") as file:
                 os.fsync(file.fileno())
-            scratch.chmod(0o644)  # mkstemp's files are for their owner alone
-            scratch.replace(path)
+            scratch.chmod(stat.S_IMODE(mode))
+            scratch.replace(real)
         except BaseException as error:
             scratch.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename in (None, name):
+            if isinstance(error, OSError) and error.filename in (None, str(scratch)):
                 error.filename = str(path)  # not the scratch file's
             raise
         finally:

@@ -114,13 +114,13 @@ def check_alone(path: Path, expected: dict[str, Any], cli: Cli, folder: Path, ou
 def test_what_an_evaluation_saves_evaluates_alone(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "a.safetensors", tmp_path / "out"
     flags = ("--eval", "--model", MODEL, "--checkpoint", "scratch", *data(image_folder), *HALF, "--save", path)
-    code, text, err = cli(*flags, "--output_dir", out)
+    code, text, err = cli(*flags, "--crop-pct", 0.6, "--output_dir", out)
     assert (code, err) == (0, "")
     assert f"saved {path}: 0.024 GFLOPs" in text
     check_alone(path, last(out), cli, image_folder, tmp_path / "alone")
     assert counts(tmp_path / "alone") == counts(out) == half()
     about = diffrate.about(path)
-    assert (about.name, about.classes, about.num_classes) == (MODEL, CLASSES, 3)
+    assert (about.name, about.classes, about.num_classes, about.crop_pct) == (MODEL, CLASSES, 3, 0.6)
 
 
 def test_what_a_search_saves_evaluates_alone(cli: Cli, image_folder: Path, tmp_path: Path) -> None:

@@ -578,6 +578,21 @@ def test_half_a_file_never_appears(
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_a_link_and_permissions_stay(path: Path) -> None:
+    """A new file has those of any other, by the umask; one that is written anew keeps its own, where a link leads."""
+    model, plain, link = patched("deit"), path.with_name("plain"), path.with_name("link.safetensors")
+    plain.touch()
+    save(model, path)
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.write_bytes(b"")
+    path.chmod(0o600)
+    link.symlink_to(path)
+    save(model, link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    diffrate.load(path)
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     model = patched("deit")
     (tmp_path / "file").touch()
