@@ -140,6 +140,34 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+# Whose parts and hooks a model may have: they compute what its configuration says.
+LIBRARIES = ("torch", "torchvision", "open_clip", "transformers", "timm", "accelerate")
+
+
+def check_parts(model: nn.Module) -> None:
+    """Refuse what would not be seen in a model's weights: parts, forwards and hooks that are not of `LIBRARIES`.
+
+    Raises:
+        UnsupportedModelError: names the part.
+    """
+    for name, module in model.named_modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        found = ""
+        if not all(map(_of_library, hooks)):
+            found = "a forward hook"
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's, which moves tensors
+            found = "another forward"
+        if name and not _of_library(type(module)):
+            found = f"a {name_of(type(module))}"
+        if found:
+            accepted = f"parts and hooks of {', '.join(LIBRARIES)}"
+            raise UnsupportedModelError(f"{type(model).__name__}: found {found} at {name or '.'}; accepted: {accepted}")
+
+
+def _of_library(item: Any) -> bool:
+    return str(getattr(item, "__module__", "")).partition(".")[0] in LIBRARIES
+
+
 def _read(model: nn.Module, size: Size | None) -> Any:
     """The plan of a timm model, or the model itself, by the class of `model`; for images of `size`."""
     name = known_name(model, transformers_vits.LAYOUTS)
@@ -183,6 +211,7 @@ def convert(model: nn.Module, input_size: int | Size | None = None, layer: int |
         if layer is not None:
             raise UnsupportedModelError(f"layer: found {layer} for {type(model).__name__}; accepted: None, all blocks")
         return plan
+    check_parts(model)
     if layer is not None:
         plan.end_at(layer)
     weight = plan.state["patch_embed.proj.weight"]

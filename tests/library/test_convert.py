@@ -219,7 +219,37 @@ def _with_an_activation() -> nn.Module:
     return model
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def _with_another_layer() -> nn.Module:
+    model: Any = _torchvision()
+    layers = model.encoder.layers[1].mlp
+    layers[0] = Doubled(layers[0].in_features, layers[0].out_features)
+    return model
+
+
+def _with_a_hook() -> nn.Module:
+    model: Any = _torchvision()
+    model.encoder.layers[1].register_forward_hook(lambda block, given, found: 2 * found)
+    return model
+
+
+def _with_a_forward() -> nn.Module:
+    model: Any = _torchvision()
+    model.encoder.layers[1].forward = lambda x: x
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "another layer": (
+        _with_another_layer,
+        r"found a .*Doubled at encoder.layers.encoder_layer_1.mlp.0; accepted: parts",
+    ),
+    "a hook": (_with_a_hook, r"found a forward hook at encoder.layers.encoder_layer_1; accepted: parts and hooks of"),
+    "a forward of its own": (_with_a_forward, r"found another forward at encoder.layers.encoder_layer_1; accepted"),
     "another forward": (lambda: _torchvision(Changed), "Changed"),
     "no model": (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear; accepted: .*ViTModel"),
     "timm's": (lambda: timm.create_model("test_vit"), "found timm's VisionTransformer; accepted: .*diffrate.patch.vit"),
