@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from timm.data import ImageNetInfo
 from torch import Tensor
@@ -23,17 +22,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from diffrate.atomic import first_line, parse_json, refuse_pipe
 from diffrate.device import generators_kept, seed_everything
+from diffrate.pictures import VisualizationError, in_rgb
 from sample import ARCHIVE, unpack_sample
 from samplers import SeededOrder
 
 IMAGENET_CLASSES = 1000
 IN_FOLDERS = ("IMNET", "SAMPLE")  # the data sets that lie in folders of images
 SHOWN_NAMES = 10
-BITS_PER_SAMPLE = 258  # a tag of TIFF
 LOOKED_AT = 100  # images of a data set, for what cameras say of their orientation
 TURNED = range(2, 9)  # EXIF orientations that are not upright
-# Formats of which Pillow gives grey pictures as 32-bit integers that fill 16 bits.
-SCALED_TO_16_BITS = ("PNG", "PPM")
 
 Labelled = tuple[list[tuple[str, int]], list[str]]  # files with their labels, and the names of the classes
 Transform = Callable[[Image.Image], Tensor]
@@ -142,9 +139,11 @@ def load_image(path: str | Path, upright: bool = True) -> Image.Image:
     try:
         with _opened(path) as image:
             image.load()
-            picture, orientation = _rgb(image, path), _orientation(image)
-    except (DataError, MemoryError):
+            picture, orientation = in_rgb(image, f"image {path}"), _orientation(image)
+    except MemoryError:
         raise
+    except VisualizationError as error:
+        raise DataError(str(error)) from error
     except Exception as error:  # Pillow's readers let through what damaged files make them stumble over
         raise DataError(f"image {path}: cannot be read ({first_line(error)}); accepted: a whole image file") from error
     if not upright or orientation not in TURNED:
@@ -328,31 +327,6 @@ def listed(names: Sequence[str]) -> str:
 def _is_image(root: str, path: str) -> bool:
     """Whether `path` below `root` is called like an image, and neither it nor a folder on the way is hidden."""
     return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(root) :]
-
-
-def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
-    """A picture in RGB, 8 bits a colour: on white where it is transparent, scaled where it is of 16-bit integers or of
-    floats from 0 to 1, which Pillow itself would cut off at 255."""
-    floats = image.mode == "F"
-    if not (floats or image.mode.startswith("I")):
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        layer = image.convert("RGBA")
-        picture = Image.new("RGB", layer.size, "white")
-        picture.paste(layer, mask=layer)
-        return picture
-    values, most = np.asarray(image), 1 if floats else 65535
-    known = floats or image.mode != "I" or image.format in SCALED_TO_16_BITS
-    if image.format == "TIFF" and not floats:
-        most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # type: ignore[attr-defined]  # some use 12 of 16
-    if not (known and values.min() >= 0 and values.max() <= most):  # also where there is one that is no number
-        kind = "floats" if floats else "integers"
-        accepted = "8 or 16 bits, or floats from 0 to 1"
-        raise DataError(f"image {path}: found {kind} from {values.min()} to {values.max()}; accepted: {accepted}")
-    pixels = np.rint(values / most * 255).astype(np.uint8)
-    if "transparency" in image.info:  # the one grey that stands for it
-        pixels[values == image.info["transparency"]] = 255
-    return Image.fromarray(pixels).convert("RGB")
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from diffrate.atomic import HUB, SOURCES
 from diffrate.budget import PEERS
 from diffrate.files.header import ExportError, SavedModelError, about, check_destination, is_saved_model, target_of
 from diffrate.schedule import GRANULARITY
-from diffrate.searching.settings import GRADIENT, Range, SearchSettings, flag_of, help_of
+from diffrate.searching.settings import FLAGS, GRADIENT, OF_METHOD, Range, SearchSettings, flag_of, help_of
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
@@ -48,7 +48,7 @@ SEARCH_EPOCHS, TRAINING_EPOCHS = 3, 30
 OPEN = ("epochs", "method", "loss", "budget", "flops_loss", "flops_weight")
 PENALTY = ("flops_loss", "flops_weight")
 # What nothing but the gradient search looks at.
-OF_GRADIENT = ("epochs", "arch_lr", "accum_steps", "budget", *PENALTY, "warmup_compression_rate")
+OF_GRADIENT = tuple(dest_of(FLAGS[name]) for name in OF_METHOD[GRADIENT] if name in FLAGS)
 OF_GRADIENT += ("init_compression_rate", "search_transform")
 SAVED = ".safetensors"
 WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", SAVED, ".npz")  # how files of weights end

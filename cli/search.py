@@ -173,6 +173,8 @@ def _search_one(
         _options(searched, resume is None),
         **{target.kind: target.value},
         latency=table,
+        precision=runtime.amp or torch.float32,
+        save_every=runtime.print_freq,
         notes={"flags": {**settings.run.flags, **identity}},
     )
     begun = _changed(last)
@@ -186,14 +188,11 @@ def _search_one(
         return diffrate.search(
             searched.model,
             train,
-            settings=options,
+            settings=replace(options, trials=reporter),
             # The paper's recipe takes the best epoch; without labels the search uses the images alone.
             val=searched.val if options.labelled else None,
-            callback=reporter,
-            trials=reporter,
-            precision=runtime.amp or torch.float32,
+            callback=reporter if options.method == GRADIENT else None,
             checkpoint=last,
-            save_every=runtime.print_freq,
             resume=resume,
         )
 

@@ -259,7 +259,7 @@ def evaluate(
 
     Raises:
         UnsupportedModelError: the model has no head.
-        ScoresError: labels do not fit the head, or scikit-learn is missing.
+        ScoresError: labels do not fit the head, the model gives no logits, or scikit-learn is missing.
         TypeError: the model is none of torch, or `group` no process group.
         ValueError: there is no batch, or one of another form; no such device or precision, or weights without
             storage; or this process is not in `group`.
@@ -282,7 +282,11 @@ def evaluate(
         for batch in loader:
             images, labels = split_batch(batch)
             with torch.inference_mode(), autocast(place.device, precision):
-                logits = model(place.take(images), **options)
+                found = model(place.take(images), **options)
+                logits = getattr(found, "logits", found)  # of transformers' outputs
+                if not isinstance(logits, Tensor):
+                    accepted = "logits [B, K]; from a patched model inside another, by return_flop=False at patching"
+                    raise ScoresError(f"outputs: found a {type(found).__name__}; accepted: {accepted}")
                 tally.add(logits.float(), labels)
             if callback is not None:
                 callback(tally)

@@ -30,6 +30,9 @@ TINT = 0.6  # of a merged region's colour over the image below
 DIM = 0.3  # what is left of the light where a region was pruned
 PIXELS_A_LINE = 200  # of a picture's side for each pixel of the width of lines
 HATCH = 8  # pixels between the lines over pruned regions
+BITS_PER_SAMPLE = 258  # a tag of TIFF
+# Formats of which Pillow gives grey pictures as 32-bit integers that fill 16 bits.
+SCALED_TO_16_BITS = ("PNG", "PPM")
 
 Groups = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.float64]
@@ -51,7 +54,7 @@ def make_visualization(
 
     Raises:
         VisualizationError: `source` has another shape, or another number of tokens than the image has patches; or one
-            of the two is of another type.
+            of the two is of another type; or the image's values have no known range.
     """
     if not isinstance(image, Image.Image) or not isinstance(source, Tensor):
         found = f"{type(image).__name__} and {type(source).__name__}"
@@ -76,6 +79,35 @@ def make_visualization(
     return draw_groups(image, origin_groups(origin, grid))
 
 
+def in_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """A picture in RGB, 8 bits a colour: on white where it is transparent, scaled where it is of 16-bit integers or of
+    floats from 0 to 1, which Pillow itself would cut off at 255.
+
+    Raises:
+        VisualizationError: its values have no known range; starts with the `name` of the picture.
+    """
+    floats = image.mode == "F"
+    if not (floats or image.mode.startswith("I")):
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        layer = image.convert("RGBA")
+        picture = Image.new("RGB", layer.size, "white")
+        picture.paste(layer, mask=layer)
+        return picture
+    values, most = np.asarray(image), 1 if floats else 65535
+    known = floats or image.mode != "I" or image.format in SCALED_TO_16_BITS
+    if image.format == "TIFF" and not floats:
+        most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # type: ignore[attr-defined]  # some use 12 of 16
+    if not (known and values.min() >= 0 and values.max() <= most):  # also where there is one that is no number
+        kind = "floats" if floats else "integers"
+        accepted = "8 or 16 bits, or floats from 0 to 1"
+        raise VisualizationError(f"{name}: found {kind} from {values.min()} to {values.max()}; accepted: {accepted}")
+    pixels = np.rint(values / most * 255).astype(np.uint8)
+    if "transparency" in image.info:  # the one grey that stands for it
+        pixels[values == image.info["transparency"]] = 255
+    return Image.fromarray(pixels).convert("RGB")
+
+
 def origin_groups(origin: Tensor, grid: tuple[int, int]) -> Groups:
     """Group of each patch, `[rows, columns]`, from the origins `[rows * columns]` of patch tokens.
 
@@ -94,7 +126,7 @@ def draw_groups(image: Image.Image, groups: Groups) -> Image.Image:
     image, and pruned patches are dimmed and hatched. Lines separate groups. Neighbouring regions
     never share a colour, and the same groups always get the same ones.
     """
-    picture = np.array(image.convert("RGB"), dtype=np.float64)
+    picture = np.array(in_rgb(image), dtype=np.float64)
     patch_of_pixel = (np.arange(side) * count // side for side, count in zip(picture.shape, groups.shape, strict=False))
     spread = groups[np.ix_(*patch_of_pixel)]
 

@@ -46,7 +46,7 @@ CLASSIFIERS = ("head.weight", "head_dist.weight", "head.fc.fc2.weight", "head.fc
 # The errors of safetensors, NumPy and timm, too, on files that are cut short, damaged or something else.
 UNREADABLE = (*UNREADABLE_BY_TORCH, AssertionError, SafetensorError, zipfile.BadZipFile)
 # Words that tensors stand under, in timm's order, the averaged ones first; then those of BEiT v2 and I-JEPA.
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder")
+WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model", "module", "encoder")
 POOLING = "attn_pool."  # files have it, and a model may be built without: timm leaves it out, too
 POSITIONS = ("pos_embed", "relative_position_bias_table")
 NUMPY = ".npz"  # Google's ViTs
@@ -221,6 +221,7 @@ def _tensors(path: Path, name: str) -> tuple[StateDict, list[str]]:
         content = content[words[0]]
     found = content if isinstance(content, dict) else {}
     named = {key: value for key, value in found.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    named.pop("n_averaged", None)  # how many torch's AveragedModel, which calls its weights `module.`, has averaged
     tensors, size = clean_state_dict(named), path.stat().st_size
     if not tensors:
         raise CheckpointError(f"checkpoint {path}: found no tensors; accepted: a state dict, alone or under 'model'")

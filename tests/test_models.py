@@ -39,7 +39,9 @@ def test_the_original_caformer_names_are_right() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["official", "bare", "timm", "safetensors", "ours", "averaged", "parallel"])
+@pytest.mark.parametrize(
+    "layout", ["official", "bare", "timm", "safetensors", "ours", "averaged", "parallel", "swa", "ema"]
+)
 def test_every_layout_loads(family: str, layout: str, tmp_path: Path) -> None:
     expected = plain(family)
     torch.save(official_state(family, torch.float32), tmp_path / "official.pth")
@@ -59,6 +61,8 @@ def test_every_layout_loads(family: str, layout: str, tmp_path: Path) -> None:
             "ours": {"model": {**state, **kept}, "kept": ([65] * 6, [65] * 6), "acc1": 90.0},
             "averaged": {"model": noise, "model_ema": state, "state_dict_ema": {}},
             "parallel": {"model": {f"module.{name}": value for name, value in state.items()}},
+            "swa": {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in state.items()}},
+            "ema": {"state_dict": noise, "ema": state},
         }
         torch.save(content[layout], file)
     loaded = plain(family)

@@ -135,6 +135,24 @@ def test_what_does_not_belong_together_is_refused(size: tuple[int, int], source:
 
 
 @pytest.mark.parametrize(
+    ("image", "seen"),
+    [
+        (Image.fromarray(np.full((32, 32), 20_000, np.uint16)), 78),
+        (Image.fromarray(np.full((32, 32), 0.3, np.float32)), 76),
+        (Image.new("RGBA", (32, 32), (0, 0, 0, 0)), 255),
+    ],
+    ids=["16 bits", "floats", "transparent"],
+)
+def test_pixels_of_other_modes_are_scaled(image: Image.Image, seen: int) -> None:
+    drawn = diffrate.make_visualization(image, torch.arange(4), 16, class_token=False)
+    assert drawn.getpixel((8, 8)) == (seen,) * 3
+    with pytest.raises(
+        diffrate.VisualizationError, match=r"^image: found integers from 70000 to 70000; accepted: 8 or"
+    ):
+        diffrate.make_visualization(Image.new("I", (32, 32), 70_000), torch.arange(4), 16, class_token=False)
+
+
+@pytest.mark.parametrize(
     ("image", "source"), [("photo.png", torch.arange(4)), (Image.new("RGB", (32, 32)), [0, 1, 2, 3])]
 )
 def test_other_types_are_refused(image: object, source: object) -> None:

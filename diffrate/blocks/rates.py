@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrate.blocks.tokens import size_dtype
-from diffrate.schedule import RULE_NAMES, Schedule, SearchSpace, make_schedule
+from diffrate.schedule import RULE_NAMES, Schedule, SearchSpace, check_schedule, make_schedule
 
 
 def with_gradient_of(value: Tensor, *carriers: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def schedule_of(state: Tensor, space: SearchSpace) -> Schedule:
     """The schedule in the state of a model with the choices of `space`, as `CompressionState.get_extra_state` gives it.
 
     Raises:
-        ValueError: another number of blocks, or counts of another kind of model, or no rules.
+        ValueError: another number of blocks or tokens, or counts of another kind of model, or no rules.
     """
     rows, kinds, blocks = state.tolist(), len(space.kinds), len(space.limits)
     if state.ndim != 2 or state.shape[1] != blocks or not kinds <= len(rows) <= kinds + 1:
@@ -142,7 +142,9 @@ def schedule_of(state: Tensor, space: SearchSpace) -> Schedule:
     numbers = rows[kinds] if len(rows) > kinds else [0] * blocks
     if not all(0 <= number < len(RULE_NAMES) for number in numbers):
         raise ValueError(f"rules in the state dict: found {numbers}; accepted: 0 to {len(RULE_NAMES) - 1}")
-    return make_schedule(rows[0] if kinds > 1 else None, rows[kinds - 1], [RULE_NAMES[number] for number in numbers])
+    made = make_schedule(rows[0] if kinds > 1 else None, rows[kinds - 1], [RULE_NAMES[number] for number in numbers])
+    check_schedule(made, space.limits, space.prunes, "kept counts in the state dict: ", space.least)
+    return made
 
 
 class CompressionState(nn.Module):

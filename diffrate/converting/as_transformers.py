@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -93,11 +94,7 @@ def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout, whole: 
 
 def _shell(compressed: CompressedVit, like: Any, layout: Layout, grid: bool | None) -> Any:
     """An object of a class derived from that of `like`, with its attributes and, as its only module, `compressed`."""
-    kind = type(like)
-    forward = _forward_like(kind, layout, grid)
-    derived: Any = type(kind.__name__, (_Compressed, kind), {"__module__": kind.__module__, "forward": forward})
-    shell = derived.__new__(derived)
-    nn.Module.__init__(shell)
+    shell = _empty(type(like), layout, grid)
     fresh = vars(shell).keys()
     kept = {key: value for key, value in vars(like).items() if key not in fresh and key not in ("forward", "_hf_hook")}
     vars(shell).update(kept)
@@ -106,10 +103,28 @@ def _shell(compressed: CompressedVit, like: Any, layout: Layout, grid: bool | No
     return shell
 
 
+def _empty(kind: Any, layout: Layout, grid: bool | None) -> Any:
+    """An object of a class derived from `kind`, without attributes."""
+    own = {"__module__": kind.__module__, "forward": _forward_like(kind, layout, grid), "made_of": (kind, layout, grid)}
+    derived: Any = type(kind.__name__, (_Compressed, kind), own)
+    shell = derived.__new__(derived)
+    nn.Module.__init__(shell)
+    return shell
+
+
 class _Compressed:
     """What differs from a class of transformers, beside the forward."""
 
     compressed: CompressedVit
+    made_of: tuple[Any, Layout, bool | None]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the class is in no module that pickle would find it in
+        return _empty, self.made_of, vars(self)
+
+    def save_pretrained(self, *given: Any, **options: Any) -> Any:
+        """As transformers does, which a `Trainer` needs, with a warning."""
+        warnings.warn("from_pretrained does not read a compressed model: keep it by diffrate.save", stacklevel=2)
+        return super().save_pretrained(*given, **options)  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Module:
         """The module that makes patches of images."""

@@ -51,6 +51,7 @@ def known_name(model: object, known: Mapping[str, Any]) -> str | None:
 
 def torchvision_vit(model: Any) -> Plan:
     """The VisionTransformer of torchvision."""
+    check_parts(model)
     kind, last = "VisionTransformer of torchvision", model.heads
     if isinstance(last, nn.Sequential) and last._modules.keys() == {"head"}:
         last = last.head
@@ -69,6 +70,7 @@ def torchvision_vit(model: Any) -> Plan:
 
 def open_clip_vit(model: Any) -> Plan:
     """The VisionTransformer of open_clip: its pooled output, projected where it has a projection."""
+    check_parts(model)
     kind = "VisionTransformer of open_clip"
     if model.attn_pool is not None or model.pool_type not in ("tok", "avg"):
         found = model.pool_type if model.attn_pool is None else type(model.attn_pool).__name__
@@ -140,38 +142,40 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-# Whose parts and hooks a model may have: they compute what its configuration says.
-LIBRARIES = ("torch", "torchvision", "open_clip", "transformers", "timm", "accelerate")
+# Whose parts and hooks a model may have: they compute what its configuration and weights say.
+LIBRARIES = ("torch", "torchvision", "open_clip", "transformers", "timm")
+HOOKING = ("transformers", "accelerate")
 
 
 def check_parts(model: nn.Module) -> None:
-    """Refuse what would not be seen in a model's weights: parts, forwards and hooks that are not of `LIBRARIES`.
+    """Refuse what would not be seen in a model's weights: parts, forwards and hooks of others, parametrized weights.
 
     Raises:
         UnsupportedModelError: names the part.
     """
     for name, module in model.named_modules():
+        found, kind = "", type(module)
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        found = ""
-        if not all(map(_of_library, hooks)):
+        if not all(_library_of(hook) in HOOKING for hook in hooks):
             found = "a forward hook"
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's, which moves tensors
             found = "another forward"
-        if name and not _of_library(type(module)):
-            found = f"a {name_of(type(module))}"
+        if (name and _library_of(kind) not in LIBRARIES) or hasattr(module, "parametrizations"):
+            found = f"a {name_of(kind)}"
         if found:
-            accepted = f"parts and hooks of {', '.join(LIBRARIES)}"
+            accepted = f"parts of {', '.join(LIBRARIES)}, without hooks"
             raise UnsupportedModelError(f"{type(model).__name__}: found {found} at {name or '.'}; accepted: {accepted}")
 
 
-def _of_library(item: Any) -> bool:
-    return str(getattr(item, "__module__", "")).partition(".")[0] in LIBRARIES
+def _library_of(item: Any) -> str:
+    return str(getattr(item, "__module__", "")).partition(".")[0]
 
 
 def _read(model: nn.Module, size: Size | None) -> Any:
     """The plan of a timm model, or the model itself, by the class of `model`; for images of `size`."""
     name = known_name(model, transformers_vits.LAYOUTS)
     if name is not None:
+        check_parts(model)
         return transformers_vits.plan_of(model, name, size)
     name = known_name(model, READERS)
     if name is not None:
@@ -191,10 +195,10 @@ def convert(model: nn.Module, input_size: int | Size | None = None, layer: int |
     """A plain timm model that computes what `model` of another library computes, with copies of its weights.
 
     It takes images `[B, 3, H, W]` of the size that `model` is configured for, is not yet patched, and has the
-    precision, device and mode of `model`, which stays as it is. It gives the logits of a classifier. Of a model without
-    one it gives the pooled output, which searches compare by its angle: `pooler_output` of transformers' (the class
-    token after the last norm where there is no pooler), `image_embeds` of `CLIPVisionModelWithProjection` and
-    `CLIPModel`, and `encode_image` of open_clip's, both before they are normalised.
+    precision, device and mode of `model`, which stays as it is; all weights are trainable. It gives the logits of a
+    classifier. Of a model without one it gives the pooled output, which searches compare by its angle: `pooler_output`
+    of transformers' (the class token after the last norm where there is no pooler), `image_embeds` of
+    `CLIPVisionModelWithProjection` and `CLIPModel`, and `encode_image` of open_clip's, both before they are normalised.
 
     input_size: height and width in pixels, or a side, of images of another size, for which a model of transformers
     interpolates its positions, as it does itself.
@@ -211,7 +215,6 @@ def convert(model: nn.Module, input_size: int | Size | None = None, layer: int |
         if layer is not None:
             raise UnsupportedModelError(f"layer: found {layer} for {type(model).__name__}; accepted: None, all blocks")
         return plan
-    check_parts(model)
     if layer is not None:
         plan.end_at(layer)
     weight = plan.state["patch_embed.proj.weight"]

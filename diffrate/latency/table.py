@@ -30,7 +30,7 @@ from diffrate.blocks.rates import with_gradient_of
 from diffrate.device import machine_name, placement_of
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import block_shape
-from diffrate.schedule import PUBLISHED, RULES, Kept, RuleWork, Schedule, running_counts
+from diffrate.schedule import PUBLISHED, RULES, Kept, RuleWork, Schedule, check_schedule, running_counts
 from diffrate.timing import SHORT_NAMES, Use, mode_name, precision_name
 
 REWEIGHTED = 6  # times
@@ -243,7 +243,10 @@ class LatencyTable:
             sized = sized or kept.merged < kept.pruned
 
     def seconds(self, schedule: Schedule) -> float:
-        """Of one image at `schedule`."""
+        """Of one image at `schedule`; a ScheduleError where that is for fewer blocks, or other tokens."""
+        # CAFormer's schedules go on with counts for blocks that are in no table.
+        limits = (self.tokens,) * max(len(self.order), len(schedule.merge))
+        check_schedule(schedule, limits, schedule.prune is not None, "schedule: ")
         total, leaving = self.embedding, self.tokens
         for times, kept, sized, work in self.steps(schedule):
             total += times.seconds(kept, sized, work)

@@ -177,11 +177,10 @@ class CompressedModel(nn.Module):
         """What happens to the tokens in each compressible block at `schedule`."""
         if not isinstance(schedule, Schedule):
             raise ScheduleError(f"schedule: found {type(schedule).__name__}; accepted: a Schedule")
-        blocks = len(self.compressible_blocks())
-        if min(len(schedule.merge), len(schedule.prune or schedule.merge)) < blocks:
-            raise ScheduleError(f"schedule: found {len(schedule.merge)} counts; accepted: {blocks}, one per block")
+        space = self.compression.space
+        check_schedule(schedule, space.limits, space.prunes, "schedule: ", space.least)
         # CAFormer's schedules go on with counts for the blocks after the compressible ones.
-        return running_counts(schedule, self.compression.space.limits[0])[:blocks]
+        return running_counts(schedule, space.limits[0])[: len(self.compressible_blocks())]
 
     def flops(self) -> int:
         """`flops_at` the present kept counts."""

@@ -386,7 +386,7 @@ class Search:
         settings = self.settings
         images, labels = self._next(batches)
         if settings.mixup is not None:
-            images, labels = settings.mixup(images, labels)
+            images, labels = settings.mixup(images.clone(), labels)  # timm's mixes in place
         with autocast(self.task.place.device, self.settings.precision):
             step = self.model.search_step if self.teacher is None else self.teacher.searching
             outputs, flops = step(images, self.cost)

@@ -18,7 +18,7 @@ from diffrate.schedule import Schedule
 from diffrate.searching.checkpoint import StepRecord, Task, budget_of
 from diffrate.searching.gradient import Observer, search_by_gradient
 from diffrate.searching.hard_counts import Calibrated, search_at_hard_counts
-from diffrate.searching.settings import GRADIENT, OPTIONS, SearchSettingError, SearchSettings, help_of
+from diffrate.searching.settings import GRADIENT, OF_METHOD, OPTIONS, SearchSettingError, SearchSettings, help_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def search(
     Raises:
         TypeError: there is no such option; or settings, callback, criterion or group are of another type.
         UnsupportedModelError: the model is not patched, or has no head for the default loss.
-        SearchSettingError, BudgetError, RateError, ScheduleError: an option, the target, the granularity or
-            the start makes no sense; or the loss is the same whatever the schedule.
+        SearchSettingError, BudgetError, RateError, ScheduleError: an option, the target, the granularity or the start
+            makes no sense, an option is of the other method, or the loss is the same whatever the schedule.
         SearchCheckpointError: `resume` is missing, damaged, or another search's.
         NonFiniteLossError: the loss is no number.
         StoppedError: the observer asked to stop.
@@ -94,6 +94,11 @@ def search(
     if not isinstance(settings, SearchSettings | None):
         raise TypeError(f"settings: found {type(settings).__name__}; accepted: SearchSettings, or options by name")
     settings = replace(settings or SearchSettings(), **options)
+    for name, given in {"callback": callback, **options}.items():
+        default = None if name == "callback" else OPTIONS[name].default
+        for method, names in OF_METHOD.items():
+            if method != settings.method and name in names and given != default:
+                raise SearchSettingError(f"{name}: found with the method {settings.method!r}; accepted: {method!r}")
     for name, given in (("callback", callback), ("criterion", settings.criterion)):
         if not (given is None or callable(given) or isinstance(given, Observer)):
             raise TypeError(f"{name}: found {type(given).__name__}; accepted: a function, or none")

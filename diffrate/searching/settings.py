@@ -231,6 +231,14 @@ class SearchSettings:
 
 
 OPTIONS: Mapping[str, Field[Any]] = {item.name: item for item in fields(SearchSettings)}
+# What one method alone looks at.
+OF_METHOD: Mapping[str, tuple[str, ...]] = {
+    GRADIENT: (
+        *("epochs", "learning_rate", "least_learning_rate", "budget", "flops_loss", "flops_weight", "warmup"),
+        *("accumulate", "steps", "criterion", "mixup", "start_spread", "save_every", "callback"),
+    ),
+    CALIBRATED: ("calibration", "images", "work", "trials"),
+}
 
 
 def flag_of(item: Field[Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import diffrate
 import models
 from models import ModelEntry, Read, Size
+from models.weights import WRAPPERS
 from tests.cli.test_errors import check
 from tests.conftest import Cli
 from tests.constructions import lacking
@@ -387,7 +388,7 @@ def test_the_command_line_says_what_it_adapts_and_refuses_other_patches(
         check(cli(*words, *more), f"checkpoint {file} does not fit the model: it is for patches of 8 by 8 pixels")
 
 
-@pytest.mark.parametrize("word", ["state_dict_ema", "model_ema", "state_dict", "model", "module", "encoder"])
+@pytest.mark.parametrize("word", WRAPPERS)
 def test_the_dictionary_that_is_read_is_said(word: str, tmp_path: Path) -> None:
     entry, file = small("vit_tiny_patch16_224"), tmp_path / "wrapped.pth"
     torch.save({word: weights_of(entry), "optimizer": {}}, file)

@@ -21,6 +21,10 @@ GRADIENT: dict[str, Any] = {"share": 0.9, "epochs": 1}
 CALIBRATED: dict[str, Any] = {"share": 0.6, "method": "calibrated"}
 
 
+OF_GRADIENT = {"criterion": nn.L1Loss(), "mixup": max, "callback": print, "learning_rate": 1.0, "epochs": 9, "steps": 2}
+OF_CALIBRATED = {"calibration": [], "images": 9, "work": 9.0, "trials": diffrate.CalibrationObserver()}
+
+
 def images(*shape: int, **options: Any) -> torch.Tensor:
     return torch.zeros(*(shape or (2, 3, 32, 32)), **options)
 
@@ -61,6 +65,7 @@ def models() -> dict[str, Any]:
         "on meta": diffrate.patch.vit(plain(), 1, 1).to("meta"),
         "linear": nn.Linear(2, 2),
         "wrapped": nn.Sequential(plain()),
+        "pairs inside": nn.Sequential(diffrate.patch.vit(plain(), 1, 1)),
         "of another class": another,
     }
 
@@ -92,6 +97,16 @@ def patch(*granularity: Any, **options: Any) -> Callable[[Any, Path], object]:
 
 def saved(path: str = "x.safetensors", **options: Any) -> Callable[[Any, Path], object]:
     return lambda model, folder: diffrate.save(model, folder / path, **options)
+
+
+def loaded_counts(value: int) -> Callable[[Any, Path], object]:
+    """A state dict whose counts are all `value`."""
+
+    def call(model: Any, _: Path) -> None:
+        kept = {"compression._extra_state": torch.full((2, 2), value)}
+        model.load_state_dict(model.state_dict() | kept)
+
+    return call
 
 
 UNPATCHED = "accepted: a model of timm not yet patched"
@@ -131,6 +146,22 @@ CALLS = [
     Call("model", counts(17), schedule_error, "prune_kept_num: found 17; accepted: an array of counts"),
     Call("model", lambda model, _: model.flops_at("dense"), schedule_error, "schedule: found str; accepted: a Sch"),
     Call("model", lambda model, _: model.flops_at(diffrate.Schedule((5,), (5,))), schedule_error, "found 1 counts"),
+    *(
+        Call("model", lambda model, _, schedule=schedule: model.flops_at(schedule), schedule_error, f"schedule: {said}")
+        for schedule, said in (
+            (diffrate.Schedule((17, 0), (17, 0)), "prune_kept_num[1]: found 0; accepted: 1 to 17"),
+            (diffrate.Schedule((17, 99), (17, 9)), "prune_kept_num[1]: found 99; accepted: 1 to 17"),
+            (diffrate.Schedule((17, 9), (17, -5)), "merge_kept_num[1]: found -5; accepted: 1 to 17"),
+            (diffrate.Schedule((9,) * 9, (9,) * 9), "prune_kept_num: found 9 counts; accepted: 2, one per block"),
+            (diffrate.Schedule((17, 9), (17, 9), 197), "made for 197 tokens; accepted: 17 tokens"),
+        )
+    ),
+    *(
+        Call(
+            "model", loaded_counts(value), schedule_error, f"kept counts in the state dict: {name}[0]: found {value}; "
+        )
+        for name, value in (("prune_kept_num", 99), ("prune_kept_num", 0), ("prune_kept_num", -3))
+    ),
     Call("model", lambda model, _: model(images(dtype=torch.int64)), ValueError, "images: found 3 channels of int64"),
     Call("model", lambda model, _: model(images(dtype=torch.float64)), RuntimeError, "Input type (double)"),
     Call("model", lambda model, _: model(images(device="meta")), RuntimeError, "meta"),
@@ -160,6 +191,9 @@ CALLS = [
     Call("model", evaluate(*GOOD, precision=torch.int8), ValueError, "precision: found torch.int8; accepted"),
     Call("plain", lambda *_: diffrate.evaluate("model", GOOD), TypeError, "model: found str; accepted: a torch.nn"),
     Call("headless", evaluate(*GOOD), unsupported, "found a model without a head; accepted: one with classes"),
+    Call(
+        "pairs inside", evaluate(*GOOD), diffrate.ScoresError, "outputs: found a tuple; accepted: logits [B, K]; from"
+    ),
     Call("on meta", evaluate(*GOOD), ValueError, "model: found weights without storage, on the device meta"),
     Call("plain", search(**CALIBRATED), unsupported, f"found VisionTransformer; {PATCHED}"),
     Call("headless", search(**GRADIENT), unsupported, "found a model without a head"),
@@ -182,6 +216,13 @@ CALLS = [
     Call("model", search(settings={"share": 0.9}), TypeError, "settings: found dict; accepted: SearchSettings"),
     Call("model", search(callback=5, **GRADIENT), TypeError, "callback: found int; accepted: a function, or none"),
     Call("model", search(criterion=5, **GRADIENT), TypeError, "criterion: found int; accepted: a function, or none"),
+    *(
+        Call(
+            "model", search(**options, **other), settings_error, f"{name}: found with the method {method!r}; accepted: "
+        )
+        for method, other, given in (("calibrated", CALIBRATED, OF_GRADIENT), ("gradient", GRADIENT, OF_CALIBRATED))
+        for name, options in ((name, {name: value}) for name, value in given.items())
+    ),
     Call("model", search(val=5, **CALIBRATED), ValueError, "loader: found int"),
     Call("model", search(device="abacus", **CALIBRATED), ValueError, "device: found 'abacus'"),
     Call("model", search([(images(), LABELS + 7)], **GRADIENT), diffrate.ScoresError, "labels: found 7; accepted"),

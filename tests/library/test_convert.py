@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,11 @@ def _with_a_hook() -> nn.Module:
     return model
 
 
+def _normed(model: Any) -> nn.Module:
+    nn.utils.parametrizations.weight_norm(model.heads.head)
+    return model
+
+
 def _with_a_forward() -> nn.Module:
     model: Any = _torchvision()
     model.encoder.layers[1].forward = lambda x: x
@@ -248,7 +254,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         _with_another_layer,
         r"found a .*Doubled at encoder.layers.encoder_layer_1.mlp.0; accepted: parts",
     ),
-    "a hook": (_with_a_hook, r"found a forward hook at encoder.layers.encoder_layer_1; accepted: parts and hooks of"),
+    "a hook": (_with_a_hook, r"found a forward hook at encoder.layers.encoder_layer_1; accepted: parts of .*hooks"),
+    "parametrized weights": (
+        lambda: _normed(_torchvision()),
+        r"found a .*ParametrizedLinear at heads.head; accepted: parts",
+    ),
     "a forward of its own": (_with_a_forward, r"found another forward at encoder.layers.encoder_layer_1; accepted"),
     "another forward": (lambda: _torchvision(Changed), "Changed"),
     "no model": (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear; accepted: .*ViTModel"),
@@ -356,6 +366,20 @@ def test_the_loss_is_that_of_the_class(name: str) -> None:
     inputs, labels = inputs_of(model, images_for(patched)), torch.tensor([1, 0])
     back = diffrate.as_transformers(patched, model)
     torch.testing.assert_close(back(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+
+
+@pytest.mark.parametrize("name", [CLASSIFIERS[0], "clip"])
+def test_what_goes_back_pickles_and_says_who_keeps_it(name: str, tmp_path: Path) -> None:
+    model, patched = compressed(name)
+    back, images = diffrate.as_transformers(patched, model), images_for(patched)
+    again = pickle.loads(pickle.dumps(back))
+    tower, copied = (getattr(each, "vision_model", each) for each in (back, again))
+    assert isinstance(copied, type(getattr(model, "vision_model", model)))
+    with torch.no_grad():
+        for found, expected in zip(copied(images).values(), tower(images).values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match=r"from_pretrained does not read .*: keep it by diffrate\.save"):
+        tower.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dinov3", "siglip_vision", "clip_vision", "beit_shared"])

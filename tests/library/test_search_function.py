@@ -14,6 +14,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -66,6 +67,12 @@ def test_a_list_of_tensors_is_a_loader() -> None:
     assert found.history[0].learning_rate == pytest.approx(0.01)
     assert found.history[-1].learning_rate == pytest.approx(0.001)
     assert found.scores is None
+
+
+def test_mixing_leaves_the_images_of_the_caller() -> None:
+    loader, before = batches(), batches()
+    diffrate.search(small(), loader, share=0.7, mixup=Mixup(0.8, num_classes=5))
+    assert all(torch.equal(images, old) for (images, _), (old, _) in zip(loader, before, strict=True))
 
 
 @given(st.floats(0.45, 0.95), st.sampled_from(["token", "avg"]), st.integers(1, 5))
