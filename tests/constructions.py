@@ -47,7 +47,7 @@ CONSTRUCTIONS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
         "attention_pool_with_prefix": ("test_vit3", _SIZED),
         "dynamic_size": ("vit_tiny_patch16_224", _SIZED | {"dynamic_img_size": True}),
         "hybrid": ("vit_tiny_r_s16_p8_224", _SMALL | {"img_size": 64, "patch_size": 2}),
-        "hybrid_batch_norm": ("vit_small_resnet26d_224", _SMALL | {"img_size": 128, "patch_size": 1}),
+        "hybrid_batch_norm": ("vit_small_resnet50d_s16_224", _SMALL | {"img_size": 64, "patch_size": 1}),
         "eva": ("eva_giant_patch14_224", _SIZED),
         "rope": ("eva02_tiny_patch14_224", _SIZED),
         "rope_swiglu_norm": ("eva02_base_patch14_224", _SIZED),

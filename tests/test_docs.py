@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,6 +216,11 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffrate, "search", lambda *given, **options: search(*given, **{**options, "minutes": 0.005}))
 
 
+def at_most(call: Callable[..., Any], less: dict[str, Any]) -> Callable[..., Any]:
+    """`call`, by these options whatever a page gives it."""
+    return lambda *given, **options: call(*given, **{**options, **less})
+
+
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("page", [README, DOCS / "library.md"], ids=lambda page: page.name)
 def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +236,10 @@ def test_the_pages_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(timm, "create_model", untrained)
     monkeypatch.setattr("diffrate.latency.measure.WHOLE_RUNS", 0.01)
-    few: dict[str, Any] = {"measure_latency": {"seconds": 0.1}, "benchmark": {"rounds": 1}}
-    for name, less in (few | {"check_predictions": {"seconds": 0.1}}).items():
-        monkeypatch.setattr(diffrate, name, partial(getattr(diffrate, name), **less))
+    monkeypatch.setattr("diffrate.latency.measure.RUNS", (20, 20))
+    few: dict[str, Any] = {"measure_latency": {"seconds": 0.1, "batch_size": 1}, "check_predictions": {"seconds": 0.1}}
+    for name, less in (few | {"benchmark": {"rounds": 1, "batch_size": 1}}).items():
+        monkeypatch.setattr(diffrate, name, at_most(getattr(diffrate, name), less))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     loader = [(torch.randn(2, 3, side, side), torch.randint(10, (2,))) for _ in range(2)]

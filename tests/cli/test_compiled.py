@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 
 import engine
 from diffrate.device import FixedBatch
-from tests.cli.test_eval import PROJECT, scores
+from tests.cli.test_eval import scores
 from tests.conftest import Cli
+from tests.forked import as_command, ended, started
 from tests.test_patch import images, patched
 from tests.tiny_models import saved_file
 
@@ -76,14 +77,21 @@ def test_training_takes_the_same_course(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+def as_command_without_a_compiler(cache: Path, words: Sequence[object]) -> None:
+    from torch._inductor import config
+
+    config.cpp.cxx = (None, "/nowhere/c++")  # as from $CXX, which torch has read before
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    as_command(words)
+
+
 def test_without_a_compiler_one_line_says_so(image_folder: Path, tmp_path: Path) -> None:
     file = saved_file(tmp_path / "tiny.safetensors")
     words = ("--eval", "--checkpoint", file, "--data-path", image_folder, "--batch-size", 4, "--num_workers", 0)
-    command = [sys.executable, str(PROJECT / "main.py"), *map(str, words), "--compile"]
-    nowhere = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]
+    run = partial(as_command_without_a_compiler, tmp_path / "cache", (*words, "--compile"))
+    (done,) = ended(started(run, tmp_path, 1), tmp_path)
+    assert done.code == 2
+    line = done.err.splitlines()[-1]
     assert line.startswith("main.py: error: --compile: ")
     assert "/nowhere/c++" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err

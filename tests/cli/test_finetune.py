@@ -170,10 +170,10 @@ def test_defaults_go_by_what_is_trained(start: str, images: int, epochs: int, ra
 
 
 def test_a_training_of_few_images_learns_by_default(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
-    words = ("--finetune", "--model", MODEL, "--data-path", image_folder, "--num_workers", 0, "--epochs", 15)
+    words = ("--finetune", "--model", MODEL, "--data-path", image_folder, "--num_workers", 0, "--epochs", 9)
     code, out, err = cli(*words, "--batch-size", 4, "--output_dir", tmp_path)
     assert (code, err) == (0, "")
-    assert "12 images, 15 epochs, learning rate 0.001 at 4 images a step (--lr 0.128 for 512); by default --aa " in out
+    assert "12 images, 9 epochs, learning rate 0.001 at 4 images a step (--lr 0.128 for 512); by default --aa " in out
     losses, rates = ([record[name] for record in records(tmp_path)] for name in ("train_loss", "train_lr"))
     assert losses[-1] < 0.7 * losses[0]
     assert max(rates) > 5e-4

@@ -44,13 +44,13 @@ def _short(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 @pytest.mark.parametrize("search", ["calibrated", "gradient"])
 def test_a_search_for_a_speed(search: str, cli: Cli, photographs: Path, cache: Path, tmp_path: Path) -> None:
-    words = ("--target_speedup", 1.05, "--latency_batch", 64, "--search", search)
+    words = ("--target_speedup", 1.05, "--latency_batch", 16, "--search", search)
     few = ("--data-path", photographs, "--model", SAMPLE, "--batch-size", 4, "--num_workers", 0)
     steps = ("--epochs", 2) if search == "gradient" else ()
     code, out, err = cli(*words, *few, *steps, "--output_dir", tmp_path / "out", "--seed", 0)
     assert (code, err) == (0, ""), err
     line = next(line for line in out.splitlines() if "speed-up: asked" in line)
-    assert re.search(r"asked 1\.05, predicted \d\.\d\d, measured \d+\.\d\d \(batch 64, float32, eager\)$", line)
+    assert re.search(r"asked 1\.05, predicted \d\.\d\d, measured \d+\.\d\d \(batch 16, float32, eager\)$", line)
     assert len(list((cache / "diffrate" / "latency").glob("*.json"))) == 1
     rates = json.loads((tmp_path / "out" / "compression_rate.json").read_text())
     (name,) = rates["ViT-Sample"]
@@ -61,10 +61,10 @@ def test_a_search_for_a_speed(search: str, cli: Cli, photographs: Path, cache: P
 
 def test_a_baseline_for_a_latency(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "times.json"
-    code, out, err = cli("--baseline", "prune", "--target_speedup", 1.05, "--latency_batch", 64, "--latency_file", file)
+    code, out, err = cli("--baseline", "prune", "--target_speedup", 1.05, "--latency_batch", 16, "--latency_file", file)
     assert (code, err) == (0, ""), err
     assert "speed-up: asked 1.05" in out
-    assert json.loads(file.read_text())["setting"]["batch_size"] == 64
+    assert json.loads(file.read_text())["setting"]["batch_size"] == 16
 
 
 @pytest.mark.usefixtures("painted")

@@ -19,7 +19,7 @@ from diffrate.files import runtimes as files
 from diffrate.files.export import Exported, compare
 from diffrate.files.graph import Normalization
 from diffrate.files.header import TARGETS
-from diffrate.files.runtimes import load_exported
+from diffrate.files.runtimes import Loaded, load_exported
 from diffrate.schedule import make_schedule
 from tests.exporting.table import differences
 from tests.tiny_models import IMAGE_SIZE, TOKENS, dense, plain
@@ -94,6 +94,12 @@ def made(
         return diffrate.export(by_each_rule, path, normalize=True, **said)
 
 
+@pytest.fixture(scope="module")
+def loaded(made: Exported) -> Loaded:
+    """The file, ready to run."""
+    return load_exported(made.path)
+
+
 def normalized(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
@@ -117,11 +123,13 @@ def test_files_of_a_construction_answer_as_the_model(name: str, suffix: str, tmp
     assert found < 1e-4
 
 
-def test_each_rule_does_the_same_in_a_file(by_each_rule: diffrate.CompressedModel, made: Exported) -> None:
+def test_each_rule_does_the_same_in_a_file(
+    by_each_rule: diffrate.CompressedModel, made: Exported, loaded: Loaded
+) -> None:
     """At every batch size. What the schedule takes away, no file computes: answers are those of no other schedule."""
     assert made.agreement.difference < 1e-4
     assert made.agreement.top1 == 1
-    run, whole = load_exported(made.path).logits, dense(copy.deepcopy(by_each_rule))
+    run, whole = loaded.logits, dense(copy.deepcopy(by_each_rule))
     for count in (1, 3, 8):
         images = images_for("deit", count)
         found, taken = run(images), normalized(images)
@@ -129,8 +137,8 @@ def test_each_rule_does_the_same_in_a_file(by_each_rule: diffrate.CompressedMode
         assert (found - whole(taken, return_flop=False)).abs().max() > 1e-3
 
 
-def test_a_file_says_what_it_is(by_each_rule: diffrate.CompressedModel, made: Exported) -> None:
-    said = load_exported(made.path).metadata
+def test_a_file_says_what_it_is(by_each_rule: diffrate.CompressedModel, made: Exported, loaded: Loaded) -> None:
+    said = loaded.metadata
     assert said == made.metadata
     assert (said.model, said.classes, said.mean, said.std) == ("mine", NAMES, MEAN, STD)
     assert said.schedule == by_each_rule.schedule

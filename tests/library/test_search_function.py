@@ -183,7 +183,7 @@ def test_models_without_a_head_are_searched_by_their_features() -> None:
 def test_a_held_budget_ends_on_its_target(accumulate: int) -> None:
     model = small()
     target = 0.6 * model.flops_at(model.dense_schedule())
-    more: dict[str, Any] = {"epochs": 30, "learning_rate": 0.1, "accumulate": accumulate, "loss": "distill"}
+    more: dict[str, Any] = {"epochs": 15, "learning_rate": 0.1, "accumulate": accumulate, "loss": "distill"}
     found = diffrate.search(model, batches(6), target_flops=target, budget="held", **more)
     assert found.history[-1].flops == pytest.approx(target, rel=0.06)  # of 16 patches, one is about that much
 

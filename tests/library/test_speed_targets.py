@@ -103,7 +103,7 @@ def test_a_search_meets_a_speed_by_its_table(method: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(measure, "measured_speedup", as_predicted)
     found = diffrate.search(
-        model, images(), target_speedup=1.6, latency=table, method=method, loss="distill", work=300, budget="held"
+        model, images(), target_speedup=1.6, latency=table, method=method, loss="distill", work=100, budget="held"
     )
     assert found.speed is not None
     assert found.speed.predicted == pytest.approx(1.6, rel=0.02)
@@ -121,7 +121,7 @@ def test_what_is_measured_to_be_too_slow_is_made_faster(method: str, monkeypatch
     model, table = patched("deit"), table_of(0.1)
     dense = table.seconds(model.dense_schedule())
     monkeypatch.setattr(measure, "measured_speedup", lambda model, schedule, *_: 0.9 * dense / table.seconds(schedule))
-    found = diffrate.search(model, images(), target_speedup=1.5, latency=table, method=method, loss="distill", work=300)
+    found = diffrate.search(model, images(), target_speedup=1.5, latency=table, method=method, loss="distill", work=100)
     assert found.speed is not None
     assert found.speed.measured >= 1.5 * 0.97
     assert found.speed.predicted == pytest.approx(found.speed.measured / 0.9)
@@ -140,7 +140,7 @@ def test_a_speed_that_no_uniform_schedule_reaches(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         measure, "measured_speedup", lambda _, schedule, *__: table.seconds(space.dense()) / table.seconds(schedule)
     )
-    found = diffrate.search(model, images(), target_speedup=target, latency=table, method="calibrated", work=300)
+    found = diffrate.search(model, images(), target_speedup=target, latency=table, method="calibrated", work=100)
     assert found.speed is not None
     assert found.speed.predicted == pytest.approx(target, rel=0.03)
 
@@ -149,7 +149,7 @@ def test_images_that_come_once_are_searched_on_once(monkeypatch: pytest.MonkeyPa
     model, table = patched("deit"), table_of(0.1)
     dense = table.seconds(model.dense_schedule())
     monkeypatch.setattr(measure, "measured_speedup", lambda model, schedule, *_: 0.9 * dense / table.seconds(schedule))
-    found = diffrate.search(model, iter(images()), target_speedup=1.5, latency=table, method="calibrated", work=300)
+    found = diffrate.search(model, iter(images()), target_speedup=1.5, latency=table, method="calibrated", work=100)
     assert found.speed is not None
     assert found.speed.measured >= 1.5 * 0.97
 
@@ -162,7 +162,7 @@ def test_a_latency_is_asked_for_in_seconds(monkeypatch: pytest.MonkeyPatch) -> N
         return PairedTimes((2 * dense,), (2 * table.seconds(schedule),))  # of a batch of two
 
     monkeypatch.setattr(measure, "measured_times", as_predicted)
-    found = diffrate.search(model, images(), target_latency=6.0, latency=table, method="calibrated", work=300)
+    found = diffrate.search(model, images(), target_latency=6.0, latency=table, method="calibrated", work=100)
     assert found.speed is not None
     assert (found.speed.asked, found.speed.option) == (6.0, "target_latency")
     assert found.speed.measured == pytest.approx(6.0, rel=0.02)
@@ -198,7 +198,7 @@ def test_what_is_measured_to_be_faster_keeps_more(images_once: bool, monkeypatch
     dense = table.seconds(model.dense_schedule())
     monkeypatch.setattr(measure, "measured_speedup", lambda model, schedule, *_: 1.1 * dense / table.seconds(schedule))
     loader = iter(images()) if images_once else images()
-    found = diffrate.search(model, loader, target_speedup=1.6, latency=table, method="calibrated", work=300)
+    found = diffrate.search(model, loader, target_speedup=1.6, latency=table, method="calibrated", work=100)
     assert found.speed is not None
     assert found.speed.measured == pytest.approx(1.76 if images_once else 1.6, rel=0.03)
     assert found.speed.predicted == pytest.approx(found.speed.measured / 1.1)
