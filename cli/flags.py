@@ -39,7 +39,7 @@ from diffrate.atomic import HUB, SOURCES
 from diffrate.budget import PEERS
 from diffrate.files.header import ExportError, SavedModelError, about, check_destination, is_saved_model, target_of
 from diffrate.schedule import GRANULARITY
-from diffrate.searching.settings import FLAGS, GRADIENT, OF_METHOD, Range, SearchSettings, flag_of, help_of
+from diffrate.searching.settings import CALIBRATED, FLAGS, GRADIENT, OF_METHOD, Range, SearchSettings, flag_of, help_of
 from sample import MODEL as SAMPLE_MODEL
 from utils import UsageError
 
@@ -293,7 +293,9 @@ def _fill(args: argparse.Namespace, parser: Parser) -> None:
     args.data_set = args.data_set or ("SAMPLE" if args.data_path is None else "IMNET")
     args.checkpoint = args.checkpoint or (FROM_SCRATCH if args.finetune else OFFICIAL)
     args.distill = args.distill or None
-    changed = any(getattr(args, name) != parser.get_default(name) for name in OF_GRADIENT)
+    changed = [name for name in OF_GRADIENT if getattr(args, name) != parser.get_default(name)]
+    if mode == SEARCH and changed and args.search == CALIBRATED:
+        raise UsageError(f"--{changed[0]} goes with --search {GRADIENT}; accepted: without it, or that search")
     if args.search is None and (changed or args.search_loss == SearchSettings.loss):
         args.search = GRADIENT
     given = [name for name in PENALTY if getattr(args, name) is not None]

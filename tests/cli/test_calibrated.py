@@ -67,6 +67,14 @@ def test_minutes_leave_a_gradient_search_fewer_steps(cli: Cli, photographs: Path
     ("words", "message"),
     [
         (("--search", "calibrated", "--search_loss", "labels"), "--search_loss labels goes with"),
+        *(
+            (("--search", "calibrated", f"--{flag}", value), f"--{flag} goes with --search gradient; accepted: without")
+            for flag, value in (("epochs", 5), ("arch_lr", 0.5), ("accum_steps", 2), ("budget", "held"))
+        ),
+        (
+            ("--search", "calibrated", "--init_compression_rate", 0.0242),
+            "--init_compression_rate goes with --search gr",
+        ),
         (("--minutes", 0), "found 0; accepted: above 0"),
         (("--search", "random"), "invalid choice"),
     ],
