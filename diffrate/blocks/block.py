@@ -152,10 +152,14 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
     return kinds[type(module)]
 
 
+def other_methods(module: nn.Module) -> list[str]:
+    """The methods that a module has instead of its class's."""
+    return [name for name in vars(module) if callable(getattr(type(module), name, None)) and not _runs_inside(module)]
+
+
 def check_methods(module: nn.Module, where: str) -> None:
     """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called."""
-    kind = type(module)
-    found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
+    kind, found = type(module), other_methods(module)
     # Changed in the class, for all modules:
     if kind.__module__.startswith("timm.") and not kind.forward.__module__.startswith("timm."):
         found.append("forward")
