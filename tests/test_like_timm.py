@@ -266,13 +266,31 @@ def test_an_adapter_of_the_projection_counts(name: str) -> None:
     assert not torch.allclose(model(images_for(name).float())[0], before)
 
 
-def test_quantized_linear_layers() -> None:
-    model = reduced()
+def quantized(model: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, on the age of its quantization
-        smaller = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
-        found = smaller(images())[0]
-    torch.testing.assert_close(found, model(images())[0], rtol=0, atol=0.2)
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
+
+
+def test_quantized_linear_layers() -> None:
+    model = reduced()
+    torch.testing.assert_close(quantized(model)(images())[0], model(images())[0], rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc2"])
+def test_layers_of_unknown_cost_are_refused_when_patched_and_welcome_after(name: str) -> None:
+    where, _, layer = name.partition(".")
+    model, dense = reduced(), plain()
+    for each in (model, dense):
+        part = getattr(each.blocks[1], where)
+        setattr(part, layer, Adapter(getattr(part, layer)))
+    flops = model.flops()
+    model(images())
+    model.reset_classifier(KW["num_classes"])
+    assert model.flops() == flops
+    for each, first in ((dense, f"blocks.1.{name}: found tests."), (quantized(plain()), "blocks.0.attn.qkv: found t")):
+        with pytest.raises(diffrate.UnsupportedModelError, match=rf"^{first}.*; accepted: torch\.nn\.Linear"):
+            diffrate.patch.vit(each)
 
 
 def test_inference_mode_and_data_parallel() -> None:
