@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import diffrate
 from cli.runtime import leave_group
+from diffrate.patch.parts import complete
 from tests.constructions import build, images_for, size_of
 from tests.test_constructions import GRAPHS
 
@@ -134,6 +135,40 @@ def test_hooks_may_change_what_passes_and_see_gradients() -> None:
     model.blocks[0].register_full_backward_hook(lambda module, given, left: gradients.append(left[0].shape))
     model(images())[0].sum().backward()
     assert gradients == [(5, 17, 48)]
+
+
+def _attention_pool() -> Any:
+    return plain(global_pool="map")
+
+
+def _class_and_mean() -> Any:
+    model = plain(global_pool="map", pool_include_prefix=True)
+    complete(model, class_and_mean=True)
+    return model
+
+
+@pytest.mark.parametrize("make", [_attention_pool, _class_and_mean])
+def test_hooks_of_a_pooling_see_and_change_what_passes(make: Callable[[], Any]) -> None:
+    model, seen = reduced(make()), []
+    whole = model(images())[0]
+    model.attn_pool.register_forward_hook(lambda module, given, left: seen.append((given[0].shape, left.shape)))
+    torch.testing.assert_close(model(images())[0], whole)
+    assert seen == [((5, 5 if make is _attention_pool else 6, 48), (5, model.head.in_features))]
+    model.attn_pool.register_forward_hook(lambda module, given, left: 2 * left)
+    assert not torch.allclose(model(images())[0], whole)
+
+
+@pytest.mark.parametrize("make", [_attention_pool, _class_and_mean])
+def test_another_pooling_is_refused(make: Callable[[], Any]) -> None:
+    for dense, call in ((True, diffrate.patch.vit), (False, lambda model: model(images()))):
+        for change, found in (
+            (lambda model: setattr(model.attn_pool, "forward", abs), "attn_pool: found another forward; "),
+            (lambda model: setattr(model, "attn_pool", nn.Flatten()), "found attn_pool=Flatten; "),
+        ):
+            model = make() if dense else reduced(make())
+            change(model)
+            with pytest.raises(diffrate.UnsupportedModelError, match=rf"^{found}accepted: "):
+                call(model)
 
 
 def test_hooks_in_a_search() -> None:

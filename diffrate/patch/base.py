@@ -277,9 +277,13 @@ class CompressedModel(nn.Module):
             if not is_read(block):
                 check_block(block, f"blocks.{number}")
             _check_mlp(block, self.mlps[number], f"blocks.{number}.mlp")
+        self.check_around()
+        return True
+
+    def check_around(self) -> None:
+        """Refuse what stands around the blocks and would be passed over, with an UnsupportedModelError."""
         if any(map(has_hooks, self.containers())):
             raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
-        return True
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
         """All tokens after each of the first `end` compressible blocks, or after each."""

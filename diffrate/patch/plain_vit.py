@@ -106,6 +106,18 @@ class CompressedVit(CompressedModel, _Vit):
         uses = 1 if self.global_pool else self.compression.space.limits[0]
         return vit_flops(self.shape, self.head_weights() * uses, counts)
 
+    def check_around(self) -> None:
+        super().check_around()
+        refused = pool_parts(self)
+        if not isinstance(getattr(self, "patch_drop", None), nn.Identity | None):
+            refused.append("patch_drop")
+        if refused:
+            pools = ", ".join(map(repr, ("", *POOLS)))
+            accepted = f"global_pool of {pools}, and no patch_drop"
+            raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: {accepted}")
+        if self.global_pool == "map":
+            check_methods(self.attn_pool, "attn_pool")
+
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         return self.norm_pre(self._pos_embed(self.patch_embed(images))), self.no_positions()
 
@@ -271,12 +283,7 @@ def _sides(size: Size) -> str:
 
 def _check_parts(model: CompressedVit) -> None:
     """Refuse a model with parts that are not handled, by their names."""
-    refused = pool_parts(model)
-    if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
-        refused.append("patch_drop")
-    if refused:
-        pools = ", ".join(map(repr, ("", *POOLS)))
-        raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: global_pool of {pools}, and no patch_drop")
+    model.check_around()
     check_methods(model, "model")
     for index, block in enumerate(model.blocks):
         check_block(block, f"blocks.{index}")
