@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import diffrate
@@ -239,6 +241,54 @@ def test_what_would_be_passed_over_is_refused_at_the_next_pass(change: Callable[
     change(model.blocks[2])
     with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks\.2.*: found .*; accepted: "):
         model(images())
+
+
+@pytest.mark.parametrize("name", ["forward_features", "forward_head", "pool"])
+def test_methods_that_are_never_called_are_refused_at_the_next_pass(name: str) -> None:
+    model = reduced()
+    model.train = lambda mode=True: model  # as of a model that is to stay as it is
+    model(images())
+    setattr(model, name, lambda tokens, **_: tokens)
+    with pytest.raises(diffrate.UnsupportedModelError, match=f"^model: found another {name}; accepted: "):
+        model(images())
+
+
+@pytest.mark.parametrize("name", ["forward", "forward_features", "forward_head", "pool"])
+@pytest.mark.parametrize("make", [plain, reduced])
+def test_methods_replaced_in_the_class_of_the_model_are_refused(
+    make: Callable[[], Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    monkeypatch.setattr(VisionTransformer, name, lambda self, tokens, **_: tokens)
+    with pytest.raises(diffrate.UnsupportedModelError, match=f"^model: found another {name}; accepted: "):
+        model(images()) if make is reduced else diffrate.patch.vit(model)
+
+
+def test_parts_around_the_blocks_are_refused_at_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reduced()
+    model.patch_drop = PatchDropout(0.9)
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^found patch_drop; accepted: "):
+        model(images())
+    model = reduced()
+    model.blocks.forward = lambda tokens: tokens
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks: found another forward; accepted: "):
+        model(images())
+    model = reduced()
+    monkeypatch.setattr(type(model.blocks[0].attn), "forward", lambda self, tokens, **_: tokens)
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks\.0\.attn: found another forward; accepted: "):
+        model(images())
+
+
+def test_parts_around_the_blocks_of_a_caformer_are_refused_at_the_next_pass() -> None:
+    for change, found in (
+        (lambda model: setattr(model.stages[3], "forward", abs), "blocks: found another forward; "),
+        (lambda model: model.stages.register_forward_hook(lambda *_: None), "blocks: found hooks of their container; "),
+        (lambda model: setattr(model, "forward_features", abs), "model: found another forward_features; "),
+    ):
+        model = diffrate.patch.caformer(timm.create_model("caformer_s18").eval(), input_size=64)
+        change(model)
+        with pytest.raises(diffrate.UnsupportedModelError, match=rf"^{found}accepted: "):
+            model(torch.randn(1, 3, 64, 64))
 
 
 def test_an_mlp_of_another_cost_is_refused_at_the_next_pass() -> None:

@@ -122,8 +122,12 @@ def is_read(block: nn.Module) -> bool:
     if form is None:
         return False
     attention = getattr(block, form.attention)
-    own = ("forward" not in vars(module) or _runs_inside(module) for module in (block, attention))
-    return type(attention) in PROJECTIONS and all(own)
+    for module in (block, attention):
+        if "forward" in vars(module) and not _runs_inside(module):
+            return False
+        if not type(module).forward.__module__.startswith("timm."):
+            return False
+    return type(attention) in PROJECTIONS
 
 
 def check_block(block: nn.Module, where: str) -> None:
@@ -152,19 +156,26 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
     return kinds[type(module)]
 
 
-def other_methods(module: nn.Module) -> list[str]:
-    """The methods that a module has instead of its class's."""
-    return [name for name in vars(module) if callable(getattr(type(module), name, None)) and not _runs_inside(module)]
+def other_methods(module: nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """The methods that a module has instead of its class's, all or of `names`."""
+    kind, own = type(module), vars(module)
+    replaced = (name for name in (own if names is None else names) if name in own)
+    return [name for name in replaced if callable(getattr(kind, name, None)) and not _runs_inside(module)]
 
 
-def check_methods(module: nn.Module, where: str) -> None:
-    """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called."""
-    kind, found = type(module), other_methods(module)
-    # Changed in the class, for all modules:
-    if kind.__module__.startswith("timm.") and not kind.forward.__module__.startswith("timm."):
-        found.append("forward")
+def check_methods(module: nn.Module, where: str, names: Iterable[str] = (), *, alone: bool = False) -> None:
+    """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called.
+
+    In its class, for all modules, these are `forward` and `names`; in the module itself all, or `names` alone.
+    """
+    found = other_methods(module, names if alone else None)
+    kind = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("diffrate."))
+    for name in ("forward", *names):
+        if not getattr(kind, name, nn.Module).__module__.startswith(("timm.", "torch.")):
+            found.append(name)
     if found:
-        raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {kind.__name__}'s own")
+        accepted = f"{type(module).__name__}'s own"
+        raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {accepted}")
 
 
 def fixed_block(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffrate.blocks.block import UnsupportedModelError, check_block, fixed_block, has_hooks, is_read
+from diffrate.blocks.block import UnsupportedModelError, check_block, check_methods, fixed_block, has_hooks, is_read
 from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.masked import BlockPlan, plan_search, search_block
 from diffrate.blocks.rates import CompressionState
@@ -54,6 +54,7 @@ class CompressedModel(nn.Module):
     pretrained_cfg: Any  # timm's: what the model's inputs are like
     mlps: tuple[nn.Module, ...]  # of the attention blocks, as they were when the cost was counted
     image_size: tuple[int, int]  # height and width of the images that the model takes
+    uncalled: tuple[str, ...] = ("forward_features",)  # methods that timm's `forward` goes through, and ours does not
     return_flop: bool = True  # whether a forward pass gives the cost beside the logits, unless it is asked otherwise
 
     @abstractmethod
@@ -282,8 +283,11 @@ class CompressedModel(nn.Module):
 
     def check_around(self) -> None:
         """Refuse what stands around the blocks and would be passed over, with an UnsupportedModelError."""
-        if any(map(has_hooks, self.containers())):
-            raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
+        check_methods(self, "model", self.uncalled, alone=True)
+        for container in self.containers():
+            check_methods(container, "blocks", ("forward",), alone=True)
+            if has_hooks(container):
+                raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
         """All tokens after each of the first `end` compressible blocks, or after each."""

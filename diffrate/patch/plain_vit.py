@@ -59,6 +59,7 @@ class CompressedVit(CompressedModel, _Vit):
 
     blocks: Any  # typed by timm as plain modules
     shape: VitShape
+    uncalled = ("forward_features", "forward_head", "pool", "_pool", "_forward_embeds")
 
     def compressible_blocks(self) -> Sequence[nn.Module]:
         return self.blocks
