@@ -14,6 +14,8 @@ import torch
 from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from cli.runtime import leave_group
@@ -137,6 +139,44 @@ def test_hooks_may_change_what_passes_and_see_gradients() -> None:
     model.blocks[0].register_full_backward_hook(lambda module, given, left: gradients.append(left[0].shape))
     model(images())[0].sum().backward()
     assert gradients == [(5, 17, 48)]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_hooks_of_all_modules_see_blocks_attentions_and_poolings(search: bool) -> None:
+    model, seen = reduced(_attention_pool()), []
+    if search:
+        model.train().compression.schedule = None
+    whole = model(images())[0]
+    entering = register_module_forward_pre_hook(lambda module, given: seen.append((type(module), "enters")))
+    leaving = register_module_forward_hook(lambda module, given, left: seen.append((type(module), "leaves")))
+    try:
+        torch.testing.assert_close(model(images())[0], whole, rtol=0, atol=0)
+    finally:
+        entering.remove()
+        leaving.remove()
+    kinds = [type(part) for part in (model.blocks[0], model.blocks[0].attn, model.attn_pool)]
+    counts = [seen.count((kind, where)) for kind in kinds for where in ("enters", "leaves")]
+    assert counts == [4, 4, 4, 4, 1, 1]
+    told = len(seen)
+    model(images())
+    assert len(seen) == told
+
+
+def test_counters_of_operations_see_what_there_is_without_them() -> None:
+    """Of the last block, whose class token alone is read."""
+    model = reduced()
+    with FlopCounterMode(display=False) as counter:
+        model(images(1))
+    left = []
+    hook = register_module_forward_hook(
+        lambda module, given, output: left.append(output.shape[1]) if module is model.blocks[-1] else None
+    )
+    try:
+        model(images(1))
+    finally:
+        hook.remove()
+    assert left == [1]
+    assert counter.get_total_flops() < 2 * model.flops()
 
 
 def _attention_pool() -> Any:

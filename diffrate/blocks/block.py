@@ -18,6 +18,7 @@ from timm.models.metaformer import MetaFormerBlock
 from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from diffrate.blocks.attention import Heads, attend, attend_and_rank, attend_with_map, size_bias, weights_of
 from diffrate.blocks.heads import PROJECTIONS, Positions, Projection, projection_of
@@ -102,9 +103,20 @@ def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
+# torch's for all modules, as profilers and counters put them on.
+_HOOKS_OF_ALL = (
+    *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
+    *(torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks),
+)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return has_hooks(module) or any(_HOOKS_OF_ALL)
+
+
 def called(module: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """`run(x)` as what `module` makes of `x`, with its hooks around it, where it has any."""
-    if not has_hooks(module):
+    """`run(x)` as what `module` makes of `x`, with its hooks and those of all modules around it, if there are any."""
+    if not _is_watched(module):
         return run(x)
     if not _runs_inside(module):
         module.forward = partial(run_inside, module)
@@ -199,19 +211,19 @@ def fixed_block(
 def with_hooks(
     block: Any, state: TokenState, read: int | None, step: Callable[[TokenState, int | None], TokenState]
 ) -> TokenState:
-    """`step(state, read)`, with the hooks of `block` around it, where it has any: they see all tokens before and after,
-    whatever is read of them."""
-    if not has_hooks(block):
+    """`step(state, read)`, with hooks around it: those of `block` see all tokens before and after, whatever is read of
+    them; those of all modules see what there is without them."""
+    if not _is_watched(block):
         return step(state, read)
-    left = state
+    left, seen = state, None if has_hooks(block) else read
 
     def run(x: Tensor) -> Tensor:
         nonlocal left
-        left = step(replaced(state, x=x), None)
+        left = step(replaced(state, x=x), seen)
         return left.x
 
     x = called(block, state.x, run)
-    return replaced(left, x=x) if read is None else TokenState(x[:, :read])
+    return replaced(left, x=x) if seen == read else TokenState(x[:, :read])
 
 
 def removes(kept: Kept, read: int | None) -> bool:
