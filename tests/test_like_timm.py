@@ -70,8 +70,16 @@ def test_distributed_training_at_fixed_counts_goes_on_after_a_step(tmp_path: Any
 def test_rates_learn_only_while_they_say_the_counts() -> None:
     model = reduced()
     assert not any(rate.requires_grad for rate in model.arch_parameters())
+    weights = {*model.parameters()}.difference(model.arch_parameters())
+    for wanted in (False, True):  # as of a head that is trained alone first
+        assert model.requires_grad_(wanted) is model
+        assert all(weight.requires_grad is wanted for weight in weights)
+        assert not any(rate.requires_grad for rate in model.arch_parameters())
     model.compression.schedule = None
     assert all(rate.requires_grad for rate in model.arch_parameters())
+    for wanted in (False, True):
+        model.requires_grad_(wanted)
+        assert all(rate.requires_grad is wanted for rate in model.arch_parameters())
 
 
 @pytest.mark.parametrize("search", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from diffrate.patch.parts import FeatureHead
 from diffrate.patch.shapes import channels_of, weights
 from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
+Patched = TypeVar("Patched", bound="CompressedModel")
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
 
 
@@ -82,6 +83,13 @@ class CompressedModel(nn.Module):
     @abstractmethod
     def classify(self, state: TokenState) -> Tensor:
         """Logits `[B, K]` from what the last compressible block left; `[B, N0, K]` of models without a pooling."""
+
+    def requires_grad_(self: Patched, requires_grad: bool = True) -> Patched:
+        """torch's. Rates learn only while they say the counts, as `CompressionState.schedule` says."""
+        super().requires_grad_(requires_grad)
+        if self.compression.schedule is not None:
+            self.compression.requires_grad_(False)
+        return self
 
     def containers(self) -> Sequence[nn.Module]:
         """The modules that hold the blocks: they are never called."""
