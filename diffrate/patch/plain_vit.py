@@ -116,8 +116,9 @@ class CompressedVit(CompressedModel, _Vit):
             pools = ", ".join(map(repr, ("", *POOLS)))
             accepted = f"global_pool of {pools}, and no patch_drop"
             raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: {accepted}")
-        if self.global_pool == "map":
-            check_methods(self.attn_pool, "attn_pool")
+        pool: Any = getattr(self, "attn_pool", None)
+        if pool is not None:
+            check_methods(pool, "attn_pool")
 
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         return self.norm_pre(self._pos_embed(self.patch_embed(images))), self.no_positions()
