@@ -104,10 +104,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 # torch's for all modules, as profilers and counters put them on.
-_HOOKS_OF_ALL = (
-    *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
-    *(torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks),
-)
+_KINDS_OF_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_HOOKS_OF_ALL = tuple(getattr(torch_module, f"_global_{kind}") for kind in _KINDS_OF_HOOKS)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -135,9 +133,8 @@ def is_read(block: nn.Module) -> bool:
         return False
     attention = getattr(block, form.attention)
     for module in (block, attention):
-        if "forward" in vars(module) and not _runs_inside(module):
-            return False
-        if not type(module).forward.__module__.startswith("timm."):
+        timms = type(module).forward.__module__.startswith("timm.")
+        if not timms or ("forward" in vars(module) and not _runs_inside(module)):
             return False
     return type(attention) in PROJECTIONS
 
@@ -170,9 +167,8 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
 
 def other_methods(module: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     """The methods that a module has instead of its class's, all or of `names`."""
-    kind, own = type(module), vars(module)
-    replaced = (name for name in (own if names is None else names) if name in own)
-    return [name for name in replaced if callable(getattr(kind, name, None)) and not _runs_inside(module)]
+    own = [name for name in (vars(module) if names is None else names) if name in vars(module)]
+    return [name for name in own if callable(getattr(type(module), name, None)) and not _runs_inside(module)]
 
 
 def check_methods(module: nn.Module, where: str, names: Iterable[str] = (), *, alone: bool = False) -> None:
@@ -182,9 +178,8 @@ def check_methods(module: nn.Module, where: str, names: Iterable[str] = (), *, a
     """
     found = other_methods(module, names if alone else None)
     kind = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("diffrate."))
-    for name in ("forward", *names):
-        if not getattr(kind, name, nn.Module).__module__.startswith(("timm.", "torch.")):
-            found.append(name)
+    of = {name: getattr(kind, name, nn.Module).__module__ for name in ("forward", *names)}
+    found += [name for name, module_of in of.items() if not module_of.startswith(("timm.", "torch."))]
     if found:
         accepted = f"{type(module).__name__}'s own"
         raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {accepted}")

@@ -282,8 +282,8 @@ def _structure(model: CompressedModel) -> dict[str, Any]:
         if type(module) in PASSING:
             structure[name] = "Identity()" + _put_on(module)
             continue
-        kind = f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})"
-        structure[name] = kind + _put_on(module)
+        kind = type(module)
+        structure[name] = f"{kind.__module__}.{kind.__qualname__}({module.extra_repr()}){_put_on(module)}"
         settings = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in UNREAD}
         facts = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
         # None is like nothing at all: where a part was taken away, timm leaves one or the other.

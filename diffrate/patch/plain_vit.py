@@ -113,11 +113,9 @@ class CompressedVit(CompressedModel, _Vit):
         if not isinstance(getattr(self, "patch_drop", None), nn.Identity | None):
             refused.append("patch_drop")
         if refused:
-            pools = ", ".join(map(repr, ("", *POOLS)))
-            accepted = f"global_pool of {pools}, and no patch_drop"
+            accepted = f"global_pool of {', '.join(map(repr, ('', *POOLS)))}, and no patch_drop"
             raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: {accepted}")
-        pool: Any = getattr(self, "attn_pool", None)
-        if pool is not None:
+        if isinstance(pool := getattr(self, "attn_pool", None), nn.Module):
             check_methods(pool, "attn_pool")
 
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
