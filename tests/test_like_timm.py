@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 from cli.runtime import leave_group
+from diffrate.patch.parts import complete
 from tests.constructions import build, images_for, size_of
 from tests.test_constructions import GRAPHS
 
@@ -65,8 +70,16 @@ def test_distributed_training_at_fixed_counts_goes_on_after_a_step(tmp_path: Any
 def test_rates_learn_only_while_they_say_the_counts() -> None:
     model = reduced()
     assert not any(rate.requires_grad for rate in model.arch_parameters())
+    weights = {*model.parameters()}.difference(model.arch_parameters())
+    for wanted in (False, True):  # as of a head that is trained alone first
+        assert model.requires_grad_(wanted) is model
+        assert all(weight.requires_grad is wanted for weight in weights)
+        assert not any(rate.requires_grad for rate in model.arch_parameters())
     model.compression.schedule = None
     assert all(rate.requires_grad for rate in model.arch_parameters())
+    for wanted in (False, True):
+        model.requires_grad_(wanted)
+        assert all(rate.requires_grad is wanted for rate in model.arch_parameters())
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -134,6 +147,78 @@ def test_hooks_may_change_what_passes_and_see_gradients() -> None:
     model.blocks[0].register_full_backward_hook(lambda module, given, left: gradients.append(left[0].shape))
     model(images())[0].sum().backward()
     assert gradients == [(5, 17, 48)]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_hooks_of_all_modules_see_blocks_attentions_and_poolings(search: bool) -> None:
+    model, seen = reduced(_attention_pool()), []
+    if search:
+        model.train().compression.schedule = None
+    whole = model(images())[0]
+    entering = register_module_forward_pre_hook(lambda module, given: seen.append((type(module), "enters")))
+    leaving = register_module_forward_hook(lambda module, given, left: seen.append((type(module), "leaves")))
+    try:
+        torch.testing.assert_close(model(images())[0], whole, rtol=0, atol=0)
+    finally:
+        entering.remove()
+        leaving.remove()
+    kinds = [type(part) for part in (model.blocks[0], model.blocks[0].attn, model.attn_pool)]
+    counts = [seen.count((kind, where)) for kind in kinds for where in ("enters", "leaves")]
+    assert counts == [4, 4, 4, 4, 1, 1]
+    told = len(seen)
+    model(images())
+    assert len(seen) == told
+
+
+def test_counters_of_operations_see_what_there_is_without_them() -> None:
+    """Of the last block, whose class token alone is read."""
+    model = reduced()
+    with FlopCounterMode(display=False) as counter:
+        model(images(1))
+    left = []
+    hook = register_module_forward_hook(
+        lambda module, given, output: left.append(output.shape[1]) if module is model.blocks[-1] else None
+    )
+    try:
+        model(images(1))
+    finally:
+        hook.remove()
+    assert left == [1]
+    assert counter.get_total_flops() < 2 * model.flops()
+
+
+def _attention_pool() -> Any:
+    return plain(global_pool="map")
+
+
+def _class_and_mean() -> Any:
+    model = plain(global_pool="map", pool_include_prefix=True)
+    complete(model, class_and_mean=True)
+    return model
+
+
+@pytest.mark.parametrize("make", [_attention_pool, _class_and_mean])
+def test_hooks_of_a_pooling_see_and_change_what_passes(make: Callable[[], Any]) -> None:
+    model, seen = reduced(make()), []
+    whole = model(images())[0]
+    model.attn_pool.register_forward_hook(lambda module, given, left: seen.append((given[0].shape, left.shape)))
+    torch.testing.assert_close(model(images())[0], whole)
+    assert seen == [((5, 5 if make is _attention_pool else 6, 48), (5, model.head.in_features))]
+    model.attn_pool.register_forward_hook(lambda module, given, left: 2 * left)
+    assert not torch.allclose(model(images())[0], whole)
+
+
+@pytest.mark.parametrize("make", [_attention_pool, _class_and_mean])
+def test_another_pooling_is_refused(make: Callable[[], Any]) -> None:
+    for dense, call in ((True, diffrate.patch.vit), (False, lambda model: model(images()))):
+        for change, found in (
+            (lambda model: setattr(model.attn_pool, "forward", abs), "attn_pool: found another forward; "),
+            (lambda model: setattr(model, "attn_pool", nn.Flatten()), "found attn_pool=Flatten; "),
+        ):
+            model = make() if dense else reduced(make())
+            change(model)
+            with pytest.raises(diffrate.UnsupportedModelError, match=rf"^{found}accepted: "):
+                call(model)
 
 
 def test_hooks_in_a_search() -> None:
@@ -206,6 +291,54 @@ def test_what_would_be_passed_over_is_refused_at_the_next_pass(change: Callable[
         model(images())
 
 
+@pytest.mark.parametrize("name", ["forward_features", "forward_head", "pool"])
+def test_methods_that_are_never_called_are_refused_at_the_next_pass(name: str) -> None:
+    model = reduced()
+    model.train = lambda mode=True: model  # as of a model that is to stay as it is
+    model(images())
+    setattr(model, name, lambda tokens, **_: tokens)
+    with pytest.raises(diffrate.UnsupportedModelError, match=f"^model: found another {name}; accepted: "):
+        model(images())
+
+
+@pytest.mark.parametrize("name", ["forward", "forward_features", "forward_head", "pool"])
+@pytest.mark.parametrize("make", [plain, reduced])
+def test_methods_replaced_in_the_class_of_the_model_are_refused(
+    make: Callable[[], Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    monkeypatch.setattr(VisionTransformer, name, lambda self, tokens, **_: tokens)
+    with pytest.raises(diffrate.UnsupportedModelError, match=f"^model: found another {name}; accepted: "):
+        model(images()) if make is reduced else diffrate.patch.vit(model)
+
+
+def test_parts_around_the_blocks_are_refused_at_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reduced()
+    model.patch_drop = PatchDropout(0.9)
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^found patch_drop; accepted: "):
+        model(images())
+    model = reduced()
+    model.blocks.forward = lambda tokens: tokens
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks: found another forward; accepted: "):
+        model(images())
+    model = reduced()
+    monkeypatch.setattr(type(model.blocks[0].attn), "forward", lambda self, tokens, **_: tokens)
+    with pytest.raises(diffrate.UnsupportedModelError, match=r"^blocks\.0\.attn: found another forward; accepted: "):
+        model(images())
+
+
+def test_parts_around_the_blocks_of_a_caformer_are_refused_at_the_next_pass() -> None:
+    for change, found in (
+        (lambda model: setattr(model.stages[3], "forward", abs), "blocks: found another forward; "),
+        (lambda model: model.stages.register_forward_hook(lambda *_: None), "blocks: found hooks of their container; "),
+        (lambda model: setattr(model, "forward_features", abs), "model: found another forward_features; "),
+    ):
+        model = diffrate.patch.caformer(timm.create_model("caformer_s18").eval(), input_size=64)
+        change(model)
+        with pytest.raises(diffrate.UnsupportedModelError, match=rf"^{found}accepted: "):
+            model(torch.randn(1, 3, 64, 64))
+
+
 def test_an_mlp_of_another_cost_is_refused_at_the_next_pass() -> None:
     model = reduced()
     model.blocks[2].mlp = copy.deepcopy(model.blocks[2].mlp)  # as one in a wrapper, it costs the same
@@ -266,13 +399,31 @@ def test_an_adapter_of_the_projection_counts(name: str) -> None:
     assert not torch.allclose(model(images_for(name).float())[0], before)
 
 
-def test_quantized_linear_layers() -> None:
-    model = reduced()
+def quantized(model: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, on the age of its quantization
-        smaller = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
-        found = smaller(images())[0]
-    torch.testing.assert_close(found, model(images())[0], rtol=0, atol=0.2)
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
+
+
+def test_quantized_linear_layers() -> None:
+    model = reduced()
+    torch.testing.assert_close(quantized(model)(images())[0], model(images())[0], rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc2"])
+def test_layers_of_unknown_cost_are_refused_when_patched_and_welcome_after(name: str) -> None:
+    where, _, layer = name.partition(".")
+    model, dense = reduced(), plain()
+    for each in (model, dense):
+        part = getattr(each.blocks[1], where)
+        setattr(part, layer, Adapter(getattr(part, layer)))
+    flops = model.flops()
+    model(images())
+    model.reset_classifier(KW["num_classes"])
+    assert model.flops() == flops
+    for each, first in ((dense, f"blocks.1.{name}: found tests."), (quantized(plain()), "blocks.0.attn.qkv: found t")):
+        with pytest.raises(diffrate.UnsupportedModelError, match=rf"^{first}.*; accepted: torch\.nn\.Linear"):
+            diffrate.patch.vit(each)
 
 
 def test_inference_mode_and_data_parallel() -> None:

@@ -18,6 +18,7 @@ from timm.models.metaformer import MetaFormerBlock
 from timm.models.vision_transformer import Block, ResPostBlock
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from diffrate.blocks.attention import Heads, attend, attend_and_rank, attend_with_map, size_bias, weights_of
 from diffrate.blocks.heads import PROJECTIONS, Positions, Projection, projection_of
@@ -102,9 +103,18 @@ def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
+# torch's for all modules, as profilers and counters put them on.
+_KINDS_OF_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_HOOKS_OF_ALL = tuple(getattr(torch_module, f"_global_{kind}") for kind in _KINDS_OF_HOOKS)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return has_hooks(module) or any(_HOOKS_OF_ALL)
+
+
 def called(module: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """`run(x)` as what `module` makes of `x`, with its hooks around it, where it has any."""
-    if not has_hooks(module):
+    """`run(x)` as what `module` makes of `x`, with its hooks and those of all modules around it, if there are any."""
+    if not _is_watched(module):
         return run(x)
     if not _runs_inside(module):
         module.forward = partial(run_inside, module)
@@ -122,8 +132,11 @@ def is_read(block: nn.Module) -> bool:
     if form is None:
         return False
     attention = getattr(block, form.attention)
-    own = ("forward" not in vars(module) or _runs_inside(module) for module in (block, attention))
-    return type(attention) in PROJECTIONS and all(own)
+    for module in (block, attention):
+        timms = type(module).forward.__module__.startswith("timm.")
+        if not timms or ("forward" in vars(module) and not _runs_inside(module)):
+            return False
+    return type(attention) in PROJECTIONS
 
 
 def check_block(block: nn.Module, where: str) -> None:
@@ -152,15 +165,24 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
     return kinds[type(module)]
 
 
-def check_methods(module: nn.Module, where: str) -> None:
-    """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called."""
-    kind = type(module)
-    found = [name for name in vars(module) if callable(getattr(kind, name, None)) and not _runs_inside(module)]
-    # Changed in the class, for all modules:
-    if kind.__module__.startswith("timm.") and not kind.forward.__module__.startswith("timm."):
-        found.append("forward")
+def other_methods(module: nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """The methods that a module has instead of its class's, all or of `names`."""
+    own = [name for name in (vars(module) if names is None else names) if name in vars(module)]
+    return [name for name in own if callable(getattr(type(module), name, None)) and not _runs_inside(module)]
+
+
+def check_methods(module: nn.Module, where: str, names: Iterable[str] = (), *, alone: bool = False) -> None:
+    """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called.
+
+    In its class, for all modules, these are `forward` and `names`; in the module itself all, or `names` alone.
+    """
+    found = other_methods(module, names if alone else None)
+    kind = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("diffrate."))
+    of = {name: getattr(kind, name, nn.Module).__module__ for name in ("forward", *names)}
+    found += [name for name, module_of in of.items() if not module_of.startswith(("timm.", "torch."))]
     if found:
-        raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {kind.__name__}'s own")
+        accepted = f"{type(module).__name__}'s own"
+        raise UnsupportedModelError(f"{where}: found another {', '.join(found)}; accepted: {accepted}")
 
 
 def fixed_block(
@@ -184,19 +206,19 @@ def fixed_block(
 def with_hooks(
     block: Any, state: TokenState, read: int | None, step: Callable[[TokenState, int | None], TokenState]
 ) -> TokenState:
-    """`step(state, read)`, with the hooks of `block` around it, where it has any: they see all tokens before and after,
-    whatever is read of them."""
-    if not has_hooks(block):
+    """`step(state, read)`, with hooks around it: those of `block` see all tokens before and after, whatever is read of
+    them; those of all modules see what there is without them."""
+    if not _is_watched(block):
         return step(state, read)
-    left = state
+    left, seen = state, None if has_hooks(block) else read
 
     def run(x: Tensor) -> Tensor:
         nonlocal left
-        left = step(replaced(state, x=x), None)
+        left = step(replaced(state, x=x), seen)
         return left.x
 
     x = called(block, state.x, run)
-    return replaced(left, x=x) if read is None else TokenState(x[:, :read])
+    return replaced(left, x=x) if seen == read else TokenState(x[:, :read])
 
 
 def removes(kept: Kept, read: int | None) -> bool:

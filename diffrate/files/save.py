@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import diffrate
 from diffrate.atomic import first_line, whole_path
-from diffrate.blocks.block import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError, other_methods
 from diffrate.blocks.rates import RateError
 from diffrate.files.header import ARGUMENTS, About, SavedModelError, about, fetch, is_argument, timms_and_own
 from diffrate.patch.base import CompressedModel
@@ -72,8 +72,8 @@ def save(
     With timm before 1.0.31 the rates of dropout and stochastic depth are not saved: a loaded model has timm's defaults.
 
     Raises:
-        SavedModelError: `model` is not patched, was not made by `timm.create_model`, or has parts that
-            timm's arguments do not stand for; `classes` are not one per output; the file cannot be written.
+        SavedModelError: `model` is not patched, was not made by `timm.create_model`, or has parts, methods or
+            hooks that timm's arguments do not stand for; `classes` are not one per output; the file cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -272,7 +272,7 @@ def _check_alike(model: CompressedModel, rebuilt: CompressedModel) -> None:
         found, built = ours.get(part, "nothing"), theirs.get(part, "nothing")
         if found != built:
             origin = f"as timm {timm.__version__} builds {rebuilt.pretrained_cfg['architecture']}{needed}"
-            raise SavedModelError(f"{part}: found {found}; accepted: {built}, {origin}")
+            raise SavedModelError(f"{part or 'model'}: found {found}; accepted: {built}, {origin}")
 
 
 def _structure(model: CompressedModel) -> dict[str, Any]:
@@ -280,9 +280,10 @@ def _structure(model: CompressedModel) -> dict[str, Any]:
     structure: dict[str, Any] = {"rule": model.rule}
     for name, module in model.named_modules():
         if type(module) in PASSING:
-            structure[name] = "Identity()"
+            structure[name] = "Identity()" + _put_on(module)
             continue
-        structure[name] = f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})"
+        kind = type(module)
+        structure[name] = f"{kind.__module__}.{kind.__qualname__}({module.extra_repr()}){_put_on(module)}"
         settings = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in UNREAD}
         facts = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
         # None is like nothing at all: where a part was taken away, timm leaves one or the other.
@@ -291,6 +292,14 @@ def _structure(model: CompressedModel) -> dict[str, Any]:
         facts |= {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
         structure |= {f"{name}.{key}".strip("."): value for key, value in facts.items()}
     return structure
+
+
+def _put_on(module: nn.Module) -> str:
+    """What no file holds and logits depend on: hooks of forward passes, methods that are not those of the class."""
+    hooks = ["forward hooks"] if module._forward_hooks or module._forward_pre_hooks else []
+    # Those of every module, such as `train`, change no logits.
+    methods = [name for name in other_methods(module) if name == "forward" or not hasattr(nn.Module, name)]
+    return "".join(f", with {found}" for found in (*hooks, *(f"another {name}" for name in methods)))
 
 
 def _check_tensors(model: CompressedModel, tensors: dict[str, Tensor]) -> None:

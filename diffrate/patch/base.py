@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffrate.blocks.block import UnsupportedModelError, check_block, fixed_block, has_hooks, is_read
+from diffrate.blocks.block import UnsupportedModelError, check_block, check_methods, fixed_block, has_hooks, is_read
 from diffrate.blocks.heads import NO_POSITIONS, Positions
 from diffrate.blocks.masked import BlockPlan, plan_search, search_block
 from diffrate.blocks.rates import CompressionState
@@ -23,6 +23,7 @@ from diffrate.patch.parts import FeatureHead
 from diffrate.patch.shapes import channels_of, weights
 from diffrate.schedule import Kept, Schedule, ScheduleError, SearchSpace, check_schedule, make_schedule, running_counts
 
+Patched = TypeVar("Patched", bound="CompressedModel")
 PlannedCost = Callable[[Sequence[BlockPlan]], Tensor]  # of one image, with gradients
 
 
@@ -54,6 +55,7 @@ class CompressedModel(nn.Module):
     pretrained_cfg: Any  # timm's: what the model's inputs are like
     mlps: tuple[nn.Module, ...]  # of the attention blocks, as they were when the cost was counted
     image_size: tuple[int, int]  # height and width of the images that the model takes
+    uncalled: tuple[str, ...] = ("forward_features",)  # methods that timm's `forward` goes through, and ours does not
     return_flop: bool = True  # whether a forward pass gives the cost beside the logits, unless it is asked otherwise
 
     @abstractmethod
@@ -81,6 +83,13 @@ class CompressedModel(nn.Module):
     @abstractmethod
     def classify(self, state: TokenState) -> Tensor:
         """Logits `[B, K]` from what the last compressible block left; `[B, N0, K]` of models without a pooling."""
+
+    def requires_grad_(self: Patched, requires_grad: bool = True) -> Patched:
+        """torch's. Rates learn only while they say the counts, as `CompressionState.schedule` says."""
+        super().requires_grad_(requires_grad)
+        if self.compression.schedule is not None:
+            self.compression.requires_grad_(False)
+        return self
 
     def containers(self) -> Sequence[nn.Module]:
         """The modules that hold the blocks: they are never called."""
@@ -276,9 +285,16 @@ class CompressedModel(nn.Module):
             if not is_read(block):
                 check_block(block, f"blocks.{number}")
             _check_mlp(block, self.mlps[number], f"blocks.{number}.mlp")
-        if any(map(has_hooks, self.containers())):
-            raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
+        self.check_around()
         return True
+
+    def check_around(self) -> None:
+        """Refuse what stands around the blocks and would be passed over, with an UnsupportedModelError."""
+        check_methods(self, "model", self.uncalled, alone=True)
+        for container in self.containers():
+            check_methods(container, "blocks", ("forward",), alone=True)
+            if has_hooks(container):
+                raise UnsupportedModelError("blocks: found hooks of their container; accepted: hooks of each block")
 
     def run_blocks(self, entry: Entry, end: int | None = None) -> list[TokenState]:
         """All tokens after each of the first `end` compressible blocks, or after each."""

@@ -40,7 +40,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         return self.stages[2].blocks
 
     def containers(self) -> Sequence[nn.Module]:
-        return [part for stage in self.stages[2:] for part in (stage, stage.blocks)]
+        return [self.stages, *(part for stage in self.stages[2:] for part in (stage, stage.blocks))]
 
     def attention_blocks(self) -> Sequence[nn.Module]:
         return [*self.stages[2].blocks, *self.stages[3].blocks]
@@ -184,7 +184,7 @@ def _check_caformer(model: nn.Module) -> None:
     head: Any = model.head
     if not isinstance(head.fc, MlpHead | nn.Identity):
         raise UnsupportedModelError(f"head.fc: found {type(head.fc).__name__}; accepted: MlpHead, or none")
-    check_methods(model, "model")
+    check_methods(model, "model", CompressedCaformer.uncalled)
     for index in (2, 3):
         check_methods(stages[index], f"stages.{index}")
         for position, block in enumerate(stages[index].blocks):

@@ -3,13 +3,15 @@ features at the full grid, as timm's own model returns them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
-from diffrate.blocks.tokens import TokenState, size_dtype, standing
+from diffrate.blocks.block import called
+from diffrate.blocks.tokens import TokenState, replaced, size_dtype, standing
 from diffrate.patch.parts import ClassAndMean
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
@@ -18,9 +20,11 @@ POOLS = ("token", "avg", "avgmax", "max", "map")
 def pooled(model: Any, state: TokenState, left_out: int) -> Tensor:
     """`[B, C]` of the normalised tokens in `state`, as `model.global_pool` says, the first `left_out` unseen."""
     if model.global_pool == "map" and isinstance(model.attn_pool, ClassAndMean):
-        return torch.cat([state.x[:, 0], weighted_mean(state, model.attn_pool.prefix)], dim=-1)
+        mean = partial(weighted_mean, left_out=model.attn_pool.prefix)
+        return called(model.attn_pool, state.x, lambda x: torch.cat([x[:, 0], mean(replaced(state, x=x))], dim=-1))
     if model.global_pool == "map":
-        return attention_pool(model.attn_pool, state, left_out)
+        seen = state.x[:, left_out:]
+        return called(model.attn_pool, seen, lambda x: attention_pool(model.attn_pool, x, state, left_out))
     if model.global_pool == "token" or state.x.shape[1] == left_out:  # all others are gone: the class token saw them
         return state.x[:, 0]
     if model.global_pool == "max":
@@ -48,12 +52,12 @@ def highest_of(state: TokenState, left_out: int) -> Tensor:
     return x[:, left_out:].amax(1)
 
 
-def attention_pool(pool: AttentionPoolLatent, state: TokenState, left_out: int) -> Tensor:
-    """timm's attention pooling with latent queries, proportional: a token counts `size` times.
+def attention_pool(pool: AttentionPoolLatent, x: Tensor, state: TokenState, left_out: int) -> Tensor:
+    """timm's attention pooling with latent queries of the tokens `x`, all in `state` but the first `left_out`,
+    proportional: a token counts `size` times.
 
     In search masked tokens count by their mask, which takes the gradient.
     """
-    x = state.x[:, left_out:]
     key, value = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     latent = pool.q(pool.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
     scores = (pool.q_norm(latent) * pool.scale) @ pool.k_norm(key).transpose(-2, -1)
@@ -76,10 +80,10 @@ def pool_parts(model: Any) -> list[str]:
     if (model.global_pool == "map") != (pool is not None):
         return ["attn_pool"]
     if isinstance(pool, ClassAndMean):  # timm gives it a head for half of what it pools
-        width = getattr(model.head, "in_features", 2 * model.embed_dim)
+        width = getattr(getattr(model.head, "features", model.head), "in_features", 2 * model.embed_dim)
         return [] if width == 2 * model.embed_dim else [f"head of {width} inputs after ClassAndMean"]
     if not isinstance(pool, AttentionPoolLatent):
-        return [] if pool is None else [type(pool).__name__]
+        return [] if pool is None else [f"attn_pool={type(pool).__name__}"]
     found = [] if pool.pos_embed is None else ["attn_pool.pos_embed"]
     return found if pool.pool in ("token", "avg") else [*found, f"attn_pool.pool={pool.pool!r}"]
 

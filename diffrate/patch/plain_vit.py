@@ -19,7 +19,7 @@ from diffrate.blocks.block import UnsupportedModelError, check_block, check_meth
 from diffrate.blocks.heads import Positions
 from diffrate.blocks.reduction import IntoMostSimilarKept, Mean, ReceivedAttention, ReductionRule
 from diffrate.blocks.tokens import TokenState, replaced
-from diffrate.flops import Count, VitShape, vit_flops
+from diffrate.flops import BlockShape, Count, VitShape, vit_flops
 from diffrate.patch.base import CompressedModel, PlannedCost, compress, mlps_of
 from diffrate.patch.features import POOLS, as_map, pool_parts, pooled, restore
 from diffrate.patch.parts import ClassAndMean
@@ -28,6 +28,7 @@ from diffrate.patch.shapes import (
     as_size,
     block_shape,
     channels_of,
+    check_layers,
     configured_size,
     pooling_flops,
     stem_flops,
@@ -58,6 +59,7 @@ class CompressedVit(CompressedModel, _Vit):
 
     blocks: Any  # typed by timm as plain modules
     shape: VitShape
+    uncalled = ("forward_features", "forward_head", "pool", "_pool", "_forward_embeds")
 
     def compressible_blocks(self) -> Sequence[nn.Module]:
         return self.blocks
@@ -105,6 +107,17 @@ class CompressedVit(CompressedModel, _Vit):
         uses = 1 if self.global_pool else self.compression.space.limits[0]
         return vit_flops(self.shape, self.head_weights() * uses, counts)
 
+    def check_around(self) -> None:
+        super().check_around()
+        refused = pool_parts(self)
+        if not isinstance(getattr(self, "patch_drop", None), nn.Identity | None):
+            refused.append("patch_drop")
+        if refused:
+            accepted = f"global_pool of {', '.join(map(repr, ('', *POOLS)))}, and no patch_drop"
+            raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: {accepted}")
+        if isinstance(pool := getattr(self, "attn_pool", None), nn.Module):
+            check_methods(pool, "attn_pool")
+
     def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Positions]]:
         return self.norm_pre(self._pos_embed(self.patch_embed(images))), self.no_positions()
 
@@ -112,13 +125,13 @@ class CompressedVit(CompressedModel, _Vit):
         """timm's: another head, and another pooling where one is given. The kept counts stay as they are.
 
         Raises:
-            UnsupportedModelError: a pooling that compression does not handle.
+            UnsupportedModelError: a pooling that compression does not handle, or parts that were replaced.
             ScheduleError: the counts that are set leave too few tokens for the pooling.
         """
+        self.check_parts()
         super().reset_classifier(num_classes, *args, **options)
         _check_parts(self)
-        space, self.shape = _described(self, self.image_size)
-        self.mlps = mlps_of(self)
+        space, self.shape = _described(self, self.image_size, self.shape.blocks)  # whose layers may be others by now
         before = self.compression
         if space != before.space:  # other blocks may be searched now
             compress(self, space, (before.granularity["prune"], before.granularity["merge"]))
@@ -232,8 +245,9 @@ def patch_vit(
     model.__class__ = kind  # the family's methods say what there is to know
     try:
         _check_parts(model)
+        check_layers(model)
         size = _image_size(model, input_size)
-        space, shape = _described(model, size)
+        space, shape = _described(model, size, tuple(map(block_shape, model.blocks)))
         prefix, importance = model.num_prefix_tokens, ReceivedAttention(model.class_tokens())
         rule = ReductionRule(prefix, importance, IntoMostSimilarKept(spared=prefix), Mean(cosine_sizes=True))
         compress(model, space, granularity, rule=rule, image_size=size, shape=shape, return_flop=return_flop)
@@ -269,18 +283,13 @@ def _sides(size: Size) -> str:
 
 def _check_parts(model: CompressedVit) -> None:
     """Refuse a model with parts that are not handled, by their names."""
-    refused = pool_parts(model)
-    if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
-        refused.append("patch_drop")
-    if refused:
-        pools = ", ".join(map(repr, ("", *POOLS)))
-        raise UnsupportedModelError(f"found {', '.join(refused)}; accepted: global_pool of {pools}, and no patch_drop")
+    model.check_around()
     check_methods(model, "model")
     for index, block in enumerate(model.blocks):
         check_block(block, f"blocks.{index}")
 
 
-def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]:
+def _described(model: CompressedVit, size: Size, blocks: tuple[BlockShape, ...]) -> tuple[SearchSpace, VitShape]:
     """What there is to choose in a model, and what its cost depends on. Refuses one with too few blocks."""
     depth, prefix, left_out = len(model.blocks), model.num_prefix_tokens, model.left_out()
     whole = {0} if model.read is not None else {0, depth - 1}
@@ -292,5 +301,4 @@ def _described(model: CompressedVit, size: Size) -> tuple[SearchSpace, VitShape]
     unseen = model.global_pool == "map" and (left_out == prefix or isinstance(pool, ClassAndMean))
     least = prefix + int(unseen or not model.class_tokens())
     space = SearchSpace((model.tokens_at(size),) * depth, searchable, prunes=True, prefix=prefix, least=least)
-    blocks = tuple(map(block_shape, model.blocks))
     return space, VitShape(model.embedding_flops(size), blocks, pooling_flops(model), left_out)

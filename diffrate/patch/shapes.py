@@ -17,6 +17,8 @@ from diffrate.flops import BlockShape
 
 DEFAULT_INPUT = (3, 224, 224)
 Size = tuple[int, int]
+# timm's names of layers that cost what they weigh: in the stem, in attentions and poolings, in MLPs.
+COUNTED = frozenset({"proj", "qkv", "q_proj", "k_proj", "v_proj", "q", "kv", "fc1", "fc1_g", "fc1_x", "fc2"})
 
 
 def configured_size(model: nn.Module) -> Size:
@@ -50,6 +52,14 @@ def as_size(size: Any, name: str = "input_size") -> Size:
     if len(sides) != 2 or min(sides) < 1:
         raise UnsupportedModelError(f"{name}: found {size!r}; accepted: height and width in pixels, or a side")
     return sides[0], sides[1]
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse layers of unknown cost, as quantised ones and those in wrappers, with an UnsupportedModelError."""
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] in COUNTED and not isinstance(layer, nn.Linear | nn.Conv2d | nn.Identity):
+            found = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            raise UnsupportedModelError(f"{name}: found {found}; accepted: torch.nn.Linear until it is patched")
 
 
 def block_shape(block: nn.Module) -> BlockShape:

@@ -32,6 +32,8 @@ class CompressedVisionTransformer(CompressedVit, VisionTransformer):
 class CompressedDistilled(CompressedVit, VisionTransformerDistilled):
     """Importance is the mean of the two tokens' attention; the logits are the mean of their two heads'."""
 
+    uncalled = ("forward_features",)
+
     def class_tokens(self) -> int:
         return 2
 

@@ -653,6 +653,30 @@ def fewer_blocks(model: Any) -> None:
     model.stages[2].blocks = model.stages[2].blocks[:-1]
 
 
+WHOLE = "diffrate.patch.timm_families.CompressedVisionTransformer()"
+ACTIVATION = "torch.nn.modules.activation.GELU(approximate='none')"
+
+
+def a_hook_on_a_block(model: Any) -> None:
+    model.blocks[0].register_forward_hook(lambda part, given, left: left * 0.5)
+
+
+def a_hook_before_a_part_that_passes_on(model: Any) -> None:
+    model.norm_pre.register_forward_pre_hook(lambda part, given: given[0] + 1)
+
+
+def a_hook_on_the_model(model: Any) -> None:
+    model.register_forward_hook(lambda part, given, left: left)
+
+
+def another_forward(model: Any) -> None:
+    model.blocks[0].mlp.act.forward = lambda x: x
+
+
+def another_method(model: Any) -> None:
+    model._pos_embed = lambda x: x
+
+
 @pytest.mark.parametrize(
     ("family", "change", "start"),
     [
@@ -662,6 +686,11 @@ def fewer_blocks(model: Any) -> None:
         ("deit", fewer_heads, "blocks.1.attn.num_heads: found 1; accepted: 3, as timm "),
         ("deit", one_part_more, "calls: found [3]; accepted: nothing"),
         ("deit", another_rule, "rule: found ReductionRule("),
+        ("deit", a_hook_on_a_block, "blocks.0: found timm.models.vision_transformer.Block(), with forward hooks; "),
+        ("deit", a_hook_before_a_part_that_passes_on, "norm_pre: found Identity(), with forward hooks; "),
+        ("deit", a_hook_on_the_model, f"model: found {WHOLE}, with forward hooks; "),
+        ("deit", another_forward, f"blocks.0.mlp.act: found {ACTIVATION}, with another forward; accepted: "),
+        ("deit", another_method, f"model: found {WHOLE}, with another _pos_embed; "),
         ("caformer", fewer_blocks, "stages.2.blocks.3: found nothing; accepted: timm.models.metaformer."),
     ],
 )
@@ -670,6 +699,16 @@ def test_parts_that_no_argument_stands_for(path: Path, family: str, change: Call
     change(model)
     assert refusal(lambda: save(model, path)).startswith(start)
     assert not path.exists()
+
+
+def test_hooks_that_were_removed_and_methods_that_change_no_logits(path: Path) -> None:
+    model: Any = patched("deit")
+    hook = model.blocks[0].register_forward_hook(lambda part, given, left: None)
+    expected = logits(model)
+    hook.remove()
+    model.train = lambda mode=True: model  # as of a model that is to stay as it is
+    save(model, path)
+    assert torch.equal(logits(load(path)), expected)
 
 
 @pytest.mark.parametrize("classes", [["a"], "abcde", [1, 2, 3, 4, 5]], ids=str)
