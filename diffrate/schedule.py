@@ -337,9 +337,10 @@ class SearchSpace:
         return self.schedule([self.least] * len(self.choices))
 
     def schedule(self, counts: Sequence[int]) -> Schedule:
-        """The schedule of one count per choice, in block order, prune before merge."""
+        """The schedule of one count per choice, in block order, prune before merge; where the last bit of an expected
+        count rounds it up above all tokens, it is these."""
         rows = {kind: list(self.limits) for kind in self.kinds}
         for (block, kind), count in zip(self.choices, counts, strict=True):
-            rows[kind][block] = count
+            rows[kind][block] = min(count, self.limits[block])
         prune = tuple(rows["prune"]) if self.prunes else None
         return Schedule(prune, tuple(rows["merge"]), self.limits[0], self.rules)

@@ -6,6 +6,7 @@ import logging
 import math
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,13 @@ def test_measurements_that_make_no_sense_are_refused(name: str, value: int) -> N
         diffrate.measure_latency(patched("deit"), **{name: value})
 
 
-@pytest.mark.parametrize("method", ["gradient", "calibrated"])
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "gradient": {"method": "gradient", "budget": "held"},
+    "calibrated": {"method": "calibrated", "work": 100},
+}
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
 def test_a_search_meets_a_speed_by_its_table(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, table = patched("deit"), table_of(0.3)
     dense = table.seconds(model.dense_schedule())
@@ -102,9 +109,7 @@ def test_a_search_meets_a_speed_by_its_table(method: str, monkeypatch: pytest.Mo
         return dense / table.seconds(schedule)
 
     monkeypatch.setattr(measure, "measured_speedup", as_predicted)
-    found = diffrate.search(
-        model, images(), target_speedup=1.6, latency=table, method=method, loss="distill", work=100, budget="held"
-    )
+    found = diffrate.search(model, images(), target_speedup=1.6, latency=table, loss="distill", **OF_METHOD[method])
     assert found.speed is not None
     assert found.speed.predicted == pytest.approx(1.6, rel=0.02)
     assert found.speed.measured == found.speed.predicted
@@ -115,13 +120,13 @@ def test_a_search_meets_a_speed_by_its_table(method: str, monkeypatch: pytest.Mo
     assert tuple(model.get_kept_num()[1]) == found.schedule.merge
 
 
-@pytest.mark.parametrize("method", ["gradient", "calibrated"])
+@pytest.mark.parametrize("method", OF_METHOD)
 def test_what_is_measured_to_be_too_slow_is_made_faster(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which all reductions save a tenth less than the table says."""
     model, table = patched("deit"), table_of(0.1)
     dense = table.seconds(model.dense_schedule())
     monkeypatch.setattr(measure, "measured_speedup", lambda model, schedule, *_: 0.9 * dense / table.seconds(schedule))
-    found = diffrate.search(model, images(), target_speedup=1.5, latency=table, method=method, loss="distill", work=100)
+    found = diffrate.search(model, images(), target_speedup=1.5, latency=table, loss="distill", **OF_METHOD[method])
     assert found.speed is not None
     assert found.speed.measured >= 1.5 * 0.97
     assert found.speed.predicted == pytest.approx(found.speed.measured / 0.9)

@@ -62,7 +62,7 @@ def test_it_is_saved_loaded_searched_and_scored(outputs: int, tmp_path: Path) ->
     batches = [(images, torch.tensor([0, 1, 2, 0]))]
     assert diffrate.evaluate(model, batches).images == 4
     assert diffrate.evaluate(model, batches, multi_label=True).mean_average_precision is not None
-    found = diffrate.search(model, [images], share=0.7, epochs=1, loss="distill", multi_label=True, images=4)
+    found = diffrate.search(model, [images], share=0.7, epochs=1, loss="distill", multi_label=True)
     assert found.flops < model.flops_at(model.dense_schedule())
     diffrate.save(model.to(torch.bfloat16), tmp_path / "half.safetensors")
     assert diffrate.load(tmp_path / "half.safetensors").head.weight.dtype == torch.bfloat16
