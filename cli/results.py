@@ -52,7 +52,7 @@ def save_model(
     """Leave the model where `--save` says, if it says so; main process only."""
     path = settings.run.save
     if path is not None and runtime.processes.is_main:
-        if settings.data.crop_pct is not None:  # as its scores were, its images are to be cut
+        if settings.data.crop_pct is not None:  # what its scores were measured at
             compressed.pretrained_cfg["crop_pct"] = settings.data.crop_pct
         diffrate.save(compressed, path, name=entry.name, classes=classes)
         log.info("saved %s: %.3f GFLOPs", path, compressed.flops() / 1e9)

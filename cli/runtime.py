@@ -95,8 +95,8 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
 def leave_group(group: dist.ProcessGroup | None = None) -> None:
     """Destroy a process group, torch's default one unless another is given, once all of its processes are here."""
     dist.barrier(group)  # nobody leaves while another still waits for it
-    # Until torch 2.8 destruction joins gloo's threads under Python's lock, which they wait for where a tensor dies with
-    # them: one in seven runs never ended. Asleep, this thread lets them have it.
+    # Before torch 2.8, destruction holds the GIL while it joins gloo's threads. One that has yet to free a tensor waits
+    # for the GIL, and one run in seven hung. The sleep lets go of it.
     time.sleep(0.1)
     dist.destroy_process_group(group)
 

@@ -337,8 +337,8 @@ class SearchSpace:
         return self.schedule([self.least] * len(self.choices))
 
     def schedule(self, counts: Sequence[int]) -> Schedule:
-        """The schedule of one count per choice, in block order, prune before merge; where the last bit of an expected
-        count rounds it up above all tokens, it is these."""
+        """The schedule of one count per choice, in block order, prune before merge. A count above a block's tokens, as
+        rounding an expected count up may give, is lowered to them."""
         rows = {kind: list(self.limits) for kind in self.kinds}
         for (block, kind), count in zip(self.choices, counts, strict=True):
             rows[kind][block] = min(count, self.limits[block])

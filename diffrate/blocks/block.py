@@ -174,7 +174,7 @@ def other_methods(module: nn.Module, names: Iterable[str] | None = None) -> list
 def check_methods(module: nn.Module, where: str, names: Iterable[str] = (), *, alone: bool = False) -> None:
     """Refuse a module whose methods were replaced, with an UnsupportedModelError: they would never be called.
 
-    In its class, for all modules, these are `forward` and `names`; in the module itself all, or `names` alone.
+    Looks at `forward` and `names` in its class, and at all methods of the module itself, or with `alone` at `names`.
     """
     found = other_methods(module, names if alone else None)
     kind = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("diffrate."))
@@ -207,7 +207,7 @@ def with_hooks(
     block: Any, state: TokenState, read: int | None, step: Callable[[TokenState, int | None], TokenState]
 ) -> TokenState:
     """`step(state, read)`, with hooks around it: those of `block` see all tokens before and after, whatever is read of
-    them; those of all modules see what there is without them."""
+    them; torch's hooks for all modules see what is computed without hooks."""
     if not _is_watched(block):
         return step(state, read)
     left, seen = state, None if has_hooks(block) else read

@@ -11,7 +11,7 @@ from timm.layers.drop import DropPath
 from torch import nn
 
 from diffrate.atomic import holds_weights
-from diffrate.blocks.block import UnsupportedModelError
+from diffrate.blocks.block import UnsupportedModelError, other_methods
 from diffrate.converting import transformers_vits
 from diffrate.converting.layout import CLIP, IMAGENET_VIT, Names, Plan, State, parts_of, planned
 from diffrate.files.header import SavedModelError
@@ -51,7 +51,7 @@ def known_name(model: object, known: Mapping[str, Any]) -> str | None:
 
 def torchvision_vit(model: Any) -> Plan:
     """The VisionTransformer of torchvision."""
-    check_parts(model)
+    _check_nothing_added(model)
     kind, last = "VisionTransformer of torchvision", model.heads
     if isinstance(last, nn.Sequential) and last._modules.keys() == {"head"}:
         last = last.head
@@ -70,7 +70,7 @@ def torchvision_vit(model: Any) -> Plan:
 
 def open_clip_vit(model: Any) -> Plan:
     """The VisionTransformer of open_clip: its pooled output, projected where it has a projection."""
-    check_parts(model)
+    _check_nothing_added(model)
     kind = "VisionTransformer of open_clip"
     if model.attn_pool is not None or model.pool_type not in ("tok", "avg"):
         found = model.pool_type if model.attn_pool is None else type(model.attn_pool).__name__
@@ -147,7 +147,7 @@ LIBRARIES = ("torch", "torchvision", "open_clip", "transformers", "timm")
 HOOKING = ("transformers", "accelerate")
 
 
-def check_parts(model: nn.Module) -> None:
+def _check_nothing_added(model: nn.Module) -> None:
     """Refuse what would not be seen in a model's weights: parts, forwards and hooks of others, parametrized weights.
 
     Raises:
@@ -158,7 +158,7 @@ def check_parts(model: nn.Module) -> None:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if not all(_library_of(hook) in HOOKING for hook in hooks):
             found = "a forward hook"
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's, which moves tensors
+        if other_methods(module, ["forward"]) and not hasattr(module, "_hf_hook"):  # accelerate's, which moves tensors
             found = "another forward"
         if (name and _library_of(kind) not in LIBRARIES) or hasattr(module, "parametrizations"):
             found = f"a {name_of(kind)}"
@@ -175,7 +175,7 @@ def _read(model: nn.Module, size: Size | None) -> Any:
     """The plan of a timm model, or the model itself, by the class of `model`; for images of `size`."""
     name = known_name(model, transformers_vits.LAYOUTS)
     if name is not None:
-        check_parts(model)
+        _check_nothing_added(model)
         return transformers_vits.plan_of(model, name, size)
     name = known_name(model, READERS)
     if name is not None:

@@ -96,9 +96,9 @@ def search(
     settings = replace(settings or SearchSettings(), **options)
     for name, given in {"callback": callback, **options}.items():
         default = None if name == "callback" else OPTIONS[name].default
-        for method, names in OF_METHOD.items():
-            if method != settings.method and name in names and given != default:
-                raise SearchSettingError(f"{name}: found with the method {settings.method!r}; accepted: {method!r}")
+        of = next((method for method, names in OF_METHOD.items() if name in names), settings.method)
+        if of != settings.method and given != default:
+            raise SearchSettingError(f"{name}: found with the method {settings.method!r}; accepted: {of!r}")
     for name, given in (("callback", callback), ("criterion", settings.criterion)):
         if not (given is None or callable(given) or isinstance(given, Observer)):
             raise TypeError(f"{name}: found {type(given).__name__}; accepted: a function, or none")
