@@ -35,9 +35,9 @@ from cli.settings import (
     mode_of,
     settings_from,
 )
-from diffrate.atomic import HUB, SOURCES
 from diffrate.budget import PEERS
 from diffrate.files.header import ExportError, SavedModelError, about, check_destination, is_saved_model, target_of
+from diffrate.hub import HUB, SOURCES
 from diffrate.schedule import GRANULARITY
 from diffrate.searching.settings import CALIBRATED, FLAGS, GRADIENT, OF_METHOD, Range, SearchSettings, flag_of, help_of
 from sample import MODEL as SAMPLE_MODEL

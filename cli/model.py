@@ -25,7 +25,7 @@ from cli.runtime import Runtime, local_main_first
 from cli.schedules import chosen_schedule, fit_tokens
 from cli.settings import FROM_SCRATCH, OFFICIAL, ModelSettings, Settings, size_words
 from datasets import IMAGENET_CLASSES, DataError, LabelledDataset, data_root, has_validation
-from diffrate.atomic import HUB, first_line
+from diffrate.atomic import first_line
 from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
 from diffrate.converting.convert import completed
@@ -33,6 +33,7 @@ from diffrate.converting.folder import Folder, open_folder
 from diffrate.device import FixedBatch, compile_model
 from diffrate.files.header import about, is_saved_model, timms_and_own
 from diffrate.files.text_head import read_texts
+from diffrate.hub import HUB
 from diffrate.patch.parts import complete
 from diffrate.schedule import ScheduleError
 from engine import flags_in

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; files and servers of others, so that none can do harm or hang."""
+"""Files that are written whole or not at all; files of others, so that none can do harm or hang."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ import json
 import mmap
 import os
 import pickle
-import socket
 import stat
 import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
 
 WRITING = threading.RLock()  # held while a file is written: a process that ends takes it first
 SCRATCH: set[Path] = set()  # what is written at present, files and folders, for a process that ends to remove
-HUB = "hf-hub:"
-SOURCES = (HUB, "local-dir:")  # timm's words before a model that is no name of its own
-ANSWER = 2.0  # seconds that a server has to take a connection
 LONGEST_NUMBER = 400  # digits of a whole number in JSON: Python reads up to 4,300
 LARGEST_JSON = 2**22  # bytes of a file: thousands of schedules; Python may take forty times as much for the values
 MAKES_SPACE = b"bytearray"  # what pickles of plain values alone may call with a number
@@ -45,47 +39,6 @@ def first_line(error: Exception) -> str:
     if str(error).startswith("Weights only load failed"):  # torch goes on to advise loading whatever is there
         return "not plain tensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def answers(url: str) -> bool:
-    """Whether the server of a URL, or the proxy to it, takes a connection within `ANSWER` seconds."""
-    server, proxies = urlsplit(url), getproxies()
-    if server.scheme not in ("http", "https"):
-        return True  # a file's
-    proxy = proxies.get(server.scheme) or proxies.get("all")
-    if proxy and not proxy_bypass(server.hostname or ""):
-        server = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    found: list[bool] = []
-
-    def connect() -> None:
-        with suppress(OSError, ValueError):  # also a port that is none
-            address = server.hostname or "", server.port or {"http": 80, "socks5": 1080}.get(server.scheme, 443)
-            socket.create_connection(address, ANSWER).close()
-            found.append(True)
-
-    thread = threading.Thread(target=connect, daemon=True)  # looking a name up has no time limit of its own
-    thread.start()
-    thread.join(ANSWER)
-    return bool(found)
-
-
-@contextmanager
-def hub_or_cache() -> Iterator[None]:
-    """Let the hub's client look into its cache alone while nobody answers there: its retries take half a minute."""
-    from huggingface_hub import constants, utils
-
-    before = constants.HF_HUB_OFFLINE
-    silent = not before and not answers(constants.ENDPOINT)
-    reset: Any = getattr(utils, "reset_sessions", None) if silent else None  # before 1.0, sessions keep the setting
-    try:
-        constants.HF_HUB_OFFLINE = before or silent
-        if reset is not None:
-            reset()
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-        if reset is not None:
-            reset()
 
 
 def one_line(text: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffrate.atomic import first_line
 
@@ -49,6 +50,25 @@ def generators_kept(*own: torch.Generator) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
         for generator, state in zip(own, states, strict=True):
             generator.set_state(state)
+
+
+# What fills a tensor in place when a model is built, most of the time that it takes without storage.
+FILLING = frozenset(["uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"])
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Build models inside on the meta device: without storage, and in little time."""
+    with torch.device("meta"), _WithoutFilling():
+        yield
+
+
+class _WithoutFilling(TorchFunctionMode):
+    """Skips the filling of tensors on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, values: Any = (), named: Any = None) -> Any:
+        skipped = func.__name__ in FILLING and values and values[0].is_meta
+        return values[0] if skipped else func(*values, **(named or {}))
 
 
 def machine_name(device: torch.device) -> str:

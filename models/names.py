@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
-import torch
 from timm.data.config import resolve_data_config
 from timm.layers.helpers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg, split_model_name_tag
 from timm.models._hub import load_model_config_from_path
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from diffrate.atomic import SOURCES, first_line, hub_or_cache
+from diffrate.atomic import first_line
+from diffrate.device import shapes_alone
+from diffrate.hub import SOURCES, hub_or_cache
 from models.weights import downloading, load_weights, official_file
 from models.zoo import HUB_SITE, INPUTS, ZOO, InputSizeError, ModelEntry, Size, UnknownModelError, find
 
 DEPTH = 3  # blocks of a model that is tried: a first, a last, and one between them
-# What fills a tensor in place when a model is built, most of the time that it takes without storage.
-FILLING = frozenset(["uniform_", "normal_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"])
 
 
 def create(entry: ModelEntry, input_size: int | Size | None = None, **options: Any) -> nn.Module:
@@ -55,21 +53,6 @@ def create(entry: ModelEntry, input_size: int | Size | None = None, **options: A
         model.set_input_size(img_size=size)
     _check_size(model, size, entry.input_size)
     return model
-
-
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Build models inside on the meta device: without storage, and in little time."""
-    with torch.device("meta"), _WithoutFilling():
-        yield
-
-
-class _WithoutFilling(TorchFunctionMode):
-    """Skips the filling of tensors on the meta device."""
-
-    def __torch_function__(self, func: Any, types: Any, values: Any = (), named: Any = None) -> Any:
-        skipped = func.__name__ in FILLING and values and values[0].is_meta
-        return values[0] if skipped else func(*values, **(named or {}))
 
 
 def _check_size(model: Any, size: Size, own: Size) -> None:

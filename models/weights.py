@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from diffrate.atomic import UNREADABLE as UNREADABLE_BY_TORCH
-from diffrate.atomic import answers, check_unpacked, first_line, holds_weights, hub_or_cache, load_tensors, refuse_pipe
+from diffrate.atomic import check_unpacked, first_line, holds_weights, load_tensors, refuse_pipe
+from diffrate.hub import answers, hub_or_cache
 from models.zoo import HUB_SITE, CheckpointError, ModelEntry, OfficialWeights, Size
 
 StateDict = dict[str, Tensor]

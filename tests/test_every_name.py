@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
+from diffrate.device import shapes_alone
 from diffrate.schedule import Schedule
 from tests.constructions import since
 
@@ -41,19 +41,9 @@ PARALLEL = {
 SHALLOW = 3  # blocks: enough for one that may reduce tokens between a first and a last that may not
 
 
-class Unfilled(TorchFunctionMode):
-    """Weights stay as they are, which have no values: drawing what none has takes longer than all else of a model."""
-
-    FILLS = (Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
-    FILLS += (Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_)  # of truncated normals
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self.FILLS else func(*args, **(kwargs or {}))
-
-
 def shallow(name: str) -> Any:
     """The model with few of its blocks, at full width, without memory for its weights."""
-    with torch.device("meta"), Unfilled():
+    with shapes_alone():
         try:
             # Some buffers of older timm start on the CPU even so.
             return timm.create_model(name, depth=SHALLOW).eval().to("meta")

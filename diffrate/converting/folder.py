@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 
-from diffrate.atomic import HUB, UNREADABLE, first_line, load_tensors, read_json
+from diffrate.atomic import UNREADABLE, first_line, load_tensors, read_json
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.converting.layout import Plan, State
 from diffrate.converting.transformers_vits import plan_of_files
 from diffrate.files.header import REFERENCE, SavedModelError, fetch
+from diffrate.hub import HUB
 from diffrate.patch.shapes import Size, as_size
 
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"

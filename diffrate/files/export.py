@@ -14,8 +14,8 @@ from diffrate.atomic import first_line
 from diffrate.device import placement_of
 from diffrate.evaluation import modes_kept
 from diffrate.files.graph import Normalization, traced
-from diffrate.files.header import ExportError, check_destination
-from diffrate.files.runtimes import KINDS, Answer, Metadata, load_exported, parts_of, whole_files
+from diffrate.files.header import ExportError, Metadata, check_destination
+from diffrate.files.runtimes import KINDS, Answer, load_exported, parts_of, whole_files
 from diffrate.files.save import check_patched, header_of
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.shapes import input_size

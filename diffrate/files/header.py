@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
-from diffrate.atomic import HUB, first_line, hub_or_cache, parse_json, refuse_pipe
+from diffrate.atomic import first_line, parse_json, refuse_pipe
+from diffrate.hub import HUB, hub_or_cache
 from diffrate.schedule import (
     MERGE_FIELD,
     PRUNE_FIELD,
@@ -291,6 +292,7 @@ def _refusal(name: str, text: str | None, accepted: str) -> SavedModelError:
     return SavedModelError(f"{name}: found {found}; accepted: {accepted}")
 
 
+EXPORT_FORMAT = "diffrate export 1"
 PRECISIONS = ("float32", "bf16", "fp16")
 ONNX = ".onnx"
 LEAST_OPSET = 18  # the first that torch's exporter writes
@@ -299,6 +301,44 @@ TRACES = (2, 8)  # the lowest torch that traces these models for any batch size
 
 class ExportError(ValueError):
     """A model that cannot be exported as it was asked for, or a file that is none of an export; one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata(Header):
+    """What an exported file says of its model, beside what all files say.
+
+    model: what its maker calls it. dense_gflops: as `gflops`, with all tokens.
+    normalizes: whether the file normalises images itself, and takes them in [0, 1].
+    precision: of the weights; images and logits are float32 in any.
+    """
+
+    model: str
+    dense_gflops: float
+    normalizes: bool
+    precision: str
+
+    def entries(self) -> dict[str, str]:
+        """The fields and the format's name, as JSON each."""
+        return {name: json.dumps(value) for name, value in {FORMAT_FIELD: EXPORT_FORMAT, **asdict(self)}.items()}
+
+    @classmethod
+    def of_entries(cls, entries: Mapping[str, str], where: str) -> Metadata:
+        """The inverse of `entries`; `where` they come from starts the message.
+
+        Raises:
+            ExportError: they are not of an export, or one is missing or damaged.
+        """
+        if entries.get(FORMAT_FIELD) != json.dumps(EXPORT_FORMAT):
+            found = entries.get(FORMAT_FIELD, "none")
+            raise ExportError(
+                f"{where}: found the format {found}; accepted: {json.dumps(EXPORT_FORMAT)}, a file of --export"
+            )
+        try:
+            values: dict[str, Any] = {name: parse_json(entries[name]) for name in cls.__dataclass_fields__}
+            schedule = Schedule(**arrays_as_tuples(values.pop("schedule")))
+            return cls(schedule=schedule, **arrays_as_tuples(values))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ExportError(f"{where}: damaged metadata ({error}); accepted: a file of --export") from error
 
 
 class Target(NamedTuple):

@@ -1,4 +1,4 @@
-"""Each kind of exported file: how it is written, which runtime runs it, and what it says of its model."""
+"""Each kind of exported file: how it is written, and which runtime runs it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from diffrate.atomic import SCRATCH, first_line, parse_json, refuse_pipe
+from diffrate.atomic import SCRATCH, first_line, refuse_pipe
 from diffrate.device import errors_alone, no_warnings_of
 from diffrate.files.graph import translations
-from diffrate.files.header import FORMAT_FIELD, LEAST_OPSET, ExportError, Header, arrays_as_tuples, target_of
-from diffrate.schedule import Schedule
+from diffrate.files.header import LEAST_OPSET, ExportError, Metadata, target_of
 
-FORMAT = "diffrate export 1"
 INPUT, OUTPUT = "images", "logits"  # what the files call them
 BATCH = "batch"  # what `.onnx` calls the number of images
 LARGEST = 2**31 - 2**24  # bytes of weights that go into `.onnx` itself: protobuf ends at 2 GiB
@@ -31,42 +28,6 @@ METADATA = "metadata.json"  # among the extra files of `.pt2`
 WEIGHTS = ".bin"  # in place of the suffix `.xml`
 SECTION = "diffrate"  # of the runtime information of `.xml`
 Answer = Callable[[Tensor], Tensor]  # float32 logits `[B, K]` of float32 images `[B, C, H, W]`, on the CPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metadata(Header):
-    """What an exported file says of its model, beside what all files say.
-
-    model: what its maker calls it. dense_gflops: as `gflops`, with all tokens.
-    normalizes: whether the file normalises images itself, and takes them in [0, 1].
-    precision: of the weights; images and logits are float32 in any.
-    """
-
-    model: str
-    dense_gflops: float
-    normalizes: bool
-    precision: str
-
-    def entries(self) -> dict[str, str]:
-        """The fields and the format's name, as JSON each."""
-        return {name: json.dumps(value) for name, value in {FORMAT_FIELD: FORMAT, **asdict(self)}.items()}
-
-    @classmethod
-    def of_entries(cls, entries: Mapping[str, str], where: str) -> Metadata:
-        """The inverse of `entries`; `where` they come from starts the message.
-
-        Raises:
-            ExportError: they are not of an export, or one is missing or damaged.
-        """
-        if entries.get(FORMAT_FIELD) != json.dumps(FORMAT):
-            found = entries.get(FORMAT_FIELD, "none")
-            raise ExportError(f"{where}: found the format {found}; accepted: {json.dumps(FORMAT)}, a file of --export")
-        try:
-            values: dict[str, Any] = {name: parse_json(entries[name]) for name in cls.__dataclass_fields__}
-            schedule = Schedule(**arrays_as_tuples(values.pop("schedule")))
-            return cls(schedule=schedule, **arrays_as_tuples(values))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ExportError(f"{where}: damaged metadata ({error}); accepted: a file of --export") from error
 
 
 def write_onnx(program: ExportedProgram, entries: dict[str, str], path: Path, opset: int = LEAST_OPSET) -> None:

@@ -25,6 +25,7 @@ import diffrate
 from diffrate.atomic import first_line, whole_path
 from diffrate.blocks.block import UnsupportedModelError, other_methods
 from diffrate.blocks.rates import RateError
+from diffrate.device import shapes_alone
 from diffrate.files.header import ARGUMENTS, About, SavedModelError, about, fetch, is_argument, timms_and_own
 from diffrate.patch.base import CompressedModel
 from diffrate.patch.parts import FeatureHead, TextHead, complete
@@ -234,7 +235,7 @@ def build(architecture: str, arguments: Mapping[str, Any], device: str = "meta")
         raise SavedModelError(f"architecture: found {architecture!r}; accepted: a model of timm {timm.__version__}")
     given, own = timms_and_own(arguments)
     try:
-        with torch.device(device):
+        with shapes_alone() if device == "meta" else torch.device(device):
             model: Any = timm.create_model(architecture, pretrained=False, **given)
             complete(model, **own)
     except Exception as error:  # each constructor fails in its own way, and all mean: not with these

@@ -13,8 +13,8 @@ import pytest
 import diffrate
 import models
 from datasets import DataError, build_dataset
-from diffrate.atomic import ANSWER, answers
 from diffrate.files.runtimes import load_exported
+from diffrate.hub import ANSWER, answers
 from tests.cli.test_errors import check
 from tests.conftest import Cli, write_image
 from tests.tiny_models import saved_file
@@ -108,7 +108,7 @@ def test_without_a_network(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    for place in ("diffrate.atomic.answers", "models.weights.answers"):
+    for place in ("diffrate.hub.answers", "models.weights.answers"):
         monkeypatch.setattr(place, lambda url: bool(asked.append(url)))
     start = time.monotonic()
     check(cli("--eval", *words, "--data-path", image_folder), said)

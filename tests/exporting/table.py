@@ -16,7 +16,8 @@ import torch
 
 import diffrate
 from diffrate.files.graph import traced
-from diffrate.files.runtimes import KINDS, Metadata, load_exported
+from diffrate.files.header import Metadata
+from diffrate.files.runtimes import KINDS, load_exported
 from diffrate.schedule import PUBLISHED, RULE_NAMES, make_schedule
 from tests.constructions import CONSTRUCTIONS, build, images_for, size_of
 
