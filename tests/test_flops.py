@@ -25,7 +25,7 @@ SCHEDULES = [(key, target) for key, entry in PUBLISHED.items() for target in ent
 def patched() -> dict[str, diffrate.CompressedModel]:
     """All published models at full size without memory for their weights."""
     built = {}
-    with torch.device("meta"):
+    with models.shapes_alone():
         for key, entry in PUBLISHED.items():
             row = models.entry_of(entry["model"])
             built[key] = diffrate.patch.vit(models.create(row))

@@ -186,7 +186,8 @@ def test_rules_go_with_the_model(tmp_path: Path) -> None:
 
 
 def test_one_compiled_graph_runs_all_rules() -> None:
-    rules = [name for name in RULE_NAMES if name != "random"]
+    """Every part of which a rule is made: tracing a block takes a second."""
+    rules = ("published", "valued", "received", "received_halves", "tome", "pitome", "sliced")
     model = diffrate.patch.vit(plain("deit", depth=len(rules)).eval())
     counts = [65 - 6 * block for block in range(len(rules))]
     model.schedule = make_schedule([min(65, count + 2) for count in counts], counts, rules)

@@ -32,7 +32,7 @@ def scores(output: str) -> tuple[float, ...]:
 
 def official_file(name: str, path: Path) -> Path:
     """A full-size checkpoint of the zoo's ViT `name` in its official layout."""
-    with torch.device("meta"):
+    with models.shapes_alone():
         model = models.create(models.entry_of(name))
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     torch.save({"model": recipe_weights.state_dict(shapes, torch.float32)}, path)
