@@ -30,6 +30,10 @@ QUICK = (  # files of tests that `-m quick` runs, beside single tests that say s
 )
 
 
+DRAWN = (  # files of tests that look at the plots of runs
+    *("test_bad_input", "test_benchmarks", "test_calibrated", "test_finetune", "test_plots", "test_search"),
+    *("test_sensitivity", "test_speed_targets", "test_token_counts", "test_visualize"),
+)
 LONGEST = (  # files that take a process most of a minute: they begin first, so that none of them ends alone
     *("exporting/test_files", "exporting/test_sample", "library/test_convert", "cli/test_eval", "test_constructions"),
     *("cli/test_compiled", "cli/test_distributed", "test_docs", "cli/test_search", "cli/test_checkpoints"),
@@ -77,6 +81,13 @@ def root_logger_kept() -> Iterator[None]:
 def _quiet_after() -> Iterator[None]:
     with root_logger_kept():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _plots_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes as long as many a run of the command line."""
+    if request.path.parent.name == "cli" and request.path.stem not in DRAWN:
+        monkeypatch.setattr("cli.plot.plot_run", lambda _: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
