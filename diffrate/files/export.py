@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ BATCHES = (1, 5)  # neither is the one that was traced; more images come in batc
 # The largest difference of logits that a file may have: as it is in float32; in half precision as a share of the
 # largest logit, since tokens may then go in another order.
 LIMITS = {"float32": 1e-3, "fp16": 0.1, "bf16": 0.5}
-NUDGE, NUDGES = 1e-5, 3  # of an image's values, more than runtimes differ by in float32; how often each is tried
-TIE_NUDGES = 30  # of an image on which a file answers otherwise
-TRIES = 20  # images drawn for each that is wanted
+NUDGE, NUDGES = 1e-5, 30  # of an image's values, more than runtimes differ by in float32; how often one is tried
 LONGEST = 300  # characters of another package's message
 LEAST_IMAGES = 2  # so that batches are not all of one size
 Row = Sequence[float] | None  # a number for each channel
@@ -73,39 +71,12 @@ def compare(file: Answer, live: Answer, images: Tensor, precision: str, source: 
     ties = torch.zeros(len(images), dtype=torch.bool)
     generator = torch.Generator()
     for index in (differences > limit).nonzero()[:, 0]:
-        nudged = _nudged(images[index][None], TIE_NUDGES, generator.manual_seed(0))
-        ties[index] = any(_largest(live(one) - found[index]) <= limit for one in nudged)
+        draws = torch.randn(NUDGES, 1, *images[index].shape, generator=generator.manual_seed(0))
+        ties[index] = any(_largest(live(images[index] * (1 + NUDGE * draw)) - found[index]) <= limit for draw in draws)
         if not ties[index]:  # of a file that is wrong on one image, it does not matter on how many
             break
     largest = [float(part.max()) if len(part) else 0.0 for part in (differences[~ties], differences[ties])]
     return Agreement(largest[0], limit, float(same), len(images), source, int(ties.sum()), largest[1])
-
-
-def fresh_images(live: Answer, size: tuple[int, int, int], outside: nn.Module, seed: int) -> Tensor:
-    """Random images for all `BATCHES`, as the file takes them: in [0, 1], normalised by `outside`.
-
-    Where two tokens are as important to the last bit, which of them goes is left to the order in which a runtime adds
-    up: images whose logits change when the last bits of their values do are no test of a file, and others are drawn.
-
-    Raises:
-        ExportError: there are no others.
-    """
-    generator, wanted = torch.Generator().manual_seed(seed), sum(BATCHES)
-    found: list[Tensor] = []
-    for _ in range(TRIES * wanted):
-        images = outside(torch.rand(1, *size, generator=generator))
-        nudged, logits = list(_nudged(images, NUDGES, generator)), live(images)
-        if all(_largest(logits - live(one)) < LIMITS["float32"] / 10 for one in nudged):
-            found.append(images)
-        if len(found) == wanted:
-            return torch.cat(found)
-    alike = f"{len(found)} of {wanted} images on which the live model answers alike when they change a little"
-    raise ExportError(f"found {alike}; accepted: a model that does")
-
-
-def _nudged(images: Tensor, times: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`images` with other last bits, `times` over."""
-    return (images * (1 + NUDGE * torch.randn(images.shape, generator=generator)) for _ in range(times))
 
 
 def _largest(differences: Tensor) -> Tensor:
@@ -191,7 +162,8 @@ def _checked(
     with torch.inference_mode(), modes_kept(model):
         model.eval()
         if images is None:
-            images = fresh_images(live, metadata.input_size, outside, seed)
+            drawn = torch.rand(sum(BATCHES), *metadata.input_size, generator=torch.Generator().manual_seed(seed))
+            images = outside(drawn)
         coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))
         agreement = compare(load_exported(path).logits, live, images.cpu(), coarser, source)
     if not agreement.difference <= agreement.limit:
