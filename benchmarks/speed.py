@@ -1,4 +1,4 @@
-"""What `--benchmark` measures of whole passes, as rows: dictionaries by the names of columns.
+"""What `--benchmark` measures, as rows: dictionaries by the names of columns.
 
 Rows are written as tables for readers, and as JSON and CSV for programs."""
 
@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -19,21 +20,26 @@ from functools import reduce
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from statistics import linear_regression
+from statistics import linear_regression, median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import diffrate
 import models
+from cli.runtime import Runtime
+from datasets import ImageLoader
 from diffrate.atomic import whole_file
 from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
-from diffrate.schedule import SLICED, Schedule, SearchSpace
+from diffrate.latency.measure import OTHER_RULES
+from diffrate.schedule import PUBLISHED, RULES, SLICED, Kept, Schedule, SearchSpace
 from diffrate.timing import (
     SHORT_NAMES,
+    PairedTimes,
     Run,
     Use,
     forward_pass,
@@ -118,6 +124,9 @@ log = logging.getLogger(__name__)
 SIDES = ("dense", "compressed")
 SIZES = (Fraction(1), Fraction(12, 7), Fraction(16, 7))  # of the model's own input: 224, 384 and 512 pixels of 224
 SHARES = (0.75, 0.5, 0.25)  # of the tokens, kept from the first compressed block on
+ROWS = 13  # token counts of a kind of block
+GONE = 0.1  # of the tokens, in the prices of reductions
+PASSES = 3  # over the images, with loading, without, and without computing
 EXPONENT = "images/s ~ ({axis})^{measured:+.2f}, by the FLOPs ^{ideal:+.2f} ({held})"
 # What throughput goes with, and what is said of each where it is held.
 AXES = {
@@ -385,3 +394,107 @@ def build_file(path: Path, batch_size: int, threads: int) -> Callable[[], Tensor
 def _runner(loaded: Loaded, batch_size: int) -> Callable[[], Tensor]:
     images = torch.rand(batch_size, *loaded.metadata.input_size)
     return lambda: loaded.logits(images)
+
+
+def step_row(subject: Subject, batch_size: int, rounds: int, device: torch.device) -> Row:
+    """What a step of the search costs: its time against a plain step, timed in turn, and its memory against that of a
+    step which also computes weight gradients."""
+    use = (subject, batch_size, device)
+    memory = [memory_mib(build_step, kind, *use, device=device) for kind in ("search", "weights")]
+    search, plain = (build_step(kind, *use) for kind in ("search", "plain"))
+    times = PairedTimes(*time_in_turn((search, plain), rounds, device))
+    return {
+        "model": subject.entry.name,
+        "batch_size": batch_size,
+        "search_seconds": median(times.baseline),
+        "plain_seconds": median(times.rival),
+        "time_ratio": times.ratio,
+        "time_ratio_low": min(times.ratios),
+        "time_ratio_high": max(times.ratios),
+        "search_memory_mib": memory[0],
+        "weights_memory_mib": memory[1],
+        "memory_ratio": memory[0] / memory[1] if memory[0] and memory[1] else None,
+    }
+
+
+def build_step(kind: str, subject: Subject, batch_size: int, device: torch.device) -> Callable[[], None]:
+    """One step on random images: `plain`, `search`, or a search that trains `weights` as well."""
+    model = subject.dense() if kind == "plain" else subject.compressed()
+    model = model.requires_grad_(kind == "weights").train().to(device)
+    images = torch.randn(batch_size, 3, *subject.input_size, device=device)
+    # Without a head, the features stand for classes: what a step costs is the same.
+    outputs = subject.entry.num_classes or model.num_features
+    labels = torch.randint(0, outputs, (batch_size,), device=device)
+    if not isinstance(model, diffrate.CompressedModel):
+        return lambda: F.cross_entropy(model(images.clone().requires_grad_(True)), labels).backward()
+    for rate in model.arch_parameters():
+        rate.requires_grad_(True)
+    target = 0.6 * model.flops_at(model.dense_schedule())
+
+    def step() -> None:
+        logits, flops = model(images)
+        (F.cross_entropy(logits, labels) + ((flops - target) / target) ** 2).backward()
+
+    return step
+
+
+def latency_rows(name: str, table: diffrate.LatencyTable) -> Iterator[Row]:
+    """Milliseconds of a batch in the first block of each kind, by the tokens that enter and, of the MLP, leave it.
+
+    sized: what attention takes more where tokens stand for several. prune, merge, and by name what merging by other
+    rules takes: removing a tenth of the tokens, without the MLP; None where the kind reduces nothing. rest: outside the
+    blocks.
+    """
+    priced = {"prune": PUBLISHED, "merge": PUBLISHED, **{rule: rule for rule in OTHER_RULES}}
+    for kind, times in enumerate(table.kinds):
+        counts = {max(1, round(table.tokens * part / ROWS)) for part in range(1, ROWS + 1)}
+        for tokens in sorted(counts, reverse=True):
+            left, prices = tokens - max(1, round(GONE * tokens)), dict.fromkeys(priced)
+            if times.reduction and tokens > 1:
+                for column, rule in priced.items():
+                    kept = Kept(tokens, left if column == "prune" else tokens, left)
+                    prices[column] = 1000 * times.price(kept, False, RULES[rule])
+            yield {
+                "model": name,
+                "batch_size": table.batch_size,
+                "precision": table.setting["precision"],
+                "mode": table.setting["mode"],
+                "block": table.order.index(kind),
+                "tokens": tokens,
+                "attention_ms": 1000 * times.plain[tokens],
+                "sized_ms": 1000 * times.sized[tokens],
+                "mlp_ms": 1000 * times.after[tokens if times.read is None else times.read],
+                **{f"{column}_ms": price for column, price in prices.items()},
+                "rest_ms": 1000 * (table.embedding + table.head[0] + table.head[1] * table.tokens),
+            }
+
+
+def loading_row(model: nn.Module, loader: ImageLoader, name: str, flops: int, runtime: Runtime) -> Row:
+    """Throughputs of whole batches of `loader` alone, of `model` alone (`flops` an image), and of evaluation: medians
+    over passes in turn."""
+    model.eval()
+    batch = next(iter(loader))[0].to(runtime.device, runtime.dtype)
+
+    def compute(batches: Iterable[torch.Tensor]) -> None:
+        with torch.inference_mode(), runtime.autocast():
+            for images in batches:
+                model(images, return_flop=False)
+
+    runs = (
+        lambda: deque(loader, maxlen=0),
+        lambda: compute([batch] * len(loader)),
+        lambda: compute(images.to(runtime.device, runtime.dtype, non_blocking=True) for images, _ in loader),
+    )
+    images = len(loader) * (loader.batch_size or 1)
+    times = time_in_turn(runs, PASSES, runtime.device, shortest=1e-9)  # a pass is long enough
+    loading, computing, both = (images / median(seconds) for seconds in times)
+    return {
+        "model": name,
+        "batch_size": loader.batch_size,
+        "gflops": flops / 1e9,
+        "images": images,
+        "loader_images_per_second": loading,
+        "model_images_per_second": computing,
+        "both_images_per_second": both,
+        "bound_by": "model" if loading > computing else "loader",
+    }

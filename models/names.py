@@ -59,10 +59,8 @@ def _check_size(model: Any, size: Size, own: Size) -> None:
     """Refuse a size that loses pixels, unless it is the model's `own`: some published ones do."""
     flag = f"--input-size {size[0]}" if size[0] == size[1] else f"--input-size {size[0]} {size[1]}"
     conv = getattr(getattr(model, "stem", None), "conv", None)
-    if isinstance(conv, nn.Conv2d):
-        least = conv.kernel_size[0] - 2 * int(conv.padding[0])
-        if min(size) < least:
-            raise InputSizeError(f"{flag}: accepted: from {least}, what the first convolution takes")
+    if isinstance(conv, nn.Conv2d) and min(size) < (least := conv.kernel_size[0] - 2 * int(conv.padding[0])):
+        raise InputSizeError(f"{flag}: accepted: from {least}, what the first convolution takes")
     # A convolutional stem before the patches leaves one pixel of each.
     embedding = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
     rows, columns = map(int, to_2tuple(getattr(embedding, "patch_size", 1)))

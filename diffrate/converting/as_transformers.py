@@ -8,13 +8,12 @@ import sys
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.blocks.tokens import TokenState
 from diffrate.converting.convert import known_name
-from diffrate.converting.transformers_vits import LAYOUTS, Layout, distilled
+from diffrate.converting.transformers_vits import LAYOUTS, Layout, both_heads, distilled, images_of_patches
 from diffrate.patch.base import require_patched
 from diffrate.patch.features import restore
 from diffrate.patch.parts import TextHead
@@ -78,18 +77,17 @@ def _check_outputs(compressed: CompressedVit, like: Any, layout: Layout, whole: 
         accepted = (0 if pooler is None else pooler.out_features,)
     tower = getattr(config, "vision_config", config)
     blocks, depth, texts = len(compressed.blocks), tower.num_hidden_layers, isinstance(compressed.head, TextHead)
+    accepts = f"as {type(like).__name__} has"
     if blocks < depth and not whole and layout.output.endswith("ModelOutputWithPooling"):
         accepted = (0,)
     elif blocks != depth:
-        raise UnsupportedModelError(
-            f"compressed: found {blocks} blocks; accepted: {depth}, as {type(like).__name__} has"
-        )
+        raise UnsupportedModelError(f"compressed: found {blocks} blocks; accepted: {depth}, {accepts}")
     if texts or head not in accepted or width != tower.hidden_size or twice != (layout.reader is distilled):
         how = " by two heads" if twice else " by a text head" if texts else ""
         found = f"{head} outputs of {width} channels{how}"
         by_two = " by two" if layout.reader is distilled else ""
         wanted = f"{' or '.join(map(str, accepted))} of {tower.hidden_size}{by_two}"
-        raise UnsupportedModelError(f"compressed: found {found}; accepted: {wanted}, as {type(like).__name__} has")
+        raise UnsupportedModelError(f"compressed: found {found}; accepted: {wanted}, {accepts}")
 
 
 def _shell(compressed: CompressedVit, like: Any, layout: Layout, grid: bool | None) -> Any:
@@ -150,7 +148,7 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
         model: CompressedVit = self.compressed
         images = pixel_values.to(next(model.parameters()).dtype)
         if images.ndim == 3:
-            images = _images(model, images, options)
+            images = images_of_patches(model, images, options)
         for name in REFUSED:
             found = options.pop(name, None)
             if (found is not None and found is not False) or getattr(self.config, name, False):
@@ -166,7 +164,7 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
             loss = None if labels is None else self.loss_function(labels, logits, self.config, **counted)
             found = {"loss": loss, "logits": logits}
         elif layout.output == "DeiTForImageClassificationWithTeacherOutput":
-            found = _both_heads(model, images)
+            found = both_heads(model, images)
         else:
             depth = getattr(self.config, "vision_config", self.config).num_hidden_layers
             found, origin = _features(model, images, layout, grid, hidden, depth)
@@ -180,13 +178,6 @@ def _forward_like(kind: Any, layout: Layout, grid: bool | None) -> Any:
 
     forward.__signature__ = signature  # type: ignore[reportFunctionMemberAccess]
     return forward
-
-
-def _both_heads(model: Any, images: Tensor) -> dict[str, Tensor]:
-    entry, schedule = model.enter(images), model.schedule
-    x = model.norm(model.run(model.steps(entry, schedule), entry.state).x)
-    first, second = model.head(x[:, 0]), model.head_dist(x[:, 1])
-    return {"logits": (first + second) / 2, "cls_logits": first, "distillation_logits": second}
 
 
 def _features(
@@ -206,21 +197,3 @@ def _features(
     if not later:
         found |= {pooled: model.classify(states[-1]), "last_hidden_state": model.norm(last) if layout.normed else last}
     return found, None if grid else states[-1].origin
-
-
-def _images(model: Any, patches: Tensor, options: dict[str, Any]) -> Tensor:
-    """Images `[B, C, H, W]` of the patches `[B, N, P * P * C]` that SigLIP 2 takes; all there, and of one grid.
-
-    Raises:
-        ValueError: patches of another grid, or some that are masked.
-    """
-    rows, columns = model.token_grid
-    shapes, mask = options.get("spatial_shapes"), options.get("pixel_attention_mask")
-    mask = options.pop("attention_mask", None) if mask is None else mask  # as the tower of transformers 4 calls it
-    if shapes is not None and (torch.as_tensor(shapes) != torch.tensor([rows, columns], device=shapes.device)).any():
-        raise ValueError(f"spatial_shapes: found {shapes.tolist()}; accepted: {[rows, columns]} for all images")
-    if patches.shape[1] != rows * columns or (mask is not None and not mask.all()):
-        raise ValueError(f"pixel_values: found {patches.shape[1]} patches; accepted: {rows * columns}, none masked")
-    height, width = model.stem.patch_size
-    split = patches.unflatten(2, (height, width, -1)).unflatten(1, (rows, columns))
-    return split.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -376,3 +376,29 @@ def plan_of_files(config: Mapping[str, Any], tensors: State, size: Size | None) 
         raise UnsupportedModelError(f"{kind}: found {wrong}")
     source = Source(kind, Parts(trunk, (float(facts.layer_norm_eps),)), behind, facts, size or image_size(facts))
     return layout.reader(source)
+
+
+def both_heads(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """What a distilled classifier of transformers returns: the logits of both heads, `[B, K]`, and their mean."""
+    entry, schedule = model.enter(images), model.schedule
+    x = model.norm(model.run(model.steps(entry, schedule), entry.state).x)
+    first, second = model.head(x[:, 0]), model.head_dist(x[:, 1])
+    return {"logits": (first + second) / 2, "cls_logits": first, "distillation_logits": second}
+
+
+def images_of_patches(model: Any, patches: Tensor, options: dict[str, Any]) -> Tensor:
+    """Images `[B, C, H, W]` of the patches `[B, N, P * P * C]` that SigLIP 2 takes; all there, and of one grid.
+
+    Raises:
+        ValueError: patches of another grid, or some that are masked.
+    """
+    rows, columns = model.token_grid
+    shapes, mask = options.get("spatial_shapes"), options.get("pixel_attention_mask")
+    mask = options.pop("attention_mask", None) if mask is None else mask  # as the tower of transformers 4 calls it
+    if shapes is not None and (torch.as_tensor(shapes) != torch.tensor([rows, columns], device=shapes.device)).any():
+        raise ValueError(f"spatial_shapes: found {shapes.tolist()}; accepted: {[rows, columns]} for all images")
+    if patches.shape[1] != rows * columns or (mask is not None and not mask.all()):
+        raise ValueError(f"pixel_values: found {patches.shape[1]} patches; accepted: {rows * columns}, none masked")
+    height, width = model.stem.patch_size
+    split = patches.unflatten(2, (height, width, -1)).unflatten(1, (rows, columns))
+    return split.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

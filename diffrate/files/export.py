@@ -161,11 +161,10 @@ def _checked(
 
     with torch.inference_mode(), modes_kept(model):
         model.eval()
-        if images is None:
-            drawn = torch.rand(sum(BATCHES), *metadata.input_size, generator=torch.Generator().manual_seed(seed))
-            images = outside(drawn)
+        drawn = torch.rand(sum(BATCHES), *metadata.input_size, generator=torch.Generator().manual_seed(seed))
+        shown = outside(drawn) if images is None else images.cpu()
         coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))
-        agreement = compare(load_exported(path).logits, live, images.cpu(), coarser, source)
+        agreement = compare(load_exported(path).logits, live, shown, coarser, source)
     if not agreement.difference <= agreement.limit:
         raise ExportError(f"{path.name}: not written: {agreement.line()}")
     return agreement

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -53,7 +53,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
         return self.grids[2]
 
     def grid_at(self, size: Size) -> Size:
-        return _grids(self, size)[2]
+        return tuple(_grids(self, size))[2]
 
     def prepared(self, state: TokenState, schedule: Schedule | None) -> TokenState:
         """Origins, to restore the grid before stage 4, unless nothing is removed."""
@@ -135,7 +135,7 @@ class CompressedCaformer(CompressedModel, MetaFormer):
 
 
 def caformer(
-    model: nn.Module,
+    model: Any,
     prune_granularity: int = GRANULARITY,
     merge_granularity: int = GRANULARITY,
     input_size: int | Size = 224,
@@ -153,57 +153,48 @@ def caformer(
     """
     _check_caformer(model)
     size = as_size(input_size)
-    grids = _grids(model, size)
-    stages: Any = model.stages
-    third, fourth = len(stages[2].blocks), len(stages[3].blocks)
+    grids = tuple(_grids(model, size))
+    third, fourth = (len(stage.blocks) for stage in model.stages[2:])
     if third < 3:
         raise UnsupportedModelError(f"found {third} blocks in stage 3; accepted: three at least")
     if prod(grids[2]) < 2:
         raise UnsupportedModelError(f"input_size: found {input_size}; accepted: two tokens at least in stage 3")
     limits = (prod(grids[2]),) * third + (prod(grids[3]),) * fourth
     space = SearchSpace(limits, searchable=tuple(range(1, third - 1)), prunes=False, prefix=0)
-    granularity = (prune_granularity, merge_granularity)
-    compress(model, space, granularity, rule=RULE, image_size=size, grids=grids, return_flop=return_flop)
+    facts = {"rule": RULE, "image_size": size, "grids": grids, "return_flop": return_flop}
+    compress(model, space, (prune_granularity, merge_granularity), **facts)
     model.__class__ = CompressedCaformer
-    assert isinstance(model, CompressedCaformer)
     model.mlps = mlps_of(model)
-    if isinstance(model.head.fc, MlpHead):
-        norm: Any = model.head.fc.norm
-        norm.eps = ORIGINAL_HEAD_EPS
+    if not isinstance(model.head.fc, nn.Identity):
+        model.head.fc.norm.eps = ORIGINAL_HEAD_EPS
     return model
 
 
-def _check_caformer(model: nn.Module) -> None:
-    if type(model) is not MetaFormer:
-        raise UnsupportedModelError(f"found {type(model).__name__}; accepted: a timm MetaFormer not yet patched")
-    stages: Any = model.stages
-    mixers = tuple(type(stage.blocks[0].token_mixer) for stage in stages)
+def _check_caformer(model: Any) -> None:
+    kind = type(model)
+    if kind is not MetaFormer:
+        raise UnsupportedModelError(f"found {kind.__name__}; accepted: a timm MetaFormer not yet patched")
+    mixers = tuple(type(stage.blocks[0].token_mixer) for stage in model.stages)
     if mixers != MIXERS:
         found = ", ".join(mixer.__name__ for mixer in mixers)
         raise UnsupportedModelError(f"found stages of {found}; accepted: SepConv, SepConv, Attention, Attention")
-    head: Any = model.head
-    if not isinstance(head.fc, MlpHead | nn.Identity):
-        raise UnsupportedModelError(f"head.fc: found {type(head.fc).__name__}; accepted: MlpHead, or none")
+    if not isinstance(model.head.fc, MlpHead | nn.Identity):
+        raise UnsupportedModelError(f"head.fc: found {type(model.head.fc).__name__}; accepted: MlpHead, or none")
     check_methods(model, "model", CompressedCaformer.uncalled)
     for index in (2, 3):
-        check_methods(stages[index], f"stages.{index}")
-        for position, block in enumerate(stages[index].blocks):
+        check_methods(model.stages[index], f"stages.{index}")
+        for position, block in enumerate(model.stages[index].blocks):
             check_block(block, f"stages.{index}.blocks.{position}")
 
 
 def _convolutions(model: Any) -> list[nn.Conv2d]:
     """The convolution into each stage."""
-    return [model.stem.conv, *(stage.downsample.conv for stage in list(model.stages)[1:])]
+    return [model.stem.conv, *(stage.downsample.conv for stage in model.stages[1:])]
 
 
-def _grids(model: nn.Module, size: Size) -> tuple[Size, ...]:
-    """Rows and columns of each stage for images of `size`."""
-    grids = []
+def _grids(model: nn.Module, size: Size) -> Iterator[Size]:
+    """Yield the rows and columns of each stage for images of `size`."""
     for convolution in _convolutions(model):
-        rows, columns = (
-            (side + 2 * int(convolution.padding[axis]) - convolution.kernel_size[axis]) // convolution.stride[axis] + 1
-            for axis, side in enumerate(size)
-        )
-        size = (rows, columns)
-        grids.append(size)
-    return tuple(grids)
+        steps = zip(size, convolution.padding, convolution.kernel_size, convolution.stride, strict=True)
+        rows, columns = ((side + 2 * int(padding) - kernel) // stride + 1 for side, padding, kernel, stride in steps)
+        yield (size := (rows, columns))  # what enters the next

@@ -12,8 +12,7 @@ from PIL import Image
 
 import diffrate
 import models
-from benchmarks.speed import Subject
-from cli.benchmark import build_step
+from benchmarks.speed import Subject, build_step
 from diffrate.schedule import find_schedule
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores

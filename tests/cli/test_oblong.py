@@ -16,8 +16,7 @@ from torchvision import transforms
 import diffrate
 import models
 from benchmarks import speed
-from benchmarks.speed import Setting, Subject, build_side, scaling_rows
-from cli.benchmark import build_step
+from benchmarks.speed import Setting, Subject, build_side, build_step, scaling_rows
 from cli.data import View, crop_view, eval_transform, train_transform
 from cli.flags import parse_flags
 from cli.settings import Augmentation
