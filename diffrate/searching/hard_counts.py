@@ -14,8 +14,7 @@ from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.budget import Budget, BudgetError, baseline_schedule, meets_budget, uniform_schedules
-from diffrate.device import Placement, least, rank, world
-from diffrate.evaluation import modes_kept
+from diffrate.device import Placement, all_parts, rank, world
 from diffrate.latency.measure import Again
 from diffrate.schedule import PUBLISHED, Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, LOADED, Calibration, Clock, gather_images, mean_of
@@ -93,8 +92,6 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
     only once. Raises as `diffrate.search`."""
     settings, budget, space = task.settings, task.budget, task.space
-    task.check_file()
-    task.model.to(task.place.device)
     task = replace(task, loader=task.loader if settings.calibration is None else settings.calibration)
     given = {}
     if budget.timed:  # a speed may be out of reach of every uniform schedule
@@ -153,25 +150,24 @@ class Calibrating:
         """Search from the uniform schedules and those that are `given` by name; the best of all is reported."""
         task, clock = self.task, self.clock
         begun = clock.now()
-        with modes_kept(self.model):
-            self.model.eval()
-            searched_on, chosen_on = self._images()
-            ready = clock.now()
-            teacher = Teacher(self.model, self.setting["loss"], task.settings.multi_label)
-            whole = self.saved is not None
-            calibration = Calibration(teacher, searched_on, task.settings.precision, clock, whole)
-            speed = calibration.work / max(1e-9, clock.now() - ready)
-            search = self._search(calibration, given, len(chosen_on), speed)
-            found = search.run(list(self.starts.values()), self._after)
-            searched, state = clock.now(), search.state()
-            cost, target = task.budget.cost, task.budget.target  # a start may cost something else
-            met = [(name, start) for name, start in self.starts.items() if meets_budget(cost(start), target)]
-            candidates = [*((CALIBRATED, schedule) for schedule in found), *met]
-            losses: list[list[Tensor]] = [[] for _ in candidates]
-            for part in clock.parts(len(chosen_on), clock.seconds):
-                images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
-                for row, (_, schedule) in zip(losses, candidates, strict=True):
-                    row.append(calibration.losses_on(images, taught, schedule)[0])
+        self.model.eval()
+        searched_on, chosen_on = self._images()
+        ready = clock.now()
+        teacher = Teacher(self.model, self.setting["loss"], task.settings.multi_label)
+        whole = self.saved is not None
+        calibration = Calibration(teacher, searched_on, task.settings.precision, clock, whole)
+        speed = calibration.work / max(1e-9, clock.now() - ready)
+        search = self._search(calibration, given, len(chosen_on), speed)
+        found = search.run(list(self.starts.values()), self._after)
+        searched, state = clock.now(), search.state()
+        cost, target = task.budget.cost, task.budget.target  # a start may cost something else
+        met = [(name, start) for name, start in self.starts.items() if meets_budget(cost(start), target)]
+        candidates = [*((CALIBRATED, schedule) for schedule in found), *met]
+        losses: list[list[Tensor]] = [[] for _ in candidates]
+        for part in clock.parts(len(chosen_on), clock.seconds):
+            images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
+            for row, (_, schedule) in zip(losses, candidates, strict=True):
+                row.append(calibration.losses_on(images, taught, schedule)[0])
         lost = [torch.cat(row) for row in losses]
         chosen, alike, noise = _chosen([name for name, _ in candidates], lost, task.place)
         name, schedule = candidates[chosen]
@@ -195,7 +191,7 @@ class Calibrating:
         count = before["images"] if before is not None and timed else settings.images
         until = LOADED * self.clock.seconds if before is None else math.inf
         images = gather_images(self.task.epoch_of(0), count, self.clock, until)
-        count = least(len(images), self.task.place)
+        count = min(all_parts(len(images), self.task.place.group))
         images = images[:count]
         if timed:  # the first of them may be all that there is time for
             images = images[torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))]
@@ -227,7 +223,7 @@ class Calibrating:
             work = math.inf if self.clock.limited else min(WORK, LOOKS_AN_IMAGE * images)
         if work < math.inf:
             work = max(AGAIN * work if self.again else work, choosing + 2 * images)
-            work = float(least(int(work), self.task.place))
+            work = float(min(all_parts(int(work), self.task.place.group)))
         if not self.again:
             self.observer.on_plan(images + chosen_on, min(work, speed * self.clock.seconds), speed)
         end = self.clock.seconds - reserve
