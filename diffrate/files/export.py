@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffrate.atomic import first_line
 from diffrate.device import placement_of
-from diffrate.evaluation import modes_kept
+from diffrate.evaluation import evaluating
 from diffrate.files.graph import Normalization, traced
 from diffrate.files.header import ExportError, check_destination
 from diffrate.files.runtimes import KINDS, Answer, Metadata, load_exported, parts_of, whole_files
@@ -188,8 +188,7 @@ def _checked(
     def live(images: Tensor) -> Tensor:
         return model(inside(images).to(device, dtype), return_flop=False).float().cpu()
 
-    with torch.inference_mode(), modes_kept(model):
-        model.eval()
+    with torch.inference_mode(), evaluating(model):
         if images is None:
             images = fresh_images(live, metadata.input_size, outside, seed)
         coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))

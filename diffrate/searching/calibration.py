@@ -64,8 +64,8 @@ def images_that_fit(numbers: int, count: int) -> int:
 
 
 def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float) -> Tensor:
-    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large or not read
-    in time; ValueError where there are fewer than two."""
+    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, as many in all processes; fewer where
+    they are large or not read in time; ValueError where there are fewer than two."""
     found, there = [], 0
     for batch in loader:
         images = split_batch(batch)[0].to("cpu", torch.float32)
@@ -78,7 +78,7 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float)
     there = min(all_parts(there, clock.place.group))
     if there < 2:
         raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
-    return torch.cat(found)
+    return torch.cat(found)[:there]
 
 
 def mean_of(values: Tensor, place: Placement) -> tuple[float, float]:

@@ -76,8 +76,7 @@ def batches_from(task: Task, epoch: int, batch: int) -> Iterator[Any]:
     left = task.epoch_of(epoch)
     # Now, not at the first step, which draws from a seed of its own: a shuffling sampler draws its order here.
     batches = chain(list(islice(left, 1)), left)
-    for _ in islice(batches, batch):
-        pass
+    deque(islice(batches, batch), maxlen=0)
     return batches
 
 
@@ -362,11 +361,6 @@ class Search:
         self.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
 
-    def _distance(self, cost: Tensor) -> Tensor:
-        """How far a cost is from the target, squared (paper, equation 9)."""
-        unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target
-        return ((cost - self.target) / unit) ** 2
-
     def _backward(self, batches: Iterator[Any]) -> Tensor:
         """Gradients of one batch; classification loss, cost loss and GFLOPs, `[3]`."""
         settings = self.settings
@@ -379,7 +373,9 @@ class Search:
         classification = self.criterion(outputs.float(), labels) if self.teacher is None else outputs
         if self.silent and classification.requires_grad:
             self.silent = not self._gradient(self.scaler.scale(classification)).any()
-        cost, loss = self._distance(flops), classification
+        # How far the cost is from the target, squared (paper, equation 9).
+        unit = 1e9 if settings.flops_loss == "absolute" and not settings.held else self.target
+        cost, loss = ((flops - self.target) / unit) ** 2, classification
         if settings.held:
             self.slope = self._gradient(flops / self.target)  # the same for every batch of a step
         else:

@@ -12,7 +12,7 @@ import torch
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import Group, default_precision, generators_kept, place_for
-from diffrate.evaluation import Batches, Scores, Tally, modes_kept, require_batches
+from diffrate.evaluation import Batches, Scores, Tally, evaluating, require_batches
 from diffrate.latency.measure import Confirmed, confirmed, measure_latency
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
@@ -160,7 +160,7 @@ def _restored(model: CompressedModel) -> Iterator[None]:
     schedule, granularity, space = compression.schedule, compression.granularity, compression.space
     rates = {name: (rate, rate.detach().clone()) for name, rate in compression.named_parameters()}
     try:
-        with modes_kept(model):
+        with evaluating(model):  # until the search asks for another mode
             yield
     except BaseException:
         compression.schedule, compression.granularity = schedule, granularity

@@ -332,7 +332,6 @@ class CalibratedSearch:
             if self._over():
                 break
             for _ in range(GENERATIONS):
-                self.clock.now()
                 near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW if pool else 0)]
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
