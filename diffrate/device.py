@@ -209,18 +209,8 @@ def all_sum(values: Tensor, group: Group) -> Tensor:
 
 def made_by_first(make: Callable[[], Made], group: Group) -> Made:
     """What the first process makes, in all of them, which wait for it; an error there is raised in all."""
-    if not _joined():
-        return make()
-    outcome: list[Any] = [None, None]  # what is made, or the error
-    if rank(group) == 0:
-        try:
-            outcome[0] = make()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, group=group, group_src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    made: Any = made_by_each(lambda: make() if rank(group) == 0 else None, group)
+    return all_parts(made, group)[0]
 
 
 def made_by_each(make: Callable[[], Made], group: Group) -> Made:
@@ -244,15 +234,6 @@ def all_parts(part: Any, group: Group) -> list[Any]:
     parts: list[Any] = [None] * world(group)
     dist.all_gather_object(parts, part, group=group)
     return parts
-
-
-def least(value: int, place: Placement) -> int:
-    """The smallest `value` of all processes, which meet on the device of `place`."""
-    if not _joined():
-        return value
-    shared = torch.tensor(value, device=place.device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=place.group)
-    return int(shared)
 
 
 def _joined() -> bool:

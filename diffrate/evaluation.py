@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import Parameter, signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -121,8 +122,8 @@ class Tally:
     """
 
     def __init__(self, device: torch.device, multi_label: bool = False, group: Group = None) -> None:
-        # Loss, top-1 hits, top-5 hits, images, and how many of them are kept.
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        # Loss, top-1 hits, top-5 hits, and images.
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.kept: list[Tensor] = []
         self.group = group
         self.average_precision: Any = None
@@ -157,34 +158,34 @@ class Tally:
             measure = F.binary_cross_entropy_with_logits if multi_label else F.mse_loss
             loss = measure(logits.double(), targets, reduction="none").mean(1).sum()
             self.kept.append(torch.stack([logits.double(), targets], dim=1))
-            counts = torch.stack([loss, *loss.new_tensor([0, 0, len(logits), len(logits)])])
+            counts = torch.stack([loss, *loss.new_tensor([0, 0, len(logits)])])
         else:
             classes = class_indices(labels, logits)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]  # of fewer classes: all
             loss = F.cross_entropy(logits, classes, reduction="sum")
-            counts = torch.stack([loss, hits[:, 0].sum(), hits.sum(), *loss.new_tensor([len(classes), 0])])
+            counts = torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(classes))])
         self.sums += counts.double()
 
     def scores(self) -> Scores:
         """Of this process's batches."""
-        return self._scores(self.sums, [self._rows()])
+        return self._scores(self.sums, self._rows())
 
     def shared(self) -> Scores:
         """Of the batches of all processes; a ValueError where there is none."""
         sums = all_sum(self.sums.clone(), self.group)
         if sums[3] == 0:
             raise ValueError("loader: found no batch; accepted: batches of images and labels")
-        return self._scores(sums, all_parts(self._rows(), self.group) if sums[4] else [])
+        return self._scores(sums, list(chain(*all_parts(self._rows(), self.group))))
 
-    def _rows(self) -> Tensor | None:
-        return torch.cat(self.kept).cpu() if self.kept else None
+    def _rows(self) -> list[Tensor]:
+        return [torch.cat(self.kept).cpu()] if self.kept else []
 
-    def _scores(self, sums: Tensor, parts: Sequence[Tensor | None]) -> Scores:
-        total, top1, top5, images, kept = sums.tolist()
+    def _scores(self, sums: Tensor, rows: list[Tensor]) -> Scores:
+        total, top1, top5, images = sums.tolist()
         loss, count = total / images, int(images)
-        if not kept:
+        if not rows:
             return Scores(100 * top1 / images, 100 * top5 / images, loss, count)
-        outputs, targets = torch.cat([part for part in parts if part is not None]).unbind(1)
+        outputs, targets = torch.cat(rows).unbind(1)
         if self.average_precision is None:
             error = (targets - outputs).square().sum()
             around = (targets - targets.mean()).square().sum()
@@ -277,8 +278,7 @@ def evaluate(
     tally = Tally(place.device, multi_label, group)
     # Outside inference mode weights stay fit for training, and so do images that the loader keeps.
     model.to(place.device)
-    with modes_kept(model):
-        model.eval()
+    with evaluating(model):
         for batch in loader:
             images, labels = split_batch(batch)
             with torch.inference_mode(), autocast(place.device, precision):
@@ -294,9 +294,10 @@ def evaluate(
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the training or evaluation mode of every module of `model` after the block."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; after it every module of `model` has its own mode again."""
     before = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from diffrate.blocks.block import attention_map
 from diffrate.blocks.reduction import full_product
 from diffrate.blocks.tokens import TokenState, size_dtype, standing
-from diffrate.evaluation import modes_kept
+from diffrate.evaluation import evaluating
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
 
@@ -210,8 +210,7 @@ def attention_maps(model: nn.Module, images: Tensor, schedule: Schedule | None =
     if schedule is not None:
         model.check(schedule)
     prefix, looks = model.compression.space.prefix, []
-    with modes_kept(model):
-        model.eval()
+    with evaluating(model):
         entry = model.enter(images, TokenState.traced)
         state = entry.state
         asking, share = _asking(model, state)

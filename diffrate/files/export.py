@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffrate.atomic import first_line
 from diffrate.device import placement_of
-from diffrate.evaluation import modes_kept
+from diffrate.evaluation import evaluating
 from diffrate.files.graph import Normalization, traced
 from diffrate.files.header import ExportError, Metadata, check_destination
 from diffrate.files.runtimes import KINDS, Answer, load_exported, parts_of, whole_files
@@ -159,8 +159,7 @@ def _checked(
     def live(images: Tensor) -> Tensor:
         return model(inside(images).to(device, dtype), return_flop=False).float().cpu()
 
-    with torch.inference_mode(), modes_kept(model):
-        model.eval()
+    with torch.inference_mode(), evaluating(model):
         drawn = torch.rand(sum(BATCHES), *metadata.input_size, generator=torch.Generator().manual_seed(seed))
         shown = outside(drawn) if images is None else images.cpu()
         coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))

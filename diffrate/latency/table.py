@@ -56,13 +56,14 @@ def fit_curve(
     tokens: Sequence[int], seconds: Sequence[float], knots: Sequence[int], *flags: Sequence[bool]
 ) -> tuple[Curve, list[tuple[float, ...]]]:
     """The curve through samples at numbers of `tokens`, with as many of the `knots` as samples suffice for, and what
-    the samples take more where each of the `flags` is set: coefficients of `powers`."""
+    the samples take more where each of the `flags` is set: coefficients of 1, N and N^2."""
     counts, wanted = np.asarray(tokens), int(min(len(knots), len(set(tokens)), len(tokens) / SAMPLES_A_KNOT))
     chosen = [knots[round(at)] for at in np.linspace(0, len(knots) - 1, wanted)] if wanted > 1 else [knots[-1]]
     # The curve's weights are the steps from knot to knot: a row sums up the steps to what the sample reaches.
     steps = np.arange(len(chosen))
     rising = np.clip(np.interp(counts, chosen, steps)[:, None] - steps + 1, 0, 1)
-    more = [np.asarray(flag, dtype=np.float64)[:, None] * powers(counts) for flag in flags]
+    powers = np.vander(counts.astype(np.float64), 3, increasing=True)
+    more = [np.asarray(flag, dtype=np.float64)[:, None] * powers for flag in flags]
     weights = _fitted(np.concatenate([rising, *more], axis=1), np.asarray(seconds), len(chosen))
     heights, *found = np.split(weights, range(len(chosen), len(weights), 3))
     return Curve(tuple(chosen), tuple(np.cumsum(heights).tolist())), [tuple(one.tolist()) for one in found]
@@ -72,12 +73,6 @@ def fit_terms(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tup
     """Coefficients of `terms` `[S, F]` that give `seconds` `[S]`, none below 0."""
     columns = np.asarray(terms, dtype=np.float64)
     return tuple(_fitted(columns, np.asarray(seconds), columns.shape[1]).tolist())
-
-
-def powers(tokens: np.ndarray) -> np.ndarray:
-    """1, N and N^2 of numbers of tokens `[...]`, as `[..., 3]`."""
-    counts = np.asarray(tokens, dtype=np.float64)
-    return np.stack([np.ones_like(counts), counts, counts**2], axis=-1)
 
 
 MERGING_TERMS = range(3, 9)  # of those of a reduction's price: three for rules of each kind
@@ -136,7 +131,7 @@ class BlockTimes:
 
     attention: over the tokens that enter; attention_asked, attention_received, attention_sized: what it takes more
     where their importance is asked for, by the attention of the first tokens or of all, and where they stand for
-    several, as coefficients of `powers`. mlp: over the tokens that leave.
+    several, as coefficients of 1, N and N^2. mlp: over the tokens that leave.
     reduction: coefficients of `reduction_terms`, none where nothing is reduced. read: how many first tokens are all
     that is left, of a last block of which no more is read; None for all.
     """
@@ -178,7 +173,8 @@ class BlockTimes:
         return np.arange(self.attention.tokens[-1] + 1)
 
     def _more(self, coefficients: Sequence[float], least: np.ndarray | float) -> list[float]:
-        return np.maximum(least, powers(self._counts) @ np.asarray(coefficients)).tolist()
+        powers = np.vander(self._counts.astype(np.float64), 3, increasing=True)
+        return np.maximum(least, powers @ np.asarray(coefficients)).tolist()
 
     def seconds(self, kept: Kept, sized: bool, work: RuleWork = RULES[PUBLISHED]) -> float:
         """One block of a batch; `sized` where tokens that enter stand for several, and what its rule takes."""

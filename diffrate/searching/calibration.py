@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from diffrate.blocks.tokens import TokenState
-from diffrate.device import Placement, all_sum, autocast, least, rank, world
+from diffrate.device import Placement, all_parts, all_sum, autocast, rank, world
 from diffrate.evaluation import split_batch
-from diffrate.schedule import Kept, Schedule
+from diffrate.schedule import Schedule
 from diffrate.searching.checkpoint import StoppedError
 from diffrate.searching.teacher import Teacher, finite, spread_of
 
 CHUNK = 64  # images that are compared at a time, over all processes
 IMAGE_BYTES = 2**31  # of images
-STATE_BYTES = 2**30  # of the tokens that are kept between blocks
 LEAST_ODDS = 1.0  # of the mean loss, which is added to that of each image: none is left out
 LOADED, TAUGHT = 0.2, 0.35  # of the time, after which no more images are loaded, or shown to the dense model
 
@@ -37,10 +36,9 @@ class Clock:
 
     def now(self) -> float:
         """Seconds by the first process's clock. All processes ask together; StoppedError where one is to stop."""
-        passed, asked, (device, _, group) = self.here(), self.stop(), self.place
-        if world(group) > 1:
-            own = torch.tensor([passed if rank(group) == 0 else 0.0, float(asked)], dtype=torch.float64, device=device)
-            passed, asked = all_sum(own, group).tolist()
+        passed = self.here() if rank(self.place.group) == 0 else 0.0
+        told = torch.tensor([passed, float(self.stop())], dtype=torch.float64, device=self.place.device)
+        passed, asked = all_sum(told, self.place.group).tolist()
         if asked:
             raise StoppedError("stopped while schedules were tried", self.saved)
         return passed
@@ -66,8 +64,8 @@ def images_that_fit(numbers: int, count: int) -> int:
 
 
 def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float) -> Tensor:
-    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, fewer where they are large or not read
-    in time; ValueError where there are fewer than two."""
+    """The first `count` images of `loader` at most, `[M, 3, H, W]` on the CPU, as many in all processes; fewer where
+    they are large or not read in time; ValueError where there are fewer than two."""
     found, there = [], 0
     for batch in loader:
         images = split_batch(batch)[0].to("cpu", torch.float32)
@@ -77,10 +75,10 @@ def gather_images(loader: Iterable[Any], count: int, clock: Clock, until: float)
         if there >= most or clock.stop() or (there >= 2 and clock.here() > until):
             break
     clock.now()
-    there = least(there, clock.place)
+    there = min(all_parts(there, clock.place.group))
     if there < 2:
         raise ValueError(f"loader: found {there} images; accepted: from 2, to search and to choose on")
-    return torch.cat(found)
+    return torch.cat(found)[:there]
 
 
 def mean_of(values: Tensor, place: Placement) -> tuple[float, float]:
@@ -177,56 +175,5 @@ class Calibration:
         self.clock.now()
         return apart.float().cpu() / self.spread, states
 
-    def steps(self, schedule: Schedule) -> list[tuple[Kept, str | None]]:
-        """What happens in each compressible block, and by which rule where it lets tokens go."""
-        pairs = zip(self.model.counts_at(schedule), schedule.rule_names, strict=False)
-        return [(kept, rule if kept.merged < kept.entering else None) for kept, rule in pairs]
-
     def _worked(self, images: int, share: float) -> None:
         self.work += images * world(self.place.group) * share
-
-
-class Reference:
-    """A schedule that others are compared with, on a draw of images.
-
-    losses, states: of the schedule itself, by chunk: `[n]`, and where there is room the tokens after each block.
-    """
-
-    def __init__(self, calibration: Calibration, schedule: Schedule, draw: Draw) -> None:
-        self.calibration, self.schedule, (self.images, self.weights) = calibration, schedule, draw
-        self.steps = calibration.steps(schedule)
-        self.losses: dict[int, Tensor] = {}
-        self.states: dict[int, list[TokenState]] = {}
-        model, tokens = calibration.model, sum(kept.merged for kept, _ in self.steps)
-        size = sum(map(len, self.images)) * tokens * getattr(model, "num_features", 1024) * 4
-        several = len(model.compression.space.searchable) > 1
-        self.keeps_states = calibration.resumable and size <= STATE_BYTES and several
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def difference(self, schedule: Schedule, chunk: int, part: float = 1.0) -> tuple[float, float]:
-        """How much more is lost at `schedule`, a mean over the images that a chunk stands for; and its variance.
-
-        Only `part` of the chunk is used. Blocks run from the first one on in which the schedules differ.
-        """
-        ours, held = self.at(chunk), self.calibration
-        count = max(1, round(part * len(ours)))
-        start, state, states = 0, None, self.states.get(chunk)
-        if states:
-            pairs = zip(self.steps, held.steps(schedule), strict=True)
-            start = min(next((block for block, (one, other) in enumerate(pairs) if one != other), 0), len(states) - 1)
-        if states and start:
-            whole = len(ours)  # what all images share stays
-            parts = (one if one is None or len(one) != whole else one[:count] for one in states[start - 1])
-            state = TokenState(*parts)  # type: ignore[arg-type]
-        theirs, _ = held.losses(schedule, self.images[chunk][:count], start, state)
-        return mean_of(self.weights[chunk][:count] * (theirs - ours[:count]), held.place)
-
-    def at(self, chunk: int) -> Tensor:
-        """What the reference itself loses on each image of a chunk, `[n]`."""
-        if chunk not in self.losses:
-            self.losses[chunk], states = self.calibration.losses(self.schedule, self.images[chunk])
-            if self.keeps_states:
-                self.states[chunk] = states
-        return self.losses[chunk]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
@@ -23,10 +20,9 @@ from torch.nn.utils import parameters_to_vector
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.blocks.rates import RateError
-from diffrate.device import all_sum, autocast, least, made_by_each, rank, seed_everything, step_seed, world
-from diffrate.evaluation import Scores, Tally, class_indices, modes_kept, multi_hot, split_batch
+from diffrate.device import all_parts, all_sum, autocast, made_by_each, rank, seed_everything, step_seed, world
+from diffrate.evaluation import Scores, Tally, class_indices, multi_hot, split_batch
 from diffrate.latency.table import expected_seconds
-from diffrate.patch.base import CompressedModel
 from diffrate.schedule import Schedule, make_schedule
 from diffrate.searching.checkpoint import (
     EpochRecord,
@@ -80,8 +76,7 @@ def batches_from(task: Task, epoch: int, batch: int) -> Iterator[Any]:
     left = task.epoch_of(epoch)
     # Now, not at the first step, which draws from a seed of its own: a shuffling sampler draws its order here.
     batches = chain(list(islice(left, 1)), left)
-    for _ in islice(batches, batch):
-        pass
+    deque(islice(batches, batch), maxlen=0)
     return batches
 
 
@@ -148,37 +143,26 @@ def search_by_gradient(
     task: Task, callback: Callable[[StepRecord], None] | Observer | None
 ) -> tuple[Schedule, Scores | None, tuple[StepRecord, ...]]:
     """The schedule that rates learn, its scores, and a record of each step; raises as `diffrate.search`."""
-    model, settings = task.model, task.settings
     observer = callback if isinstance(callback, Observer) else Observer()
     if callback is not None and callback is not observer:
         observer.on_step = callback  # type: ignore[method-assign]
     loader, steps = made_by_each(lambda: _an_epoch(task), task.place.group)
-    steps = least(steps, task.place)
-    task.check_file()
-    with _restored(model):
-        model.to(task.place.device)
-        running = Search(replace(task, loader=loader), steps, observer)
-        if task.resume is not None:
-            running.restore(task.resume)
-        elif settings.minutes is not None:
-            running.fit_into(60 * settings.minutes)
-        schedule, scores = running.run()
-    for rate in running.rates:
-        rate.grad = None
-    records = (
-        StepRecord(int(epoch), int(step), loss, flops_loss, flops, rate, tuple(counts))
-        for epoch, step, loss, flops_loss, flops, rate, *counts in running.history().tolist()
-    )
-    return schedule, scores, tuple(records)
+    running = Search(replace(task, loader=loader), min(all_parts(steps, task.place.group)), observer)
+    if task.resume is not None:
+        running.restore(task.resume)
+    elif task.settings.minutes is not None:
+        running.fit_into(60 * task.settings.minutes)
+    schedule, scores = running.run()
+    return schedule, scores, tuple(running.records)
 
 
 class Search:
     """One search: a patched model whose weights are frozen, and the optimizer of its rates.
 
     epochs, steps: in all, and of an epoch. epoch, step: of the next update. sums: losses and GFLOPs of this epoch,
-    added up. best: schedule and scores of the best epoch. rows: the figures of all steps, one after the other. slope:
-    the gradient of the cost's excess at the present rates, where the budget is held. silent: whether the loss has had
-    no gradient so far, in this process.
+    added up. best: schedule and scores of the best epoch. records: of all steps. slope: the gradient of the cost's
+    excess at the present rates, where the budget is held. silent: whether the loss has had no gradient so far, in this
+    process.
     """
 
     def __init__(self, task: Task, steps: int, observer: Observer) -> None:
@@ -210,7 +194,7 @@ class Search:
         self.epochs, self.steps = settings.epochs, steps
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0, 0.0]
         self.best: tuple[Schedule, Scores | None] | None = None
-        self.rows, self.multiplier = array("d"), Multiplier()
+        self.records, self.multiplier = list[StepRecord](), Multiplier()
         self.slope = torch.empty(0)
         self.silent = True
         self.saved = time.monotonic()
@@ -230,12 +214,9 @@ class Search:
             self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
             self._save()
             self.observer.on_epoch(record)
+        self.optimizer.zero_grad(set_to_none=True)
         assert self.best is not None, "there is an epoch, and its schedule meets the budget"
         return self.best
-
-    def history(self) -> Tensor:
-        """The figures of all steps in float64, `[steps, 6 + choices]`."""
-        return torch.from_numpy(np.array(self.rows)).reshape(-1, 6 + len(self.rates))
 
     def record(self) -> dict[str, Any]:
         """The values with which alone the search goes on, for its checkpoint."""
@@ -252,7 +233,7 @@ class Search:
                 self._backward(batches).tolist()  # waits for the device
             times.append(time.monotonic() - begun)
         self.optimizer.zero_grad(set_to_none=True)
-        fitting = least(int(seconds / max(1e-6, min(times))), self.task.place)
+        fitting = min(all_parts(int(seconds / max(1e-6, min(times))), self.group))
         self.epochs, self.steps = paced(self.epochs, self.steps, fitting)
 
     def restore(self, path: Path) -> None:
@@ -277,7 +258,10 @@ class Search:
             self.epoch, self.step, self.sums = (content[name] for name in ("epoch", "step", "sums"))
             best, scores = content["best_schedule"], content["best_scores"]
             self.best = None if best is None else (make_schedule(*best), None if scores is None else Scores(**scores))
-            self.rows = array("d", content["history"].flatten().tolist())
+            self.records = [
+                StepRecord(int(epoch), int(step), loss, flops_loss, flops, rate, tuple(counts))
+                for epoch, step, loss, flops_loss, flops, rate, *counts in content["history"].tolist()
+            ]
             self.multiplier = Multiplier(*content["multiplier"])
             self.silent = False  # its first steps were checked
         except UNREADABLE as error:
@@ -289,6 +273,7 @@ class Search:
         if self.task.file is None or rank(self.group) != 0:
             return
         settings, (best, scores) = self.settings, self.best or (None, None)
+        rows = [[*list(vars(record).values())[:-1], *record.counts] for record in self.records]
         self.task.save(
             self._schedule(),
             best,
@@ -303,7 +288,7 @@ class Search:
             sums=self.sums,
             # Every step draws from a seed made of this one and its position: no generator state is left over.
             random={"seed": settings.seed},
-            history=self.history(),
+            history=torch.tensor(rows, dtype=torch.float64),
             multiplier=astuple(self.multiplier),
         )
         self.saved = time.monotonic()
@@ -329,7 +314,7 @@ class Search:
             self.step += 1
             figures = record.loss, record.flops_loss, record.flops / 1e9
             self.sums = [total + value for total, value in zip(self.sums, figures, strict=True)]
-            self.rows.extend((*list(vars(record).values())[:-1], *record.counts))
+            self.records.append(record)
             if self.step % settings.save_every == 0 or stop or time.monotonic() - self.saved > SAVE_SECONDS:
                 self._save()
             self.observer.on_step(record)
@@ -376,11 +361,6 @@ class Search:
         self.scaler.update()
         return StepRecord(epoch, step, loss, flops_loss, gflops * 1e9, learning_rate, counts), stop > 0
 
-    def _distance(self, cost: Tensor) -> Tensor:
-        """How far a cost is from the target, squared (paper, equation 9)."""
-        unit = 1e9 if self.settings.flops_loss == "absolute" and not self.settings.held else self.target
-        return ((cost - self.target) / unit) ** 2
-
     def _backward(self, batches: Iterator[Any]) -> Tensor:
         """Gradients of one batch; classification loss, cost loss and GFLOPs, `[3]`."""
         settings = self.settings
@@ -393,7 +373,9 @@ class Search:
         classification = self.criterion(outputs.float(), labels) if self.teacher is None else outputs
         if self.silent and classification.requires_grad:
             self.silent = not self._gradient(self.scaler.scale(classification)).any()
-        cost, loss = self._distance(flops), classification
+        # How far the cost is from the target, squared (paper, equation 9).
+        unit = 1e9 if settings.flops_loss == "absolute" and not settings.held else self.target
+        cost, loss = ((flops - self.target) / unit) ** 2, classification
         if settings.held:
             self.slope = self._gradient(flops / self.target)  # the same for every batch of a step
         else:
@@ -456,26 +438,3 @@ def default_criterion(logits: Tensor, labels: Tensor, multi_label: bool = False)
     if labels.is_floating_point() and labels.shape == logits.shape:
         return SoftTargetCrossEntropy()(logits, labels)
     return LabelSmoothingCrossEntropy(SMOOTHING)(logits, class_indices(labels, logits))
-
-
-@contextmanager
-def _restored(model: CompressedModel) -> Iterator[None]:
-    """Restore `requires_grad`, gradients and modes after the block; where it fails, rates and schedule, too."""
-    compression = model.compression
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    schedule, granularity, space = compression.schedule, compression.granularity, compression.space
-    rates = {name: (rate, rate.detach().clone()) for name, rate in compression.named_parameters()}
-    try:
-        with modes_kept(model):
-            yield
-    except BaseException:
-        compression.schedule, compression.granularity = schedule, granularity
-        for name, (rate, values) in rates.items():
-            rate.data = values
-            compression.register_parameter(name, rate)
-        raise
-    finally:
-        compression.space = space
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient if gradient is None or gradient.dtype == parameter.dtype else None

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from diffrate.atomic import UNREADABLE, first_line
 from diffrate.budget import Budget, BudgetError, baseline_schedule, meets_budget, uniform_schedules
-from diffrate.device import Placement, least, rank, world
-from diffrate.evaluation import modes_kept
+from diffrate.device import Placement, rank, world
 from diffrate.latency.measure import Again
 from diffrate.schedule import PUBLISHED, Schedule, make_schedule
 from diffrate.searching.calibration import CHUNK, LOADED, Calibration, Clock, gather_images, mean_of
@@ -93,8 +92,6 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     """The outcome of trials at fixed counts, and how to search on for a corrected budget; None where the images come
     only once. Raises as `diffrate.search`."""
     settings, budget, space = task.settings, task.budget, task.space
-    task.check_file()
-    task.model.to(task.place.device)
     task = replace(task, loader=task.loader if settings.calibration is None else settings.calibration)
     given = {}
     if budget.timed:  # a speed may be out of reach of every uniform schedule
@@ -103,35 +100,35 @@ def search_at_hard_counts(task: Task) -> tuple[Calibrated, Again | None]:
     if settings.start is not None:
         given["start"] = task.model.check(settings.start, "start: ")
 
+    minutes = settings.minutes or math.inf
+    first = Calibrating(task, minutes * (1 - AGAIN) if budget.timed else minutes)  # the rest is for a corrected budget
+
     def again(corrected: Budget, before: Schedule, rounded: Schedule) -> Schedule:
         """From the schedule before, where that costs no more, and the same rounded to the corrected budget, which is
         all where the time is over."""
-        left = None if settings.minutes is None else settings.minutes - first.clock.now() / 60
-        if left is not None and left <= 0:
+        left = minutes - first.clock.now() / 60
+        if left <= 0:
             return rounded
         starts = {"rounded": rounded} | ({"before": before} if corrected.cost(before) <= corrected.target else {})
-        return Calibrating(replace(task, budget=corrected), left, again=True).run(starts).schedule
+        unsaved = replace(task, budget=corrected, file=None, resume=None)
+        return Calibrating(unsaved, left, again=True).run(starts).schedule
 
-    minutes = settings.minutes
-    if minutes is not None and budget.timed:  # the rest is for a corrected budget
-        minutes *= 1 - AGAIN
-    first = Calibrating(task, minutes)
     return first.run(given), None if isinstance(task.loader, Iterator) else again
 
 
 class Calibrating:
     """A search for the schedule that meets the budget of `task` at which the model loses least against its dense self,
-    within `minutes`; `again` with a share of the work, neither reported to the observer nor saved.
+    within `minutes`; `again` with a share of the work, and not reported to the observer.
 
     The model's own schedule is neither read nor set.
     """
 
-    def __init__(self, task: Task, minutes: float | None, again: bool = False) -> None:
+    def __init__(self, task: Task, minutes: float, again: bool = False) -> None:
         self.task, self.model, self.again = task, task.model, again
         self.observer: CalibrationObserver = task.settings.trials or CalibrationObserver()
         self.records: list[TrialRecord] = []
         self.before: dict[str, Any] = {}
-        if task.resume is not None and not again:
+        if task.resume is not None:
             content = read_checkpoint(task.resume).get("calibrated")
             if content is None:
                 raise SearchCheckpointError(
@@ -144,8 +141,7 @@ class Calibrating:
             except UNREADABLE as error:
                 raise SearchCheckpointError(f"{task.resume}: does not fit this search ({first_line(error)})") from error
         self.saved: Trials | None = self.before.get("trials")
-        seconds = math.inf if minutes is None else 60 * minutes
-        self.clock = Clock(task.place, seconds, self.observer.stop, self.saved is not None)
+        self.clock = Clock(task.place, 60 * minutes, self.observer.stop, self.saved is not None)
         self.clock.begun -= 0.0 if self.saved is None else self.saved.seconds
         self.share = task.budget.target / task.budget.cost(self.model.dense_schedule())
 
@@ -153,26 +149,23 @@ class Calibrating:
         """Search from the uniform schedules and those that are `given` by name; the best of all is reported."""
         task, clock = self.task, self.clock
         begun = clock.now()
-        with modes_kept(self.model):
-            self.model.eval()
-            searched_on, chosen_on = self._images()
-            ready = clock.now()
-            teacher = Teacher(self.model, self.setting["loss"], task.settings.multi_label)
-            whole = self.saved is not None
-            calibration = Calibration(teacher, searched_on, task.settings.precision, clock, whole)
-            speed = calibration.work / max(1e-9, clock.now() - ready)
-            search = self._search(calibration, given, len(chosen_on), speed)
-            found = search.run(list(self.starts.values()), self._after)
-            searched, state = clock.now(), search.state()
-            cost, target = task.budget.cost, task.budget.target  # a start may cost something else
-            met = [(name, start) for name, start in self.starts.items() if meets_budget(cost(start), target)]
-            candidates = [*((CALIBRATED, schedule) for schedule in found), *met]
-            losses: list[list[Tensor]] = [[] for _ in candidates]
-            for part in clock.parts(len(chosen_on), clock.seconds):
-                images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
-                for row, (_, schedule) in zip(losses, candidates, strict=True):
-                    row.append(calibration.losses_on(images, taught, schedule)[0])
-        lost = [torch.cat(row) for row in losses]
+        searched_on, chosen_on = self._images()
+        ready = clock.now()
+        teacher = Teacher(self.model, self.setting["loss"], task.settings.multi_label)
+        whole = self.saved is not None
+        calibration = Calibration(teacher, searched_on, task.settings.precision, clock, whole)
+        speed = calibration.work / max(1e-9, clock.now() - ready)
+        search = self._search(calibration, given, len(chosen_on), speed)
+        found = search.run(list(self.starts.values()), self._after)
+        searched, state = clock.now(), search.state()
+        cost, target = task.budget.cost, task.budget.target  # a start may cost something else
+        met = [(name, start) for name, start in self.starts.items() if meets_budget(cost(start), target)]
+        candidates = [*((CALIBRATED, schedule) for schedule in found), *met]
+        parts = []
+        for part in clock.parts(len(chosen_on), clock.seconds):
+            images, taught = chosen_on[part], calibration.taught_on(chosen_on[part])
+            parts.append([calibration.losses_on(images, taught, schedule)[0] for _, schedule in candidates])
+        lost = [torch.cat(losses) for losses in zip(*parts, strict=True)]
         chosen, alike, noise = _chosen([name for name, _ in candidates], lost, task.place)
         name, schedule = candidates[chosen]
         self._save(state, schedule)
@@ -185,7 +178,7 @@ class Calibrating:
         return Calibrated(schedule, name, tuple(means), stages, tuple(self.records), alike, noise)
 
     def _images(self) -> tuple[Tensor, Tensor]:
-        """The images to search on, and those held back to choose on, as many in all processes.
+        """The images to search on, and those held back to choose on.
 
         Those of a search that goes on are read again, however long it takes. Held back are some from all over, as
         files lie in classes.
@@ -195,8 +188,7 @@ class Calibrating:
         count = before["images"] if before is not None and timed else settings.images
         until = LOADED * self.clock.seconds if before is None else math.inf
         images = gather_images(self.task.epoch_of(0), count, self.clock, until)
-        count = least(len(images), self.task.place)
-        images = images[:count]
+        count = len(images)
         if timed:  # the first of them may be all that there is time for
             images = images[torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))]
         loss, target = "tokens" if settings.loss == "tokens" else "distill", self.task.budget.target
@@ -217,23 +209,25 @@ class Calibrating:
         space, budget, settings = self.task.space, self.task.budget, self.task.settings
         # Of the last block nothing may be read but the prefix: then a search may drop the patches there.
         idle = self.model.read is not None and space.searchable[-1] == len(self.model.compressible_blocks()) - 1
-        uniform, self.rules = self._uniform(calibration, speed)
+        images = len(calibration.images)
+        work = settings.work or min(WORK, LOOKS_AN_IMAGE * images)
+        uniform, self.rules = self._uniform(calibration, work, speed)
         moves = Moves(space, budget.cost, budget.target, idle, self.rules)
         self.starts: dict[str, Schedule] = uniform | dict(given) | self.before.get("starts", {})
         choosing = chosen_on * (1 + (len(self.starts) + FINALISTS) * self.share)
         reserve = min(choosing / speed, CHOICE * self.clock.seconds)
-        work, images = settings.work, len(calibration.images)
-        if work is None:
-            work = math.inf if self.clock.limited else min(WORK, LOOKS_AN_IMAGE * images)
-        if work < math.inf:
-            work = max(AGAIN * work if self.again else work, choosing + 2 * images)
-            work = float(least(int(work), self.task.place))
+        if self.clock.limited and settings.work is None:
+            work = math.inf
+        else:
+            work = float(int(max(AGAIN * work if self.again else work, choosing + 2 * images)))
         if not self.again:
             self.observer.on_plan(images + chosen_on, min(work, speed * self.clock.seconds), speed)
         end = self.clock.seconds - reserve
         return CalibratedSearch(moves, calibration, work - choosing, settings.seed, self.saved, end)
 
-    def _uniform(self, calibration: Calibration, speed: float) -> tuple[dict[str, Schedule], tuple[str, ...]]:
+    def _uniform(
+        self, calibration: Calibration, work: float, speed: float
+    ) -> tuple[dict[str, Schedule], tuple[str, ...]]:
         """The uniform schedules to begin with, and the rules to try in each block, the best one first.
 
         Rules are compared by uniform schedules that merge, on some of the images: all that are tried, or the first
@@ -251,7 +245,7 @@ class Calibrating:
         if settings.rule is not None:
             return starts, (settings.rule,)
         left = self.clock.seconds - self.clock.now()
-        passes = RULES_SHARE * min(settings.work or min(WORK, LOOKS_AN_IMAGE * len(calibration.images)), left * speed)
+        passes = RULES_SHARE * min(work, left * speed)
         images = min(passes / (len(TRIED_RULES) * self.share), RULED_ON * CHUNK) // world(self.task.place.group)
         index = torch.cat(calibration.drawn(RULED_ON, Random(settings.seed))[0])[: max(1, int(images))]
         merging: dict[str, Schedule] = {}
@@ -277,7 +271,7 @@ class Calibrating:
         self.observer.after_trials()
 
     def _save(self, trials: Trials, best: Schedule) -> None:
-        if self.task.file is None or self.again:
+        if self.task.file is None:
             return
         if rank(self.task.place.group) == 0:
             rows = {name: plain_row(schedule) for name, schedule in self.starts.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import Group, default_precision, generators_kept, place_for
-from diffrate.evaluation import Batches, Scores, Tally, require_batches
+from diffrate.evaluation import Batches, Scores, Tally, evaluating, require_batches
 from diffrate.latency.measure import Confirmed, confirmed, measure_latency
 from diffrate.patch.base import CompressedModel, require_patched
 from diffrate.schedule import Schedule
@@ -125,33 +126,53 @@ def search(
     files = (None if path is None else Path(path) for path in (checkpoint, resume))
     task = Task(model, loader, settings, budget, place, val, *files)
     budget.check(task.space)
-    before = model.compression.schedule
-    try:
-        # The search takes gradients where its caller has switched them off.
-        with generators_kept(*task.generators()), torch.inference_mode(False):
-            return _found(task, callback)
-    except BaseException:
-        if model.compression.schedule != before:
-            model.compression.schedule = before
-        raise
+    task.check_file()
+    # The search takes gradients where its caller has switched them off.
+    with generators_kept(*task.generators()), torch.inference_mode(False):
+        with _restored(model):
+            model.to(place.device)
+            found = _found(task, callback)
+        model.schedule = found.schedule
+    return found
 
 
 def _found(task: Task, callback: Callable[[StepRecord], None] | Observer | None) -> Found:
-    """The outcome of a task, which its model is left at."""
-    model, calibrated, again, history = task.model, None, None, ()
+    """The outcome of a task."""
+    model, calibrated, again, scores, history = task.model, None, None, None, ()
     if task.settings.method == GRADIENT:
         found, scores, history = search_by_gradient(task, callback)
     else:
         calibrated, again = search_at_hard_counts(task)
         found = calibrated.schedule
-        scores = task.scores_at(found)
     schedule, speed, table = found, None, task.settings.latency
     if table is not None and task.budget.timed:
         schedule, speed = confirmed(model, found, task.space, task.budget, table, again, task.place.group)
-    if schedule != found:
+    if scores is None or schedule != found:
         scores = task.scores_at(schedule)
-    model.schedule = schedule
     return Found(schedule, model.flops_at(schedule), scores, history, calibrated, speed)
+
+
+@contextmanager
+def _restored(model: CompressedModel) -> Iterator[None]:
+    """Restore `requires_grad`, gradients and modes after the block; where it fails, rates and schedule, too."""
+    compression = model.compression
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    schedule, granularity, space = compression.schedule, compression.granularity, compression.space
+    rates = {name: (rate, rate.detach().clone()) for name, rate in compression.named_parameters()}
+    try:
+        with evaluating(model):  # until the search asks for another mode
+            yield
+    except BaseException:
+        compression.schedule, compression.granularity = schedule, granularity
+        for name, (rate, values) in rates.items():
+            rate.data = values.to(rate.device)
+            compression.register_parameter(name, rate)
+        raise
+    finally:
+        compression.space = space
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient if gradient is None or gradient.dtype == parameter.dtype else None
 
 
 search.__doc__ = f"{search.__doc__}\n    Options:\n" + "".join(

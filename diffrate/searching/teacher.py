@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffrate.blocks.block import UnsupportedModelError
 from diffrate.device import Group, Placement, all_sum, autocast, place_for, placement_of
-from diffrate.evaluation import modes_kept, require_batches, split_batch
+from diffrate.evaluation import evaluating, require_batches, split_batch
 from diffrate.patch.base import CompressedModel, PlannedCost, has_classifier, require_patched
 from diffrate.patch.plain_vit import CompressedVit
 from diffrate.schedule import Schedule, SearchSpace
@@ -136,8 +136,7 @@ def means_over(
     """
     sums = torch.zeros(shape, dtype=torch.float64, device=place.device)
     moments, count = sums.new_zeros(3), sums.new_zeros(())
-    with modes_kept(teacher.model):
-        teacher.model.eval()
+    with evaluating(teacher.model):
         for batch in loader:
             images = place.take(split_batch(batch)[0])
             with torch.inference_mode(), autocast(place.device, precision):

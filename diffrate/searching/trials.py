@@ -1,12 +1,12 @@
 """The trials of the search at hard counts: schedules on the budget, on calibration images, tokens really dropped.
 
-A surrogate (`moves.Surrogate`) learns from all that was measured, and says which schedules near the best ones to
-try next, on a few images each. In phases the best one so far becomes the reference that others are compared
-with, on images drawn afresh. No gradient is computed, and a cost may be of FLOPs or of seconds."""
+A surrogate learns from all that was measured, and says which schedules near the best ones to try next, on a few images
+each. In phases the best one so far becomes the reference that others are compared with, on images drawn afresh. No
+gradient is computed, and a cost may be of FLOPs or of seconds."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,11 +14,14 @@ from random import Random
 
 import numpy as np
 import torch
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from torch import Tensor
 
+from diffrate.blocks.tokens import TokenState
 from diffrate.device import made_by_first, step_seed
-from diffrate.schedule import Schedule
-from diffrate.searching.calibration import Calibration, Draw, Reference
-from diffrate.searching.moves import Counts, Moves, Surrogate
+from diffrate.schedule import Kept, Schedule
+from diffrate.searching.calibration import Calibration, Draw, mean_of
+from diffrate.searching.moves import Counts, Moves
 from diffrate.searching.settings import SearchSettingError
 
 CHUNKS = 24  # of images in a phase
@@ -36,6 +39,11 @@ FINALISTS = 6  # schedules among which images held back decide
 BEGUN = 0.5  # of the time, after which nothing is measured before the surrogate is asked
 LINEAR = 0.5  # of the start's loss: how much worse than the reference counts in full
 FITTED = 1000  # schedules that the surrogate is fitted to, the best ones: memory grows with their square
+STATE_BYTES = 2**30  # of the tokens that are kept between blocks
+NUGGET = 1e-5  # of the surrogate's amplitude, on the diagonal
+SCALES = 24  # that are tried
+SCALED_ON = 300  # measurements that scales are chosen on
+LIMITS = (-3.0, 2.5)  # of the scales' logarithms
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ class Trials:
     """
 
     work: float
-    felt: torch.Tensor
-    seen: torch.Tensor
+    felt: Tensor
+    seen: Tensor
     round: int = 0
     phase: int = 0
     seconds: float = 0.0
@@ -78,6 +86,113 @@ class Trials:
     best: float = 0.0
     improved: float = 0.0
     exhausted: bool = False
+
+
+class Reference:
+    """A schedule that others are compared with, on a draw of images.
+
+    losses, states: of the schedule itself, by chunk: `[n]`, and where there is room the tokens after each block.
+    """
+
+    def __init__(self, calibration: Calibration, schedule: Schedule, draw: Draw) -> None:
+        self.calibration, self.schedule, (self.images, self.weights) = calibration, schedule, draw
+        self.model = calibration.model
+        self.steps = self._steps(schedule)
+        self.losses: dict[int, Tensor] = {}
+        self.states: dict[int, list[TokenState]] = {}
+        tokens = sum(kept.merged for kept, _ in self.steps)
+        size = sum(map(len, self.images)) * tokens * getattr(self.model, "num_features", 1024) * 4
+        several = len(self.model.compression.space.searchable) > 1
+        self.keeps_states = calibration.resumable and size <= STATE_BYTES and several
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def difference(self, schedule: Schedule, chunk: int, part: float = 1.0) -> tuple[float, float]:
+        """How much more is lost at `schedule`, a mean over the images that a chunk stands for; and its variance.
+
+        Only `part` of the chunk is used. Blocks run from the first one on in which the schedules differ.
+        """
+        ours, held = self.at(chunk), self.calibration
+        count = max(1, round(part * len(ours)))
+        start, state = 0, None
+        if chunk in self.states:
+            pairs = zip(self.steps, self._steps(schedule), strict=True)
+            start = next((block for block, (one, other) in enumerate(pairs) if one != other), 0)
+        if start:
+            whole = len(ours)  # what all images share stays
+            parts = (one if one is None or len(one) != whole else one[:count] for one in self.states[chunk][start - 1])
+            state = TokenState(*parts)  # type: ignore[arg-type]
+        theirs, _ = held.losses(schedule, self.images[chunk][:count], start, state)
+        return mean_of(self.weights[chunk][:count] * (theirs - ours[:count]), held.place)
+
+    def at(self, chunk: int) -> Tensor:
+        """What the reference itself loses on each image of a chunk, `[n]`."""
+        if chunk not in self.losses:
+            self.losses[chunk], states = self.calibration.losses(self.schedule, self.images[chunk])
+            if self.keeps_states:
+                self.states[chunk] = states
+        return self.losses[chunk]
+
+    def _steps(self, schedule: Schedule) -> list[tuple[Kept, str | None]]:
+        """What happens in each compressible block, and by which rule where it lets tokens go."""
+        pairs = zip(self.model.counts_at(schedule), schedule.rule_names, strict=False)
+        return [(kept, rule if kept.merged < kept.entering else None) for kept, rule in pairs]
+
+
+class Surrogate:
+    """What measured losses say about schedules that were not measured: a Gaussian process over their features.
+
+    Measurements are of few images and noisy, each with a variance that is known. Together they tell the effects of
+    single choices far better than any two of them would (Matérn kernel of 5/2; Rasmussen and Williams 2006).
+
+    It is fitted to features `[M, F]`, values `[M]` and their variances `[M]`; `groups` of features share a scale.
+    """
+
+    def __init__(self, groups: np.ndarray) -> None:
+        self.groups = groups
+        self.scales = np.zeros(int(groups.max()) + 2)  # logarithms: of each group, and of the amplitude
+
+    def choose_scales(self, features: np.ndarray, values: np.ndarray, variances: np.ndarray, seed: int) -> None:
+        """Scales at which the measurements are likelier than at others drawn near them; `fit` comes next."""
+        rng = np.random.default_rng(seed)
+        few = rng.permutation(len(values))[:SCALED_ON]
+        before, best, most = self.scales, self.scales, -math.inf
+        for trial in range(SCALES):
+            drawn = rng.normal(0, 0.7, len(before)) if trial else np.zeros(len(before))
+            self.scales = np.clip(before + drawn, *LIMITS)
+            try:
+                self.fit(features[few], values[few], variances[few])
+            except np.linalg.LinAlgError:
+                continue
+            apart = solve_triangular(self.factor, values[few] - self.centre, lower=True)
+            likelihood = float(-0.5 * apart @ apart - np.log(np.diag(self.factor)).sum() - 0.1 * (self.scales**2).sum())
+            if likelihood > most:
+                best, most = self.scales, likelihood
+        self.scales = best
+
+    def fit(self, features: np.ndarray, values: np.ndarray, variances: np.ndarray) -> None:
+        """Condition on measurements, at the present scales."""
+        self.features, self.centre = features, float(np.median(values))
+        spread, scale = float(max(values.var(), 1e-8)), math.exp(self.scales[-1])
+        self.amplitude = spread * scale
+        self.factor = cholesky(self._kernel(features) + np.diag(variances + NUGGET * spread * scale), lower=True)
+        self.weights = cho_solve((self.factor, True), values - self.centre)
+
+    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the values at `features` `[P, F]`, both `[P]`."""
+        cross = self._kernel(features)
+        explained = solve_triangular(self.factor, cross.T, lower=True)
+        variance = np.maximum(self.amplitude - (explained**2).sum(0), 1e-12)
+        return cross @ self.weights + self.centre, np.sqrt(variance)
+
+    def _kernel(self, features: np.ndarray) -> np.ndarray:
+        """Of these with the features that were fitted to."""
+        weights = np.exp(self.scales[:-1])[self.groups]
+        one, other = features * weights, self.features * weights
+        squares = (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T
+        apart = math.sqrt(5) * np.sqrt(np.maximum(squares, 1e-12))
+        return self.amplitude * (1 + apart + apart**2 / 3) * np.exp(-apart)
 
 
 class CalibratedSearch:
@@ -96,7 +211,7 @@ class CalibratedSearch:
         self.clock, self.end = calibration.clock, end
         self.surrogate, self.fitted = Surrogate(moves.groups()), list[Counts]()
         self.trials = trials or Trials(calibration.work, calibration.felt, calibration.seen)
-        self.begun = time.monotonic() - self.trials.seconds
+        self.begun = self.clock.here() - self.trials.seconds
         if trials is not None:
             self.surrogate.scales = np.array(trials.scales)
             self._refer(trials.reference)
@@ -117,7 +232,7 @@ class CalibratedSearch:
             self._begin(starts)
         while True:
             quiet = self.calibration.work - trials.improved
-            if self._spent() or trials.exhausted or quiet > PATIENCE * self.limit:
+            if self._done() >= 1 or trials.exhausted or quiet > PATIENCE * self.limit:
                 return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
             self._round()
             counts, value = self._best(1)[0]
@@ -127,7 +242,7 @@ class CalibratedSearch:
     def state(self) -> Trials:
         """What there is to go on from."""
         trials = self.trials
-        trials.work, trials.seconds = self.calibration.work, time.monotonic() - self.begun
+        trials.work, trials.seconds = self.calibration.work, self.clock.here() - self.begun
         trials.known, trials.scales = list(self.reference.losses), self.surrogate.scales.tolist()
         return trials
 
@@ -141,16 +256,15 @@ class CalibratedSearch:
         index = torch.cat(first[:1] if self.clock.limited else first)
         losses: list[float] = []
         for counts in fitted:
-            if not losses or self._in_time():
+            if not losses or not self._over():
                 losses.append(self.calibration.mean(moves.schedule(counts), index))
         trials.scale = max(min(losses), 1e-12)
         best = fitted[int(np.argmin(losses))]
         self._redraw(best, rng)
         trials.measured.append((best, 0.0, 1e-4))
         for counts in fitted:
-            for _ in range(2 if counts != best else 0):
-                if self._in_time():
-                    self._measure(counts, rng)
+            for _ in range(2):
+                self._measure(counts, rng)
         found = []
         for trial in range(FIRST):  # one near a start in three, else of a few steps
             self.clock.now()
@@ -159,11 +273,9 @@ class CalibratedSearch:
                 drawn = moves.changed(drawn, rng) or drawn
             found.append(drawn)
         for counts in dict.fromkeys(counts for counts in found if counts is not None):
-            if self._in_time():
-                self._measure(counts, rng, part=GLANCE)
+            self._measure(counts, rng, part=GLANCE)
         for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
-            if counts != best and self._in_time():
-                self._measure(counts, rng)
+            self._measure(counts, rng)
         tried = {counts for counts, _, _ in trials.measured}
         if len(tried) > 1 and all(value == 0 for _, value, _ in trials.measured):
             raise SearchSettingError(
@@ -182,10 +294,9 @@ class CalibratedSearch:
         if trials.round % SCALED_EVERY == 1 or trials.round in (2, 4, 7):
             self._fit(seed)
         hoped = self._hoped([counts for counts, _ in self._best(TOGETHER)], rng)
-        trials.exhausted = not hoped and not self._spent()
+        trials.exhausted = not hoped and not self._over()
         for counts in hoped:
-            if not self._spent():
-                self._measure(counts, rng)
+            self._measure(counts, rng)
         self._fit()
         if (trials.phase + 1) / PHASES < self._done() < 1:
             trials.phase += 1
@@ -201,15 +312,12 @@ class CalibratedSearch:
         self._redraw(before, rng, self.trials.offset)
         for chunk in range(min(LOOKS, len(self.reference))):
             for counts in leaders:
-                if not self._spent():
-                    self._measure(counts, rng, chunk)
+                self._measure(counts, rng, chunk)
         self._fit()
         leader = self._best(1)[0][0]
         if leader == before:
             return
         for chunk in range(LOOKS, min(2 * LOOKS + 4, len(self.reference))):
-            if self._spent():
-                break
             self._measure(leader, rng, chunk)
         self._fit()
         leader, self.trials.offset = self._best(1)[0]
@@ -221,10 +329,9 @@ class CalibratedSearch:
         chosen: list[Counts] = []
         for turn in range(TOGETHER):
             daring, pool = abs(rng.gauss(0, DARING)), list(leaders) if turn % 2 else []
-            if self._spent():
+            if self._over():
                 break
             for _ in range(GENERATIONS):
-                self.clock.now()
                 near = [self.moves.changed(rng.choice(pool[:TOGETHER]), rng) for _ in range(NEW if pool else 0)]
                 far = [self.moves.stepped(rng) for _ in range(FAR)]
                 pool = list(dict.fromkeys([*pool, *(counts for counts in near + far if counts is not None)]))
@@ -237,12 +344,12 @@ class CalibratedSearch:
         return made_by_first(lambda: chosen, self.clock.place.group)  # others may round otherwise
 
     def _measure(self, counts: Counts, rng: Random, chunk: int | None = None, part: float = 1.0) -> None:
-        """How much worse than the reference `counts` are, on `chunk`, or the next one that is left."""
-        trials = self.trials
+        """How much worse than the reference `counts` are, on `chunk`, or the next one that is left, while there is time
+        and work left."""
+        trials, unseen = self.trials, self._unseen(counts)
+        if self._over() or not unseen:
+            return
         if chunk is None:
-            unseen = self._unseen(counts)
-            if not unseen:
-                return
             if not set(unseen) & set(trials.order):
                 trials.order += rng.sample(unseen, len(unseen))
             chunk = next(one for one in reversed(trials.order) if one in unseen)
@@ -294,15 +401,12 @@ class CalibratedSearch:
         best = np.argsort(mean + deviation, kind="stable")[:count]
         return [(self.fitted[index], float(mean[index])) for index in best]
 
-    def _spent(self) -> bool:
-        return self._done() >= 1
+    def _over(self) -> bool:
+        """Whether nothing more is to be measured; before the surrogate is asked, that goes by the time alone."""
+        return self._done() >= 1 if self.trials.round else self.clock.now() >= BEGUN * self.end
 
     def _done(self) -> float:
         """How much is over of the work after the dense model's own, or of the time."""
         looked_at = len(self.calibration.images)
         work = (self.calibration.work - looked_at) / max(1.0, self.limit - looked_at)
-        return max(work, self.clock.now() / self.end) if self.clock.limited else work
-
-    def _in_time(self) -> bool:
-        """Whether there is time for more before the surrogate is asked."""
-        return not self.clock.limited or self.clock.now() < BEGUN * self.end
+        return max(work, self.clock.now() / self.end)

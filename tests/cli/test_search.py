@@ -190,14 +190,14 @@ def test_warmup_leaves_the_cost_out_of_the_first_epoch(cli: Cli, image_folder: P
 def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Search._distance
+    original = Search._backward
     calls: list[int] = []
 
-    def breaks(search: Search, cost: torch.Tensor) -> torch.Tensor:
+    def breaks(search: Search, batches: Any) -> torch.Tensor:
         calls.append(1)
-        return original(search, cost) * (float("nan") if len(calls) == 5 else 1)
+        return original(search, batches) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(Search, "_distance", breaks)
+    monkeypatch.setattr(Search, "_backward", breaks)
     code, _, err = cli(*words(image_folder, tmp_path / "out", "--epochs", 2))
     assert code == 2
     assert "the loss is " in err

@@ -20,12 +20,13 @@ import diffrate
 from cli.runtime import leave_group
 from diffrate.budget import Budget, meets_budget, uniform_schedules
 from diffrate.device import placement_of
-from diffrate.searching.calibration import Calibration, Clock, Reference
+from diffrate.searching.calibration import Calibration, Clock
 from diffrate.searching.checkpoint import read_checkpoint
 from diffrate.searching.hard_counts import RULES_IN_PLAY, _chosen
-from diffrate.searching.moves import Moves, Surrogate
+from diffrate.searching.moves import Moves
 from diffrate.searching.settings import SearchSettingError
 from diffrate.searching.teacher import Teacher
+from diffrate.searching.trials import Reference, Surrogate
 from tests.constructions import build, images_for
 from tests.forked import two
 from tests.library.test_search_function import batches, small
