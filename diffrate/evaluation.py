@@ -131,10 +131,8 @@ class Tally:
             try:
                 self.average_precision = import_module("sklearn.metrics").average_precision_score
             except ImportError as error:
-                raise ScoresError(
-                    "multi_label: found no scikit-learn; accepted: after pip install scikit-learn, or "
-                    "diffrate[multilabel]"
-                ) from error
+                accepted = "after pip install scikit-learn, or diffrate[multilabel]"
+                raise ScoresError(f"multi_label: found no scikit-learn; accepted: {accepted}") from error
 
     @property
     def loss(self) -> float:

@@ -220,10 +220,9 @@ def _check_reach(model: CompressedModel, targets: Sequence[Target], use: Use) ->
     for target in targets:
         low, high = (1.0, times.ratio) if target.kind == SPEEDUP else (least, dense)
         if not low / REACH <= target.value <= high * REACH:
-            raise BudgetError(
-                f"{target.kind} {target}{WORDS[target.kind]}: accepted: {low:.3g} to {high:.3g}, measured with all "
-                f"tokens and with the fewest ({use.words()}){ADVICE[target.kind]}"
-            )
+            asked, how = f"{target.kind} {target}{WORDS[target.kind]}", "measured with all tokens and with the fewest"
+            accepted = f"{low:.3g} to {high:.3g}, {how} ({use.words()}){ADVICE[target.kind]}"
+            raise BudgetError(f"{asked}: accepted: {accepted}")
 
 
 def _sampled(model: CompressedModel, use: Use, seconds: float, progress: Progress | None) -> list[list[TimedRun]]:

@@ -34,7 +34,7 @@ from diffrate.searching.checkpoint import (
     check_record,
     read_checkpoint,
 )
-from diffrate.searching.settings import SMOOTHING, SearchSettingError
+from diffrate.searching.settings import SMOOTHING, TELLING, SearchSettingError
 from diffrate.searching.teacher import Teacher
 
 TIMED = 3  # steps, after one to warm up; the fastest counts
@@ -346,10 +346,8 @@ class Search:
             good = "" if self.task.file is None else "; the last checkpoint is good"
             raise NonFiniteLossError(f"the loss is {loss} at epoch {epoch}, step {step}{good}")
         if not told and epoch == 0 and step + 1 == min(SILENT, self.steps):
-            raise SearchSettingError(
-                f"loss: found {loss:.6g} without a gradient in {step + 1} steps; accepted: a model, and a loss, that "
-                "tell schedules apart"
-            )
+            found = f"{loss:.6g} without a gradient in {step + 1} steps"
+            raise SearchSettingError(f"loss: found {found}; accepted: {TELLING}")
         # The mean over all processes: a few kilobytes, and nothing for weights.
         gradients = [torch.zeros_like(rate) if rate.grad is None else rate.grad for rate in self.rates]
         gradient = all_sum(parameters_to_vector(gradients), self.group) / world(self.group)
@@ -394,17 +392,14 @@ class Search:
         where there is no batch left, or it has another form."""
         batch = next(batches, None)
         if batch is None:
-            raise ValueError(
-                f"loader: no batch left at epoch {self.epoch}, step {self.step}; accepted: "
-                f"{self.steps * self.settings.accumulate} batches in every epoch"
-            )
+            accepted = f"{self.steps * self.settings.accumulate} batches in every epoch"
+            raise ValueError(f"loader: no batch left at epoch {self.epoch}, step {self.step}; accepted: {accepted}")
         images, labels = split_batch(batch)
         if not isinstance(labels, Tensor):
             if self.teacher is None:
                 found = "images alone" if labels is None else f"labels of type {type(labels).__name__}"
-                raise ValueError(
-                    f"loader: found {found}; accepted: images and labels, both tensors, or the loss 'distill'"
-                )
+                accepted = "images and labels, both tensors, or the loss 'distill'"
+                raise ValueError(f"loader: found {found}; accepted: {accepted}")
             labels = torch.zeros(len(images), dtype=torch.int64)
         return self.task.place.take(images), labels.to(self.task.place.device, non_blocking=True)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what takes its time to import
 TARGETS = (FLOPS, SHARE, SPEEDUP, LATENCY)
 GRADIENT, CALIBRATED = METHODS = ("gradient", "calibrated")
 SMOOTHING = 0.1  # of labels, as in DeiT's recipe
+TELLING = "a model, and a loss, that tell schedules apart"
 
 
 class SearchSettingError(ValueError):

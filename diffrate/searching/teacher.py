@@ -86,10 +86,8 @@ class Teacher:
         elif isinstance(model, CompressedVit):
             self.at, self.step = model.features_at, model.search_features
         else:
-            raise UnsupportedModelError(
-                f"loss: found 'tokens' for {type(model).__name__}, which has no features of every patch; accepted: "
-                "'distill'"
-            )
+            found = f"'tokens' for {type(model).__name__}, which has no features of every patch"
+            raise UnsupportedModelError(f"loss: found {found}; accepted: 'distill'")
 
     def taught(self, images: Tensor) -> Tensor:
         """The dense model's outputs or features of images; without gradients."""

@@ -22,7 +22,7 @@ from diffrate.device import made_by_first, step_seed
 from diffrate.schedule import Kept, Schedule
 from diffrate.searching.calibration import Calibration, Draw, mean_of
 from diffrate.searching.moves import Counts, Moves
-from diffrate.searching.settings import SearchSettingError
+from diffrate.searching.settings import TELLING, SearchSettingError
 
 CHUNKS = 24  # of images in a phase
 PHASES = 5
@@ -199,13 +199,7 @@ class CalibratedSearch:
     """A search with `work` forward passes of the dense model, which is over by `end` of the calibration's clock."""
 
     def __init__(
-        self,
-        moves: Moves,
-        calibration: Calibration,
-        work: float,
-        seed: int,
-        trials: Trials | None,
-        end: float,
+        self, moves: Moves, calibration: Calibration, work: float, seed: int, trials: Trials | None, end: float
     ) -> None:
         self.moves, self.calibration, self.limit, self.seed = moves, calibration, work, seed
         self.clock, self.end = calibration.clock, end
@@ -227,17 +221,15 @@ class CalibratedSearch:
         search. SearchSettingError where the first schedules all come to the same loss, ValueError where none of
         `starts` can be brought onto the budget.
         """
-        trials = self.trials
+        trials, held = self.trials, self.calibration
         if not trials.measured:
             self._begin(starts)
-        while True:
-            quiet = self.calibration.work - trials.improved
-            if self._done() >= 1 or trials.exhausted or quiet > PATIENCE * self.limit:
-                return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
+        while self._done() < 1 and not trials.exhausted and held.work - trials.improved <= PATIENCE * self.limit:
             self._round()
             counts, value = self._best(1)[0]
-            loss, schedule, trials = max(0.0, trials.scale * (1 + value)), self.moves.schedule(counts), self.state()
-            after(TrialRecord(schedule, loss, trials.work, trials.seconds, len(trials.measured)), trials)
+            loss, schedule, state = max(0.0, trials.scale * (1 + value)), self.moves.schedule(counts), self.state()
+            after(TrialRecord(schedule, loss, state.work, state.seconds, len(state.measured)), state)
+        return [self.moves.schedule(counts) for counts, _ in self._best(FINALISTS)]
 
     def state(self) -> Trials:
         """What there is to go on from."""
@@ -262,26 +254,24 @@ class CalibratedSearch:
         best = fitted[int(np.argmin(losses))]
         self._redraw(best, rng)
         trials.measured.append((best, 0.0, 1e-4))
-        for counts in fitted:
+        for counts in fitted:  # of the reference nothing is left to measure
             for _ in range(2):
                 self._measure(counts, rng)
-        found = []
+        near = []
         for trial in range(FIRST):  # one near a start in three, else of a few steps
             self.clock.now()
             drawn = moves.stepped(rng) if trial % 3 else moves.changed(rng.choice([best, *fitted]), rng)
             if trial % 3 == 0 and drawn:
                 drawn = moves.changed(drawn, rng) or drawn
-            found.append(drawn)
-        for counts in dict.fromkeys(counts for counts in found if counts is not None):
+            near.append(drawn)
+        for counts in dict.fromkeys(counts for counts in near if counts is not None):
             self._measure(counts, rng, part=GLANCE)
         for counts, _, _ in sorted(trials.measured, key=lambda trial: trial[1])[:SECOND]:
             self._measure(counts, rng)
         tried = {counts for counts, _, _ in trials.measured}
         if len(tried) > 1 and all(value == 0 for _, value, _ in trials.measured):
-            raise SearchSettingError(
-                f"loss: found {min(losses):.6g} for each of {len(tried)} schedules; accepted: a model, and a loss, "
-                "that tell schedules apart"
-            )
+            found = f"{min(losses):.6g} for each of {len(tried)} schedules"
+            raise SearchSettingError(f"loss: found {found}; accepted: {TELLING}")
         trials.improved = self.calibration.work
         self._fit()
 
