@@ -392,8 +392,9 @@ class CalibratedSearch:
         return [(self.fitted[index], float(mean[index])) for index in best]
 
     def _over(self) -> bool:
-        """Whether nothing more is to be measured; before the surrogate is asked, that goes by the time alone."""
-        return self._done() >= 1 if self.trials.round else self.clock.now() >= BEGUN * self.end
+        """Whether nothing more is to be measured: work or time are spent, or half of the time before the surrogate is
+        asked."""
+        return self._done() >= 1 or (self.trials.round == 0 and self.clock.now() >= BEGUN * self.end)
 
     def _done(self) -> float:
         """How much is over of the work after the dense model's own, or of the time."""
