@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from timm.models.beit import Block as BeitBlock
@@ -168,7 +169,9 @@ def _known(kinds: Mapping[type[nn.Module], Any], module: nn.Module, where: str) 
 def other_methods(module: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     """The methods that a module has instead of its class's, all or of `names`."""
     own = [name for name in (vars(module) if names is None else names) if name in vars(module)]
-    return [name for name in own if callable(getattr(type(module), name, None)) and not _runs_inside(module)]
+    methods = [name for name in own if callable(getattr(type(module), name, None)) and not _runs_inside(module)]
+    # The class's own, assigned, is no other: so accelerate's unwrap_model puts a forward back.
+    return [name for name in methods if vars(module)[name] != MethodType(getattr(type(module), name), module)]
 
 
 def check_methods(module: nn.Module, where: str, names: Iterable[str] = (), *, alone: bool = False) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -709,6 +710,17 @@ def test_hooks_that_were_removed_and_methods_that_change_no_logits(path: Path) -
     model.train = lambda mode=True: model  # as of a model that is to stay as it is
     save(model, path)
     assert torch.equal(logits(load(path)), expected)
+
+
+def test_forward_of_the_class_that_was_put_back(path: Path) -> None:
+    """As accelerate's `unwrap_model` does after mixed precision."""
+    model: Any = patched("deit")
+    expected = logits(model)
+    model.forward = MethodType(type(model).forward, model)
+    save(model, path)
+    assert torch.equal(logits(load(path)), expected)
+    model.forward = MethodType(type(model).forward, patched("deit"))
+    assert refusal(lambda: save(model, path)).startswith(f"model: found {WHOLE}, with another forward; ")
 
 
 @pytest.mark.parametrize("classes", [["a"], "abcde", [1, 2, 3, 4, 5]], ids=str)
