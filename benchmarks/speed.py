@@ -33,6 +33,7 @@ import models
 from cli.runtime import Runtime
 from datasets import ImageLoader
 from diffrate.atomic import whole_file
+from diffrate.device import shapes_alone
 from diffrate.files.header import target_of
 from diffrate.files.runtimes import Loaded, load_exported, parts_of
 from diffrate.latency.measure import OTHER_RULES
@@ -175,7 +176,7 @@ class Subject:
 
     def costs(self) -> tuple[int, int]:
         """Multiply-accumulates of an image, dense and compressed."""
-        with models.shapes_alone():
+        with shapes_alone():
             model = self.compressed()
         return model.flops_at(model.dense_schedule()), model.flops()
 

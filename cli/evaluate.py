@@ -35,7 +35,7 @@ from cli.schedules import budgets_of, kept_as
 from cli.settings import DEFAULT_BATCH, FROM_SCRATCH, OFFICIAL, Settings
 from datasets import DataError, has_validation
 from diffrate.budget import Budget, baseline_schedule
-from diffrate.device import generators_kept
+from diffrate.device import generators_kept, shapes_alone
 from diffrate.files.export import LEAST_IMAGES
 from diffrate.files.graph import Normalization
 from diffrate.files.header import is_saved_model
@@ -264,7 +264,7 @@ def run_list_models(settings: Settings, runtime: Runtime) -> None:
 
 def _is_supported(model: nn.Module) -> bool:
     try:
-        with models.shapes_alone():
+        with shapes_alone():
             diffrate.patch.vit(model)
     except diffrate.UnsupportedModelError:
         return False

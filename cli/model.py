@@ -30,7 +30,7 @@ from diffrate.blocks.rates import schedule_of
 from diffrate.budget import SHARE
 from diffrate.converting.convert import completed
 from diffrate.converting.folder import Folder, open_folder
-from diffrate.device import FixedBatch, compile_model
+from diffrate.device import FixedBatch, compile_model, shapes_alone
 from diffrate.files.header import about, is_saved_model, timms_and_own
 from diffrate.files.text_head import read_texts
 from diffrate.hub import HUB
@@ -201,7 +201,7 @@ def meta_model(settings: ModelSettings, entry: ModelEntry) -> diffrate.Compresse
         InputSizeError, UsageError: the input's size does not fit, or compression does not take this model.
     """
     rows, columns = input_size_of(settings, entry)
-    with models.shapes_alone():
+    with shapes_alone():
         try:
             model = models.create(entry, (rows, columns))
         except models.InputSizeError:

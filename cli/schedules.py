@@ -17,6 +17,7 @@ import models
 from cli.runtime import AMP_DTYPES, Runtime, share
 from cli.settings import PROJECT, LatencySettings, ModelSettings, Settings
 from diffrate.budget import FLOPS, Budget, Target
+from diffrate.device import shapes_alone
 from diffrate.latency.measure import SECONDS
 from diffrate.latency.table import setting_of
 from diffrate.schedule import Schedule, find_schedule, read_schedules, scale_schedule
@@ -54,7 +55,7 @@ def schedule_at(
     schedule = find_schedule(file, entry.schedule_key, None if target is None else gflops_of(target, model), flag)
     if schedule.tokens is None and _tokens_of(schedule) != space.limits[0]:
         # The published file and those of earlier versions do not say it: they are for the model's own input size.
-        with models.shapes_alone():
+        with shapes_alone():
             own = diffrate.patch.vit(models.create(models.ZOO.get(entry.name, entry)))
         schedule = replace(schedule, tokens=own.compression.space.limits[0])
     if settings.scale:

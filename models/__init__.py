@@ -5,7 +5,7 @@ Importing this package registers the published names with timm, so that
 """
 
 # ruff: noqa: F401
-from models.names import bare_name, create, entry_of, full_name, shapes_alone, supported_names
+from models.names import bare_name, create, entry_of, full_name, supported_names
 from models.weights import (
     Read,
     StateDict,

@@ -15,6 +15,7 @@ import diffrate
 import models
 from diffrate.blocks.rates import expectation, flattest_logits
 from diffrate.budget import BASELINES, PEERS, Budget, BudgetError, baseline_schedule, meets_budget
+from diffrate.device import shapes_alone
 from diffrate.schedule import Schedule, find_schedule, make_schedule, running_counts, save_schedule
 from tests.tiny_models import plain
 
@@ -22,7 +23,7 @@ from tests.tiny_models import plain
 @cache
 def full_size(name: str) -> diffrate.CompressedModel:
     entry = models.entry_of(name)
-    with models.shapes_alone():
+    with shapes_alone():
         return diffrate.patch.vit(models.create(entry))
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffrate
 import models
+from diffrate.device import shapes_alone
 from diffrate.schedule import find_schedule
 from tests.tiny_models import GOLDEN
 
@@ -25,7 +26,7 @@ SCHEDULES = [(key, target) for key, entry in PUBLISHED.items() for target in ent
 def patched() -> dict[str, diffrate.CompressedModel]:
     """All published models at full size without memory for their weights."""
     built = {}
-    with models.shapes_alone():
+    with shapes_alone():
         for key, entry in PUBLISHED.items():
             row = models.entry_of(entry["model"])
             built[key] = diffrate.patch.vit(models.create(row))

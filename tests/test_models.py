@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import diffrate
 import models
+from diffrate.device import shapes_alone
 from tests import recipe_weights
 from tests.tiny_models import FAMILIES, GOLDEN, official_state, original_caformer_shapes, plain
 
@@ -24,7 +25,7 @@ def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", models.ZOO)
 def test_every_name_builds_through_timm(name: str) -> None:
-    with models.shapes_alone():
+    with shapes_alone():
         model = timm.create_model(name)
     assert model.num_classes == models.entry_of(name).num_classes
 

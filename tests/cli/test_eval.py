@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import models
+from diffrate.device import shapes_alone
 from tests import recipe_weights
 from tests.conftest import Cli, ran_once
 from tests.tiny_models import saved_file
@@ -32,7 +33,7 @@ def scores(output: str) -> tuple[float, ...]:
 
 def official_file(name: str, path: Path) -> Path:
     """A full-size checkpoint of the zoo's ViT `name` in its official layout."""
-    with models.shapes_alone():
+    with shapes_alone():
         model = models.create(models.entry_of(name))
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     torch.save({"model": recipe_weights.state_dict(shapes, torch.float32)}, path)

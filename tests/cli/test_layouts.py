@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import diffrate
 import models
+from diffrate.device import shapes_alone
 from models import ModelEntry, Read, Size
 from models.weights import WRAPPERS
 from tests.cli.test_errors import check
@@ -61,7 +62,7 @@ def loaded_by_timm(entry: ModelEntry, state: State, size: Size) -> nn.Module:
 
 def read_from(entry: ModelEntry, file: Path, size: Size, made_at: Size | None = None) -> Read:
     """What a file holds for the entry's model at another size."""
-    with models.shapes_alone():
+    with shapes_alone():
         model = models.create(entry, size)
     return models.read_file(str(file), model, size, entry.input_size, made_at)
 

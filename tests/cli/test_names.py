@@ -18,6 +18,7 @@ import diffrate
 import models
 from cli.flags import check_paths, parse_flags
 from cli.model import chosen_entry
+from diffrate.device import shapes_alone
 from tests.cli.test_errors import check
 from tests.cli.test_eval import scores
 from tests.conftest import Cli
@@ -28,7 +29,7 @@ FAST = ("--num_workers", 0)
 
 def read_at(entry: models.ModelEntry, size: models.Size) -> models.Read:
     """The published weights for an input of `size`."""
-    with models.shapes_alone():
+    with shapes_alone():
         model = models.create(entry, size)
     return models.read_official(entry, model)
 
@@ -70,7 +71,7 @@ def test_what_inputs_are_like_comes_from_timms_configuration() -> None:
     assert (portrait.input_size, portrait.interpolation) == ((1024, 768), "bilinear")
     flexible = models.entry_of("naflexvit_base_patch16_gap")
     assert flexible.input_size == (384, 384)
-    with models.shapes_alone():
+    with shapes_alone():
         assert models.create(flexible, (96, 64)).pretrained_cfg["input_size"] == (3, 96, 64)
         assert models.create(portrait, (512, 384)).patch_embed.img_size == (512, 384)
 
@@ -250,7 +251,7 @@ def test_a_saved_model_is_cropped_as_its_file_says(tmp_path: Path) -> None:
 def test_shapes_alone_are_those_of_the_model(name: str) -> None:
     """And no draw from the generator is spent on them."""
     entry, state = models.entry_of(name), torch.get_rng_state()
-    with models.shapes_alone():
+    with shapes_alone():
         found = models.create(entry)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(value.is_meta for value in found.state_dict().values())
