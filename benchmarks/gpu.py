@@ -223,13 +223,13 @@ def read(text: str) -> Row:
 
 
 def table(record: Row) -> list[str]:
-    """A record as lines of Markdown: the card and its versions, a table for each kind of figures, what failed."""
+    """A record as lines of Markdown: the card and its versions, a table for the figures of each part, what failed."""
     about, found = record["about"], record["parts"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['card']}, driver {about['driver']}, {versions}, {about['date']}", ""]
     figures = ("seconds", "ended", "passed", "failed", "dense top-1", "found top-1", "speed")
     summary = [{"part": name, **{figure: part.get(figure) for figure in figures}} for name, part in found.items()]
-    for rows in ([row for part in found.values() for row in part.get("rows", [])], summary):
+    for rows in (*(part.get("rows", []) for part in found.values()), summary):
         if rows:
             lines += [*markdown(rows, HIDDEN), ""]
     return lines + [f"- {name}: {line}" for name, part in found.items() for line in part["failures"]]

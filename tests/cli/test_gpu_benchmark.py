@@ -85,10 +85,13 @@ def test_parts_fail_alone_and_what_there_is_is_written(
     assert found["gone"]["failures"] == ["No such file or directory"]
     assert found["late"]["failures"] == ["left out: no time left"]
 
+    found["reductions"] = {"rows": [{"model": "m", "reduction": "prunes one", "ms": 0.25}], "failures": []}
+    file.write_text(json.dumps(record))  # rows of another part have other columns
     assert gpu.main(["--table", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{record['about']['card']}, driver ")
     assert lines[2:5] == ["| model | mode | speed-up |", "|---|---|---|", "| m | eager | 0.500 |"]
+    assert "| m | prunes one | 0.250 |" in lines
     assert any(line.startswith("| numerics | ") and "| True | 2 | 1 | - |" in line for line in lines)
     assert any(line.startswith("| calibrated | ") and "| 98.0 | 95.5 | asked 1.50, " in line for line in lines)
     assert any(line.startswith("| gradient | ") and "| False | - |" in line for line in lines)
