@@ -136,6 +136,10 @@ RUNS = (60, 600)  # at least, whatever they take, and at most
 WHOLE_RUNS = 2.0  # seconds of pairs, for each schedule that is timed as a whole
 # The schedules, with a share of the FLOPs that is left; the first ones tell most, where few fit into the time.
 WHOLE = (("both", 0.5), ("merge", 0.8), ("prune", 0.5), ("both", 0.8), ("merge", 0.5), ("prune", 0.8))
+ROUGH = (
+    "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure again where "
+    "nothing else runs"
+)
 NOISY = 0.1  # equal runs differ by 0.6 to 6 % on an idle machine, by 11 to 48 % where its cores are taken
 WARM = 3  # runs before the first that counts
 REACH = 1.15  # a few seconds tell a ratio no better: what is further away than this is out of reach
@@ -199,11 +203,7 @@ def measure_latency(
             runs, noise = _steadied(_sampled(model, use, seconds, progress))
             table = _repriced(model, use, _table(model, setting, runs))
         if noise > NOISY:
-            log.warning(
-                "latency: equal runs differ by %.0f %% from one to the next: times are rough, and not kept; measure "
-                "again where nothing else runs",
-                100 * noise,
-            )
+            log.warning(ROUGH, 100 * noise)
         elif path is not None:
             write_table(path, table)
         return table

@@ -132,6 +132,7 @@ def means_over(
 
     sums_of: from images to sums of these figures, and to the dense model's outputs. ValueError where there is no batch.
     """
+    require_batches(loader)
     sums = torch.zeros(shape, dtype=torch.float64, device=place.device)
     moments, count = sums.new_zeros(3), sums.new_zeros(())
     with evaluating(teacher.model):
@@ -237,7 +238,6 @@ def sensitivity(
         ValueError: there is no batch, or one of another form; or this process is not in `group`.
     """
     require_patched(model)
-    require_batches(loader)
     candidates = _candidates(model.compression.space.every_block(), shares)
     place, teacher = place_for(model, device, group), Teacher(model, multi_label=multi_label)
     teacher.of_outputs = model.has_head()  # those without a pooling are compared as features are
@@ -261,10 +261,8 @@ def sensitivity(
         return torch.stack(sums), taught
 
     means, images = means_over(teacher, loader, place, precision, (len(candidates), 2), sums_of)
-    return tuple(
-        Sensitivity(*candidate, finite(loss), agreement if classes else None, images)
-        for candidate, (loss, agreement) in zip(candidates, means, strict=True)
-    )
+    rows = zip(candidates, means, strict=True)
+    return tuple(Sensitivity(*one, finite(loss), same if classes else None, images) for one, (loss, same) in rows)
 
 
 def _candidates(space: SearchSpace, shares: Sequence[float]) -> dict[tuple[int, str, int, int], Schedule]:
