@@ -392,12 +392,12 @@ class CalibratedSearch:
         return [(self.fitted[index], float(mean[index])) for index in best]
 
     def _over(self) -> bool:
-        """Whether nothing more is to be measured: work or time are spent, or half of the time before the surrogate is
+        """Whether nothing more is to be measured: work or time are spent, or a part of the time before the surrogate is
         asked."""
-        return self._done() >= 1 or (self.trials.round == 0 and self.clock.now() >= BEGUN * self.end)
+        return self._done(1.0 if self.trials.round else BEGUN) >= 1
 
-    def _done(self) -> float:
-        """How much is over of the work after the dense model's own, or of the time."""
+    def _done(self, part: float = 1.0) -> float:
+        """How much is over of the work after the dense model's own, or of a part of the time."""
         looked_at = len(self.calibration.images)
         work = (self.calibration.work - looked_at) / max(1.0, self.limit - looked_at)
-        return max(work, self.clock.now() / self.end)
+        return max(work, self.clock.now() / (part * self.end))

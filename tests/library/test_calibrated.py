@@ -109,6 +109,13 @@ def test_every_block_may_let_tokens_go(pool: str, tmp_path: Path) -> None:
         diffrate.search(model, batches(8), method="gradient", share=share, steps=1)
 
 
+def test_little_work_is_kept_too() -> None:
+    """Also before the surrogate is asked, where trials would take twice as much."""
+    found = diffrate.search(small(), batches(8), method="calibrated", share=0.5, work=200, seed=0)
+    assert found.calibrated is not None
+    assert sum(stage.work for stage in found.calibrated.stages) < 1.1 * 200
+
+
 def test_the_surrogate_learns_effects_from_noisy_values() -> None:
     rng = np.random.default_rng(0)
     slopes, features = rng.normal(size=6), rng.normal(size=(220, 6))
