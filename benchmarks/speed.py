@@ -476,7 +476,7 @@ def loading_row(model: nn.Module, loader: ImageLoader, name: str, flops: int, ru
     model.eval()
     batch = next(iter(loader))[0].to(runtime.device, runtime.dtype)
 
-    def compute(batches: Iterable[torch.Tensor]) -> None:
+    def compute(batches: Iterable[Tensor]) -> None:
         with torch.inference_mode(), runtime.autocast():
             for images in batches:
                 model(images, return_flop=False)

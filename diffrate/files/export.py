@@ -160,8 +160,11 @@ def _checked(
         return model(inside(images).to(device, dtype), return_flop=False).float().cpu()
 
     with torch.inference_mode(), evaluating(model):
-        drawn = torch.rand(sum(BATCHES), *metadata.input_size, generator=torch.Generator().manual_seed(seed))
-        shown = outside(drawn) if images is None else images.cpu()
+        if images is None:
+            generator = torch.Generator().manual_seed(seed)
+            shown = outside(torch.rand(sum(BATCHES), *metadata.input_size, generator=generator))
+        else:
+            shown = images.cpu()
         coarser = max(metadata.precision, precision_name(dtype), key=lambda name: LIMITS.get(name, 0.0))
         agreement = compare(load_exported(path).logits, live, shown, coarser, source)
     if not agreement.difference <= agreement.limit:
